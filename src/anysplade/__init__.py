@@ -1,0 +1,101 @@
+"""Train a SPLADE sparse retriever on any masked language model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from anysplade.calibration import Calibration, calibrate
+    from anysplade.datasets import Collection, Document, Pair, load_collection, load_pairs, read_corpus, write_collection
+    from anysplade.encoder import load_encoder
+    from anysplade.errors import (
+        AnyspladeError,
+        DataError,
+        MeasureError,
+        ModelError,
+        OptionError,
+        OutputError,
+        UsageError,
+    )
+    from anysplade.evaluation import Evaluation, evaluate
+    from anysplade.head import HeadReport, inspect_head, rescale_head
+    from anysplade.index import Hit, Index, TermMatch
+    from anysplade.options import TrainingConfig
+    from anysplade.training import TrainingResult, train
+
+# Where each public name lives. They are imported on first use: the libraries behind them take seconds.
+_HOME = {
+    "AnyspladeError": "errors",
+    "Calibration": "calibration",
+    "Collection": "datasets",
+    "DataError": "errors",
+    "Document": "datasets",
+    "Evaluation": "evaluation",
+    "HeadReport": "head",
+    "Hit": "index",
+    "Index": "index",
+    "MeasureError": "errors",
+    "ModelError": "errors",
+    "OptionError": "errors",
+    "OutputError": "errors",
+    "Pair": "datasets",
+    "TermMatch": "index",
+    "TrainingConfig": "options",
+    "TrainingResult": "training",
+    "UsageError": "errors",
+    "calibrate": "calibration",
+    "evaluate": "evaluation",
+    "inspect_head": "head",
+    "load_collection": "datasets",
+    "load_encoder": "encoder",
+    "load_pairs": "datasets",
+    "read_corpus": "datasets",
+    "rescale_head": "head",
+    "train": "training",
+    "write_collection": "datasets",
+}
+
+__all__ = [
+    "AnyspladeError",
+    "Calibration",
+    "Collection",
+    "DataError",
+    "Document",
+    "Evaluation",
+    "HeadReport",
+    "Hit",
+    "Index",
+    "MeasureError",
+    "ModelError",
+    "OptionError",
+    "OutputError",
+    "Pair",
+    "TermMatch",
+    "TrainingConfig",
+    "TrainingResult",
+    "UsageError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "inspect_head",
+    "load_collection",
+    "load_encoder",
+    "load_pairs",
+    "read_corpus",
+    "rescale_head",
+    "train",
+    "write_collection",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,210 @@
+"""Pretrain the bundled backbones: ``python -m anysplade.backbones.pretrain --out DIR``.
+
+Two architectures, one uncased WordPiece vocabulary, so that a difference between the two is not
+one of vocabulary. The text is every docstring of the environment's packages; of the modules that
+the python-docs collection holds out, without the summary lines, which are its queries. Times and
+final losses stand in README.md.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from anysplade.python_docs import read_docstrings
+
+VOCABULARY = 8192
+WIDTH = 192
+LENGTH = 128  # tokens a training sequence
+MASKED = 0.2  # share of tokens to predict
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, limit_alphabet=256, show_progress=False)
+    )
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=256,
+    )
+
+
+def build(architecture: str) -> PreTrainedModel:
+    if architecture == "bert":
+        return BertForMaskedLM(
+            BertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                intermediate_size=4 * WIDTH,
+                max_position_embeddings=256,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+    return ModernBertForMaskedLM(
+        ModernBertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=2 * WIDTH,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            cls_token_id=2,
+            sep_token_id=3,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    )
+
+
+def masked_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The MLM head on the masked tokens alone: (masked, width) → (masked, vocabulary)."""
+    if isinstance(model, BertForMaskedLM):
+        return model.cls(hidden)
+    modern: Any = model
+    return modern.decoder(modern.head(hidden))
+
+
+def batches(sequences: list[list[int]], size: int, generator: random.Random) -> list[list[list[int]]]:
+    """Shuffled batches of sequences of like length, so that little is padding."""
+    order = generator.sample(range(len(sequences)), len(sequences))
+    pools = [sorted(order[i : i + 50 * size], key=lambda j: len(sequences[j])) for i in range(0, len(order), 50 * size)]
+    made = [[sequences[j] for j in pool[i : i + size]] for pool in pools for i in range(0, len(pool), size)]
+    generator.shuffle(made)
+    return made
+
+
+def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
+    set_seed(args.seed)
+    start = args.start and args.start / f"{architecture}-tiny"
+    model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture)
+    model.train()
+    sequences = [
+        [2, *ids[i : i + LENGTH - 2], 3]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for i in range(0, len(ids), LENGTH - 2)
+        if len(ids) - i >= 6
+    ]
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=args.learning_rate, betas=(0.9, 0.98)
+    )
+    warmup = max(1, args.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.02, (args.steps - step) / (args.steps - warmup)))
+    )
+    generator = random.Random(args.seed)
+    losses: list[float] = []
+    queue: list[list[list[int]]] = []
+    epochs = 0
+    begin = time.perf_counter()
+    bar = tqdm(range(args.steps), desc=architecture, mininterval=10)
+    for _ in bar:
+        if not queue:
+            queue = batches(sequences, args.batch_size, generator)
+            epochs += 1
+        batch = queue.pop()
+        longest = max(map(len, batch))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in batch])  # (batch, length)
+        attention = ids != 0
+        chosen = (torch.rand(ids.shape) < MASKED) & (ids >= len(SPECIAL))
+        action = torch.rand(ids.shape)
+        inputs = ids.masked_fill(chosen & (action < 0.8), 4)  # 80 % masked, 10 % another token, 10 % as they are
+        inputs = torch.where(chosen & (action >= 0.9), torch.randint(len(SPECIAL), VOCABULARY, ids.shape), inputs)
+        hidden = model.base_model(input_ids=inputs, attention_mask=attention.long()).last_hidden_state
+        loss = nn.functional.cross_entropy(masked_logits(model, hidden[chosen]), ids[chosen])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.3f}", refresh=False)
+    final = sum(losses[-200:]) / len(losses[-200:])
+    return {
+        "model": model,
+        "record": {
+            "architecture": architecture,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "sequences": len(sequences),
+            "started_from": start and json.loads((start / "pretraining.json").read_text()),
+            "steps": args.steps,
+            "learning_rate": args.learning_rate,
+            "batch_size": args.batch_size,
+            "epochs": round(args.steps * args.batch_size / len(sequences), 2),
+            "final_loss": round(final, 4),
+            "perplexity": round(math.exp(final), 1),
+            "seconds": round(time.perf_counter() - begin),
+            "torch_threads": torch.get_num_threads(),
+            "seed": args.seed,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--architectures", nargs="+", default=["bert", "modernbert"], choices=["bert", "modernbert"])
+    parser.add_argument("--start", type=Path, help="go on from the backbones in this folder, with their tokenizers")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    texts = sorted({d.text.partition("\n")[2].strip() if d.held_out else d.text for d in read_docstrings(progress=True)})
+    fresh = train_tokenizer(texts) if args.start is None else None
+    print(f"{len(texts):,} docstrings, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
+    for architecture in args.architectures:
+        tokenizer: Any = fresh or AutoTokenizer.from_pretrained(args.start / f"{architecture}-tiny")
+        result = pretrain(architecture, texts, tokenizer, args)
+        folder = args.out / f"{architecture}-tiny"
+        model = result["model"].half()  # stored in 16 bits to stay small; the config says float32, so it loads as that
+        model.config.dtype = torch.float32
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["dtype"] = "float32"
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tokenizer.save_pretrained(folder)
+        (folder / "pretraining.json").write_text(json.dumps(result["record"], indent=2) + "\n")
+        print(json.dumps(result["record"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Choose k and shift for a head from texts alone, without labels."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anysplade.datasets import Pair, load_pairs
+from anysplade.errors import ModelError
+from anysplade.head import Probe, ProbeReport, check_rescaling, measure_logits, summarize_probe
+from anysplade.options import BiasPolicy, Choice
+from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+
+logger = logging.getLogger(__name__)
+
+_PROBE_PAIRS = 64
+# The rule, and what it rests on, stand in docs/calibration.md.
+ACTIVE_SHARE = 0.003  # of the token logits are above zero at the start: the level
+MEAN_EXCESS = 1.35  # and lie this far above it on average: the scale
+MEAN_EXCESS_SCALE_ONLY = 0.3  # the scale where the level may not change: more terms are active, so each must weigh less
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The affine map ``logits / k - shift`` for a head, and what it changes."""
+
+    k: float
+    shift: float
+    bias: BiasPolicy
+    before: ProbeReport | None
+    after: ProbeReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Sequence[str] = PROBE_QUERIES,
+    documents: Sequence[str] = PROBE_DOCUMENTS,
+    *,
+    k: Choice = "auto",
+    shift: Choice = "auto",
+    bias: BiasPolicy = "scale",
+) -> Calibration:
+    """The k and shift that a masked LM wants; the model is not changed.
+
+    Deterministic, and equivariant: logits ten times larger get a k ten times larger and the same shift.
+    """
+    if k == "auto" or shift == "auto":
+        return choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias)
+    check_rescaling(k, shift, bias)
+    return Calibration(float(k), float(shift), bias, None, None)
+
+
+def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasPolicy = "scale") -> Calibration:
+    """The calibration that a measured head wants.
+
+    The scale of a head is the mean excess of its highest 0.3 % of token logits over the lowest of
+    them. ``k`` brings that to a fixed value; ``shift`` then lowers the logits until those 0.3 % alone
+    are above zero. Both are rounded to four digits, below which probe texts say nothing.
+
+    Raises:
+        ModelError: the logits have no spread, or are not finite.
+        OptionError: an impossible k or shift.
+    """
+    if shift == "auto" and probe.bias is None:
+        logger.warning("this head has no bias, so its level stays as it is; k alone is chosen")
+        shift = 0.0
+    if k == "auto":
+        level = np.quantile(probe.token_logits, 1 - ACTIVE_SHARE)
+        excess = float((probe.token_logits[probe.token_logits > level] - level).mean(dtype=np.float64))
+        if not (np.isfinite(excess) and excess > 0):
+            raise ModelError("the head's logits are all alike or not finite on the probe texts; was the checkpoint saved whole?")
+        k = _round(excess / (MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY))
+    check_rescaling(k, 0.0 if shift == "auto" else shift, bias)
+    if shift == "auto":
+        shift = _round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - ACTIVE_SHARE)))
+    return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def probe_texts(data: str | None, progress: bool = False) -> tuple[list[str], list[str]]:
+    """Queries and documents to probe with: of the training data, or everyday ones if it is None.
+
+    Raises:
+        DataError: as ``load_pairs`` does.
+    """
+    if data is None:
+        return list(PROBE_QUERIES), list(PROBE_DOCUMENTS)
+    return sample_pairs(load_pairs(data, progress=progress))
+
+
+def sample_pairs(pairs: list[Pair], seed: int = 0) -> tuple[list[str], list[str]]:
+    """Up to 64 queries and documents of the training pairs."""
+    sampled = random.Random(seed).sample(pairs, min(_PROBE_PAIRS, len(pairs)))
+    return [pair.query for pair in sampled], [pair.positive for pair in sampled]

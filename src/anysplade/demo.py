@@ -1,0 +1,144 @@
+"""All of it on bundled parts: two backbones, three calibrations, a table, an index, three searches."""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anysplade.backbones import BUNDLED
+from anysplade.datasets import load_collection, load_pairs, load_python_docs, write_collection
+from anysplade.errors import OutputError
+from anysplade.evaluation import BM25, evaluate
+from anysplade.files import write_whole
+from anysplade.index import Hit, Index
+from anysplade.options import Choice, TrainingConfig
+from anysplade.python_docs import PACKAGES
+from anysplade.training import train
+
+logger = logging.getLogger(__name__)
+
+CALIBRATIONS: dict[str, tuple[Choice, Choice]] = {
+    "none": (1.0, 0.0),  # the standard recipe
+    "scale": ("auto", 0.0),  # the paper's: k alone
+    "auto": ("auto", "auto"),  # scale and level
+}
+SETTINGS: dict[str, Any] = {  # chosen to show the difference within minutes on two cores
+    "batch_size": 16,
+    "query_regularizer_weight": 1e-3,
+    "document_regularizer_weight": 1e-3,
+    "max_length": 80,
+    "checkpoint_steps": 60,
+    "seed": 0,
+}
+RUNS: dict[str, dict[str, Any]] = {  # the same for all three calibrations of a backbone
+    "bert-tiny": {"steps": 60, "learning_rate": 1e-3},
+    "modernbert-tiny": {"steps": 115, "learning_rate": 6e-4},
+}
+METRICS = ("RR@10", "nDCG@10")
+_DEPTH = 100  # documents a query's ranking holds
+QUERIES = (
+    "solve a system of linear equations",
+    "shortest path between two nodes of a graph",
+    "fill missing values in a table",
+)
+_INDEXED = ("modernbert-tiny", "auto")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made: a row a model, and where model and index lie."""
+
+    rows: list[dict[str, Any]]
+    collection: dict[str, Any]
+    settings: dict[str, Any]
+    searches: list[tuple[str, list[Hit]]]
+    model: str
+    index: str
+    command: str  # how this anysplade is called
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        searches = [{"query": query, "hits": [hit.to_dict() for hit in hits]} for query, hits in self.searches]
+        return asdict(self) | {"searches": searches}
+
+
+def run_demo(
+    output: str | Path, steps: int | None = None, packages: Sequence[str] = PACKAGES, progress: bool = False
+) -> DemoResult:
+    """Train and evaluate every bundled backbone raw, scaled and calibrated; index one of them; search.
+
+    What an earlier call with the same arguments left in the folder is used again.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    start = time.perf_counter()
+    output = Path(output).expanduser()
+    runs = {name: run | ({"steps": steps} if steps else {}) for name, run in RUNS.items()}
+    settings = SETTINGS | {"runs": runs}
+    made = output / "settings.json"
+    if output.exists() and not made.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: holds something that is no demo; choose another --out")
+    asked = {"settings": settings, "packages": list(packages)}
+    if made.exists() and json.loads(made.read_text()) != asked:
+        raise OutputError(f"{output}: holds a demo with other settings; choose another --out or remove it")
+    write_whole(made, json.dumps(asked, indent=2) + "\n")
+
+    folder = output / "collection"
+    if not folder.exists():
+        logger.info("reading the docstrings of %s", ", ".join(packages))
+        write_collection(folder, *load_python_docs(packages, progress=progress))
+    collection = load_collection(folder)
+    rows = []
+    for backbone in BUNDLED:
+        for name, (k, shift) in CALIBRATIONS.items():
+            run = output / f"{backbone}-{name}"
+            logger.info("%s, calibration %s: training and evaluating", backbone, name)
+            trained = train(
+                TrainingConfig(
+                    backbone=backbone,
+                    data=str(folder),
+                    output=str(run),
+                    k=k,
+                    shift=shift,
+                    **runs[backbone],
+                    **SETTINGS,
+                ),
+                progress=progress,
+            )
+            if not (run / "evaluation.json").exists():
+                evaluate(trained.model, collection, METRICS, output=run, depth=_DEPTH, progress=progress)
+            rows.append(
+                {"backbone": backbone, "calibration": name, "k": trained.calibration["k"], "shift": trained.calibration["shift"]}
+                | json.loads((run / "evaluation.json").read_text())
+            )
+    bm25 = evaluate(BM25, collection, METRICS, depth=_DEPTH).to_dict()
+    rows.append({"backbone": BM25, "calibration": None, "k": None, "shift": None} | bm25)
+
+    best = output / "-".join(_INDEXED)
+    where = output / "index"
+    index = Index.load(where) if where.exists() else Index.build(best / "model", folder, where, progress=progress)
+    command = Path(sys.argv[0])
+    on_path = shutil.which("anysplade")
+    result = DemoResult(
+        rows=rows,
+        collection={
+            "packages": list(packages),
+            "documents": len(collection.corpus),
+            "queries": len(collection.queries),
+            "training_pairs": len(load_pairs(folder)),
+        },
+        settings=settings,
+        searches=[(query, index.search(query, k=3, explain=True)) for query in QUERIES],
+        model=str(best / "model"),
+        index=str(where),
+        command="anysplade" if on_path and Path(on_path).resolve() == command.resolve() else str(command),
+        seconds=time.perf_counter() - start,
+    )
+    write_whole(output / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    return result

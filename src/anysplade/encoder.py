@@ -1,0 +1,209 @@
+"""Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.util import load_file_path
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anysplade.calibration import Calibration, calibrate
+from anysplade.errors import ModelError, OptionError
+from anysplade.head import check_masked_lm, find_head, load_masked_lm, rescale_head, resolve_model
+from anysplade.options import BiasPolicy, Choice
+from anysplade.pooling import splade_max_pool
+from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+
+logger = logging.getLogger(__name__)
+
+
+def load_encoder(
+    path: str | Path,
+    k: Choice = "auto",
+    shift: Choice = "auto",
+    fused: bool = True,
+    *,
+    bias: BiasPolicy = "scale",
+    queries: Sequence[str] = PROBE_QUERIES,
+    documents: Sequence[str] = PROBE_DOCUMENTS,
+    max_length: int | None = None,
+) -> SparseEncoder:
+    """A stock ``SparseEncoder`` (max pooling, dot product) on a backbone whose head is calibrated.
+
+    With ``k=1, shift=0`` the head is untouched. A folder that was saved as a ``SparseEncoder`` has
+    its calibration already: there, ``"auto"`` means no change.
+
+    Args:
+        path: a masked LM's folder or hub id, or a saved SparseEncoder.
+        k: divides the logits; ``"auto"`` chooses it from the probe texts.
+        shift: is taken from the logits after that; ``"auto"`` likewise.
+        fused: pool without ever building the (batch, length, vocabulary) logits; same results.
+        bias: whether k divides the decoder's bias too; see ``rescale_head``.
+        queries, documents: the probe texts; a few dozen of the kind the model will meet.
+        max_length: tokens a text is cut to; the tokenizer's own limit if None.
+
+    Raises:
+        ModelError: not found, not a masked LM, or a head that cannot do what is asked.
+        OptionError: an impossible k or shift.
+    """
+    return build_encoder(path, k, shift, fused, bias=bias, queries=queries, documents=documents, max_length=max_length)[0]
+
+
+def build_encoder(
+    path: str | Path,
+    k: Choice = "auto",
+    shift: Choice = "auto",
+    fused: bool = True,
+    *,
+    bias: BiasPolicy = "scale",
+    queries: Sequence[str] = PROBE_QUERIES,
+    documents: Sequence[str] = PROBE_DOCUMENTS,
+    max_length: int | None = None,
+) -> tuple[SparseEncoder, Calibration]:
+    """``load_encoder``, and the calibration that was applied."""
+    source = resolve_model(path)
+    if is_sparse_encoder(source):
+        logger.info("%s is a sparse encoder already: its head stays as it is unless k or shift is a number", source)
+        k, shift = (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
+        encoder = SparseEncoder(source)
+    else:
+        load_masked_lm(source)  # refuses what Transformer would take: a checkpoint without a trained head
+        encoder = _with_splade_pooling(source)
+    model = masked_lm(encoder)
+    calibration = calibrate(model, encoder.tokenizer, queries, documents, k=k, shift=shift, bias=bias)
+    rescale_head(model, calibration.k, calibration.shift, bias)
+    if max_length is not None:
+        if max_length < 3:
+            raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
+        encoder.max_seq_length = min(max_length, encoder.max_seq_length or max_length)
+    if fused:
+        fuse_pooling(encoder)
+    return encoder, calibration
+
+
+def open_encoder(path: str | Path, fused: bool = True) -> SparseEncoder:
+    """A saved ``SparseEncoder`` of any kind, or a masked LM's raw SPLADE vectors; nothing is calibrated.
+
+    Raises:
+        ModelError: not found, or neither of the two. (``SparseEncoder(name)`` itself silently
+            builds an untrained autoencoder for a checkpoint that is not a masked LM.)
+    """
+    source = resolve_model(path)
+    if is_sparse_encoder(source):
+        try:
+            encoder = SparseEncoder(source)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{source}: cannot be loaded as a SparseEncoder: {error}".splitlines()[0]) from error
+    else:
+        check_masked_lm(source)
+        encoder = _with_splade_pooling(source)
+    if fused and isinstance(encoder[-1], SpladePooling):
+        fuse_pooling(encoder)
+    return encoder
+
+
+def is_sparse_encoder(source: str) -> bool:
+    """Whether a folder or hub id was saved by sentence-transformers."""
+    return load_file_path(source, "modules.json") is not None
+
+
+def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
+    """The masked LM inside a SPLADE encoder.
+
+    Raises:
+        ModelError: the encoder is of another kind, without an MLM head.
+    """
+    first = encoder[0]
+    if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
+        raise ModelError(f"{type(first).__name__} is this encoder's first module; only SPLADE encoders have an MLM head")
+    return first.model
+
+
+def _with_splade_pooling(source: str) -> SparseEncoder:
+    # float32 whatever the checkpoint is stored in: half-precision weights do not train.
+    transformer = Transformer(source, transformer_task="fill-mask", model_kwargs={"dtype": torch.float32})
+    return SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot")
+
+
+# ----------------------------------------------------------------------------------- fused pooling
+
+
+def fuse_pooling(encoder: SparseEncoder) -> bool:
+    """Switch a SPLADE encoder to fused pooling, for training and encoding; ``unfuse_pooling`` undoes it.
+
+    Only the two modules' ``forward`` is replaced, on these instances: weights, configuration and all
+    that is saved stay stock, and the masked LM called by itself still gives logits. Where the head
+    is not one projection with its bias, or the pooling is not max, nothing changes and a line is logged.
+
+    Returns:
+        Whether the pooling is fused now.
+    """
+    transformer, pooling = encoder[0], encoder[-1]
+    model = masked_lm(encoder)
+    head = find_head(model)
+    if not isinstance(pooling, SpladePooling) or pooling.pooling_strategy != "max":
+        return _not_fused("its pooling is not max")
+    if not isinstance(head.decoder, nn.Linear) or (head.decoder.bias is None and head.biases):
+        return _not_fused(f"{type(model).__name__} adds a bias outside its decoder")
+    unfuse_pooling(encoder)
+    features = {"input_ids": torch.arange(16, device=model.device).reshape(2, 8)}
+    features["attention_mask"] = torch.ones_like(features["input_ids"])
+    was_training = encoder.training
+    encoder.eval()
+    with torch.no_grad():
+        stock = encoder(dict(features))["sentence_embedding"]
+        transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
+        pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
+        fused = encoder(dict(features))["sentence_embedding"]
+    encoder.train(was_training)
+    if fused.shape != stock.shape or not torch.allclose(fused, stock, rtol=1e-2 if stock.dtype.itemsize < 4 else 1e-4, atol=1e-3):
+        unfuse_pooling(encoder)
+        return _not_fused(f"{type(model).__name__} changes its logits after the decoder")
+    return True
+
+
+def unfuse_pooling(encoder: SparseEncoder) -> None:
+    """Back to the modules' own forward."""
+    for module in (encoder[0], encoder[-1]):
+        module.__dict__.pop("forward", None)
+
+
+def _not_fused(reason: str) -> bool:
+    logger.info("pooling is not fused, which is slower and gives the same: %s", reason)
+    return False
+
+
+def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """The transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width)."""
+    decoder.__dict__["forward"] = _identity
+    try:
+        return type(transformer).forward(transformer, features, **kwargs)
+    finally:
+        del decoder.__dict__["forward"]
+
+
+def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[str, Any]) -> dict[str, Any]:
+    hidden = features["token_embeddings"]
+    if "cu_seq_lens_q" in features:  # unpadded input, (1, tokens, width): padding it again is cheap at this width
+        lengths = features["cu_seq_lens_q"].diff().tolist()
+        hidden = nn.utils.rnn.pad_sequence(hidden[0].split(lengths), batch_first=True)
+        mask = torch.arange(hidden.shape[1]) < torch.tensor(lengths).unsqueeze(1)
+        mask = mask.to(hidden.device)
+    else:
+        mask = features["attention_mask"]
+    double_log = pooling.activation_function == "log1p_relu"
+    features["sentence_embedding"] = splade_max_pool(hidden, decoder.weight, decoder.bias, mask, double_log)
+    if pooling.embedding_dimension is None:
+        pooling.embedding_dimension = len(decoder.weight)
+    return features
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden

@@ -1,0 +1,40 @@
+"""What anysplade raises.
+
+AnyspladeError                 something failed; exit code 1 on the command line
+└── UsageError (ValueError)    the caller can mend it; exit code 2
+    ├── ModelError             the model is missing, is no masked LM, or has no usable head
+    ├── DataError              a file, line or column of the data is not as it must be
+    ├── OptionError            an option has an impossible value
+    ├── MeasureError           a measure's name is not known
+    └── OutputError            the output folder holds something else
+
+Every message is one line: what is wrong, where, and how to mend it.
+"""
+
+
+class AnyspladeError(Exception):
+    """Base of everything that anysplade raises by itself."""
+
+
+class UsageError(AnyspladeError, ValueError):
+    """A mistake in what was asked for."""
+
+
+class ModelError(UsageError):
+    """The model is missing, is no masked language model, or has no usable head."""
+
+
+class DataError(UsageError):
+    """The data is missing or malformed; the message names the file and the line."""
+
+
+class OptionError(UsageError):
+    """An option has an impossible value."""
+
+
+class MeasureError(UsageError):
+    """The name of a measure is not known."""
+
+
+class OutputError(UsageError):
+    """The output folder holds something that this run did not make."""

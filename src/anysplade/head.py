@@ -1,0 +1,429 @@
+"""The MLM head of a masked language model: find it, measure it, rescale it.
+
+SPLADE reads a text as ``max over tokens of log(1 + relu(logits))`` with ``logits = W h + b``, W and
+b being the head's last projection, the *decoder*. Pretraining fixes neither the scale of the logits
+nor, as softmax ignores a constant, their level; SPLADE depends on both. ``rescale_head`` applies
+``logits' = logits / k - shift`` by changing W and b alone, so that the result is a stock checkpoint.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from anysplade import __version__
+from anysplade.backbones import BUNDLED
+from anysplade.errors import ModelError, OptionError
+from anysplade.options import BiasPolicy
+from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+
+logger = logging.getLogger(__name__)
+
+RECORD = "anysplade"  # the key in a checkpoint's config.json that says what was done to its head
+PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
+
+_SAMPLED_LOGITS = 2**24  # token logits kept for percentiles: 64 MB in float32
+_LOGITS_A_BATCH = 2**26  # logits computed at a time: 256 MB in float32
+_PROBE_LENGTH = 256
+
+
+# ------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last projection of a masked LM."""
+
+    decoder: nn.Linear  # .weight: (vocabulary, width); some architectures bring a class of their own
+    biases: tuple[Tensor, ...]  # the distinct tensors registered as its bias, (vocabulary,) or (1, vocabulary)
+
+    @property
+    def bias(self) -> Tensor | None:  # (vocabulary,)
+        return self.biases[0].detach().reshape(-1) if self.biases else None
+
+
+def find_head(model: PreTrainedModel) -> Head:
+    """The decoder of a masked LM and its bias, wherever the architecture keeps it.
+
+    Raises:
+        ModelError: the model has no projection onto its vocabulary.
+    """
+    decoder = model.get_output_embeddings()
+    weight = getattr(decoder, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ModelError(f"{type(model).__name__} has no projection onto its vocabulary; SPLADE needs a masked LM with an MLM head")
+    name = next(n for n, module in model.named_modules() if module is decoder)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    # nn.Linear's own bias; ESM keeps it beside the decoder; BART adds a buffer to the logits.
+    candidates = (getattr(decoder, "bias", None), getattr(parent, "bias", None), getattr(model, "final_logits_bias", None))
+    found = {id(b): b for b in candidates if isinstance(b, Tensor) and b.numel() == weight.shape[0]}
+    return Head(decoder, tuple(found.values()))
+
+
+def resolve_model(name: str | Path) -> str:
+    """A checkpoint folder or a hub id, as ``from_pretrained`` takes it; bundled backbones go by name.
+
+    Raises:
+        ModelError: a folder that does not exist or holds no checkpoint, or no such model on the hub.
+    """
+    text = str(name).strip()
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
+            if (folder / "config.json").is_file():
+                return str(folder)
+        raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
+    if text in BUNDLED:
+        return str(BUNDLED[text])
+    if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
+        raise ModelError(f"{text or 'an empty name'}: no such model folder; give a checkpoint's folder or a hub id like org/name")
+    _require_on_hub(text)
+    return text
+
+
+def _require_on_hub(name: str) -> None:
+    """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
+        raise ModelError(f"{name}: no such folder here, and not to be had from the hub: {_first_line(error)}") from error
+
+
+def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The masked LM and tokenizer at a folder or hub id, in evaluation mode.
+
+    Raises:
+        ModelError: not found, not a masked LM, or a checkpoint whose weights lack the MLM head.
+    """
+    source = resolve_model(name)
+    check_masked_lm(source)
+    try:
+        model, info = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: cannot be loaded as a masked LM: {_first_line(error)}") from error
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(prefix))
+    if missing:  # transformers fills these with random numbers and goes on
+        raise ModelError(
+            f"{source}: the checkpoint has no trained MLM head ({missing[0]} is missing); SPLADE needs a masked LM's own head"
+        )
+    return model.eval(), tokenizer
+
+
+def check_masked_lm(source: str) -> None:
+    """Raise ModelError unless the config at ``source`` is one that ``AutoModelForMaskedLM`` loads."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
+    if type(config) not in AutoModelForMaskedLM._model_mapping and "AutoModelForMaskedLM" not in getattr(config, "auto_map", {}):
+        raise ModelError(
+            f"{source}: {config.model_type!r} is not a masked LM, so it has no MLM head; use a backbone such as BERT or ModernBERT"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a head's logits are on probe texts: enough to know any (k, shift) without another forward pass.
+
+    A per-term affine map commutes with the max over tokens, so the pooled logits are kept raw.
+    """
+
+    token_logits: np.ndarray  # (sampled tokens, vocabulary) float32; special tokens included, padding not
+    query_logits: np.ndarray  # (queries, vocabulary): max over each query's tokens
+    document_logits: np.ndarray  # (documents, vocabulary)
+    bias: np.ndarray | None  # (vocabulary,)
+
+    def affine(self, k: float, shift: float, bias: BiasPolicy) -> "Probe":
+        """The probe as it would be after ``rescale_head(k, shift, bias)``."""
+        offset: Any = np.float32(-shift)
+        if bias == "keep" and self.bias is not None:
+            offset = offset + self.bias * np.float32(1 - 1 / k)
+        token, query, document = (
+            logits / np.float32(k) + offset for logits in (self.token_logits, self.query_logits, self.document_logits)
+        )
+        return Probe(token, query, document, None)
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What SPLADE starts from, measured on probe texts before any training."""
+
+    queries: int
+    documents: int
+    tokens: int  # sampled for the percentiles and the positive share
+    logit_percentiles: dict[str, float]
+    positive_share: float  # of all token logits
+    query_active_dims: float
+    document_active_dims: float
+    flops: float  # expected products a (query, document) pair: sum over terms of P(in query) P(in document)
+    score_mean: float  # over all (query, document) pairs of the probe
+    score_std: float
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """A masked LM's head: what it is and, if there was a tokenizer to probe it with, what it does."""
+
+    model: str
+    architecture: str
+    vocabulary: int
+    width: int
+    tied: bool
+    bias: bool
+    frobenius_norm: float
+    mean_row_norm: float
+    max_row_norm: float
+    rescaled: dict[str, Any] | None  # what rescale_head recorded in the checkpoint
+    probe: ProbeReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_head(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    queries: Sequence[str] = PROBE_QUERIES,
+    documents: Sequence[str] = PROBE_DOCUMENTS,
+) -> HeadReport:
+    """Measure the MLM head of a checkpoint or of a loaded masked LM.
+
+    A loaded model is probed only if its tokenizer is given; otherwise ``probe`` is None.
+
+    Raises:
+        ModelError: not a masked LM, or no head.
+    """
+    if isinstance(model, PreTrainedModel):
+        name = model.name_or_path or type(model).__name__
+    else:
+        name = str(model)
+        model, tokenizer = load_masked_lm(model)
+    return describe_head(model, None if tokenizer is None else measure_logits(model, tokenizer, queries, documents), name)
+
+
+def describe_head(model: PreTrainedModel, probe: Probe | None, name: str) -> HeadReport:
+    """The report of a loaded masked LM whose logits were measured before."""
+    head = find_head(model)
+    weight = head.decoder.weight.detach().float()  # (vocabulary, width)
+    rows = weight.norm(dim=1)
+    return HeadReport(
+        model=name,
+        architecture=type(model).__name__,
+        vocabulary=weight.shape[0],
+        width=weight.shape[1],
+        tied=head.decoder.weight is model.get_input_embeddings().weight,
+        bias=bool(head.biases),
+        frobenius_norm=float(weight.norm()),
+        mean_row_norm=float(rows.mean()),
+        max_row_norm=float(rows.max()),
+        rescaled=getattr(model.config, RECORD, None),
+        probe=None if probe is None else summarize_probe(probe),
+    )
+
+
+@torch.inference_mode()
+def measure_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: Sequence[str], documents: Sequence[str]
+) -> Probe:
+    """Run the probe texts through the model.
+
+    Time: one forward pass over the texts. Memory: about 64 MB of sampled token logits, and the
+    pooled logits, (texts x vocabulary) in float32.
+
+    Raises:
+        OptionError: there are no texts to probe with.
+    """
+    if not queries or not documents:
+        raise OptionError("calibration needs probe texts: at least one query and one document")
+    head = find_head(model)
+    vocabulary = head.decoder.weight.shape[0]
+    limit = min(_PROBE_LENGTH, tokenizer.model_max_length)
+    encoded = [
+        [ids[:limit] for ids in tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]]
+        for texts in (queries, documents)
+    ]
+    tokens = sum(len(ids) for texts in encoded for ids in texts)
+    stride = max(1, math.ceil(tokens * vocabulary / _SAMPLED_LOGITS))
+    was_training = model.training
+    model.eval()
+    sampled: list[np.ndarray] = []
+    pooled: list[np.ndarray] = []
+    seen = 0
+    for texts in encoded:
+        rows = np.empty((len(texts), vocabulary), np.float32)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        while order:
+            longest = len(texts[order[-1]])
+            batch = [order.pop() for _ in range(min(len(order), max(1, _LOGITS_A_BATCH // (longest * vocabulary))))]
+            padded = tokenizer.pad({"input_ids": [texts[i] for i in batch]}, return_tensors="pt").to(model.device)
+            logits = model(**padded).logits.float()  # (batch, length, vocabulary)
+            mask = padded["attention_mask"].bool()
+            rows[batch] = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1).cpu().numpy()
+            flat = logits[mask]
+            sampled.append(flat[(-seen) % stride :: stride].cpu().numpy())
+            seen += len(flat)
+        pooled.append(rows)
+    model.train(was_training)
+    bias = None if head.bias is None else head.bias.float().cpu().numpy()
+    return Probe(np.concatenate(sampled), pooled[0], pooled[1], bias)
+
+
+def summarize_probe(probe: Probe) -> ProbeReport:
+    queries, documents = (np.log1p(np.maximum(z, 0)) for z in (probe.query_logits, probe.document_logits))
+    scores = queries @ documents.T  # (queries, documents)
+    levels = np.percentile(probe.token_logits, PERCENTILES)
+    return ProbeReport(
+        queries=len(queries),
+        documents=len(documents),
+        tokens=len(probe.token_logits),
+        logit_percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, levels, strict=True)},
+        positive_share=float((probe.token_logits > 0).mean()),
+        query_active_dims=float((queries > 0).sum(axis=1).mean()),
+        document_active_dims=float((documents > 0).sum(axis=1).mean()),
+        flops=float(((queries > 0).mean(axis=0) * (documents > 0).mean(axis=0)).sum()),
+        score_mean=float(scores.mean()),
+        score_std=float(scores.std()),
+    )
+
+
+# ------------------------------------------------------------------------------------ rescaling
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """What was done to a head; lies under ``anysplade`` in the checkpoint's config.json."""
+
+    k: float
+    shift: float
+    bias: BiasPolicy
+    source: str
+    version: str
+
+
+def rescale_head(model: PreTrainedModel, k: float = 8.0, shift: float = 0.0, bias: BiasPolicy = "scale") -> PreTrainedModel:
+    """Make the logits ``logits / k - shift``, in place; the encoder stays as it is.
+
+    With k ≠ 1 everything that is tied is untied first: the input embeddings keep their scale, the
+    decoder gets weights of its own (the checkpoint grows by vocabulary x width numbers) and
+    ``tie_word_embeddings`` is switched off. With k = 1 only the bias changes, and ties and size stay.
+
+    Args:
+        model: a masked LM of transformers.
+        k: divides the decoder's weight, as in arXiv 2606.18811; finite and above 0.
+        shift: is taken from every logit, by way of the bias.
+        bias: ``"scale"`` divides the bias by k too, so the formula holds; with ``"keep"`` it is
+            ``W h / k + b - shift``.
+
+    Returns:
+        The same model. Its config records what was done.
+
+    Raises:
+        OptionError: k is not a positive finite number, shift is not finite, or bias is no policy.
+        ModelError: there is no head, no bias to shift, or the logits are not ``W h + b``: then the
+            model is left as it was.
+    """
+    check_rescaling(k, shift, bias)
+    if k == 1 and shift == 0:
+        return model
+    head = find_head(model)
+    if shift != 0 and not head.biases:
+        raise ModelError(f"{type(model).__name__}: the MLM head has no bias, so it cannot be shifted; use --shift 0 and k alone")
+    earlier = getattr(model.config, RECORD, None)
+    if earlier:
+        logger.warning(
+            "this head was rescaled before (k=%g, shift=%g); k=%g and shift=%g come on top",
+            earlier["k"],
+            earlier["shift"],
+            k,
+            shift,
+        )
+    before = _check_logits(model)
+    offset = 0.0 if head.bias is None or bias == "scale" else head.bias.float() * (1 - 1 / k)
+    undo = _apply(model, k, shift, bias)
+    after = _check_logits(model)
+    tolerance = 64 * torch.finfo(head.decoder.weight.dtype).eps * max(1.0, float(before.abs().max()) / min(1.0, k), abs(shift))
+    if not torch.allclose(after, before / k + offset - shift, rtol=0, atol=tolerance):
+        undo()
+        raise ModelError(
+            f"{type(model).__name__}: its logits are not one projection of its hidden states; k and shift cannot be folded into it"
+        )
+    record = asdict(Rescaling(float(k), float(shift), bias, str(model.name_or_path or type(model).__name__), __version__))
+    setattr(model.config, RECORD, record | ({"earlier": earlier} if earlier else {}))
+    return model
+
+
+def check_rescaling(k: float, shift: float, bias: str) -> None:
+    """Raise OptionError unless the three are usable."""
+    if not (math.isfinite(k) and k > 0):
+        raise OptionError(f"k is {k:g}: the head is divided by it, so it must be a finite number above 0")
+    if not math.isfinite(shift):
+        raise OptionError(f"shift is {shift:g}: it must be a finite number")
+    if bias not in ("scale", "keep"):
+        raise OptionError(f"bias is {bias!r}: it must be 'scale' (divided by k, the default) or 'keep'")
+
+
+def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> Any:
+    """Change weight and bias; return what puts everything back."""
+    tie = model.config.tie_word_embeddings
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    if k != 1:
+        # The flag governs every tie of the model, so each tied tensor becomes a copy of its own: left
+        # to the flag alone, the reloaded checkpoint would draw some of them (biases above all) anew.
+        for target in model.get_expanded_tied_weights_keys(all_submodels=True):
+            owner = model.get_submodule(target.rpartition(".")[0])
+            name = target.rpartition(".")[2]
+            tied: nn.Parameter = getattr(owner, name)
+            replaced.append((owner, name, tied))
+            setattr(owner, name, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    head = find_head(model)
+    changed = [(t, t.detach().clone()) for t in (head.decoder.weight, *head.biases)]
+    with torch.no_grad():
+        head.decoder.weight /= k
+        for tensor in head.biases:
+            if bias == "scale":
+                tensor /= k
+            tensor -= shift
+
+    def undo() -> None:
+        with torch.no_grad():
+            for tensor, old in changed:
+                tensor.copy_(old)
+        for owner, name, tied in replaced:
+            setattr(owner, name, tied)
+        model.config.tie_word_embeddings = tie
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    return undo
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel) -> Tensor:
+    """Logits of sixteen fixed tokens: (2, 8, vocabulary)."""
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    ids = (torch.arange(16, device=model.device).reshape(2, 8) * 7919 + vocabulary // 3) % vocabulary
+    was_training = model.training
+    try:
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    finally:
+        model.train(was_training)

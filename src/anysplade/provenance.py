@@ -1,0 +1,42 @@
+"""What a result must carry to be made again: versions, commit, hardware, command."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from anysplade import __version__
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, hardware and command line of this process, ready for JSON."""
+    import torch
+
+    libraries = ("torch", "transformers", "sentence-transformers", "numpy", "scipy")
+    return {
+        "versions": {"anysplade": __version__, "python": platform.python_version()} | {name: version(name) for name in libraries},
+        "commit": _commit(),
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        if tracked.returncode:
+            return None
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

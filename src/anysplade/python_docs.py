@@ -1,0 +1,140 @@
+"""The docstrings of installed Python packages, as text for retrieval.
+
+A docstring whose first line is a summary of its own (PEP 257) gives a query, the summary, and a
+document, the rest. Packages are parsed, never imported, so reading them has no side effects and
+gives the same texts for the same environment.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from anysplade.errors import DataError
+
+# Libraries that an installation of anysplade always brings, with documentation worth reading.
+PACKAGES = ("networkx", "numpy", "pandas", "scikit-learn", "scipy", "sympy")
+
+_SHINGLE_WORDS = 8
+_NEAR_COPY = 0.3  # share of a document's shingles already seen above which it is a near-copy
+_TEST_SHARE = 0.3  # of the modules
+_QUERY_WORDS = range(3, 31)
+_MIN_TEST_QUERY_WORDS = 8
+_MIN_DOCUMENT_WORDS = 40
+_PASSAGE = re.compile(r"(?:\S+\s+){0,59}\S+")  # the first 60 words: what small models read is what BM25 reads
+
+
+class Docstring(NamedTuple):
+    name: str  # dotted path of the module, class or function
+    text: str  # indentation removed
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it belongs to the test split, by a hash of the first three parts of the path.
+
+        So a module is trained on or held out as a whole, whatever else is installed.
+        """
+        module = ".".join(self.name.split(".")[:3])
+        return int.from_bytes(hashlib.sha256(module.encode()).digest()[:4]) < _TEST_SHARE * 2**32
+
+    @property
+    def private(self) -> bool:
+        return self.name.rpartition(".")[2].startswith("_")
+
+
+class Entry(NamedTuple):
+    name: str
+    query: str  # the summary
+    document: str  # the first 60 words of the rest
+
+    @property
+    def telling(self) -> bool:
+        """Whether the query is long enough, eight words, to be meant for one document."""
+        return len(_words(self.query)) >= _MIN_TEST_QUERY_WORDS
+
+
+def read_docstrings(packages: Iterable[str] | None = None, progress: bool = False) -> Iterator[Docstring]:
+    """Docstrings of the named distributions (all installed ones if None), without their tests.
+
+    Raises:
+        DataError: a distribution is not installed.
+    """
+    if packages is None:
+        packages = sorted({d.metadata["Name"] for d in importlib.metadata.distributions()}, key=str.lower)
+    sources: list[tuple[str, Path]] = []
+    for package in packages:
+        try:
+            files = importlib.metadata.distribution(package).files or []
+        except importlib.metadata.PackageNotFoundError:
+            raise DataError(f"python-docs: package {package!r} is not installed; run: pip install {package}") from None
+        for file in sorted(files, key=str):
+            if file.suffix == ".py" and not {"tests", "test", "_tests", "testing", ".."} & set(file.parts):
+                parts = file.with_suffix("").parts
+                module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+                sources.append((module, Path(str(file.locate()))))
+    for module, path in tqdm(sources, desc="reading docstrings", unit="file", disable=not progress, leave=False):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in other people's code
+                tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError):  # templates for other versions, files removed since
+            continue
+        yield from _docstrings(tree, module)
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[Docstring]:
+    text = ast.get_docstring(node, clean=False)
+    if text:
+        yield Docstring(name, inspect.cleandoc(text))
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child, f"{name}.{child.name}")
+
+
+def split_entries(docstrings: Iterable[Docstring]) -> tuple[list[Entry], list[Entry]]:
+    """Queries with their documents, as (train, test), split by module.
+
+    A docstring is left out if its summary is not a line of its own, if summary or rest are too
+    short, if the rest repeats the summary, if the summary was seen before, or if the rest is a
+    near-copy of a document seen before: one that shares more than 30 % of its runs of eight words.
+    Test comes first, so that what is left out for being alike is left out of training. Docstrings
+    of private functions and classes are trained on, but not tested on.
+    """
+    seen_queries: set[str] = set()
+    seen_shingles: set[int] = set()
+    train: list[Entry] = []
+    test: list[Entry] = []
+    for docstring in sorted(docstrings, key=lambda d: (not d.held_out, d.name)):
+        summary, _, rest = docstring.text.partition("\n")
+        passage = _PASSAGE.match(rest.strip())
+        query, document = summary.strip(), passage.group() if passage else ""
+        query_words, words = _words(query), _words(document)
+        key = " ".join(query_words)
+        if (
+            (docstring.private and docstring.held_out)
+            or not rest.startswith("\n")
+            or len(query_words) not in _QUERY_WORDS
+            or len(words) < _MIN_DOCUMENT_WORDS
+            or key in seen_queries
+            or key in " ".join(words)
+        ):
+            continue
+        # Hashes of strings differ between processes, but which of them are equal does not.
+        shingles = {hash(tuple(words[i : i + _SHINGLE_WORDS])) for i in range(len(words) - _SHINGLE_WORDS + 1)}
+        if len(shingles & seen_shingles) > _NEAR_COPY * len(shingles):
+            continue
+        seen_queries.add(key)
+        seen_shingles |= shingles
+        (test if docstring.held_out else train).append(Entry(docstring.name, query, document))
+    return train, test
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

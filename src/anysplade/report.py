@@ -1,0 +1,132 @@
+"""Results for a person: tables and lines. Nothing is computed here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from anysplade.calibration import Calibration
+    from anysplade.demo import DemoResult
+    from anysplade.head import HeadReport
+    from anysplade.index import Hit
+    from anysplade.training import TrainingResult
+
+_SNIPPET = 160  # characters of a hit's text
+_TERMS = 6  # shown of a hit's explanation
+
+
+def head_tables(report: "HeadReport", suggested: "Calibration") -> list[RenderableType]:
+    tied = "tied to the input embeddings" if report.tied else "not tied"
+    about = (
+        f"{report.architecture}: vocabulary {report.vocabulary:,}, width {report.width}, decoder {tied}, "
+        f"{'with' if report.bias else 'without'} bias\n"
+        f"decoder norm {report.frobenius_norm:.1f}; row norm {report.mean_row_norm:.3f}, at most {report.max_row_norm:.3f}"
+    )
+    if report.rescaled:
+        about += f"\nrescaled before: k={report.rescaled['k']:g}, shift={report.rescaled['shift']:g}"
+    before, after = suggested.before, suggested.after
+    if before is None or after is None:
+        return [about]
+    table = _table("before any training", "raw", f"k={suggested.k:g}, shift={suggested.shift:g}")
+    for label, name, form in (
+        ("token logits above zero", "positive_share", ".2%"),
+        ("query active dims", "query_active_dims", ",.0f"),
+        ("document active dims", "document_active_dims", ",.0f"),
+        ("FLOPS", "flops", ",.1f"),
+        ("score, mean", "score_mean", ",.1f"),
+        ("score, standard deviation", "score_std", ",.1f"),
+    ):
+        table.add_row(label, *(format(getattr(side, name), form) for side in (before, after)))
+    for percentile, value in before.logit_percentiles.items():
+        table.add_row(f"logits, percentile {percentile}", f"{value:.2f}", f"{after.logit_percentiles[percentile]:.2f}")
+    return [about, table]
+
+
+def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) -> list[RenderableType]:
+    tied = "tied, the size unchanged" if report.tied else "not tied"
+    return [
+        f"logits / {calibration.k:g} - {calibration.shift:g} (bias: {calibration.bias}), folded into {report.architecture}",
+        f"decoder {tied}",
+        f"written to {out}; load it with AutoModelForMaskedLM.from_pretrained({str(out)!r})",
+    ]
+
+
+def training_lines(result: "TrainingResult") -> list[RenderableType]:
+    losses = [entry["loss"] for entry in result.log if "loss" in entry]
+    loss = f"; loss {losses[0]:.3g} at first, {losses[-1]:.3g} at last" if losses else ""
+    resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
+    return [
+        f"k={result.calibration['k']:g}, shift={result.calibration['shift']:g}; "
+        f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s{resumed}{loss}",
+        f"model: {result.model}",
+        f"next: anysplade evaluate {result.model} COLLECTION",
+    ]
+
+
+def evaluation_table(
+    rows: Sequence[dict[str, Any]], metrics: Sequence[str], names: Sequence[str] = ("model",)
+) -> list[RenderableType]:
+    """One row a result: effectiveness, and the cost beside it."""
+    table = _table(*names, *metrics, "query active dims", "document active dims", "FLOPS")
+    for row in rows:
+        table.add_row(
+            *(escape(_number(row.get(name))) for name in names),
+            *(f"{row[metric]:.3f}" for metric in metrics),
+            *("–" if row[name] is None else f"{row[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops")),
+        )
+    return [table]
+
+
+def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:
+    if not hits:
+        return ["no document shares a term with the query"]
+    lines: list[RenderableType] = []
+    for rank, hit in enumerate(hits, 1):
+        text = " ".join(f"{hit.title} {hit.text}".split())
+        lines.append(Text.assemble(f"{rank:>2}. ", (hit.id, "bold"), f"  {hit.score:.2f}"))
+        lines.append(Text(f"    {text[:_SNIPPET]}{'…' if len(text) > _SNIPPET else ''}"))
+        if hit.terms is not None:
+            shown = "  ".join(f"{t.term} {t.query_weight:.2f}×{t.document_weight:.2f}={t.product:.2f}" for t in hit.terms[:_TERMS])
+            rest = hit.terms[_TERMS:]
+            lines.append(
+                Text(f"    {shown}" + (f"  +{len(rest)} more={sum(t.product for t in rest):.2f}" if rest else ""), style="dim")
+            )
+    return lines
+
+
+def demo_parts(result: "DemoResult") -> list[RenderableType]:
+    collection = result.collection
+    parts: list[RenderableType] = [
+        f"Docstrings of {', '.join(collection['packages'])}: {collection['training_pairs']:,} training pairs; "
+        f"{collection['queries']:,} held-out queries over {collection['documents']:,} documents.",
+        "Trained on {batch_size} pairs a step, texts cut to {max_length} tokens: ".format(**result.settings)
+        + "; ".join(f"{name} {run['steps']} steps at {run['learning_rate']:g}" for name, run in result.settings["runs"].items()),
+        *evaluation_table(result.rows, ["RR@10", "nDCG@10"], ["backbone", "calibration", "k", "shift"]),
+    ]
+    for query, hits in result.searches:
+        parts += [Text(f"\n{query}", style="bold"), *hit_lines(hits)]
+    parts.append(
+        Text(
+            f"\nmodel: {result.model}\nindex: {result.index}\nall done in {result.seconds:.0f} s; next:\n\n"
+            f'  {result.command} search {result.index} "sort an array in descending order"\n\n'
+            f"  from sentence_transformers import SparseEncoder\n"
+            f"  model = SparseEncoder({result.model!r})"
+        )
+    )
+    return parts
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    return table
+
+
+def _number(value: object) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,222 @@
+"""Train a sparse encoder: one config, sentence-transformers' trainer.
+
+The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints`` (stock ones too),
+``run.json`` (what was asked for and the calibration, written before the first step) and
+``training.json`` (the result, written when all is done).
+"""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from anysplade.calibration import sample_pairs
+from anysplade.datasets import Pair, hash_texts, load_pairs
+from anysplade.encoder import build_encoder
+from anysplade.errors import OptionError, OutputError
+from anysplade.files import whole_folder, write_whole
+from anysplade.options import TrainingConfig
+from anysplade.provenance import provenance
+
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete"  # marks a checkpoint whose files are all there
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves; lies in ``training.json``."""
+
+    model: str
+    config: dict[str, Any]
+    calibration: dict[str, Any]
+    pairs: int
+    data_hash: str
+    steps: int
+    resumed_from: int  # the step that this process started at: 0 unless the run was interrupted
+    seconds: float  # of training in this process
+    log: list[dict[str, float]]  # the trainer's own log: loss, its parts, learning rate
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
+    """Train a SPLADE encoder with in-batch negatives and FLOPS regularisation.
+
+    Interrupted and called again with the same config, it goes on from its last complete checkpoint;
+    finished, it returns the recorded result and does nothing.
+
+    Raises:
+        OutputError: the output folder holds another run, or something else.
+        ModelError, DataError, OptionError: as ``load_encoder`` and ``load_pairs`` do.
+    """
+    output = Path(config.output).expanduser()
+    asked = asdict(config)
+    finished = _claim(output, asked)
+    if finished is not None:
+        logger.info("%s holds this run's result already", output)
+        return finished
+    pairs = load_pairs(config.data, progress=progress)
+    if len(pairs) < 2:
+        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
+    data_hash = hash_texts(text for pair in pairs for text in pair if text is not None)
+
+    set_seed(config.seed)
+    queries, documents = sample_pairs(pairs, config.seed)
+    encoder, calibration = build_encoder(
+        config.backbone,
+        config.k,
+        config.shift,
+        config.fused,
+        bias=config.bias,
+        queries=queries,
+        documents=documents,
+        max_length=config.max_length,
+    )
+    run = {"config": asked, "calibration": calibration.to_dict(), "data_hash": data_hash}
+    if (output / "run.json").exists():
+        recorded = json.loads((output / "run.json").read_text())
+        if recorded["data_hash"] != data_hash:
+            raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
+    else:
+        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+
+    trainer = _trainer(config, encoder, pairs, output, progress)
+    checkpoint = _last_checkpoint(output / "checkpoints")
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - start
+
+    shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
+    with whole_folder(output / "model") as folder:
+        encoder.save_pretrained(str(folder))
+    result = TrainingResult(
+        model=str(output / "model"),
+        config=asked,
+        calibration=calibration.to_dict(),
+        pairs=len(pairs),
+        data_hash=data_hash,
+        steps=trainer.state.global_step,
+        resumed_from=0 if checkpoint is None else _step(checkpoint),
+        seconds=seconds,
+        log=trainer.state.log_history,
+        provenance=provenance(),
+    )
+    write_whole(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
+    """Check that the output folder is new or holds this very run; the result if it is finished."""
+    if not (output / "run.json").exists():
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise OutputError(f"{output}: holds something that is no run of anysplade; choose another --out")
+        return None
+    recorded = json.loads((output / "run.json").read_text())["config"]
+    different = [f"{name} {recorded.get(name)!r}, now {asked[name]!r}" for name in asked if recorded.get(name) != asked[name]]
+    if different:
+        raise OutputError(f"{output}: holds a run with other options ({'; '.join(different)}); choose another --out or remove it")
+    if (output / "training.json").exists() and (output / "model").is_dir():
+        known = {field.name for field in fields(TrainingResult)}
+        return TrainingResult(**{k: v for k, v in json.loads((output / "training.json").read_text()).items() if k in known})
+    return None
+
+
+def _trainer(
+    config: TrainingConfig, encoder: SparseEncoder, pairs: list[Pair], output: Path, progress: bool
+) -> SparseEncoderTrainer:
+    # The trainer reads columns by their order: query, positive, negative.
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in Pair._fields if getattr(pairs[0], name) is not None}
+    loss = SpladeLoss(
+        encoder,
+        SparseMultipleNegativesRankingLoss(encoder),
+        document_regularizer_weight=config.document_regularizer_weight,
+        query_regularizer_weight=config.query_regularizer_weight,
+    )
+    arguments = SparseEncoderTrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_ratio,
+        seed=config.seed,
+        data_seed=config.seed,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,  # a text twice in a batch would be its own negative
+        save_strategy="steps",
+        save_steps=config.checkpoint_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_first_step=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = SparseEncoderTrainer(
+        model=encoder,
+        args=arguments,
+        train_dataset=Dataset.from_dict(columns),
+        loss=loss,
+        # The trainer adds this ramp by itself, with a warning; named, it is added once and knowingly.
+        callbacks=[SpladeRegularizerWeightSchedulerCallback(loss), _MarkComplete(), _Progress(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # writes to standard output, which belongs to the result
+    return trainer
+
+
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint once all its files are written; one without the mark is a torn one."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+
+
+class _Progress(TrainerCallback):
+    """One bar with the loss, on standard error."""
+
+    def __init__(self, shown: bool) -> None:
+        self.bar = tqdm(desc="training", unit="step", disable=not shown, leave=False, file=sys.stderr)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.reset(total=state.max_steps)
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3g}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; torn ones, left by a killed process, are removed."""
+    complete = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / _COMPLETE).exists():
+            complete.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(complete, key=_step, default=None)

@@ -1,0 +1,15 @@
+import pytest
+
+from tiny import make_backbone, make_collection
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A BERT of 0.1 M random parameters with a tokenizer: seconds to train, nothing to download."""
+    return make_backbone("bert", tmp_path_factory.mktemp("backbone") / "bert")
+
+
+@pytest.fixture(scope="session")
+def collection_folder(tmp_path_factory):
+    """A BEIR folder: 40 documents, 20 queries, training pairs."""
+    return make_collection(tmp_path_factory.mktemp("data") / "tiny")

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anysplade import ModelError, OptionError, calibrate, rescale_head
+from anysplade.calibration import ACTIVE_SHARE, choose
+from anysplade.head import Probe, load_masked_lm, measure_logits, summarize_probe
+
+TEXTS = ["kabel lodan", "mifil nugor pehan"], ["rajim sobel tucor", "kadan lofil"]
+
+
+def probe(seed=0, scale=1.0):
+    """Logits of 200 tokens in 10 texts over 500 terms."""
+    logits = (scale * np.random.default_rng(seed).normal(-3, 2, (200, 500))).astype(np.float32)
+    pooled = logits.reshape(10, 20, 500).max(axis=1)
+    return Probe(logits, pooled[:5], pooled[5:], np.zeros(500, np.float32))
+
+
+def test_level_is_met():
+    chosen = choose(probe())
+    assert chosen.after.positive_share == pytest.approx(ACTIVE_SHARE, rel=0.05)
+    assert chosen.before.positive_share > chosen.after.positive_share
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(0.01, 100), seed=st.integers(0, 5))
+def test_equivariance(factor, seed):
+    """A head inflated by a factor gets a k larger by it, and ends as the same head."""
+    one, inflated = choose(probe(seed)), choose(probe(seed, factor))
+    assert inflated.k == pytest.approx(one.k * factor, rel=1e-3)
+    assert inflated.shift == pytest.approx(one.shift, rel=1e-3)
+    assert inflated.after.score_std == pytest.approx(one.after.score_std, rel=1e-2)
+
+
+def test_equivariance_of_a_real_head(backbone):
+    model, tokenizer = load_masked_lm(backbone)
+    one = calibrate(model, tokenizer, *TEXTS)
+    rescale_head(model, k=0.1)
+    ten = calibrate(model, tokenizer, *TEXTS)
+    assert ten.k == pytest.approx(10 * one.k, rel=1e-3)
+    assert ten.shift == pytest.approx(one.shift, rel=1e-3)
+
+
+def test_calibrating_twice_changes_nothing(backbone):
+    model, tokenizer = load_masked_lm(backbone)
+    first = calibrate(model, tokenizer, *TEXTS)
+    rescale_head(model, first.k, first.shift)
+    second = calibrate(model, tokenizer, *TEXTS)
+    assert second.k == pytest.approx(1, rel=1e-3)
+    assert second.shift == pytest.approx(0, abs=0.01)
+
+
+def test_it_is_deterministic(backbone):
+    model, tokenizer = load_masked_lm(backbone)
+    assert calibrate(model, tokenizer, *TEXTS) == calibrate(model, tokenizer, *TEXTS)
+
+
+def test_a_head_without_bias_gets_k_alone(caplog):
+    measured = probe()
+    chosen = choose(Probe(measured.token_logits, measured.query_logits, measured.document_logits, None))
+    assert chosen.shift == 0
+    assert chosen.k == choose(measured, shift=0.0).k
+    assert "no bias" in caplog.text
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_dead_head_is_refused(value):
+    logits = np.full((20, 50), value, np.float32)
+    with pytest.raises(ModelError, match="all alike or not finite"):
+        choose(Probe(logits, logits, logits, np.zeros(50, np.float32)))
+
+
+def test_each_can_be_given():
+    level_alone = choose(probe(), k=1.0)
+    assert level_alone.k == 1
+    assert level_alone.after.positive_share == pytest.approx(ACTIVE_SHARE, rel=0.05)
+    scale_alone = choose(probe(), shift=0.0)
+    assert scale_alone.shift == 0
+    assert scale_alone.after.positive_share == scale_alone.before.positive_share
+    assert scale_alone.k > 1
+
+
+@pytest.mark.parametrize("policy", ["scale", "keep"])
+def test_what_is_foretold_is_what_comes(backbone, policy):
+    model, tokenizer = load_masked_lm(backbone)
+    chosen = calibrate(model, tokenizer, *TEXTS, bias=policy)
+    rescale_head(model, chosen.k, chosen.shift, policy)
+    after = summarize_probe(measure_logits(model, tokenizer, *TEXTS))
+    assert after.query_active_dims == pytest.approx(chosen.after.query_active_dims, rel=0.05)
+    assert after.positive_share == pytest.approx(chosen.after.positive_share, rel=0.05)
+
+
+def test_impossible_options(backbone):
+    model, tokenizer = load_masked_lm(backbone)
+    with pytest.raises(OptionError, match="k is 0"):
+        calibrate(model, tokenizer, *TEXTS, k=0)
+    with pytest.raises(OptionError, match="k is -1"):
+        calibrate(model, tokenizer, *TEXTS, k=-1)
+    with pytest.raises(OptionError, match="at least one query"):
+        calibrate(model, tokenizer, [], [])

@@ -1,0 +1,145 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from sentence_transformers import SparseEncoder
+from transformers import AutoModelForMaskedLM
+
+from anysplade.cli import main
+
+OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
+
+
+@pytest.fixture
+def call(capfd):
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def call_json(call):
+    def run(*arguments):
+        code, out, err = call(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+def test_from_backbone_to_search(backbone, collection_folder, call, call_json, tmp_path):
+    inspected = call_json("inspect", backbone, "--data", collection_folder)
+    assert inspected["architecture"] == "BertForMaskedLM"
+    assert inspected["suggested"]["k"] > 0
+
+    rescaled = call_json("rescale", backbone, "--out", tmp_path / "rescaled", "--k", 4, "--shift", 0.5)
+    assert (rescaled["k"], rescaled["shift"]) == (4, 0.5)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "rescaled").config.anysplade["k"] == 4
+
+    trained = call_json("train", backbone, collection_folder, "--out", tmp_path / "run", "--k", 1, "--shift", 0, *OPTIONS)
+    assert trained["model"] == str(tmp_path / "run" / "model")
+
+    for model in (tmp_path / "run" / "model", tmp_path / "run"):  # the run's folder will do
+        evaluated = call_json("evaluate", model, collection_folder, "--metrics", "RR@10", "P@1", "--out", tmp_path / "scores")
+        assert {"RR@10", "P@1", "query_active_dims", "document_active_dims", "flops"} <= evaluated.keys()
+    assert json.loads((tmp_path / "scores" / "evaluation.json").read_text())["RR@10"] == evaluated["RR@10"]
+
+    indexed = call_json("index", tmp_path / "run" / "model", collection_folder, "--out", tmp_path / "index")
+    assert indexed["documents"] == 40
+    found = call_json("search", tmp_path / "index", "kabel lodan", "--k", 3)
+    assert len(found["hits"]) == 3
+    assert sum(term["product"] for term in found["hits"][0]["terms"]) == pytest.approx(found["hits"][0]["score"])
+
+    code, out, _ = call("search", tmp_path / "index", "kabel lodan", "--k", 3)
+    assert code == 0
+    assert found["hits"][0]["id"] in out
+    code, out, _ = call("evaluate", "bm25", collection_folder)
+    assert (code, "nDCG@10" in out, "FLOPS" in out) == (0, True, True)
+    for command in (
+        ["inspect", backbone],
+        ["train", backbone, collection_folder, "--out", tmp_path / "run", "--k", 1, "--shift", 0, *OPTIONS],
+    ):
+        code, out, _ = call(*command)
+        assert code == 0
+        assert out
+
+
+def test_the_trained_model_loads_where_anysplade_is_not(backbone, collection_folder, call_json, tmp_path):
+    model = call_json("train", backbone, collection_folder, "--out", tmp_path / "run", *OPTIONS)["model"]
+    code = (
+        "import sys, json; sys.modules['anysplade'] = None\n"  # an import of it raises
+        "from sentence_transformers import SparseEncoder\n"
+        f"print(json.dumps(SparseEncoder({model!r}).encode(['kabel lodan'], convert_to_sparse_tensor=False).tolist()))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    here = SparseEncoder(model).encode(["kabel lodan"], convert_to_sparse_tensor=False).tolist()
+    assert json.loads(out)[0] == pytest.approx(here[0], abs=1e-6)
+
+
+@pytest.fixture
+def broken(collection_folder, tmp_path):
+    """Copies of the collection, each with one thing wrong."""
+
+    def copy(name, **files):
+        folder = tmp_path / name
+        (folder / "qrels").mkdir(parents=True)
+        for file in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+            content = files.get(file, (collection_folder / file).read_text())
+            if content is not None:
+                (folder / file).write_text(content)
+        return folder
+
+    copy("no-corpus", **{"corpus.jsonl": None})
+    copy("empty-corpus", **{"corpus.jsonl": ""})
+    copy("unknown-id", **{"qrels/test.tsv": "q0\td0\t1\nq1\tdoc-77\t1\n"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("inspect ./nowhere", "no such model folder"),
+        ("inspect nobody/no-such-model", "not to be had from the hub"),
+        ("inspect {data}", "no config.json in it"),
+        ("rescale {model} --out {data}", "not empty"),
+        ("rescale {model} --out {tmp}/new --k 0", "k is 0"),
+        ("rescale {model} --out {tmp}/new --k nan", "k is nan"),
+        ("rescale {model} --out {tmp}/new --k eight", "eight"),
+        ("train ./nowhere {data} --out {tmp}/new", "no such model folder"),
+        ("train {model} ./nowhere --out {tmp}/new", "no such training data"),
+        ("train {model} {data} --out {data}", "no run of anysplade"),
+        ("train {model} {data} --out {tmp}/new --batch-size 0", "batch_size is 0"),
+        ("train {model} {data}", "--out requires"),
+        ("evaluate ./nowhere {data}", "no such model folder"),
+        ("evaluate {model} {tmp}/no-corpus", "no corpus.jsonl in it"),
+        ("evaluate {model} {tmp}/empty-corpus", "the corpus is empty"),
+        ("evaluate {model} {tmp}/unknown-id", "test.tsv:2: the document 'doc-77' is not in corpus.jsonl"),
+        ("evaluate {model} {data} --metrics ndgc@10", "did you mean nDCG@10"),
+        ("evaluate {model} {data} --split dev", "no qrels/dev.tsv"),
+        ("index {model} {tmp}/empty-corpus --out {tmp}/new", "the corpus is empty"),
+        ("search {data} kabel", "no index there"),
+        ("serach {data} kabel", "search"),
+        ("evaluate {model} {data} --metircs RR", "--metrics"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(command, message, backbone, collection_folder, broken, call):
+    filled = command.format(model=backbone, data=collection_folder, tmp=broken)
+    code, out, err = call(*filled.split(), "--json")
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    assert message in lines[0]
+    assert not (broken / "new").exists()
+
+
+def test_help_is_quick_and_on_standard_output(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    for command in ("inspect", "rescale", "train", "evaluate", "index", "search", "demo"):
+        assert command in out
+        assert call(command, "--help")[0] == 0

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anysplade import Collection, DataError, Document, OutputError, Pair, load_collection, load_pairs, read_corpus, write_collection
+from anysplade.datasets import load_python_docs
+from anysplade.python_docs import Docstring, split_entries
+
+
+@pytest.fixture
+def folder(tmp_path):
+    collection = Collection("c", {"a": Document("T", "one"), "b": Document("", "two")}, {"q": "query"}, {"q": {"a": 2, "b": 0}})
+    write_collection(tmp_path / "c", collection, [Pair("x", "y", "z")])
+    return tmp_path / "c"
+
+
+def test_round_trip(folder):
+    collection = load_collection(folder)
+    assert collection.corpus == {"a": Document("T", "one"), "b": Document("", "two")}
+    assert collection.corpus["a"].full_text == "T one"
+    assert collection.queries == {"q": "query"}
+    assert collection.qrels == {"q": {"a": 2, "b": 0}}
+    assert load_pairs(folder) == [Pair("x", "y", "z")]
+    assert read_corpus(folder) == read_corpus(folder / "corpus.jsonl") == collection.corpus
+
+
+ids = st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=("Cs",)), min_size=1)
+texts = st.text(st.characters(exclude_categories=("Cs",)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(corpus=st.dictionaries(ids, st.builds(Document, texts, texts), min_size=1), queries=st.dictionaries(ids, texts, min_size=1))
+def test_any_text_survives_the_disk(tmp_path_factory, corpus, queries):
+    document = next(iter(corpus))
+    collection = Collection("c", corpus, queries, {query: {document: 1} for query in queries})
+    folder = tmp_path_factory.mktemp("c") / "c"
+    write_collection(folder, collection)
+    assert load_collection(folder) == collection
+
+
+def test_only_judged_queries_are_kept(folder):
+    with open(folder / "queries.jsonl", "a") as file:
+        file.write(json.dumps({"_id": "unjudged", "text": "?"}) + "\n\n")
+    assert list(load_collection(folder).queries) == ["q"]
+
+
+def test_pairs_from_train_qrels(folder):
+    (folder / "pairs.jsonl").unlink()
+    with pytest.raises(DataError, match=r"needs pairs\.jsonl or qrels/train\.tsv"):
+        load_pairs(folder)
+    (folder / "qrels" / "train.tsv").write_text("q\ta\t1\nq\tb\t0\n")
+    assert load_pairs(folder) == [Pair("query", "T one")]
+
+
+def test_writing_into_a_full_folder_is_refused(folder):
+    with pytest.raises(OutputError, match="not empty"):
+        write_collection(folder, load_collection(folder))
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("corpus.jsonl", "", "the corpus is empty"),
+        ("corpus.jsonl", "\n\n", "the corpus is empty"),
+        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', r"jsonl:2: the id 'a' stands already in line 1"),
+        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b"', r"jsonl:2: not valid JSON"),
+        ("corpus.jsonl", '{"_id": "a", "body": "x"}\n', r'jsonl:1: "text" is missing or no text \(the line has _id, body\)'),
+        ("corpus.jsonl", '{"text": "x"}\n', r'jsonl:1: no "_id"'),
+        ("corpus.jsonl", "[1]\n", r"jsonl:1: not a JSON object"),
+        ("queries.jsonl", '{"_id": "q", "text": NaN}\n', r'queries\.jsonl:1: "text" is missing'),
+        ("qrels/test.tsv", "", "no judgement"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tnope\t1\n", r"test\.tsv:2: the document 'nope' is not in corpus\.jsonl"),
+        ("qrels/test.tsv", "nope\ta\t1\n", r"test\.tsv:1: the query 'nope' is not in queries\.jsonl"),
+        ("qrels/test.tsv", "q\ta\tgood\n", r"test\.tsv:1: the score 'good' is not a whole number"),
+        ("qrels/test.tsv", "q a 1\n", r"test\.tsv:1: 1 columns"),
+    ],
+)
+def test_faults_name_the_line(folder, file, content, message):
+    (folder / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_collection(folder)
+
+
+def test_missing_parts_are_named(folder, tmp_path):
+    with pytest.raises(DataError, match="splits found: test"):
+        load_collection(folder, "dev")
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no corpus\.jsonl in it"):
+        load_collection(folder)
+    with pytest.raises(DataError, match="no such collection"):
+        load_collection(tmp_path / "nowhere")
+
+
+def test_text_that_is_not_utf_8(folder):
+    (folder / "corpus.jsonl").write_bytes('{"_id": "a", "text": "é"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_collection(folder)
+
+
+def test_byte_order_mark_and_windows_lines(folder):
+    for path in (folder / "corpus.jsonl", folder / "qrels" / "test.tsv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_collection(folder).qrels == {"q": {"a": 2, "b": 0}}
+
+
+def test_pairs_with_a_negative_here_and_there(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "positive": "b", "negative": "c"}\n')
+    with pytest.raises(DataError, match="give it to all or to none"):
+        load_pairs(path)
+
+
+def docstring(name, summary, rest):
+    return Docstring(name, f"{summary}\n\n{rest}")
+
+
+LONG = " ".join(f"word{i}" for i in range(40))
+
+
+def test_python_docs_leaves_out_what_would_make_the_task_easy_or_void():
+    other = " ".join(f"other{i}" for i in range(40))
+    entries = [
+        docstring("p.a.b.f", "Find the root of it.", LONG),
+        docstring("p.a.b.near_copy", "Something else it is.", LONG + " and more"),
+        docstring("p.a.b.same_query", "Find the root of it", other),
+        docstring("p.a.b.inside", "The answer stands here.", other + " the answer stands here " + other),
+        docstring("p.a.c._private", "A summary of private things.", other),  # p.a.c is held out, p.a.b is not
+        docstring("p.a.b.short", "A summary of short things.", "too short"),
+        Docstring("p.a.b.wrapped", f"A summary that goes\non in the next line.\n\n{other}"),
+    ]
+    train, test = split_entries(entries)
+    assert [entry.name for entry in train + test] == ["p.a.b.f"]
+
+
+def test_python_docs_keeps_near_copies_out_of_training():
+    """Test documents come first, so that of two alike the one in training goes."""
+    train, test = split_entries(
+        [docstring("p.a.b.f", "Find the root of it.", LONG), docstring("p.a.c.g", "Quite another summary.", LONG)]
+    )
+    assert [entry.name for entry in test] == ["p.a.c.g"]
+    assert train == []
+
+
+def test_python_docs_of_the_environment():
+    collection, pairs = load_python_docs(("networkx",))
+    assert (collection, pairs) == load_python_docs(("networkx",))
+    assert len(collection.corpus) > 100
+    assert len(pairs) > 100
+    for query_id, text in collection.queries.items():
+        (document_id,) = collection.qrels[query_id]
+        assert text.lower() not in collection.corpus[document_id].text.lower()
+    held_out = {".".join(name.split(".")[:3]) for name in collection.corpus}
+    assert all(Docstring(module, "").held_out for module in held_out)
+    documents = {document.text for document in collection.corpus.values()}
+    assert not documents & {pair.positive for pair in pairs}
+
+
+def test_python_docs_of_a_package_that_is_not_there():
+    with pytest.raises(DataError, match="package 'no-such-package' is not installed"):
+        load_python_docs(("no-such-package",))

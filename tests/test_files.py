@@ -1,0 +1,37 @@
+import pytest
+
+from anysplade import OutputError
+from anysplade.files import whole_folder, write_whole
+
+
+def test_a_folder_appears_when_all_is_written(tmp_path):
+    with whole_folder(tmp_path / "out") as work:
+        (work / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def fail():
+        with whole_folder(tmp_path / "out") as work:
+            (work / "a").write_text("1")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_folder_and_a_file_are_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for target, message in ((tmp_path, "not empty"), (tmp_path / "file", "is a file")):
+        with pytest.raises(OutputError, match=message), whole_folder(target):
+            pass
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    write_whole(tmp_path / "new" / "a", "one")
+    write_whole(tmp_path / "new" / "a", "two")
+    assert (tmp_path / "new" / "a").read_text() == "two"
+    assert len(list((tmp_path / "new").iterdir())) == 1

@@ -1,0 +1,46 @@
+"""Small parts that tests run on: a backbone with its tokenizer, and a collection."""
+
+import random
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from anysplade import Collection, Document, Pair, write_collection
+from architectures import small_model
+
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+WORDS = [
+    a + b
+    for a in ["ka", "lo", "mi", "nu", "pe", "ra", "so", "tu", "va", "we", "xi", "yo", "zu", "ba", "ce", "do", "fe", "gi"]
+    for b in ["bel", "cor", "dan", "fil", "gor", "han", "jim", "kop"]
+]
+
+
+def make_tokenizer():
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+def make_backbone(architecture, folder, **overrides):
+    """Save a small random masked LM with its tokenizer; returns the folder as a string."""
+    tokenizer = make_tokenizer()
+    model = small_model(architecture, vocab_size=len(tokenizer), **overrides)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_collection(folder, documents=40):
+    """Documents of random words; a query is three words of its document."""
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=12)) for _ in range(documents)]
+    corpus = {f"d{i}": Document("", text) for i, text in enumerate(texts)}
+    queries = {f"q{i}": " ".join(generator.sample(texts[i].split(), 3)) for i in range(documents // 2)}
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(documents // 2)}
+    pairs = [Pair(" ".join(generator.sample(text.split(), 3)), text) for text in texts]
+    write_collection(folder, Collection("tiny", corpus, queries, qrels), pairs)
+    return folder
