@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -175,6 +176,7 @@ def _bm25_run(collection: Collection, ids: list[str], texts: list[str], depth: i
     import bm25s
     import Stemmer
 
+    bm25s.logger.setLevel(logging.ERROR)  # importing it sets DEBUG
     stemmer = Stemmer.Stemmer("porter")
 
     def tokens(batch: list[str]) -> Any:

@@ -24,7 +24,7 @@ PACKAGES = ("networkx", "numpy", "pandas", "scikit-learn", "scipy", "sympy")
 
 _SHINGLE_WORDS = 8
 _NEAR_COPY = 0.3  # share of a document's shingles already seen above which it is a near-copy
-_TEST_SHARE = 0.3  # of the modules
+_TEST_SHARE = 1 / 3  # of the modules
 _QUERY_WORDS = range(3, 31)
 _MIN_TEST_QUERY_WORDS = 8
 _MIN_DOCUMENT_WORDS = 40

@@ -105,7 +105,7 @@ def demo_parts(result: "DemoResult") -> list[RenderableType]:
         f"Docstrings of {', '.join(collection['packages'])}: {collection['training_pairs']:,} training pairs; "
         f"{collection['queries']:,} held-out queries over {collection['documents']:,} documents.",
         "Trained on {batch_size} pairs a step, texts cut to {max_length} tokens: ".format(**result.settings)
-        + "; ".join(f"{name} {run['steps']} steps at {run['learning_rate']:g}" for name, run in result.settings["runs"].items()),
+        + "; ".join(f"{name} {run['steps']} steps, learning rate {run['learning_rate']:g}" for name, run in result.settings["runs"].items()),
         *evaluation_table(result.rows, ["RR@10", "nDCG@10"], ["backbone", "calibration", "k", "shift"]),
     ]
     for query, hits in result.searches:
@@ -122,9 +122,10 @@ def demo_parts(result: "DemoResult") -> list[RenderableType]:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        widest = max(len(word) for word in column.split())  # headings break between words, never inside one
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=widest)
     return table
 
 

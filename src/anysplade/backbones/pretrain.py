@@ -1,6 +1,6 @@
 """Pretrain the bundled backbones: ``python -m anysplade.backbones.pretrain --out DIR``.
 
-Two architectures, one uncased WordPiece vocabulary, so that a difference between the two is not
+Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is not
 one of vocabulary. The text is every docstring of the environment's packages; of the modules that
 the python-docs collection holds out, without the summary lines, which are its queries. Times and
 final losses stand in README.md.
