@@ -74,7 +74,8 @@ def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasP
         shift = 0.0
     if k == "auto":
         level = np.quantile(probe.token_logits, 1 - ACTIVE_SHARE)
-        excess = float((probe.token_logits[probe.token_logits > level] - level).mean(dtype=np.float64))
+        above = probe.token_logits[probe.token_logits > level]
+        excess = float(above.mean(dtype=np.float64) - level) if above.size else 0.0
         if not (np.isfinite(excess) and excess > 0):
             raise ModelError("the head's logits are all alike or not finite on the probe texts; was the checkpoint saved whole?")
         k = _round(excess / (MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY))

@@ -8,13 +8,12 @@ instead of dense ones with batch x length x vocabulary. Exact: outputs and gradi
 the unfused modules up to the order of float additions.
 """
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 _TILE_BYTES = 4 * 2**20  # of logits at a time: about a core's share of the cache
 
@@ -79,6 +78,7 @@ class _MaxPool(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight, bias, source, chosen, result = ctx.saved_tensors
         batch, length = source.shape
@@ -87,25 +87,25 @@ class _MaxPool(torch.autograd.Function):
             slope = slope * torch.exp(-torch.expm1(result))
         through = (gradient * slope * (result > 0)).T  # (vocabulary, batch)
         term, row = through.nonzero(as_tuple=True)  # sorted by term
-        values = through[term, row]
-        values = values.to(torch.promote_types(values.dtype, torch.float32))  # sparse products want that much
         token = source[row, chosen[term, row].long()] + row * length
-        shape = (weight.shape[0], len(tokens))
+        values = through[term, row].to(tokens.dtype)
         to_hidden = to_weight = to_bias = None
-        if ctx.needs_input_grad[1]:
-            by_term = _csr(term, token, values, shape)
-            to_weight = (by_term @ tokens.to(values.dtype)).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             order = token.argsort(stable=True)
-            by_token = _csr(token[order], term[order], values[order], shape[::-1])
-            to_hidden = (by_token @ weight.to(values.dtype)).to(tokens.dtype).view(batch, length, -1)
+            to_hidden = _sums(token[order], term[order], values[order], weight.to(tokens.dtype), len(tokens))
+            to_hidden = to_hidden.view(batch, length, -1)
+        if ctx.needs_input_grad[1]:
+            to_weight = _sums(term, token, values, tokens, len(weight)).to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
             to_bias = through.sum(dim=1).to(bias.dtype)
         return to_hidden, to_weight, to_bias, None, None, None
 
 
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A sparse matrix from entries that are sorted by row."""
-    starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(torch.bincount(rows, minlength=shape[0]), 0, out=starts[1:])
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+def _sums(rows: Tensor, columns: Tensor, values: Tensor, dense: Tensor, count: int) -> Tensor:
+    """A sparse matrix of ``count`` rows, its entries sorted by row, times a dense one: (count, width).
+
+    Each row is summed by itself and in order, so the result is the same every time, on a GPU too;
+    half-precision products are summed in float32.
+    """
+    starts = torch.searchsorted(rows, torch.arange(count + 1, device=rows.device))
+    return embedding_bag(columns, dense, starts, mode="sum", per_sample_weights=values, include_last_offset=True)

@@ -100,12 +100,12 @@ def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:
 
 
 def demo_parts(result: "DemoResult") -> list[RenderableType]:
-    collection = result.collection
+    collection, runs = result.collection, result.settings["runs"]
     parts: list[RenderableType] = [
         f"Docstrings of {', '.join(collection['packages'])}: {collection['training_pairs']:,} training pairs; "
         f"{collection['queries']:,} held-out queries over {collection['documents']:,} documents.",
         "Trained on {batch_size} pairs a step, texts cut to {max_length} tokens: ".format(**result.settings)
-        + "; ".join(f"{name} {run['steps']} steps, learning rate {run['learning_rate']:g}" for name, run in result.settings["runs"].items()),
+        + "; ".join(f"{name} {run['steps']} steps, learning rate {run['learning_rate']:g}" for name, run in runs.items()),
         *evaluation_table(result.rows, ["RR@10", "nDCG@10"], ["backbone", "calibration", "k", "shift"]),
     ]
     for query, hits in result.searches:

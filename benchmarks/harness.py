@@ -1,0 +1,94 @@
+"""Timing in pairs, peak memory, and what a result was measured on."""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anysplade.provenance import provenance
+
+
+def alternate(variants: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Seconds of each variant: one warm-up, then ``rounds`` rounds in which every variant runs once."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, variant in variants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            variant()
+            synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def ratio(times: dict[str, dict[str, float]], slow: str, fast: str) -> float:
+    return times[slow]["median"] / times[fast]["median"]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_extra_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
+    """How far memory rises above where it was when ``function`` began. Linux; on a GPU, of the allocator."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _memory("VmRSS")
+    function()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=5, help="measured runs of each variant, taken in turns")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    arguments.add_argument("--out", type=Path, help="write the JSON here")
+    return arguments
+
+
+def finish(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print the result as JSON, and write it where it was asked for."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    record = {
+        "benchmark": name,
+        "settings": settings,
+        **result,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "sentence-transformers": version("sentence-transformers"),
+        "provenance": provenance(),
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")

@@ -1,0 +1,96 @@
+"""The SPLADE head alone, forward and backward: fused, sentence-transformers' modules, and the bare product."""
+
+import sys
+
+import torch
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from torch import nn
+
+from anysplade.pooling import splade_max_pool
+from harness import alternate, finish, parser, peak_extra_bytes, ratio
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--batch", type=int, default=16)
+    arguments.add_argument("--length", type=int, default=128)
+    arguments.add_argument("--width", type=int, default=768)
+    arguments.add_argument("--vocabulary", type=int, default=50_368)
+    arguments.add_argument("--active", type=float, default=1.0, help="share of the pooled entries above zero")
+    arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out, where they do not fit")
+    options = arguments.parse_args()
+    dtype, device = getattr(torch, options.dtype), options.device
+
+    torch.manual_seed(0)
+    hidden = torch.randn(options.batch, options.length, options.width, device=device, dtype=dtype)
+    decoder = nn.Linear(options.width, options.vocabulary, device=device, dtype=dtype)
+    mask = torch.ones(options.batch, options.length, dtype=torch.long, device=device)
+    upstream = torch.randn(options.batch, options.vocabulary, device=device, dtype=dtype)
+    with torch.no_grad():  # put the bias where the wanted share of the maxima lies above zero
+        decoder.bias.fill_(100.0)
+        maxima = torch.expm1(splade_max_pool(hidden.float(), decoder.weight.float(), decoder.bias.float(), mask)) - 100
+        level = maxima.flatten()[:: max(1, maxima.numel() // 2**20)].quantile(1 - options.active).item()
+        decoder.bias.fill_(-level + (1e-3 if options.active == 1 else 0))
+
+    stock = SpladePooling("max").train()
+
+    def forward_stock() -> torch.Tensor:
+        return stock({"token_embeddings": decoder(hidden), "attention_mask": mask})["sentence_embedding"]
+
+    def forward_fused() -> torch.Tensor:
+        return splade_max_pool(hidden, decoder.weight, decoder.bias, mask)
+
+    columns = hidden.reshape(-1, options.width).T.contiguous()
+    out = torch.empty(options.vocabulary, columns.shape[1], device=device, dtype=dtype)
+    variants = {"fused": forward_fused}
+    if not options.only_fused:
+        variants["stock"] = forward_stock
+        if device == "cuda":
+            variants["compiled"] = torch.compile(forward_stock)
+    kept: dict[str, torch.Tensor] = {}
+
+    def run_forward(name: str) -> None:
+        kept.pop(name, None)
+        kept[name] = variants[name]()
+
+    def run_backward(name: str) -> None:
+        hidden.grad = decoder.weight.grad = decoder.bias.grad = None
+        kept.pop(name).backward(upstream)
+
+    hidden.requires_grad_()
+    steps = {"bare product": lambda: torch.mm(decoder.weight.detach(), columns.detach(), out=out)}
+    for name in variants:
+        steps[f"{name} forward"] = lambda name=name: run_forward(name)
+        steps[f"{name} backward"] = lambda name=name: run_backward(name)
+    times = alternate(steps, options.rounds, device)
+
+    memory: dict[str, int] = {}
+    for name in variants:
+
+        def both(name: str = name) -> None:
+            run_forward(name)
+            run_backward(name)
+
+        hidden.grad = decoder.weight.grad = decoder.bias.grad = None
+        memory[name] = peak_extra_bytes(both, device)
+    with torch.no_grad():
+        active = float((forward_fused() > 0).float().mean())
+
+    rows = [f"{name:<18} {t['median']:8.3f} s   {t['lowest']:.3f} to {t['highest']:.3f}" for name, t in times.items()]
+    rows += [f"{name:<18} {size / 2**20:8.0f} MiB at most, above what inputs take" for name, size in memory.items()]
+    ratios = {
+        "forward / product": ratio(times, "fused forward", "bare product"),
+        "backward / product": ratio(times, "fused backward", "bare product"),
+    }
+    for name in variants:
+        if name != "fused":
+            both_ways = [times[f"{n} forward"]["median"] + times[f"{n} backward"]["median"] for n in (name, "fused")]
+            ratios[f"{name} / fused, forward + backward"] = both_ways[0] / both_ways[1]
+            ratios[f"fused / {name}, peak memory"] = memory["fused"] / memory[name]
+    rows += [f"{name:<36} {value:.2f}" for name, value in ratios.items()]
+    print("\n".join(rows), file=sys.stderr)
+    finish("pooling", options, {"seconds": times, "peak_extra_bytes": memory, "ratios": ratios, "active": active})
+
+
+if __name__ == "__main__":
+    main()
