@@ -1,6 +1,7 @@
 """Timing in pairs, peak memory, and what a result was measured on."""
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -53,6 +54,7 @@ def peak_extra_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand back what was freed, or new memory would not show
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _memory("VmRSS")
     function()

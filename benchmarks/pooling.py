@@ -6,7 +6,7 @@ import torch
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
-from anysplade.pooling import splade_max_pool
+from anysplade.pooling import splade_pool
 from harness import alternate, finish, parser, peak_extra_bytes, ratio
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     upstream = torch.randn(options.batch, options.vocabulary, device=device, dtype=dtype)
     with torch.no_grad():  # put the bias where the wanted share of the maxima lies above zero
         decoder.bias.fill_(100.0)
-        maxima = torch.expm1(splade_max_pool(hidden.float(), decoder.weight.float(), decoder.bias.float(), mask)) - 100
+        maxima = torch.expm1(splade_pool(hidden.float(), decoder.weight.float(), decoder.bias.float(), mask)) - 100
         level = maxima.flatten()[:: max(1, maxima.numel() // 2**20)].quantile(1 - options.active).item()
         decoder.bias.fill_(-level + (1e-3 if options.active == 1 else 0))
 
@@ -38,7 +38,7 @@ def main() -> None:
         return stock({"token_embeddings": decoder(hidden), "attention_mask": mask})["sentence_embedding"]
 
     def forward_fused() -> torch.Tensor:
-        return splade_max_pool(hidden, decoder.weight, decoder.bias, mask)
+        return splade_pool(hidden, decoder.weight, decoder.bias, mask)
 
     columns = hidden.reshape(-1, options.width).T.contiguous()
     out = torch.empty(options.vocabulary, columns.shape[1], device=device, dtype=dtype)

@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 
 from anysplade import __version__
 from anysplade.errors import AnyspladeError, UsageError
-from anysplade.options import BiasPolicy, Choice, TrainingConfig
+from anysplade.options import BiasPolicy, Choice, Precision, TrainingConfig
 
 app = App(
     name="anysplade",
@@ -134,6 +134,7 @@ def evaluate(
     *,
     metrics: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     split: str = "test",
+    precision: Precision = "float32",
     out: Annotated[Path | None, Parameter(name="--out")] = None,
     json: Json = False,
 ) -> _Shown:
@@ -144,26 +145,36 @@ def evaluate(
         collection: a BEIR folder or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 if none is given.
         split: which qrels.
+        precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
         out: a folder for the TREC run and the JSON.
     """
     from anysplade import evaluation, report
 
-    result = evaluation.evaluate(model, collection, metrics or evaluation.METRICS, split=split, output=out, progress=_watched())
+    result = evaluation.evaluate(
+        model,
+        collection,
+        metrics or evaluation.METRICS,
+        split=split,
+        precision=precision,
+        output=out,
+        progress=_watched(),
+    )
     return _Shown(result.to_dict(), report.evaluation_table([result.to_dict()], list(result.metrics)))
 
 
 @_command
-def index(model: str, corpus: str, /, *, out: Out, json: Json = False) -> _Shown:
+def index(model: str, corpus: str, /, *, precision: Precision = "float32", out: Out, json: Json = False) -> _Shown:
     """Encode a corpus and write an index.
 
     Args:
         model: a sparse encoder's folder or hub id.
         corpus: a JSONL file, a BEIR folder or python-docs.
+        precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
         out: the index's folder.
     """
     from anysplade.index import Index
 
-    built = Index.build(model, corpus, out, progress=_watched())
+    built = Index.build(model, corpus, out, precision=precision, progress=_watched())
     return _Shown(
         built.about | {"index": str(out)},
         [

@@ -18,7 +18,7 @@ from anysplade.calibration import Calibration, calibrate
 from anysplade.errors import ModelError, OptionError
 from anysplade.head import check_masked_lm, find_head, load_masked_lm, rescale_head, resolve_model
 from anysplade.options import BiasPolicy, Choice
-from anysplade.pooling import splade_max_pool
+from anysplade.pooling import splade_pool
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
 
     Only the two modules' ``forward`` is replaced, on these instances: weights, configuration and all
     that is saved stay stock, and the masked LM called by itself still gives logits. Where the head
-    is not one projection with its bias, or the pooling is not max, nothing changes and a line is logged.
+    is not one projection with its bias, nothing changes and a line is logged.
 
     Returns:
         Whether the pooling is fused now.
@@ -148,8 +148,8 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     transformer, pooling = encoder[0], encoder[-1]
     model = masked_lm(encoder)
     head = find_head(model)
-    if not isinstance(pooling, SpladePooling) or pooling.pooling_strategy != "max":
-        return _not_fused("its pooling is not max")
+    if not isinstance(pooling, SpladePooling):
+        return _not_fused(f"its last module is {type(pooling).__name__}")
     if not isinstance(head.decoder, nn.Linear) or (head.decoder.bias is None and head.biases):
         return _not_fused(f"{type(model).__name__} adds a bias outside its decoder")
     unfuse_pooling(encoder)
@@ -199,7 +199,7 @@ def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[st
     else:
         mask = features["attention_mask"]
     double_log = pooling.activation_function == "log1p_relu"
-    features["sentence_embedding"] = splade_max_pool(hidden, decoder.weight, decoder.bias, mask, double_log)
+    features["sentence_embedding"] = splade_pool(hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log)
     if pooling.embedding_dimension is None:
         pooling.embedding_dimension = len(decoder.weight)
     return features

@@ -16,10 +16,11 @@ from sentence_transformers import SparseEncoder
 
 from anysplade.datasets import Collection, hash_texts, load_collection
 from anysplade.encoder import open_encoder
-from anysplade.encoding import encode
+from anysplade.encoding import encode, resolve_precision
 from anysplade.errors import MeasureError, OptionError
 from anysplade.files import write_whole
 from anysplade.index import Postings
+from anysplade.options import Precision
 from anysplade.provenance import provenance
 
 METRICS = ("nDCG@10", "RR@10", "R@100")
@@ -38,6 +39,7 @@ class Evaluation:
     query_active_dims: float | None  # mean number of terms with a weight; None for BM25
     document_active_dims: float | None
     flops: float | None  # expected products a (query, document) pair: sum over terms of P(in query) P(in document)
+    precision: Precision | None  # of encoding: "bfloat16" is an approximation; None for BM25
     queries: int
     documents: int
     data_hash: str
@@ -59,7 +61,7 @@ def evaluate(
     split: str = "test",
     output: str | Path | None = None,
     depth: int = 1000,
-    batch_size: int = 32,
+    precision: Precision = "float32",
     progress: bool = False,
 ) -> Evaluation:
     """Rank the collection's documents for its queries and measure the ranking.
@@ -71,6 +73,7 @@ def evaluate(
         collection: a ``Collection``, a BEIR folder or ``"python-docs"``.
         metrics: names of ir-measures.
         depth: documents that a query's ranking holds.
+        precision: of encoding; see ``anysplade.encoding.encode``.
         output: a folder for ``evaluation.json`` and the TREC run ``run.trec``.
 
     Raises:
@@ -84,15 +87,17 @@ def evaluate(
     texts = [document.full_text for document in collection.corpus.values()]
     seconds: dict[str, float] = {}
     costs: tuple[float | None, float | None, float | None] = (None, None, None)
+    used: Precision | None = None
     start = time.perf_counter()
     if model == BM25:
         run = _bm25_run(collection, ids, texts, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model)
+        used = resolve_precision(precision, encoder.device)
         start = time.perf_counter()
-        documents = encode(encoder, texts, "document", batch_size=batch_size, progress=progress)
-        queries = encode(encoder, list(collection.queries.values()), "query", batch_size=batch_size, progress=progress)
+        documents = encode(encoder, texts, "document", precision=used, progress=progress)
+        queries = encode(encoder, list(collection.queries.values()), "query", precision=used, progress=progress)
         seconds["encoding"] = time.perf_counter() - start
         start = time.perf_counter()
         run = _run(queries, Postings.from_documents(documents), list(collection.queries), ids, depth)
@@ -108,6 +113,7 @@ def evaluate(
         query_active_dims=costs[0],
         document_active_dims=costs[1],
         flops=costs[2],
+        precision=used,
         queries=len(collection.queries),
         documents=len(ids),
         data_hash=hash_texts([*ids, *texts, *collection.queries.values(), json.dumps(collection.qrels)]),

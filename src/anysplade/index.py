@@ -17,10 +17,11 @@ from sentence_transformers import SparseEncoder
 
 from anysplade.datasets import Document, hash_texts, read_corpus
 from anysplade.encoder import open_encoder
-from anysplade.encoding import encode
+from anysplade.encoding import encode, resolve_precision
 from anysplade.errors import DataError, ModelError, OptionError
 from anysplade.files import require_empty, whole_folder
 from anysplade.head import resolve_model
+from anysplade.options import Precision
 from anysplade.provenance import provenance
 
 _ARRAYS = {"indptr": np.int64, "documents": np.int32, "weights": np.float32}  # of the postings
@@ -102,12 +103,13 @@ class Index:
         corpus: str | Path | dict[str, Document],
         output: str | Path,
         *,
-        batch_size: int = 32,
+        precision: Precision = "float32",
         progress: bool = False,
     ) -> "Index":
         """Encode a corpus (JSONL file, BEIR folder, ``"python-docs"``, or documents by id) and write its index.
 
-        The folder appears when all is written. The model is referred to, not copied.
+        The folder appears when all is written. The model is referred to, not copied. ``precision``
+        is that of encoding; see ``anysplade.encoding.encode``.
 
         Raises:
             OutputError: the output folder is not empty.
@@ -118,8 +120,9 @@ class Index:
         name = str(corpus) if isinstance(corpus, str | Path) else "documents in memory"
         documents = corpus if isinstance(corpus, dict) else read_corpus(corpus, progress=progress)
         encoder = open_encoder(model)
+        used = resolve_precision(precision, encoder.device)
         texts = [document.full_text for document in documents.values()]
-        postings = Postings.from_documents(encode(encoder, texts, "document", batch_size=batch_size, progress=progress))
+        postings = Postings.from_documents(encode(encoder, texts, "document", precision=used, progress=progress))
         source = resolve_model(model)
         about = {
             "format": 1,
@@ -129,6 +132,7 @@ class Index:
             "data_hash": hash_texts([*documents, *texts]),
             "documents": len(documents),
             "vocabulary": len(postings.indptr) - 1,
+            "precision": used,
             "document_active_dims": len(postings.documents) / len(documents),
             "provenance": provenance(),
         }

@@ -9,6 +9,7 @@ from anysplade.errors import OptionError
 
 Choice = float | Literal["auto"]  # of k and of shift
 BiasPolicy = Literal["scale", "keep"]
+Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""One optimiser step of SPLADE training: fused pooling, and sentence-transformers' modules. Random weights and ids."""
+
+import resource
+import sys
+import tempfile
+
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+from anysplade.encoder import fuse_pooling, unfuse_pooling
+from backbones import GEOMETRIES, save_backbone
+from harness import alternate, finish, parser, peak_extra_bytes, ratio
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--geometry", default="ettin-17m", choices=GEOMETRIES)
+    arguments.add_argument("--batch", type=int, default=16, help="queries a step; each has one document of the same length")
+    arguments.add_argument("--length", type=int, default=128)
+    arguments.add_argument("--gradient-checkpointing", action="store_true")
+    arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out, where they do not fit")
+    options = arguments.parse_args()
+    dtype, device = getattr(torch, options.dtype), options.device
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_backbone(options.geometry, folder)
+        transformer = Transformer(folder, transformer_task="fill-mask")
+    encoder = SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot", device=device).to(dtype).train()
+    if options.gradient_checkpointing:
+        transformer.model.gradient_checkpointing_enable()
+    loss = SpladeLoss(
+        encoder, SparseMultipleNegativesRankingLoss(encoder), document_regularizer_weight=1e-3, query_regularizer_weight=1e-3
+    )
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-6)
+    torch.manual_seed(0)
+    vocabulary = transformer.model.config.vocab_size
+
+    def features() -> dict[str, torch.Tensor]:
+        ids = torch.randint(5, vocabulary, (options.batch, options.length), device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    batch = [features(), features()]
+
+    def step(fused: bool) -> None:
+        (fuse_pooling if fused else unfuse_pooling)(encoder)
+        optimizer.zero_grad()
+        losses = loss([dict(columns) for columns in batch], None)
+        sum(losses.values()).backward() if isinstance(losses, dict) else losses.backward()
+        optimizer.step()
+
+    variants = {"fused": lambda: step(True)}
+    if not options.only_fused:
+        variants["stock"] = lambda: step(False)
+    times = alternate(variants, options.rounds, device)
+    optimizer.zero_grad()
+    memory = {name: peak_extra_bytes(variant, device) for name, variant in variants.items() if not optimizer.zero_grad()}
+    for name in variants:
+        t = times[name]
+        print(
+            f"{name:<6} {t['median']:8.3f} s a step   {t['lowest']:.3f} to {t['highest']:.3f}   "
+            f"{memory[name] / 2**20:,.0f} MiB above weights and optimiser state",
+            file=sys.stderr,
+        )
+    ratios = {}
+    if "stock" in variants:
+        ratios = {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": memory["fused"] / memory["stock"]}
+        print(ratios, file=sys.stderr)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"the process took {peak / 2**30:.2f} GiB at most", file=sys.stderr)
+    finish("training", options, {"seconds": times, "peak_extra_bytes": memory, "ratios": ratios, "process_peak_bytes": peak})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import anysplade.encoding as encoding
+from anysplade import ModelError, load_encoder
+from anysplade.encoder import masked_lm
+from anysplade.encoding import encode, resolve_precision
+from tiny import WORDS
+
+
+@pytest.fixture(scope="module")
+def encoder(backbone):
+    return load_encoder(backbone)
+
+
+TEXTS = [" ".join(WORDS[: n % 60]) for n in (3, 50, 0, 7, 119, 1, 30, 2, 58)]
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+@pytest.mark.parametrize("tokens, chunk", [(4096, 4096), (64, 4), (1, 2)])
+def test_rows_are_those_of_sentence_transformers_in_order(encoder, role, tokens, chunk, monkeypatch):
+    monkeypatch.setattr(encoding, "_TOKENS_A_BATCH", tokens)
+    monkeypatch.setattr(encoding, "_CHUNK", chunk)
+    method = encoder.encode_query if role == "query" else encoder.encode_document
+    rows = encode(encoder, TEXTS, role)
+    assert rows.dtype == np.float32
+    assert rows.has_sorted_indices
+    assert (rows.data > 0).all()
+    expected = method(TEXTS, convert_to_sparse_tensor=False).numpy()
+    np.testing.assert_allclose(rows.toarray(), expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9000), max_size=60), most=st.integers(1, 20))
+def test_batches_hold_every_text_once_within_the_budget(lengths, most):
+    batches = list(encoding._batches(np.array(lengths, np.int64), most))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= encoding._TOKENS_A_BATCH
+        assert len(batch) <= most
+
+
+def test_no_texts(encoder):
+    assert encode(encoder, [], "query").shape == (0, encoder.get_embedding_dimension())
+
+
+def test_bfloat16_is_near_and_said(encoder):
+    half, exact = (encode(encoder, TEXTS, "document", precision=p).toarray() for p in ("bfloat16", "float32"))
+    assert not np.array_equal(half, exact)
+    lengths = np.linalg.norm(half, axis=1) * np.linalg.norm(exact, axis=1)
+    assert ((half * exact).sum(axis=1) >= 0.9 * lengths).all()
+    assert resolve_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")
+
+
+def test_a_diverged_model_is_refused(backbone):
+    encoder = load_encoder(backbone)
+    with torch.no_grad():
+        masked_lm(encoder).get_input_embeddings().weight[5 + 50] = torch.nan
+    with pytest.raises(ModelError, match="document text 3; its training diverged"):
+        encode(encoder, [WORDS[0], WORDS[1], f"{WORDS[2]} {WORDS[50]}"], "document")
