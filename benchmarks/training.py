@@ -30,7 +30,7 @@ def main() -> None:
         transformer = Transformer(folder, transformer_task="fill-mask")
     encoder = SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot", device=device).to(dtype).train()
     if options.gradient_checkpointing:
-        transformer.model.gradient_checkpointing_enable()
+        transformer.model.activation_checkpointing_enable()
     loss = SpladeLoss(
         encoder, SparseMultipleNegativesRankingLoss(encoder), document_regularizer_weight=1e-3, query_regularizer_weight=1e-3
     )

@@ -1,12 +1,19 @@
+import os
+import socket
+
 import pytest
 import torch
-from sentence_transformers import SparseEncoder
+from datasets import Dataset
+from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SparseMultipleNegativesRankingLoss, SpladeLoss
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from anysplade import ModelError, OptionError, load_encoder
 from anysplade.encoder import fuse_pooling, masked_lm, open_encoder, unfuse_pooling
 from architectures import ARCHITECTURES
-from tiny import make_backbone
+from tiny import WORDS, make_backbone
 
 TEXTS = ["kabel lodan mifil nugor", "pehan", "", "not a word of the vocabulary"]
 
@@ -61,6 +68,53 @@ def test_gradients_through_the_fused_encoder(tmp_path):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("pooling, activation", [("sum", "relu"), ("sum", "log1p_relu"), ("max", "log1p_relu")])
+def test_the_other_poolings_are_fused_too(backbone, pooling, activation):
+    transformer = Transformer(backbone, transformer_task="fill-mask")
+    encoder = SparseEncoder(modules=[transformer, SpladePooling(pooling, activation_function=activation)])
+    stock = dense(encoder)
+    assert fuse_pooling(encoder)
+    torch.testing.assert_close(dense(encoder), stock, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    still = make_backbone("bert", tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = load_encoder(still).train()
+        if checkpointing:
+            masked_lm(encoder).activation_checkpointing_enable()
+        encoder(encoder.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+        gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_large_batches_by_gradient_caching(tmp_path):
+    """CachedSpladeLoss encodes twice, without and with gradients, in mini-batches."""
+    still = make_backbone("bert", tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    gradients = []
+    for fused in (True, False):
+        encoder = load_encoder(still, fused=fused).train()
+        ranking = SparseMultipleNegativesRankingLoss(encoder)
+        weights = {"document_regularizer_weight": 1e-3, "query_regularizer_weight": 1e-3}
+        for loss in (SpladeLoss(encoder, ranking, **weights), CachedSpladeLoss(encoder, ranking, **weights, mini_batch_size=2)):
+            encoder.zero_grad()
+            losses = loss([encoder.preprocess(TEXTS), encoder.preprocess(TEXTS[::-1])], None)
+            sum(losses.values()).backward()
+            gradients.append({name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None})
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_compiled_encoder_gives_the_same(backbone):
+    encoder = load_encoder(backbone)
+    expected = dense(encoder)
+    encoder.compile(backend="eager")
+    torch.testing.assert_close(dense(encoder), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_that_cannot_be_fused_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     encoder = load_encoder(make_backbone("esm", tmp_path, token_dropout=False), k=1, shift=0)
@@ -91,3 +145,41 @@ def test_length(backbone):
     assert load_encoder(backbone, max_length=5).max_seq_length == 5
     with pytest.raises(OptionError, match="at least 3 tokens"):
         load_encoder(backbone, max_length=2)
+
+
+def _one_of_two(rank, backbone, port, fused, out):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+    torch.set_num_threads(1)
+    encoder = load_encoder(backbone, k=2, shift=0.5, fused=fused)
+    columns = {"query": WORDS[:32], "positive": [" ".join(WORDS[i : i + 5]) for i in range(32)]}
+    loss = SpladeLoss(encoder, SparseMultipleNegativesRankingLoss(encoder), 1e-3, 1e-3)
+    arguments = SparseEncoderTrainingArguments(
+        out, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, use_cpu=True, ddp_backend="gloo", save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    SparseEncoderTrainer(encoder, arguments, Dataset.from_dict(columns), loss=loss).train()
+    torch.save(encoder.state_dict(), f"{out}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_the_trainer_on_two_processes(tmp_path):
+    """DistributedDataParallel over gloo: the processes stay alike, and fused training ends where stock training does."""
+    still = make_backbone("bert", tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ends = []
+    for fused in (True, False):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_one_of_two, args=(still, port, fused, str(tmp_path / str(fused))), nprocs=2)
+        ends += [torch.load(tmp_path / f"{fused}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    before = load_encoder(still, k=2, shift=0.5).state_dict()
+    assert any(not torch.equal(before[name], ends[0][name]) for name in before)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in before)
+    for name in before:
+        torch.testing.assert_close(ends[0][name], ends[2][name], rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")

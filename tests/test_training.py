@@ -150,3 +150,9 @@ def test_killed_and_started_again(config, tmp_path):
     a, b = weights(tmp_path / "whole" / "model"), weights(tmp_path / "run" / "model")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_several_processes_are_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="without torchrun"):
+        train(config())

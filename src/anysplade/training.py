@@ -7,6 +7,7 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -65,6 +66,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         OutputError: the output folder holds another run, or something else.
         ModelError, DataError, OptionError: as ``load_encoder`` and ``load_pairs`` do.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("train runs in one process; start it without torchrun")
     output = Path(config.output).expanduser()
     asked = asdict(config)
     finished = _claim(output, asked)
