@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from anysplade.pooling import native_bfloat16
 from anysplade.provenance import provenance
 
 
@@ -86,6 +87,8 @@ def finish(name: str, options: argparse.Namespace, result: dict[str, Any]) -> No
         **result,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "cpu": getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name"),
+        "native_bfloat16": native_bfloat16(options.device),
         "sentence-transformers": version("sentence-transformers"),
         "provenance": provenance(),
     }
