@@ -1,10 +1,6 @@
-import os
-import socket
-
 import pytest
 import torch
-from datasets import Dataset
-from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -13,7 +9,8 @@ from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 from anysplade import ModelError, OptionError, load_encoder
 from anysplade.encoder import fuse_pooling, masked_lm, open_encoder, unfuse_pooling
 from architectures import ARCHITECTURES
-from tiny import WORDS, make_backbone
+from processes import run_on_two_processes
+from tiny import make_backbone
 
 TEXTS = ["kabel lodan mifil nugor", "pehan", "", "not a word of the vocabulary"]
 
@@ -109,7 +106,7 @@ def test_large_batches_by_gradient_caching(tmp_path):
 
 
 def test_a_compiled_encoder_gives_the_same(backbone):
-    encoder = load_encoder(backbone)
+    encoder = load_encoder(backbone, k=2, shift=0.5)
     expected = dense(encoder)
     encoder.compile(backend="eager")
     torch.testing.assert_close(dense(encoder), expected, rtol=1e-4, atol=1e-5)
@@ -123,7 +120,7 @@ def test_a_head_that_cannot_be_fused_says_so(tmp_path, caplog):
 
 
 def test_a_saved_encoder_keeps_its_calibration(backbone, tmp_path):
-    encoder = load_encoder(backbone)
+    encoder = load_encoder(backbone, k=2, shift=0.5)
     encoder.save_pretrained(str(tmp_path))
     again = load_encoder(tmp_path)
     torch.testing.assert_close(dense(again), dense(encoder), rtol=1e-4, atol=1e-5)
@@ -147,36 +144,13 @@ def test_length(backbone):
         load_encoder(backbone, max_length=2)
 
 
-def _one_of_two(rank, backbone, port, fused, out):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
-    encoder = load_encoder(backbone, k=2, shift=0.5, fused=fused)
-    columns = {"query": WORDS[:32], "positive": [" ".join(WORDS[i : i + 5]) for i in range(32)]}
-    loss = SpladeLoss(encoder, SparseMultipleNegativesRankingLoss(encoder), 1e-3, 1e-3)
-    arguments = SparseEncoderTrainingArguments(
-        out, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, use_cpu=True, ddp_backend="gloo", save_strategy="no",
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    SparseEncoderTrainer(encoder, arguments, Dataset.from_dict(columns), loss=loss).train()
-    torch.save(encoder.state_dict(), f"{out}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_the_trainer_on_two_processes(tmp_path):
     """DistributedDataParallel over gloo: the processes stay alike, and fused training ends where stock training does."""
     still = make_backbone("bert", tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ends = []
     for fused in (True, False):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_one_of_two, args=(still, port, fused, str(tmp_path / str(fused))), nprocs=2)
+        meeting = tmp_path / f"meeting-{fused}"
+        run_on_two_processes("two_processes.py", still, meeting, int(fused), tmp_path / str(fused))
         ends += [torch.load(tmp_path / f"{fused}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     before = load_encoder(still, k=2, shift=0.5).state_dict()
     assert any(not torch.equal(before[name], ends[0][name]) for name in before)

@@ -1,9 +1,11 @@
 """Pretrain the bundled backbones: ``python -m anysplade.backbones.pretrain --out DIR``.
 
-Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is not
-one of vocabulary. The text is every docstring of the environment's packages; of the modules that
-the python-docs collection holds out, without the summary lines, which are its queries. Times and
-final losses stand in README.md.
+Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is
+not one of vocabulary. ``--architectures`` makes two more, for experiments: DistilBERT, wider and deeper,
+and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level BPE.
+
+The text is every docstring of the environment's packages; of the modules that the python-docs collection
+holds out, without the summary lines, which are its queries. Times and final losses stand in README.md.
 """
 
 import argparse
@@ -23,30 +25,47 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     set_seed,
 )
 
 from anysplade.python_docs import read_docstrings
 
 VOCABULARY = 8192
+BPE_VOCABULARY = 12_288
 WIDTH = 192
 LENGTH = 128  # tokens a training sequence
 MASKED = 0.2  # share of tokens to predict
+ARCHITECTURES = ("bert", "modernbert", "distilbert", "roberta")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, limit_alphabet=256, show_progress=False)
-    )
+def train_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
+    trainer: Any
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=BPE_VOCABULARY,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, limit_alphabet=256, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
@@ -63,6 +82,36 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build(architecture: str) -> PreTrainedModel:
+    """The architecture with random weights."""
+    if architecture == "distilbert":
+        return DistilBertForMaskedLM(
+            DistilBertConfig(
+                vocab_size=VOCABULARY,
+                dim=256,
+                n_layers=3,
+                n_heads=4,
+                hidden_dim=768,
+                max_position_embeddings=256,
+                dropout=0.0,
+                attention_dropout=0.0,
+            )
+        )
+    if architecture == "roberta":
+        return RobertaForMaskedLM(
+            RobertaConfig(
+                vocab_size=BPE_VOCABULARY,
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=512,
+                max_position_embeddings=258,  # positions begin after the padding's id
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
     if architecture == "bert":
         return BertForMaskedLM(
             BertConfig(
@@ -97,6 +146,10 @@ def masked_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The MLM head on the masked tokens alone: (masked, width) → (masked, vocabulary)."""
     if isinstance(model, BertForMaskedLM):
         return model.cls(hidden)
+    if isinstance(model, RobertaForMaskedLM):
+        return model.lm_head(hidden)
+    if isinstance(model, DistilBertForMaskedLM):
+        return model.vocab_projector(model.vocab_layer_norm(model.activation(model.vocab_transform(hidden))))
     modern: Any = model
     return modern.decoder(modern.head(hidden))
 
@@ -147,7 +200,7 @@ def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizer
         chosen = (torch.rand(ids.shape) < MASKED) & (ids >= len(SPECIAL))
         action = torch.rand(ids.shape)
         inputs = ids.masked_fill(chosen & (action < 0.8), 4)  # 80 % masked, 10 % another token, 10 % as they are
-        inputs = torch.where(chosen & (action >= 0.9), torch.randint(len(SPECIAL), VOCABULARY, ids.shape), inputs)
+        inputs = torch.where(chosen & (action >= 0.9), torch.randint(len(SPECIAL), len(tokenizer), ids.shape), inputs)
         hidden = model.base_model(input_ids=inputs, attention_mask=attention.long()).last_hidden_state
         loss = nn.functional.cross_entropy(masked_logits(model, hidden[chosen]), ids[chosen])
         optimizer.zero_grad(set_to_none=True)
@@ -181,7 +234,7 @@ def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--architectures", nargs="+", default=["bert", "modernbert"], choices=["bert", "modernbert"])
+    parser.add_argument("--architectures", nargs="+", default=["bert", "modernbert"], choices=ARCHITECTURES)
     parser.add_argument("--start", type=Path, help="go on from the backbones in this folder, with their tokenizers")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -189,10 +242,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     texts = sorted({d.text.partition("\n")[2].strip() if d.held_out else d.text for d in read_docstrings(progress=True)})
-    fresh = train_tokenizer(texts) if args.start is None else None
     print(f"{len(texts):,} docstrings, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     for architecture in args.architectures:
-        tokenizer: Any = fresh or AutoTokenizer.from_pretrained(args.start / f"{architecture}-tiny")
+        if args.start:
+            tokenizer: Any = AutoTokenizer.from_pretrained(args.start / f"{architecture}-tiny")
+        else:
+            tokenizer = train_tokenizer(texts, "bpe" if architecture == "roberta" else "wordpiece")
         result = pretrain(architecture, texts, tokenizer, args)
         folder = args.out / f"{architecture}-tiny"
         model = result["model"].half()  # stored in 16 bits to stay small; the config says float32, so it loads as that

@@ -1,0 +1,47 @@
+"""Run a script of this folder as two processes of one training, and end them when they take too long."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_SECONDS = 120  # a run takes about ten
+
+
+def run_on_two_processes(script: str, *arguments: object) -> None:
+    """Start ``script`` twice, as ranks 0 and 1 of 2, over the loopback device; both must end well.
+
+    What waits for the other process forever would block a whole test run, so both are killed in time.
+    """
+    folder = Path(__file__).parent
+    shared = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / script), *map(str, arguments)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=_SECONDS)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)  # faulthandler prints where each stands
+        raise AssertionError("\n".join(f"took over {_SECONDS} s:\n{p.communicate()[0][-3000:]}" for p in processes)) from None
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
