@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from anysplade.encoder import load_encoder
     from anysplade.errors import (
         AnyspladeError,
+        CollapseError,
         DataError,
         MeasureError,
         ModelError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AnyspladeError": "errors",
     "Calibration": "calibration",
+    "CollapseError": "errors",
     "Collection": "datasets",
     "DataError": "errors",
     "Document": "datasets",
@@ -59,6 +61,7 @@ _HOME = {
 __all__ = [
     "AnyspladeError",
     "Calibration",
+    "CollapseError",
     "Collection",
     "DataError",
     "Document",

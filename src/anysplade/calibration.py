@@ -47,18 +47,20 @@ def calibrate(
     k: Choice = "auto",
     shift: Choice = "auto",
     bias: BiasPolicy = "scale",
+    strength: int = 0,
 ) -> Calibration:
     """The k and shift that a masked LM wants; the model is not changed.
 
     Deterministic, and equivariant: logits ten times larger get a k ten times larger and the same shift.
+    Each unit of ``strength`` leaves a third as many token logits above zero, for heads that collapse.
     """
     if k == "auto" or shift == "auto":
-        return choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias)
+        return choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias, strength)
     check_rescaling(k, shift, bias)
     return Calibration(float(k), float(shift), bias, None, None)
 
 
-def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasPolicy = "scale") -> Calibration:
+def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasPolicy = "scale", strength: int = 0) -> Calibration:
     """The calibration that a measured head wants.
 
     The scale of a head is the mean excess of its highest 0.3 % of token logits over the lowest of
@@ -72,8 +74,9 @@ def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasP
     if shift == "auto" and probe.bias is None:
         logger.warning("this head has no bias, so its level stays as it is; k alone is chosen")
         shift = 0.0
+    share = ACTIVE_SHARE / 3**strength
     if k == "auto":
-        level = np.quantile(probe.token_logits, 1 - ACTIVE_SHARE)
+        level = np.quantile(probe.token_logits, 1 - share)
         above = probe.token_logits[probe.token_logits > level]
         excess = float(above.mean(dtype=np.float64) - level) if above.size else 0.0
         if not (np.isfinite(excess) and excess > 0):
@@ -81,7 +84,7 @@ def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasP
         k = _round(excess / (MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY))
     check_rescaling(k, 0.0 if shift == "auto" else shift, bias)
     if shift == "auto":
-        shift = _round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - ACTIVE_SHARE)))
+        shift = _round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share)))
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
 
 

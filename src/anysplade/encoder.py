@@ -66,8 +66,9 @@ def build_encoder(
     queries: Sequence[str] = PROBE_QUERIES,
     documents: Sequence[str] = PROBE_DOCUMENTS,
     max_length: int | None = None,
+    strength: int = 0,
 ) -> tuple[SparseEncoder, Calibration]:
-    """``load_encoder``, and the calibration that was applied."""
+    """``load_encoder``, and the calibration that was applied; ``strength`` is that of ``calibrate``."""
     source = resolve_model(path)
     if is_sparse_encoder(source):
         logger.info("%s is a sparse encoder already: its head stays as it is unless k or shift is a number", source)
@@ -77,7 +78,7 @@ def build_encoder(
         load_masked_lm(source)  # refuses what Transformer would take: a checkpoint without a trained head
         encoder = _with_splade_pooling(source)
     model = masked_lm(encoder)
-    calibration = calibrate(model, encoder.tokenizer, queries, documents, k=k, shift=shift, bias=bias)
+    calibration = calibrate(model, encoder.tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
         if max_length < 3:

@@ -1,6 +1,7 @@
 """What anysplade raises.
 
 AnyspladeError                 something failed; exit code 1 on the command line
+├── CollapseError              a training run whose vectors became useless, and that was told to stop then
 └── UsageError (ValueError)    the caller can mend it; exit code 2
     ├── ModelError             the model is missing, is no masked LM, or has no usable head
     ├── DataError              a file, line or column of the data is not as it must be
@@ -18,6 +19,10 @@ class AnyspladeError(Exception):
 
 class UsageError(AnyspladeError, ValueError):
     """A mistake in what was asked for."""
+
+
+class CollapseError(AnyspladeError):
+    """A training run collapsed and was told to stop then."""
 
 
 class ModelError(UsageError):

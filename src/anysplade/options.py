@@ -9,6 +9,8 @@ from anysplade.errors import OptionError
 
 Choice = float | Literal["auto"]  # of k and of shift
 BiasPolicy = Literal["scale", "keep"]
+Regularizer = Literal["flops", "df-flops", "l1"]
+OnCollapse = Literal["warn", "stop", "recalibrate"]
 Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
 
 
@@ -28,8 +30,12 @@ class TrainingConfig:
         batch_size: queries a step, each with its document; the others' documents are its negatives.
         learning_rate: peak of AdamW's, from where it falls to 0 in a straight line.
         warmup_ratio: share of the steps over which it rises from 0 to the peak.
-        query_regularizer_weight: lambda of the queries' FLOPS, reached after a third of the steps.
-        document_regularizer_weight: lambda of the documents' FLOPS, likewise.
+        query_regularizer_weight: lambda of the queries' regularizer, reached after a third of the steps.
+        document_regularizer_weight: lambda of the documents' regularizer, likewise.
+        query_active_dims: wanted mean number of terms in a query; sets its lambda during training.
+        document_active_dims: the same for documents.
+        regularizer: FLOPS, FLOPS weighted by document frequency (arXiv 2505.15070), or L1.
+        on_collapse: warn and go on, stop, or start again from a more strongly calibrated head.
         max_length: tokens a text is cut to; the tokenizer's limit if None.
         seed: of everything random.
         checkpoint_steps: steps between checkpoints.
@@ -50,6 +56,10 @@ class TrainingConfig:
     warmup_ratio: float = 0.1
     query_regularizer_weight: float = 1e-3
     document_regularizer_weight: float = 1e-3
+    query_active_dims: float | None = None
+    document_active_dims: float | None = None
+    regularizer: Regularizer = "flops"
+    on_collapse: OnCollapse = "warn"
     max_length: int | None = 256
     seed: int = 0
     checkpoint_steps: int = 500
@@ -63,6 +73,8 @@ class TrainingConfig:
             ("learning_rate", 0),
             ("query_regularizer_weight", 0),
             ("document_regularizer_weight", 0),
+            ("query_active_dims", 1),
+            ("document_active_dims", 1),
             ("checkpoint_steps", 1),
         ):
             value = getattr(self, name)

@@ -19,22 +19,26 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from anysplade.calibration import sample_pairs
+from anysplade.calibration import Calibration, sample_pairs
 from anysplade.datasets import Pair, hash_texts, load_pairs
 from anysplade.encoder import build_encoder
-from anysplade.errors import OptionError, OutputError
+from anysplade.encoding import encode
+from anysplade.errors import CollapseError, OptionError, OutputError
 from anysplade.files import whole_folder, write_whole
+from anysplade.monitoring import Monitor
 from anysplade.options import TrainingConfig
 from anysplade.provenance import provenance
+from anysplade.regularization import ActiveDimsController, make_regularizer
 
 logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete"  # marks a checkpoint whose files are all there
+_RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
+_SAMPLE = 500  # training pairs whose active dims are counted at the end
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class TrainingResult:
     steps: int
     resumed_from: int  # the step that this process started at: 0 unless the run was interrupted
     seconds: float  # of training in this process
+    query_active_dims: float  # of the finished model, over up to 500 training pairs
+    document_active_dims: float
     log: list[dict[str, float]]  # the trainer's own log: loss, its parts, learning rate
+    monitoring: dict[str, Any]  # findings (what went wrong) and observations (what the batches' vectors were like)
+    restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,35 +87,27 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
     data_hash = hash_texts(text for pair in pairs for text in pair if text is not None)
 
-    set_seed(config.seed)
-    queries, documents = sample_pairs(pairs, config.seed)
-    encoder, calibration = build_encoder(
-        config.backbone,
-        config.k,
-        config.shift,
-        config.fused,
-        bias=config.bias,
-        queries=queries,
-        documents=documents,
-        max_length=config.max_length,
-    )
-    run = {"config": asked, "calibration": calibration.to_dict(), "data_hash": data_hash}
-    if (output / "run.json").exists():
-        recorded = json.loads((output / "run.json").read_text())
-        if recorded["data_hash"] != data_hash:
-            raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
-    else:
+    recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
+    if recorded.get("data_hash", data_hash) != data_hash:
+        raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
+    restarts: list[dict[str, Any]] = recorded.get("restarts", [])
+    while True:
+        encoder, calibration = _encoder(config, pairs, len(restarts))
+        run = {"config": asked, "calibration": calibration.to_dict(), "data_hash": data_hash, "restarts": restarts}
         write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
-
-    trainer = _trainer(config, encoder, pairs, output, progress)
-    checkpoint = _last_checkpoint(output / "checkpoints")
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - start
+        trainer, monitor = _trainer(config, encoder, pairs, output, progress)
+        checkpoint = _last_checkpoint(output / "checkpoints")
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - start
+        if not monitor.collapsed or config.on_collapse == "warn":
+            break
+        _give_up_or_restart(config, output, run, calibration, monitor)
 
     shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
     with whole_folder(output / "model") as folder:
         encoder.save_pretrained(str(folder))
+    query_dims, document_dims = _active_dims(encoder, pairs)
     result = TrainingResult(
         model=str(output / "model"),
         config=asked,
@@ -117,11 +117,59 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         steps=trainer.state.global_step,
         resumed_from=0 if checkpoint is None else _step(checkpoint),
         seconds=seconds,
+        query_active_dims=query_dims,
+        document_active_dims=document_dims,
         log=trainer.state.log_history,
+        monitoring=monitor.to_dict(),
+        restarts=restarts,
         provenance=provenance(),
     )
     write_whole(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def _encoder(config: TrainingConfig, pairs: list[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
+    """The encoder to start from; after a collapse numbers for k and shift give way to "auto", and that to a stronger one."""
+    set_seed(config.seed)
+    queries, documents = sample_pairs(pairs, config.seed)
+    k, shift = config.k, config.shift
+    if restarts and not (k == "auto" and shift == "auto"):
+        k, shift, restarts = "auto", "auto", restarts - 1
+    return build_encoder(
+        config.backbone,
+        k,
+        shift,
+        config.fused,
+        bias=config.bias,
+        queries=queries,
+        documents=documents,
+        max_length=config.max_length,
+        strength=restarts,
+    )
+
+
+def _give_up_or_restart(
+    config: TrainingConfig, output: Path, run: dict[str, Any], calibration: Calibration, monitor: Monitor
+) -> None:
+    """Record a collapse; clear the way for a new start, or raise CollapseError."""
+    findings = monitor.to_dict()["findings"]
+    worst = next(finding for finding in findings if finding["collapse"])
+    said = f"{worst['name']} at step {worst['step']} ({worst['evidence']})"
+    if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
+        write_whole(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
+        raise CollapseError(f"{output}: the training collapsed: {said}; {worst['mend']}")
+    run["restarts"].append({"k": calibration.k, "shift": calibration.shift, "findings": findings})
+    write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
+
+
+def _active_dims(encoder: SparseEncoder, pairs: list[Pair]) -> tuple[float, float]:
+    """Mean active dims of queries and of documents, over evenly spaced training pairs."""
+    sample = pairs[:: max(1, len(pairs) // _SAMPLE)][:_SAMPLE]
+    queries = encode(encoder, [pair.query for pair in sample], "query")
+    documents = encode(encoder, [pair.positive for pair in sample], "document")
+    return queries.nnz / len(sample), documents.nnz / len(sample)
 
 
 def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
@@ -130,10 +178,13 @@ def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise OutputError(f"{output}: holds something that is no run of anysplade; choose another --out")
         return None
-    recorded = json.loads((output / "run.json").read_text())["config"]
+    run = json.loads((output / "run.json").read_text())
+    recorded = run["config"]
     different = [f"{name} {recorded.get(name)!r}, now {asked[name]!r}" for name in asked if recorded.get(name) != asked[name]]
     if different:
         raise OutputError(f"{output}: holds a run with other options ({'; '.join(different)}); choose another --out or remove it")
+    if "collapsed" in run:
+        raise CollapseError(f"{output}: this run collapsed before; change the options and choose another --out")
     if (output / "training.json").exists() and (output / "model").is_dir():
         known = {field.name for field in fields(TrainingResult)}
         return TrainingResult(**{k: v for k, v in json.loads((output / "training.json").read_text()).items() if k in known})
@@ -142,15 +193,20 @@ def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
 
 def _trainer(
     config: TrainingConfig, encoder: SparseEncoder, pairs: list[Pair], output: Path, progress: bool
-) -> SparseEncoderTrainer:
+) -> tuple[SparseEncoderTrainer, Monitor]:
     # The trainer reads columns by their order: query, positive, negative.
     columns = {name: [getattr(pair, name) for pair in pairs] for name in Pair._fields if getattr(pairs[0], name) is not None}
+    ranking = SparseMultipleNegativesRankingLoss(encoder)
     loss = SpladeLoss(
         encoder,
-        SparseMultipleNegativesRankingLoss(encoder),
+        ranking,
         document_regularizer_weight=config.document_regularizer_weight,
         query_regularizer_weight=config.query_regularizer_weight,
+        document_regularizer=make_regularizer(config.regularizer, encoder),
+        query_regularizer=make_regularizer(config.regularizer, encoder),
     )
+    vocabulary = encoder.get_embedding_dimension() or 0
+    monitor = Monitor(ranking, vocabulary, stop=config.on_collapse != "warn")
     arguments = SparseEncoderTrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=config.steps or -1,
@@ -175,11 +231,16 @@ def _trainer(
         args=arguments,
         train_dataset=Dataset.from_dict(columns),
         loss=loss,
-        # The trainer adds this ramp by itself, with a warning; named, it is added once and knowingly.
-        callbacks=[SpladeRegularizerWeightSchedulerCallback(loss), _MarkComplete(), _Progress(progress)],
+        callbacks=[
+            # Stands for the ramp that the trainer would add by itself.
+            ActiveDimsController(loss, config.query_active_dims, config.document_active_dims),
+            _MarkComplete(),
+            _Progress(progress),
+        ],
     )
+    trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, which then get what it logs
     trainer.remove_callback(PrinterCallback)  # writes to standard output, which belongs to the result
-    return trainer
+    return trainer, monitor
 
 
 class _MarkComplete(TrainerCallback):

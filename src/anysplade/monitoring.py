@@ -1,0 +1,236 @@
+"""Watch a training run for collapse: what each batch's vectors look like, and what is wrong with them.
+
+The monitor sees the vectors where the ranking loss does (``compute_loss_from_embeddings``), so any
+loss of sentence-transformers that has this method can be watched. ``diagnose`` is a function of what
+was seen alone: a recorded run gives the findings that the running one gave.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+logger = logging.getLogger(__name__)
+
+OBSERVATIONS = 200  # of a run at most, evenly spaced
+_MEMORY = 50  # observations without a document that uses it, after which a term counts as dead
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One training batch: n queries and m documents, the positives first."""
+
+    step: int
+    loss: float  # of the ranking alone
+    chance: float  # the loss of a model that cannot tell the documents apart: log(m)
+    query_active_dims: float
+    document_active_dims: float
+    flops: float  # sum over terms of P(in query) P(in document), within the batch
+    query_similarity: float  # mean cosine of two different queries of the batch
+    document_similarity: float
+    score_mean: float  # over all (query, document) pairs of the batch
+    score_std: float
+    margin: float  # mean score of the positives less that of all the others
+    dead_share: float  # of the vocabulary: terms in no document of the last 50 observations
+    always_on_share: float  # of a document's active dims: terms in every document of the batch
+    gradient_norm: float | None = None  # before clipping, of the trainer's log
+
+
+@torch.no_grad()
+def observe(embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step: int, count: int) -> Observation:
+    """The statistics of a batch: queries (n, vocabulary), positives (n, vocabulary), then any negatives.
+
+    ``last_used`` (vocabulary,) holds, for each term, the observation in which a document last used it, and
+    is brought up to date. Time: a few passes over the vectors and one (n, vocabulary, m) product.
+    """
+    queries, positives = embeddings[0].float(), embeddings[1].float()
+    documents = torch.cat([embedding.float() for embedding in embeddings[1:]])
+    n, m = len(queries), len(documents)
+    in_query, in_document = (queries > 0).float(), (documents > 0).float()
+    used = in_document.sum(dim=0)  # (vocabulary,)
+    last_used[used > 0] = count
+    scores = queries @ documents.T  # (n, m)
+    right = scores[:, : len(positives)].diagonal()
+    values = torch.stack(
+        [
+            loss.detach().float(),
+            in_query.sum() / n,
+            used.sum() / m,
+            in_query.mean(dim=0) @ (used / m),
+            _similarity(queries),
+            _similarity(documents),
+            scores.mean(),
+            scores.std(correction=0),
+            right.mean() - (scores.sum() - right.sum()) / max(1, scores.numel() - n),
+            (last_used < count - _MEMORY).float().mean(),
+            (used == m).sum() / (used.sum() / m).clamp(min=1),
+        ]
+    ).tolist()  # one transfer from the device
+    return Observation(step, values[0], math.log(m), *values[1:])
+
+
+def _similarity(vectors: Tensor) -> Tensor:
+    """Mean cosine of two different rows, without the (rows, rows) matrix; 0 for vectors of zeros."""
+    n = len(vectors)
+    norms = vectors.norm(dim=1, keepdim=True)
+    total = (vectors / norms.clamp(min=1e-12)).sum(dim=0).square().sum()
+    return (total - (norms > 0).sum()) / max(1, n * (n - 1))
+
+
+# ------------------------------------------------------------------------------------- diagnosis
+
+Name = Literal["constant vectors", "all zero", "all dense", "divergence", "dead vocabulary", "saturated softmax"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a run: since when, what shows it, and what mends it."""
+
+    name: Name
+    step: int
+    evidence: str
+    mend: str
+    collapse: bool  # whether the run is lost; otherwise it goes on, worse than it could
+
+
+_WINDOW = 5  # observations that must agree: one odd batch is no finding
+_CALIBRATE = "calibrate the head (--k auto --shift auto, the default), or more strongly with --on-collapse recalibrate"
+_LIGHTER = "lower the regularizer weights or raise the target of active dims"
+_SLOWER = "lower the learning rate, and calibrate the head (--k auto --shift auto)"
+
+
+def diagnose(observations: Sequence[Observation], vocabulary: int) -> list[Finding]:
+    """What is wrong with a run so far: each finding once, where it was first seen.
+
+    The thresholds and the runs they were read off stand in docs/monitoring.md.
+    """
+    findings: dict[Name, Finding] = {}
+    for end in range(1, len(observations) + 1):
+        for finding in _check(observations[max(0, end - _WINDOW) : end], vocabulary):
+            findings.setdefault(finding.name, finding)
+    return list(findings.values())
+
+
+def _check(window: Sequence[Observation], vocabulary: int) -> list[Finding]:
+    """What the last observations show together."""
+    now = window[-1]
+    numbers = (now.loss, now.score_mean, now.score_std, now.gradient_norm or 0.0)
+    if not all(map(math.isfinite, numbers)):
+        return [Finding("divergence", now.step, f"loss {now.loss:g}, scores {now.score_mean:g} ± {now.score_std:g}", _SLOWER, True)]
+    if len(window) < _WINDOW:
+        return []
+
+    def all_of(name: str, low: float = -math.inf, high: float = math.inf) -> bool:
+        return all(low <= getattr(seen, name) <= high for seen in window)
+
+    found: list[Finding] = []
+
+    def add(name: Name, evidence: str, mend: str, collapse: bool) -> None:
+        found.append(Finding(name, now.step, evidence, mend, collapse))
+
+    for role in ("query", "document"):
+        if all_of(f"{role}_active_dims", high=0.5):
+            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", _LIGHTER, True)
+        elif all_of(f"{role}_similarity", low=0.9):
+            add(
+                "constant vectors",
+                f"cosine {getattr(now, f'{role}_similarity'):.3f} between the {role} vectors of a batch",
+                _CALIBRATE,
+                True,
+            )
+    if all_of("document_active_dims", low=0.5 * vocabulary):
+        share = now.document_active_dims / vocabulary
+        add("all dense", f"{share:.0%} of the vocabulary active in a document", _CALIBRATE, False)
+    if all(seen.loss > 3 * seen.chance for seen in window):
+        evidence = f"loss {now.loss:.3g} where guessing gives {now.chance:.3g}; scores {now.score_mean:.3g} ± {now.score_std:.3g}"
+        add("saturated softmax", evidence, _CALIBRATE, True)
+    if all_of("dead_share", low=0.995):
+        add("dead vocabulary", f"{now.dead_share:.1%} of the terms are used by no recent document", _LIGHTER, False)
+    return found
+
+
+# -------------------------------------------------------------------------------------- watching
+
+
+class Monitor(TrainerCallback, ExportableState):
+    """Observe a run's batches, name what is wrong, and stop it on collapse if that is asked for.
+
+    Args:
+        ranking: the loss that gets the vectors; sentence-transformers' losses have the method
+            ``compute_loss_from_embeddings``, which is wrapped on this instance.
+        stop: end the training when a finding says that the run is lost.
+    """
+
+    def __init__(self, ranking: nn.Module, vocabulary: int, stop: bool = False) -> None:
+        self.observations: list[Observation] = []
+        self.findings: list[Finding] = []
+        self.vocabulary = vocabulary
+        self.stop = stop
+        self._last_used: Tensor | None = None
+        self._due = False
+        self._step = 0
+        compute: Any = ranking.compute_loss_from_embeddings
+
+        def watched(embeddings: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+            loss = compute(embeddings, *args, **kwargs)
+            if self._due:
+                self._due = False
+                self._observe(embeddings, torch.stack(list(loss.values())).sum() if isinstance(loss, dict) else loss)
+            return loss
+
+        ranking.__dict__["compute_loss_from_embeddings"] = watched
+
+    @property
+    def collapsed(self) -> bool:
+        return any(finding.collapse for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "findings": [asdict(finding) for finding in self.findings],
+            "observations": [asdict(observation) for observation in self.observations],
+        }
+
+    def state(self) -> dict[str, Any]:
+        """For the trainer's checkpoints."""
+        return self.to_dict()
+
+    def _observe(self, embeddings: list[Tensor], loss: Tensor) -> None:
+        if self._last_used is None:
+            self._last_used = torch.full((embeddings[0].shape[1],), len(self.observations), device=embeddings[0].device)
+        self.observations.append(observe(embeddings, loss, self._last_used, self._step, len(self.observations)))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._every = max(1, state.max_steps // OBSERVATIONS)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:
+            self.observations = [Observation(**seen) for seen in saved["observations"]]
+            self.findings = [Finding(**finding) for finding in saved["findings"]]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step
+        self._due = state.global_step % self._every == 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        known = {finding.name for finding in self.findings}
+        for finding in _check(self.observations[-_WINDOW:], self.vocabulary) if self.observations else []:
+            if finding.name not in known:
+                known.add(finding.name)
+                self.findings.append(finding)
+                logger.warning("step %d: %s (%s); %s", finding.step, finding.name, finding.evidence, finding.mend)
+        if self.stop and self.collapsed:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or not self.observations:
+            return
+        if "grad_norm" in logs:
+            self.observations[-1] = replace(self.observations[-1], gradient_norm=float(logs["grad_norm"]))
+        seen = asdict(self.observations[-1])
+        logs |= {f"monitor/{name}": value for name, value in seen.items() if name not in ("step", "gradient_norm")}
+        logs |= {f"monitor/{finding.name}": 1.0 for finding in self.findings}

@@ -1,0 +1,145 @@
+"""What keeps vectors sparse: regularizers, and the controller that sets their weights to meet a target.
+
+The regularizers go where sentence-transformers' ``SpladeLoss`` takes them (``document_regularizer``,
+``query_regularizer``); they are functions of the vectors of a batch, (texts, vocabulary).
+"""
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
+from sentence_transformers.sparse_encoder.losses import FlopsLoss, SpladeLoss
+from torch import Tensor, nn
+from transformers.trainer_callback import ExportableState
+
+from anysplade.options import Regularizer
+
+logger = logging.getLogger(__name__)
+
+
+class L1Loss(nn.Module):
+    """Mean L1 norm of the vectors: every weight is pressed alike, however common its term is."""
+
+    def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        return embeddings.abs().sum(dim=1).mean()
+
+
+class DFFlopsLoss(nn.Module):
+    """FLOPS with each term weighted by its document frequency (Porco et al., arXiv 2505.15070).
+
+    ``sum over terms of (w mean)²`` with ``w = 1 / (1 + (DF^(log_α 2) - 1)^β)``: 0 for a rare term, 1/2 at
+    a document frequency of α, 1 for a term of every document. The paper takes DF from a validation set
+    every 100 steps; here it is a running average over the training batches.
+    """
+
+    def __init__(self, alpha: float = 0.1, beta: float = 10.0, memory: float = 0.98) -> None:
+        super().__init__()
+        self.exponent = math.log(2) / math.log(alpha)
+        self.beta = beta
+        self.memory = memory
+        self.frequency: Tensor | None = None  # (vocabulary,)
+
+    def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = (embeddings > 0).float().mean(dim=0)
+            if self.frequency is None:
+                self.frequency = seen
+            else:
+                self.frequency = self.memory * self.frequency + (1 - self.memory) * seen
+            ratio = self.frequency.double().clamp(min=1e-9) ** self.exponent - 1
+            weight = (1 / (1 + ratio.clamp(min=0) ** self.beta)).to(embeddings.dtype)
+        return (weight * embeddings.mean(dim=0)).square().sum()
+
+
+def make_regularizer(name: Regularizer, encoder: SparseEncoder) -> nn.Module:
+    if name == "flops":
+        return FlopsLoss(encoder)
+    return L1Loss() if name == "l1" else DFFlopsLoss()
+
+
+# ------------------------------------------------------------------------------- sparsity as a target
+
+_RAMP = 1 / 3  # of the steps, over which the set point goes from the first active dims to the target
+_INTEGRAL = 12.0  # e-folds of the weight over a whole run at an error of one e-fold
+_PROPORTIONAL = 1.0
+_SMOOTHING = 0.7  # of the measured active dims: batches differ
+_FIRST_SHARE = 1e-2  # of the ranking loss of a model that only guesses: where the regularizer begins
+
+
+@dataclass
+class _Side:
+    """Queries or documents: what is measured of them, and the weight that answers."""
+
+    target: float
+    weight: float | None = None  # set by the first batch
+    active: float | None = None  # running average of the active dims
+    first: float = 0.0  # of the first batch
+
+    def measure(self, vectors: Tensor, regularizer_value: float, chance: float) -> None:
+        active = float((vectors > 0).sum()) / len(vectors)
+        if self.active is None or self.weight is None:
+            self.active = self.first = max(active, 1.0)
+            self.weight = _FIRST_SHARE * chance / max(regularizer_value, 1e-9)
+        else:
+            self.active = _SMOOTHING * self.active + (1 - _SMOOTHING) * active
+
+    def control(self, progress: float, step_share: float) -> float:
+        """The weight for the next step; ``progress`` and ``step_share`` are shares of the run."""
+        if self.weight is None or self.active is None:
+            return 0.0
+        ramp = min(1.0, progress / _RAMP)
+        set_point = math.log(self.first) * (1 - ramp) + math.log(self.target) * ramp
+        error = max(-1.0, min(1.0, math.log(max(self.active, 1e-3)) - set_point))
+        self.weight *= math.exp(_INTEGRAL * step_share * error)
+        return self.weight * math.exp(_PROPORTIONAL * error)
+
+
+class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableState):
+    """Set a ``SpladeLoss``'s regularizer weights during training so that vectors get the wanted active dims.
+
+    A proportional-integral rule on the logarithm: too many active dims raise the weight, too few lower
+    it, in proportion to the logarithm of measured over wanted. The wanted number goes from that of the
+    first batch to the target over the first third of the steps. A side without a target keeps
+    sentence-transformers' quadratic ramp, which this callback is and replaces.
+    """
+
+    def __init__(self, loss: SpladeLoss, query_active_dims: float | None, document_active_dims: float | None) -> None:
+        super().__init__(loss)
+        self.sides = {
+            role: _Side(float(target))
+            for role, target in (("query", query_active_dims), ("document", document_active_dims))
+            if target is not None
+        }
+        for role in self.sides:
+            regularizer = getattr(loss, f"{role}_regularizer")
+            regularizer.__dict__["compute_loss_from_embeddings"] = self._measured(role, regularizer.compute_loss_from_embeddings)
+
+    def _measured(self, role: str, compute: Any) -> Any:
+        def measured(embeddings: Tensor) -> Tensor:
+            value: Tensor = compute(embeddings)
+            if torch.is_grad_enabled():
+                self.sides[role].measure(embeddings.detach(), float(value.detach()), math.log(max(2, len(embeddings))))
+            return value
+
+        return measured
+
+    def state(self) -> dict[str, Any]:
+        """For the trainer's checkpoints."""
+        return {role: asdict(side) for role, side in self.sides.items()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:
+            self.sides = {role: _Side(**side) for role, side in saved.items()}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        for role, side in self.sides.items():
+            weight = side.control(state.global_step / state.max_steps, 1 / state.max_steps)
+            setattr(self.loss, f"{role}_regularizer_weight", weight)
+            setattr(self, f"_current_{role}_regularizer_weight", weight)
