@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete"  # marks a checkpoint whose files are all there
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
-_SAMPLE = 500  # training pairs whose active dims are counted at the end
+_SAMPLE = 200  # training pairs whose active dims are counted at the end
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainingResult:
     steps: int
     resumed_from: int  # the step that this process started at: 0 unless the run was interrupted
     seconds: float  # of training in this process
-    query_active_dims: float  # of the finished model, over up to 500 training pairs
+    query_active_dims: float  # of the finished model, over up to 200 training pairs
     document_active_dims: float
     log: list[dict[str, float]]  # the trainer's own log: loss, its parts, learning rate
     monitoring: dict[str, Any]  # findings (what went wrong) and observations (what the batches' vectors were like)
