@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from anysplade import TrainingConfig, evaluate, load_collection, load_pairs, rescale_head, train, write_collection
-from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, choose, sample_pairs
-from anysplade.datasets import load_python_docs
+from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, sample_pairs
+from anysplade.datasets import Collection, load_python_docs
 from anysplade.head import RECORD, load_masked_lm, measure_logits
+from anysplade.monitoring import Observation, diagnose
 from anysplade.provenance import provenance
 
 SETTINGS: dict[str, Any] = {
@@ -42,6 +42,7 @@ EXCESSES = (0.34, 0.68, 1.35, 2.7, 5.4)  # of the highest 0.3 % on average: the 
 PAPER_K = (2, 4, 8, 16)
 METRICS = ("RR@10", "nDCG@10")
 Cell = dict[str, Any]
+VOCABULARIES: dict[str, int] = {}
 
 
 # ---------------------------------------------------------------------------------------- one cell
@@ -52,8 +53,15 @@ def cell_file(out: Path, cell: Cell) -> Path:
 
 
 @cache
-def _collection(out: Path) -> Any:
-    return load_collection(out / "collection")
+def _collection(out: Path) -> Collection:
+    """Every second query, 500 of them, over 1,000 documents: half of a run's time would be evaluation otherwise."""
+    whole = load_collection(out / "collection")
+    queries = dict(list(whole.queries.items())[::2][:500])
+    qrels = {query_id: whole.qrels[query_id] for query_id in queries}
+    relevant = {document_id for grades in qrels.values() for document_id in grades}
+    others = [id_ for id_ in whole.corpus if id_ not in relevant][: 1000 - len(relevant)]
+    corpus = {id_: whole.corpus[id_] for id_ in (*relevant, *others)}
+    return Collection(whole.name, dict(sorted(corpus.items())), queries, qrels)
 
 
 @cache
@@ -155,10 +163,148 @@ def others(backbone: str, folder: str) -> list[Cell]:
     return cells
 
 
+LAMBDAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+TARGETS = ((12, 40), (24, 80), (40, 140))  # active dims of queries and documents
+
+
+def sparsity(backbone: str, folder: str) -> list[Cell]:
+    """Active dims as a target, and weights set by hand, with three seeds each."""
+    rule = {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}
+    base = {"backbone": backbone, "folder": folder, "inflation": 1, "k": "auto", "shift": "auto", "rule": rule}
+    cells = []
+    for seed in (0, 1, 2):
+        for query, document in TARGETS:
+            goal = {"query_active_dims": query, "document_active_dims": document}
+            cells.append(base | {"mode": "target", "seed": seed, "options": goal})
+        for weight in LAMBDAS:
+            by_hand = {"query_regularizer_weight": weight, "document_regularizer_weight": weight}
+            cells.append(base | {"mode": "lambda", "seed": seed, "options": by_hand})
+    return cells
+
+
 def best_with_seeds(cells: list[Cell], out: Path, count: int) -> list[Cell]:
     """The cells of highest RR@10 with one seed, each with two more."""
     records = sorted((json.loads(cell_file(out, cell).read_text()) for cell in cells), key=lambda r: -r["RR@10"])
     return [record["cell"] | {"seed": seed} for record in records[:count] for seed in (1, 2)]
+
+
+# ------------------------------------------------------------------------------------- the summary
+
+
+def spread(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, cost beside them."""
+    values = [record["RR@10"] for record in records]
+    return {
+        "runs": len(values),
+        "k": float(np.mean([record["k"] for record in records])),
+        "shift": float(np.mean([record["shift"] for record in records])),
+        "RR@10": float(np.mean(values)),
+        "RR@10 sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "RR@10 lowest": min(values),
+        **{
+            name: float(np.mean([record[name] for record in records]))
+            for name in ("nDCG@10", "query_active_dims", "document_active_dims", "flops")
+        },
+    }
+
+
+def by_seed(cells: list[Cell], out: Path) -> list[list[dict[str, Any]]]:
+    """Records grouped by everything but the seed; only what has been run."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell_file(out, cell).exists():
+            key = json.dumps({name: value for name, value in cell.items() if name != "seed"}, sort_keys=True)
+            groups.setdefault(key, []).append(json.loads(cell_file(out, cell).read_text()))
+    return list(groups.values())
+
+
+def with_seeds(cells: list[Cell]) -> list[Cell]:
+    return [cell | {"seed": seed} for cell in cells for seed in (0, 1, 2)]
+
+
+def summarize(backbone: str, folder: str, out: Path) -> dict[str, Any]:
+    grids = [spread(group) for group in by_seed(with_seeds(grid(backbone, folder)), out)]
+    best = max((row for row in grids if row["runs"] == 3), key=lambda row: row["RR@10"])
+    papers = [spread(group) for group in by_seed(with_seeds(paper(backbone, folder)), out)]
+    rows = [{"mode": "best of the grid", "inflation": 1} | best]
+    rows.append({"mode": "paper, best k", "inflation": 1} | max(papers, key=lambda row: (row["runs"], row["RR@10"])))
+    records = []
+    for group in by_seed(others(backbone, folder), out):
+        cell = group[0]["cell"]
+        rows.append({"mode": cell["mode"], "inflation": cell["inflation"]} | spread(group))
+    for row in rows:
+        row |= {"backbone": backbone, "of best": row["RR@10"] / best["RR@10"]}
+        row["dims of best"] = row["document_active_dims"] / best["document_active_dims"]
+    everything = (
+        with_seeds(grid(backbone, folder) + paper(backbone, folder)) + others(backbone, folder) + sparsity(backbone, folder)
+    )
+    records = [record for group in by_seed(everything, out) for record in group]
+    return {
+        "rows": rows,
+        "grid": grids,
+        "paper": papers,
+        "alarms": alarms(records, best["RR@10"]),
+        "sparsity": targets(backbone, folder, out),
+    }
+
+
+def alarms(records: list[dict[str, Any]], best: float) -> dict[str, Any]:
+    """What the monitor says of runs that ended badly (under a quarter of the best), well (over 0.8), and between."""
+    counts: dict[str, Any] = {name: {"runs": 0, "flagged": 0} for name in ("collapsed", "between", "healthy")}
+    wrong = []
+    for record in records:
+        value = record["RR@10"] / best
+        kind = "collapsed" if value < 0.25 else "healthy" if value > 0.8 else "between"
+        seen = [Observation(**observation) for observation in record["monitoring"]["observations"]]
+        found = diagnose(seen, VOCABULARIES[record["cell"]["backbone"]])
+        early = [f for f in found if f.collapse and f.step <= SETTINGS["steps"] / 5]
+        counts[kind]["runs"] += 1
+        counts[kind]["flagged"] += bool(early)
+        if (kind == "collapsed" and not early) or (kind == "healthy" and any(f.collapse for f in found)):
+            wrong.append({"cell": record["cell"], "RR@10": record["RR@10"], "findings": [[f.name, f.step] for f in found]})
+    return counts | {"wrong": wrong}
+
+
+def targets(backbone: str, folder: str, out: Path) -> list[dict[str, Any]]:
+    """The controller's runs beside what weights set by hand reach at the same document active dims."""
+    groups = by_seed(sparsity(backbone, folder), out)
+    hand = [spread(group) for group in groups if group[0]["cell"]["mode"] == "lambda"]
+    hand.sort(key=lambda row: row["document_active_dims"])
+    rows = []
+    for group in groups:
+        if group[0]["cell"]["mode"] == "target":
+            goal = group[0]["cell"]["options"]
+            row = {"target": [goal["query_active_dims"], goal["document_active_dims"]]} | spread(group)
+            row["ends over target"] = [[record["training_active_dims"][i] / row["target"][i] for record in group] for i in (0, 1)]
+            row["nDCG@10 by hand at this cost"] = float(
+                np.interp(
+                    np.log(row["document_active_dims"]),
+                    [np.log(h["document_active_dims"]) for h in hand],
+                    [h["nDCG@10"] for h in hand],
+                )
+            )
+            rows.append(row)
+    return [*rows, *({"lambda by hand": True} | h for h in hand)]
+
+
+def show(summary: dict[str, Any]) -> None:
+    print("| backbone | head | inflation | k | shift | RR@10 | of best | query / document active dims | FLOPS |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for backbone, part in summary.items():
+        for row in part["rows"]:
+            sd = "" if row["RR@10 sd"] is None else f" ± {row['RR@10 sd']:.3f}"
+            affine = f"{row['k']:.3g} | {row['shift']:.3g}"
+            dims = f"{row['query_active_dims']:.0f} / {row['document_active_dims']:.0f} | {row['flops']:.1f}"
+            head = f"{backbone} | {row['mode']} | ×{row['inflation']:g}"
+            print(f"| {head} | {affine} | {row['RR@10']:.3f}{sd} | {row['of best']:.2f} | {dims} |")
+    for backbone, part in summary.items():
+        print(backbone, {name: part["alarms"][name] for name in ("collapsed", "between", "healthy")})
+        for row in part["sparsity"]:
+            if "target" in row:
+                print(
+                    f"  target {row['target']}: over target {row['ends over target']}, nDCG@10 {row['nDCG@10']:.3f}, "
+                    f"by hand {row['nDCG@10 by hand at this cost']:.3f}"
+                )
 
 
 def main() -> None:
@@ -166,14 +312,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for cells and what they need")
     parser.add_argument("--backbones", nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=["grid", "paper", "others", "seeds"], help="stages to run")
+    parser.add_argument("--only", nargs="+", default=["grid", "paper", "others", "seeds", "sparsity"], help="stages to run")
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = parser.parse_args()
     out = options.out.resolve()
     if not (out / "collection").exists():
         write_collection(out / "collection", *load_python_docs())
     backbones = {Path(folder).name: str(Path(folder).resolve()) for folder in options.backbones}
-    for stage, make in (("grid", grid), ("paper", paper), ("others", others)):
+    for stage, make in (("grid", grid), ("paper", paper), ("others", others), ("sparsity", sparsity)):
         if stage in options.only:
             run_all([cell for item in backbones.items() for cell in make(*item)], out, options.workers)
     if "seeds" in options.only:
@@ -181,6 +327,13 @@ def main() -> None:
         for item in backbones.items():
             more += best_with_seeds(grid(*item), out, 3) + best_with_seeds(paper(*item), out, 1)
         run_all(more, out, options.workers)
+    for name, folder in backbones.items():
+        VOCABULARIES[name] = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    summary = {name: summarize(name, folder, out) for name, folder in backbones.items()}
+    show(summary)
+    if options.json:
+        record = {"settings": SETTINGS, "backbones": summary, "provenance": provenance()}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -61,20 +61,23 @@ def _command(function: Callable[..., _Shown]) -> Callable[..., None]:
 
 
 @_command
-def inspect(model: str, /, *, data: str | None = None, json: Json = False) -> _Shown:
+def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, json: Json = False) -> _Shown:
     """Measure a masked LM's head: what its scale will do, and the k and shift it wants.
 
     Args:
         model: a masked LM's folder or hub id.
         data: training pairs to probe with (BEIR folder, JSONL, python-docs); everyday texts otherwise.
+        svg: a file for a picture of the logits before and after.
     """
-    from anysplade import calibration, head, report
+    from anysplade import calibration, files, head, report
 
     loaded, tokenizer = head.load_masked_lm(model)
     queries, documents = calibration.probe_texts(data, progress=_watched())
     probe = head.measure_logits(loaded, tokenizer, queries, documents)
     measured = head.describe_head(loaded, probe, model)
     suggested = calibration.choose(probe)
+    if svg is not None:
+        files.write_whole(svg, report.logit_figure(suggested))
     return _Shown(measured.to_dict() | {"suggested": suggested.to_dict()}, report.head_tables(measured, suggested))
 
 

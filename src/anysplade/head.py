@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from scipy.special import logsumexp
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 RECORD = "anysplade"  # the key in a checkpoint's config.json that says what was done to its head
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 
+_BINS = 80  # of the logits' histogram
 _SAMPLED_LOGITS = 2**24  # token logits kept for percentiles: 64 MB in float32
 _LOGITS_A_BATCH = 2**26  # logits computed at a time: 256 MB in float32
 _PROBE_LENGTH = 256
@@ -176,6 +178,10 @@ class ProbeReport:
     flops: float  # expected products a (query, document) pair: sum over terms of P(in query) P(in document)
     score_mean: float  # over all (query, document) pairs of the probe
     score_std: float
+    document_similarity: float  # mean cosine of two different documents
+    start_loss: float | None  # cross-entropy of finding each query's document; None unless query i goes with document i
+    chance: float  # that of guessing: log(documents)
+    histogram: dict[str, list[float]]  # of the token logits: edges (bins + 1), shares (bins)
 
 
 @dataclass(frozen=True)
@@ -290,9 +296,16 @@ def summarize_probe(probe: Probe) -> ProbeReport:
     queries, documents = (np.log1p(np.maximum(z, 0)) for z in (probe.query_logits, probe.document_logits))
     scores = queries @ documents.T  # (queries, documents)
     levels = np.percentile(probe.token_logits, PERCENTILES)
+    counts, edges = np.histogram(probe.token_logits, _BINS)
+    unit = documents / np.maximum(np.linalg.norm(documents, axis=1, keepdims=True), 1e-12)
+    n = len(documents)
+    start_loss = None
+    if scores.shape[0] == n:
+        exact = scores.astype(np.float64)
+        start_loss = float((logsumexp(exact, axis=1) - exact.diagonal()).mean())
     return ProbeReport(
         queries=len(queries),
-        documents=len(documents),
+        documents=n,
         tokens=len(probe.token_logits),
         logit_percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, levels, strict=True)},
         positive_share=float((probe.token_logits > 0).mean()),
@@ -301,6 +314,10 @@ def summarize_probe(probe: Probe) -> ProbeReport:
         flops=float(((queries > 0).mean(axis=0) * (documents > 0).mean(axis=0)).sum()),
         score_mean=float(scores.mean()),
         score_std=float(scores.std()),
+        document_similarity=float((np.square(unit.sum(axis=0)).sum() - (documents.any(axis=1)).sum()) / max(1, n * (n - 1))),
+        start_loss=start_loss,
+        chance=math.log(n),
+        histogram={"edges": edges.tolist(), "shares": (counts / counts.sum()).tolist()},
     )
 
 

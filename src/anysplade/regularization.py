@@ -4,8 +4,8 @@ The regularizers go where sentence-transformers' ``SpladeLoss`` takes them (``do
 ``query_regularizer``); they are functions of the vectors of a batch, (texts, vocabulary).
 """
 
-import logging
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from anysplade.options import Regularizer
-
-logger = logging.getLogger(__name__)
 
 
 class L1Loss(nn.Module):
@@ -64,9 +62,9 @@ def make_regularizer(name: Regularizer, encoder: SparseEncoder) -> nn.Module:
 # ------------------------------------------------------------------------------- sparsity as a target
 
 _RAMP = 1 / 3  # of the steps, over which the set point goes from the first active dims to the target
-_INTEGRAL = 12.0  # e-folds of the weight over a whole run at an error of one e-fold
-_PROPORTIONAL = 1.0
-_SMOOTHING = 0.7  # of the measured active dims: batches differ
+_INTEGRAL = 60.0  # e-folds of the weight over a whole run at an error of one e-fold
+_PROPORTIONAL = 4.0  # e-folds of the weight at that error, at once
+_SMOOTHING = 0.5  # of the measured active dims: batches differ
 _FIRST_SHARE = 1e-2  # of the ranking loss of a model that only guesses: where the regularizer begins
 
 
@@ -129,13 +127,22 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
 
     def state(self) -> dict[str, Any]:
         """For the trainer's checkpoints."""
-        return {role: asdict(side) for role, side in self.sides.items()}
+        sides = {role: asdict(side) for role, side in self.sides.items()}
+        return {"sides": sides, "frequency": dict(self._frequencies())}
+
+    def _frequencies(self) -> Iterator[tuple[str, list[float]]]:
+        for role in ("query", "document"):
+            regularizer = getattr(self.loss, f"{role}_regularizer")
+            if isinstance(regularizer, DFFlopsLoss) and regularizer.frequency is not None:
+                yield role, regularizer.frequency.tolist()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved:
-            self.sides = {role: _Side(**side) for role, side in saved.items()}
+            self.sides = {role: _Side(**side) for role, side in saved["sides"].items()}
+            for role, frequency in saved["frequency"].items():
+                getattr(self.loss, f"{role}_regularizer").frequency = torch.tensor(frequency, device=args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)

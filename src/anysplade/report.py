@@ -1,5 +1,7 @@
-"""Results for a person: tables and lines. Nothing is computed here."""
+"""Results for a person: tables, lines and figures. Nothing is computed here."""
 
+import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from anysplade.errors import OptionError
 
 if TYPE_CHECKING:
     from anysplade.calibration import Calibration
@@ -40,11 +44,45 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
         ("FLOPS", "flops", ",.1f"),
         ("score, mean", "score_mean", ",.1f"),
         ("score, standard deviation", "score_std", ",.1f"),
+        ("cosine between documents", "document_similarity", ".2f"),
     ):
         table.add_row(label, *(format(getattr(side, name), form) for side in (before, after)))
     for percentile, value in before.logit_percentiles.items():
         table.add_row(f"logits, percentile {percentile}", f"{value:.2f}", f"{after.logit_percentiles[percentile]:.2f}")
     return [about, table]
+
+
+def logit_figure(suggested: "Calibration") -> str:
+    """The token logits before and after calibration, with relu's threshold, as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    before, after = suggested.before, suggested.after
+    if before is None or after is None:
+        raise OptionError("there is no figure without probe texts")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    raw, calibrated = figure.subplots(2, 1, sharey=True)
+    for axes, side, title in (
+        (raw, before, "raw"),
+        (calibrated, after, f"logits / {suggested.k:g} - {suggested.shift:g}"),
+    ):
+        edges, shares = side.histogram["edges"], side.histogram["shares"]
+        colors = ["#c2410c" if edge >= 0 else "#94a3b8" for edge in edges[:-1]]
+        axes.bar(edges[:-1], shares, [b - a for a, b in itertools.pairwise(edges)], align="edge", color=colors)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_title(
+            f"{title}: {side.positive_share:.2%} of the token logits above zero, "
+            f"{side.document_active_dims:,.0f} active dims a document",
+            fontsize=10,
+            loc="left",
+        )
+        axes.set_ylabel("share")
+    calibrated.set_xlabel("logit; relu keeps what lies right of the line")
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
 
 
 def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) -> list[RenderableType]:

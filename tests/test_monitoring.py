@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
+
+from anysplade import load_encoder
+from anysplade.monitoring import Monitor, Observation, diagnose, observe
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n=st.integers(1, 6), negatives=st.integers(0, 2), vocabulary=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 999)
+)
+def test_an_observation_is_what_its_names_say(n, negatives, vocabulary, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    columns = [torch.rand(n, vocabulary, generator=generator) for _ in range(2 + negatives)]
+    columns = [column * (torch.rand(n, vocabulary, generator=generator) < share) for column in columns]
+    queries, documents = columns[0], torch.cat(columns[1:])
+    seen = observe(columns, torch.tensor(1.5), torch.zeros(vocabulary), step=7, count=0)
+    assert (seen.step, seen.loss, seen.chance) == (7, 1.5, math.log(len(documents)))
+    assert seen.query_active_dims == pytest.approx((queries > 0).sum(1).float().mean().item())
+    assert seen.document_active_dims == pytest.approx((documents > 0).sum(1).float().mean().item())
+    for name, rows in (("query_similarity", queries), ("document_similarity", documents)):
+        cosines = torch.nn.functional.cosine_similarity(rows.unsqueeze(0), rows.unsqueeze(1), dim=2)
+        apart = ~torch.eye(len(rows), dtype=torch.bool)
+        expected = cosines[apart].mean().item() if len(rows) > 1 else 0
+        assert getattr(seen, name) == pytest.approx(expected, abs=1e-5)
+    scores = queries @ documents.T
+    assert seen.score_std == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+    right = torch.zeros_like(scores, dtype=torch.bool)
+    right[:, :n] = torch.eye(n, dtype=torch.bool)
+    if scores.numel() > n:
+        assert seen.margin == pytest.approx((scores[right].mean() - scores[~right].mean()).item(), abs=1e-4)
+    always = (documents > 0).all(dim=0).sum().item()
+    assert seen.always_on_share == pytest.approx(always / max(1.0, seen.document_active_dims))
+
+
+def test_a_term_is_dead_once_no_document_used_it_for_fifty_observations():
+    last_used = torch.zeros(4)
+    vectors = torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0]])
+    shares = [observe([vectors, vectors], torch.tensor(0.0), last_used, count, count).dead_share for count in range(52)]
+    assert shares[50] == 0
+    assert shares[51] == 0.5
+
+
+HEALTHY = {
+    "step": 0,
+    "loss": 1.0,
+    "chance": math.log(16),
+    "query_active_dims": 30.0,
+    "document_active_dims": 120.0,
+    "flops": 5.0,
+    "query_similarity": 0.3,
+    "document_similarity": 0.3,
+    "score_mean": 8.0,
+    "score_std": 4.0,
+    "margin": 9.0,
+    "dead_share": 0.5,
+    "always_on_share": 0.02,
+}
+
+
+def run(count=12, **odd):
+    return [Observation(**HEALTHY | {"step": step} | odd) for step in range(count)]
+
+
+def test_a_healthy_run_has_no_finding():
+    assert diagnose(run(), vocabulary=1000) == []
+
+
+@pytest.mark.parametrize(
+    "odd, name, collapse",
+    [
+        ({"loss": math.nan}, "divergence", True),
+        ({"score_mean": math.inf}, "divergence", True),
+        ({"gradient_norm": math.nan}, "divergence", True),
+        ({"document_active_dims": 0.0}, "all zero", True),
+        ({"query_active_dims": 0.1}, "all zero", True),
+        ({"query_similarity": 0.99}, "constant vectors", True),
+        ({"document_similarity": 0.99}, "constant vectors", True),
+        ({"document_active_dims": 900.0}, "all dense", False),
+        ({"loss": 80.0}, "saturated softmax", True),
+        ({"dead_share": 0.999}, "dead vocabulary", False),
+    ],
+)
+def test_what_is_wrong_is_named_with_evidence_and_mend(odd, name, collapse):
+    (finding,) = diagnose(run(**odd), vocabulary=1000)
+    assert (finding.name, finding.collapse) == (name, collapse)
+    assert finding.step <= 4
+    assert any(character.isdigit() for character in finding.evidence) or "nan" in finding.evidence
+    assert finding.mend
+
+
+def test_one_odd_batch_is_no_finding():
+    seen = run()
+    seen[6] = Observation(**HEALTHY | {"step": 6, "loss": 80.0, "query_similarity": 0.99})
+    assert diagnose(seen, vocabulary=1000) == []
+
+
+def test_the_loss_is_as_before_and_may_be_a_dictionary(backbone):
+    encoder = load_encoder(backbone)
+    ranking = SparseMultipleNegativesRankingLoss(encoder)
+    columns = [torch.rand(4, 149), torch.rand(4, 149)]
+    expected = ranking.compute_loss_from_embeddings(columns, None)
+    monitor = Monitor(ranking, 149)
+    monitor._due = True
+    assert torch.equal(ranking.compute_loss_from_embeddings(columns, None), expected)
+    ranking.compute_loss_from_embeddings(columns, None)
+    assert len(monitor.observations) == 1  # one a step, however many batches are accumulated
+    assert monitor.observations[0].loss == pytest.approx(expected.item())
