@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
 }
 INFLATIONS = (0.25, 1, 4, 16)
 SHARES = (0.01, 0.003, 0.001, 0.0003)  # of the token logits above zero: the grid's levels
+SCALE_SHARE = 0.003  # of the token logits, whose mean excess over the lowest of them is a grid cell's scale
 EXCESSES = (0.34, 0.68, 1.35, 2.7, 5.4)  # of the highest 0.3 % on average: the grid's scales
 PAPER_K = (2, 4, 8, 16)
 METRICS = ("RR@10", "nDCG@10")
@@ -92,7 +93,7 @@ def affine(cell: Cell, folder: str, out: Path) -> tuple[Any, Any]:
     if "share" not in cell:
         return cell["k"], cell["shift"]
     probe = _probe(folder, out)
-    level = np.quantile(probe.token_logits, 1 - ACTIVE_SHARE)
+    level = np.quantile(probe.token_logits, 1 - SCALE_SHARE)
     excess = float(probe.token_logits[probe.token_logits > level].mean(dtype=np.float64) - level)
     k = excess / cell["excess"]
     return k, float(np.quantile(probe.token_logits / k, 1 - cell["share"]))

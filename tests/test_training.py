@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
-from anysplade import OptionError, OutputError, TrainingConfig, train
+from anysplade import CollapseError, OptionError, OutputError, TrainingConfig, train
 from anysplade.training import _last_checkpoint
 
 
@@ -119,6 +119,62 @@ def test_hard_negatives(config, tmp_path):
     assert train(config(data=str(tmp_path / "n.jsonl"), steps=2)).steps == 2
 
 
+def test_the_monitor_and_the_logs_are_in_the_result(config):
+    result = train(config(steps=12))
+    observations = result.monitoring["observations"]
+    assert [seen["step"] for seen in observations] == list(range(12))
+    assert all(seen["document_active_dims"] > 0 for seen in observations)
+    assert observations[9]["gradient_norm"] > 0
+
+
+def test_active_dims_as_a_target(config):
+    """No tuning: the weights start anywhere and end where the target is met."""
+    options = {"steps": 60, "batch_size": 16, "backbone": "bert-tiny", "checkpoint_steps": 1000}
+    result = train(config(query_active_dims=15, document_active_dims=30, **options))
+    assert result.query_active_dims == pytest.approx(15, rel=0.15)
+    assert result.document_active_dims == pytest.approx(30, rel=0.15)
+
+
+@pytest.mark.parametrize("regularizer", ["df-flops", "l1"])
+def test_the_other_regularizers(config, regularizer):
+    assert train(config(steps=3, regularizer=regularizer)).steps == 3
+
+
+@pytest.fixture
+def collapsing(config):
+    """Logits in the thousands: the softmax over the batch is saturated from the first step on."""
+
+    def make(**options):
+        return config(backbone="bert-tiny", k=0.05, shift=0, steps=20, batch_size=8, **options)
+
+    return make
+
+
+def test_a_collapse_is_named_and_training_goes_on(collapsing, caplog):
+    result = train(collapsing())
+    assert any(finding["collapse"] for finding in result.monitoring["findings"])
+    assert result.monitoring["findings"][0]["step"] <= 6
+    assert result.steps == 20
+    assert result.monitoring["findings"][0]["mend"] in caplog.text
+
+
+def test_stop_on_collapse(collapsing, tmp_path):
+    with pytest.raises(CollapseError, match="saturated softmax at step"):
+        train(collapsing(on_collapse="stop"))
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(CollapseError, match="collapsed before"):
+        train(collapsing(on_collapse="stop"))
+
+
+def test_recalibrate_on_collapse(collapsing):
+    result = train(collapsing(on_collapse="recalibrate"))
+    assert [restart["k"] for restart in result.restarts][:1] == [0.05]
+    assert result.restarts[0]["findings"][0]["collapse"]
+    assert result.calibration["k"] != 0.05
+    assert not any(finding["collapse"] for finding in result.monitoring["findings"])
+    assert result.steps == 20
+
+
 def test_a_torn_checkpoint_is_removed(tmp_path):
     for step, complete in ((5, True), (10, True), (15, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -130,10 +186,12 @@ def test_a_torn_checkpoint_is_removed(tmp_path):
 
 def test_killed_and_started_again(config, tmp_path):
     """The command is killed after its first checkpoint; the same command goes on from there and ends as if nothing was."""
-    whole = train(config(output=str(tmp_path / "whole"), steps=100, checkpoint_steps=20))
-    killed = config(steps=100, checkpoint_steps=20)
+    options = {"steps": 100, "checkpoint_steps": 20, "regularizer": "df-flops", "document_active_dims": 40.0}
+    whole = train(config(output=str(tmp_path / "whole"), **options))
+    killed = config(**options)
     command = [sys.executable, "-m", "anysplade.cli", "train", killed.backbone, killed.data, "--out", killed.output, "--json"]
     command += ["--steps", "100", "--batch-size", "4", "--checkpoint-steps", "20", "--learning-rate", "1e-3", "--max-length", "16"]
+    command += ["--regularizer", "df-flops", "--document-active-dims", "40"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("*/complete")) and time.monotonic() < deadline:

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 _PROBE_PAIRS = 64
 # The rule, and what it rests on, stand in docs/calibration.md.
-ACTIVE_SHARE = 0.003  # of the token logits are above zero at the start: the level
-MEAN_EXCESS = 1.35  # and lie this far above it on average: the scale
-MEAN_EXCESS_SCALE_ONLY = 0.3  # the scale where the level may not change: more terms are active, so each must weigh less
+ACTIVE_SHARE = 0.001  # of the token logits are above zero at the start: the level
+MEAN_EXCESS = 2.0  # and lie this far above it on average: the scale
+MEAN_EXCESS_SCALE_ONLY = 0.4  # the scale where the level may not change: more terms are active, so each must weigh less
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def calibrate(
 def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasPolicy = "scale", strength: int = 0) -> Calibration:
     """The calibration that a measured head wants.
 
-    The scale of a head is the mean excess of its highest 0.3 % of token logits over the lowest of
-    them. ``k`` brings that to a fixed value; ``shift`` then lowers the logits until those 0.3 % alone
+    The scale of a head is the mean excess of its highest 0.1 % of token logits over the lowest of
+    them. ``k`` brings that to a fixed value; ``shift`` then lowers the logits until those 0.1 % alone
     are above zero. Both are rounded to four digits, below which probe texts say nothing.
 
     Raises:

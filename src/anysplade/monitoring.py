@@ -100,6 +100,10 @@ class Finding:
 
 
 _WINDOW = 5  # observations that must agree: one odd batch is no finding
+_ALIKE = 0.9  # cosine above which vectors count as the same
+_BLIND = 0.15  # standard deviations of the scores; positives that stand out less are not told apart
+_SATURATED = 3.0  # times the loss of guessing
+_SETTLED = 10  # observations after which a loss far above guessing is no longer the start
 _CALIBRATE = "calibrate the head (--k auto --shift auto, the default), or more strongly with --on-collapse recalibrate"
 _LIGHTER = "lower the regularizer weights or raise the target of active dims"
 _SLOWER = "lower the learning rate, and calibrate the head (--k auto --shift auto)"
@@ -112,13 +116,14 @@ def diagnose(observations: Sequence[Observation], vocabulary: int) -> list[Findi
     """
     findings: dict[Name, Finding] = {}
     for end in range(1, len(observations) + 1):
-        for finding in _check(observations[max(0, end - _WINDOW) : end], vocabulary):
+        for finding in _check(observations[:end], vocabulary):
             findings.setdefault(finding.name, finding)
     return list(findings.values())
 
 
-def _check(window: Sequence[Observation], vocabulary: int) -> list[Finding]:
+def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding]:
     """What the last observations show together."""
+    window = observations[-_WINDOW:]
     now = window[-1]
     numbers = (now.loss, now.score_mean, now.score_std, now.gradient_norm or 0.0)
     if not all(map(math.isfinite, numbers)):
@@ -129,6 +134,7 @@ def _check(window: Sequence[Observation], vocabulary: int) -> list[Finding]:
     def all_of(name: str, low: float = -math.inf, high: float = math.inf) -> bool:
         return all(low <= getattr(seen, name) <= high for seen in window)
 
+    blind = all(seen.margin < _BLIND * seen.score_std for seen in window)
     found: list[Finding] = []
 
     def add(name: Name, evidence: str, mend: str, collapse: bool) -> None:
@@ -137,17 +143,14 @@ def _check(window: Sequence[Observation], vocabulary: int) -> list[Finding]:
     for role in ("query", "document"):
         if all_of(f"{role}_active_dims", high=0.5):
             add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", _LIGHTER, True)
-        elif all_of(f"{role}_similarity", low=0.9):
-            add(
-                "constant vectors",
-                f"cosine {getattr(now, f'{role}_similarity'):.3f} between the {role} vectors of a batch",
-                _CALIBRATE,
-                True,
-            )
+        elif blind and all_of(f"{role}_similarity", low=_ALIKE):
+            cosine = getattr(now, f"{role}_similarity")
+            evidence = f"cosine {cosine:.3f} between the {role} vectors of a batch; positives score {now.margin:.2g} above the rest"
+            add("constant vectors", f"{evidence}, whose scores spread by {now.score_std:.2g}", _CALIBRATE, True)
     if all_of("document_active_dims", low=0.5 * vocabulary):
         share = now.document_active_dims / vocabulary
         add("all dense", f"{share:.0%} of the vocabulary active in a document", _CALIBRATE, False)
-    if all(seen.loss > 3 * seen.chance for seen in window):
+    if blind and len(observations) > _SETTLED and all(seen.loss > _SATURATED * seen.chance for seen in window):
         evidence = f"loss {now.loss:.3g} where guessing gives {now.chance:.3g}; scores {now.score_mean:.3g} ± {now.score_std:.3g}"
         add("saturated softmax", evidence, _CALIBRATE, True)
     if all_of("dead_share", low=0.995):
@@ -218,7 +221,7 @@ class Monitor(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         known = {finding.name for finding in self.findings}
-        for finding in _check(self.observations[-_WINDOW:], self.vocabulary) if self.observations else []:
+        for finding in _check(self.observations, self.vocabulary) if self.observations else []:
             if finding.name not in known:
                 known.add(finding.name)
                 self.findings.append(finding)
