@@ -35,6 +35,7 @@ def test_from_backbone_to_search(backbone, collection_folder, call, call_json, t
     inspected = call_json("inspect", backbone, "--data", collection_folder)
     assert inspected["architecture"] == "BertForMaskedLM"
     assert inspected["suggested"]["k"] > 0
+    assert set(inspected["verdict"]) == {"raw", "calibrated"}
 
     rescaled = call_json("rescale", backbone, "--out", tmp_path / "rescaled", "--k", 4, "--shift", 0.5)
     assert (rescaled["k"], rescaled["shift"]) == (4, 0.5)
@@ -60,12 +61,13 @@ def test_from_backbone_to_search(backbone, collection_folder, call, call_json, t
     code, out, _ = call("evaluate", "bm25", collection_folder)
     assert (code, "nDCG@10" in out, "FLOPS" in out) == (0, True, True)
     for command in (
-        ["inspect", backbone],
+        ["inspect", backbone, "--svg", tmp_path / "head.svg"],
         ["train", backbone, collection_folder, "--out", tmp_path / "run", "--k", 1, "--shift", 0, *OPTIONS],
     ):
         code, out, _ = call(*command)
         assert code == 0
         assert out
+    assert "above zero" in (tmp_path / "head.svg").read_text()
 
 
 def test_the_trained_model_loads_where_anysplade_is_not(backbone, collection_folder, call_json, tmp_path):

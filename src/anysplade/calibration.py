@@ -4,7 +4,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +24,13 @@ MEAN_EXCESS = 2.0  # and lie this far above it on average: the scale
 MEAN_EXCESS_SCALE_ONLY = 0.4  # the scale where the level may not change: more terms are active, so each must weigh less
 
 
+# Where the runs behind docs/calibration.md went wrong: documents alike, and a softmax that is sure of the wrong one.
+_ALIKE = 0.65  # cosine between documents
+_SATURATED = 10.0  # times the loss of guessing
+
+Verdict = Literal["collapses", "degrades", "trains"]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The affine map ``logits / k - shift`` for a head, and what it changes."""
@@ -33,6 +40,11 @@ class Calibration:
     bias: BiasPolicy
     before: ProbeReport | None
     after: ProbeReport | None
+
+    @property
+    def verdicts(self) -> tuple[Verdict, Verdict] | None:
+        """What SPLADE training will do with the head raw and calibrated; None without probe texts."""
+        return None if self.before is None or self.after is None else (foresee(self.before), foresee(self.after))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +98,17 @@ def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasP
     if shift == "auto":
         shift = _round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share)))
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
+
+
+def foresee(start: ProbeReport) -> Verdict:
+    """What SPLADE training will do from where a head starts: an estimate, made before the first step.
+
+    Documents that are alike (cosine above 0.65) and a loss that begins more than ten times above guessing
+    together mean collapse, one of the two a weak model.
+    """
+    alike = start.document_similarity > _ALIKE
+    saturated = start.start_loss is not None and start.start_loss > _SATURATED * start.chance
+    return "collapses" if alike and saturated else "degrades" if alike or saturated else "trains"
 
 
 def _round(value: float) -> float:

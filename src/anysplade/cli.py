@@ -76,9 +76,12 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     probe = head.measure_logits(loaded, tokenizer, queries, documents)
     measured = head.describe_head(loaded, probe, model)
     suggested = calibration.choose(probe)
+    verdict = dict(zip(("raw", "calibrated"), suggested.verdicts or (None, None), strict=True))
     if svg is not None:
         files.write_whole(svg, report.logit_figure(suggested))
-    return _Shown(measured.to_dict() | {"suggested": suggested.to_dict()}, report.head_tables(measured, suggested))
+    return _Shown(
+        measured.to_dict() | {"suggested": suggested.to_dict(), "verdict": verdict}, report.head_tables(measured, suggested)
+    )
 
 
 @_command

@@ -45,11 +45,15 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
         ("score, mean", "score_mean", ",.1f"),
         ("score, standard deviation", "score_std", ",.1f"),
         ("cosine between documents", "document_similarity", ".2f"),
+        (f"loss (guessing: {before.chance:.2f})", "start_loss", ",.2f"),
     ):
-        table.add_row(label, *(format(getattr(side, name), form) for side in (before, after)))
+        values = [getattr(side, name) for side in (before, after)]
+        table.add_row(label, *("–" if value is None else format(value, form) for value in values))
     for percentile, value in before.logit_percentiles.items():
         table.add_row(f"logits, percentile {percentile}", f"{value:.2f}", f"{after.logit_percentiles[percentile]:.2f}")
-    return [about, table]
+    raw, calibrated = suggested.verdicts or ("", "")
+    verdict = f"SPLADE training from the raw head {raw}; from k={suggested.k:g}, shift={suggested.shift:g} it {calibrated}"
+    return [about, table, Text(verdict, style="bold")]
 
 
 def logit_figure(suggested: "Calibration") -> str:
