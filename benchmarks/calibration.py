@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from anysplade import TrainingConfig, evaluate, load_collection, load_pairs, rescale_head, train, write_collection
 from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, sample_pairs
 from anysplade.datasets import Collection, load_python_docs
-from anysplade.head import RECORD, load_masked_lm, measure_logits
+from anysplade.head import RECORD, find_head, load_masked_lm, measure_logits
 from anysplade.monitoring import Observation, diagnose
 from anysplade.provenance import provenance
 
@@ -80,12 +81,32 @@ def inflated(folder: str, inflation: float, out: Path) -> str:
         model, tokenizer = load_masked_lm(folder)
         rescale_head(model, k=1 / inflation)
         delattr(model.config, RECORD)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=target.parent))
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        work.rename(target)
+        _save(model, tokenizer, target)
     return str(target)
+
+
+def per_term(folder: str, out: Path) -> str:
+    """A checkpoint whose terms all have the same 99th percentile over probe tokens: a shift of each term's own."""
+    target = out / "backbones" / f"{Path(folder).name}-per-term"
+    if not target.exists():
+        model, tokenizer = load_masked_lm(folder)
+        high = np.quantile(_probe(folder, out).token_logits, 0.99, axis=0)  # (vocabulary,)
+        with torch.no_grad():
+            for bias in find_head(model).biases:
+                bias -= torch.from_numpy(high - high.mean()).to(bias.dtype).reshape(bias.shape)
+        _save(model, tokenizer, target)
+    return str(target)
+
+
+def _save(model: Any, tokenizer: Any, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent))
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    try:
+        work.rename(target)
+    except OSError:  # another worker was first
+        shutil.rmtree(work)
 
 
 def affine(cell: Cell, folder: str, out: Path) -> tuple[Any, Any]:
@@ -105,7 +126,7 @@ def run_cell(cell: Cell, out: Path) -> Path:
     target = cell_file(out, cell)
     if target.exists():
         return target
-    folder = inflated(cell["folder"], cell["inflation"], out)
+    folder = per_term(cell["folder"], out) if cell["mode"] == "per term" else inflated(cell["folder"], cell["inflation"], out)
     k, shift = affine(cell, folder, out)
     options = SETTINGS | {"seed": cell["seed"]} | cell.get("options", {})
     with tempfile.TemporaryDirectory(dir=out) as work:
@@ -161,6 +182,18 @@ def others(backbone: str, folder: str) -> list[Cell]:
         rule = {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}  # names the rule that "auto" was, so that a new one is run anew
         cells += [base | {"mode": "auto", "k": "auto", "shift": "auto", "seed": seed, "rule": rule} for seed in (0, 1, 2)]
         cells.append(base | {"mode": "none", "k": 1, "shift": 0, "seed": 0})
+    return cells
+
+
+def variations(backbone: str, folder: str) -> list[Cell]:
+    """A shift of each term's own under ``auto``; other learning rates for ``auto``, the paper's k and nothing at all."""
+    auto = {"k": "auto", "shift": "auto", "rule": {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}}
+    base = {"backbone": backbone, "folder": folder, "inflation": 1}
+    cells = [base | auto | {"mode": "per term", "seed": seed} for seed in (0, 1, 2)]
+    for rate in (2e-4, 2.4e-3):
+        options = {"options": {"learning_rate": rate}, "seed": 0}
+        cells.append(base | auto | {"mode": "auto"} | options)
+        cells += [base | {"mode": mode, "k": k, "shift": 0} | options for mode, k in (("paper", 4), ("none", 1))]
     return cells
 
 
@@ -229,10 +262,9 @@ def summarize(backbone: str, folder: str, out: Path) -> dict[str, Any]:
     papers = [spread(group) for group in by_seed(with_seeds(paper(backbone, folder)), out)]
     rows = [{"mode": "best of the grid", "inflation": 1} | best]
     rows.append({"mode": "paper, best k", "inflation": 1} | max(papers, key=lambda row: (row["runs"], row["RR@10"])))
-    records = []
-    for group in by_seed(others(backbone, folder), out):
+    for group in by_seed(others(backbone, folder) + variations(backbone, folder), out):
         cell = group[0]["cell"]
-        rows.append({"mode": cell["mode"], "inflation": cell["inflation"]} | spread(group))
+        rows.append({"mode": cell["mode"], "inflation": cell["inflation"], **cell.get("options", {})} | spread(group))
     for row in rows:
         row |= {"backbone": backbone, "of best": row["RR@10"] / best["RR@10"]}
         row["dims of best"] = row["document_active_dims"] / best["document_active_dims"]
@@ -296,7 +328,8 @@ def show(summary: dict[str, Any]) -> None:
             sd = "" if row["RR@10 sd"] is None else f" ± {row['RR@10 sd']:.3f}"
             affine = f"{row['k']:.3g} | {row['shift']:.3g}"
             dims = f"{row['query_active_dims']:.0f} / {row['document_active_dims']:.0f} | {row['flops']:.1f}"
-            head = f"{backbone} | {row['mode']} | ×{row['inflation']:g}"
+            rate = f", learning rate {row['learning_rate']:g}" if "learning_rate" in row else ""
+            head = f"{backbone} | {row['mode']}{rate} | ×{row['inflation']:g}"
             print(f"| {head} | {affine} | {row['RR@10']:.3f}{sd} | {row['of best']:.2f} | {dims} |")
     for backbone, part in summary.items():
         print(backbone, {name: part["alarms"][name] for name in ("collapsed", "between", "healthy")})
@@ -313,14 +346,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for cells and what they need")
     parser.add_argument("--backbones", nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=["grid", "paper", "others", "seeds", "sparsity"], help="stages to run")
+    parser.add_argument(
+        "--only", nargs="+", default=["grid", "paper", "others", "seeds", "variations", "sparsity"], help="stages to run"
+    )
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = parser.parse_args()
     out = options.out.resolve()
     if not (out / "collection").exists():
         write_collection(out / "collection", *load_python_docs())
     backbones = {Path(folder).name: str(Path(folder).resolve()) for folder in options.backbones}
-    for stage, make in (("grid", grid), ("paper", paper), ("others", others), ("sparsity", sparsity)):
+    for stage, make in (
+        ("grid", grid),
+        ("paper", paper),
+        ("others", others),
+        ("variations", variations),
+        ("sparsity", sparsity),
+    ):
         if stage in options.only:
             run_all([cell for item in backbones.items() for cell in make(*item)], out, options.workers)
     if "seeds" in options.only:

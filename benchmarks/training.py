@@ -1,8 +1,9 @@
-"""One optimiser step of SPLADE training: fused pooling, and sentence-transformers' modules. Random weights and ids."""
+"""One optimiser step of SPLADE training: fused pooling, also monitored, and sentence-transformers' modules. Random weights and ids."""
 
 import resource
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -11,6 +12,7 @@ from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesR
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from anysplade.encoder import fuse_pooling, unfuse_pooling
+from anysplade.monitoring import Monitor
 from backbones import GEOMETRIES, save_backbone
 from harness import alternate, finish, parser, peak_extra_bytes, ratio
 
@@ -31,9 +33,8 @@ def main() -> None:
     encoder = SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot", device=device).to(dtype).train()
     if options.gradient_checkpointing:
         transformer.model.activation_checkpointing_enable()
-    loss = SpladeLoss(
-        encoder, SparseMultipleNegativesRankingLoss(encoder), document_regularizer_weight=1e-3, query_regularizer_weight=1e-3
-    )
+    ranking = SparseMultipleNegativesRankingLoss(encoder)
+    loss = SpladeLoss(encoder, ranking, document_regularizer_weight=1e-3, query_regularizer_weight=1e-3)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-6)
     torch.manual_seed(0)
     vocabulary = transformer.model.config.vocab_size
@@ -44,14 +45,22 @@ def main() -> None:
 
     batch = [features(), features()]
 
-    def step(fused: bool) -> None:
+    monitor = Monitor(ranking, vocabulary)
+    state = SimpleNamespace(global_step=0, max_steps=1, stateful_callbacks={})
+    monitor.on_train_begin(None, state, None)
+
+    def step(fused: bool, monitored: bool = False) -> None:
+        if monitored:
+            monitor.on_step_begin(None, state, None)
         (fuse_pooling if fused else unfuse_pooling)(encoder)
         optimizer.zero_grad()
         losses = loss([dict(columns) for columns in batch], None)
         sum(losses.values()).backward() if isinstance(losses, dict) else losses.backward()
         optimizer.step()
+        if monitored:
+            monitor.on_step_end(None, state, SimpleNamespace())
 
-    variants = {"fused": lambda: step(True)}
+    variants = {"fused": lambda: step(True), "fused, monitored": lambda: step(True, True)}
     if not options.only_fused:
         variants["stock"] = lambda: step(False)
     times = alternate(variants, options.rounds, device)
@@ -60,14 +69,14 @@ def main() -> None:
     for name in variants:
         t = times[name]
         print(
-            f"{name:<6} {t['median']:8.3f} s a step   {t['lowest']:.3f} to {t['highest']:.3f}   "
+            f"{name:<16} {t['median']:8.3f} s a step   {t['lowest']:.3f} to {t['highest']:.3f}   "
             f"{memory[name] / 2**20:,.0f} MiB above weights and optimiser state",
             file=sys.stderr,
         )
-    ratios = {}
+    ratios = {"monitored / not": ratio(times, "fused, monitored", "fused")}
     if "stock" in variants:
-        ratios = {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": memory["fused"] / memory["stock"]}
-        print(ratios, file=sys.stderr)
+        ratios |= {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": memory["fused"] / memory["stock"]}
+    print(ratios, file=sys.stderr)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"the process took {peak / 2**30:.2f} GiB at most", file=sys.stderr)
     finish("training", options, {"seconds": times, "peak_extra_bytes": memory, "ratios": ratios, "process_peak_bytes": peak})
