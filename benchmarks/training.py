@@ -1,4 +1,7 @@
-"""One optimiser step of SPLADE training: fused pooling, also monitored, and sentence-transformers' modules. Random weights and ids."""
+"""One optimiser step of SPLADE training: fused pooling, the same monitored, and sentence-transformers' modules.
+
+Random weights and ids.
+"""
 
 import resource
 import sys

@@ -46,9 +46,10 @@ def test_the_rule_meets_its_target_on_a_simple_plant(steps, target, strength):
         vectors = torch.zeros(1, 1000)
         vectors[0, : int(noisy)] = 1
         side.measure(vectors, regularizer_value=50.0, chance=2.8)
-        weight = side.control(step / steps, 1 / steps)
+        speed = 1 - step / steps  # of a learning rate that falls to 0
+        weight = side.control(step / steps, 1 / steps, speed)
         steady = 600.0 / (1 + strength * weight) ** 0.7
-        active += (steady - active) * min(1.0, 8 / steps)
+        active += (steady - active) * min(1.0, 30 * speed / steps)
     assert active == pytest.approx(target, rel=0.1)
 
 
@@ -63,9 +64,10 @@ def test_a_side_without_a_target_keeps_the_ramp(backbone):
     controller.on_train_begin(None, State, None)
     assert (loss.query_regularizer_weight, loss.document_regularizer_weight) == (0.0, 0.0)
     State.global_step = 20
-    controller.on_step_begin(None, State, None)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 0.1, "initial_lr": 0.2}])
+    controller.on_step_begin(None, State, None, optimizer=optimizer)
     assert loss.query_regularizer_weight == 2e-3
     assert loss.document_regularizer_weight == 0.0  # nothing measured yet
     loss.document_regularizer.compute_loss_from_embeddings(torch.ones(2, 149))
-    controller.on_step_begin(None, State, None)
+    controller.on_step_begin(None, State, None, optimizer=optimizer)
     assert loss.document_regularizer_weight > 0

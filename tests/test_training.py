@@ -10,7 +10,9 @@ import torch
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
-from anysplade import CollapseError, OptionError, OutputError, TrainingConfig, train
+from anysplade import CollapseError, OptionError, OutputError, TrainingConfig, train, write_collection
+from anysplade.datasets import load_python_docs
+from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training import _last_checkpoint
 
 
@@ -127,39 +129,53 @@ def test_the_monitor_and_the_logs_are_in_the_result(config):
     assert observations[9]["gradient_norm"] > 0
 
 
-def test_active_dims_as_a_target(config):
-    """No tuning: the weights start anywhere and end where the target is met."""
-    options = {"steps": 60, "batch_size": 16, "backbone": "bert-tiny", "checkpoint_steps": 1000}
-    result = train(config(query_active_dims=15, document_active_dims=30, **options))
-    assert result.query_active_dims == pytest.approx(15, rel=0.15)
-    assert result.document_active_dims == pytest.approx(30, rel=0.15)
-
-
 @pytest.mark.parametrize("regularizer", ["df-flops", "l1"])
 def test_the_other_regularizers(config, regularizer):
     assert train(config(steps=3, regularizer=regularizer)).steps == 3
 
 
 @pytest.fixture
-def collapsing(config):
-    """Logits in the thousands: the softmax over the batch is saturated from the first step on."""
+def sentences(tmp_path):
+    """Pairs of real sentences, for the bundled backbones."""
+    pairs = [{"query": q, "positive": d} for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)]
+    (tmp_path / "sentences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(tmp_path / "sentences.jsonl")
+
+
+@pytest.fixture
+def collapsing(config, sentences):
+    """Logits twenty times too large: the softmax over the batch is saturated from the first step on."""
 
     def make(**options):
-        return config(backbone="bert-tiny", k=0.05, shift=0, steps=20, batch_size=8, **options)
+        return config(backbone="bert-tiny", data=sentences, k=0.05, shift=0, steps=25, batch_size=8, **options)
 
     return make
+
+
+def test_active_dims_as_a_target(config, tmp_path):
+    """No weight to tune. A short run: the margin is wide, the experiments in benchmarks/ have the narrow one."""
+    write_collection(tmp_path / "docs", *load_python_docs(["networkx"]))
+    options = {"steps": 60, "batch_size": 16, "backbone": "bert-tiny", "data": str(tmp_path / "docs"), "max_length": 48}
+    result = train(config(query_active_dims=10, document_active_dims=30, checkpoint_steps=1000, **options))
+    assert result.query_active_dims == pytest.approx(10, rel=0.25)
+    assert result.document_active_dims == pytest.approx(30, rel=0.25)
+
+
+def test_a_target_that_is_missed_is_said(config, caplog):
+    train(config(document_active_dims=149, steps=2))
+    assert "document active dims, the target was 149" in caplog.text
 
 
 def test_a_collapse_is_named_and_training_goes_on(collapsing, caplog):
     result = train(collapsing())
     assert any(finding["collapse"] for finding in result.monitoring["findings"])
-    assert result.monitoring["findings"][0]["step"] <= 6
-    assert result.steps == 20
+    assert result.monitoring["findings"][0]["step"] <= 20
+    assert result.steps == 25
     assert result.monitoring["findings"][0]["mend"] in caplog.text
 
 
 def test_stop_on_collapse(collapsing, tmp_path):
-    with pytest.raises(CollapseError, match="saturated softmax at step"):
+    with pytest.raises(CollapseError, match=r"the training collapsed: .* at step"):
         train(collapsing(on_collapse="stop"))
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(CollapseError, match="collapsed before"):
@@ -172,7 +188,7 @@ def test_recalibrate_on_collapse(collapsing):
     assert result.restarts[0]["findings"][0]["collapse"]
     assert result.calibration["k"] != 0.05
     assert not any(finding["collapse"] for finding in result.monitoring["findings"])
-    assert result.steps == 20
+    assert result.steps == 25
 
 
 def test_a_torn_checkpoint_is_removed(tmp_path):

@@ -100,8 +100,8 @@ class Finding:
 
 
 _WINDOW = 5  # observations that must agree: one odd batch is no finding
-_ALIKE = 0.9  # cosine above which vectors count as the same
-_BLIND = 0.15  # standard deviations of the scores; positives that stand out less are not told apart
+_ALIKE = 0.8  # cosine within queries and within documents above which vectors may be the same
+_FLAT = 0.1  # of their mean: scores that spread by less say the same of every document
 _SATURATED = 3.0  # times the loss of guessing
 _SETTLED = 10  # observations after which a loss far above guessing is no longer the start
 _CALIBRATE = "calibrate the head (--k auto --shift auto, the default), or more strongly with --on-collapse recalibrate"
@@ -134,7 +134,7 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     def all_of(name: str, low: float = -math.inf, high: float = math.inf) -> bool:
         return all(low <= getattr(seen, name) <= high for seen in window)
 
-    blind = all(seen.margin < _BLIND * seen.score_std for seen in window)
+    alike = all_of("query_similarity", low=_ALIKE) and all_of("document_similarity", low=_ALIKE)
     found: list[Finding] = []
 
     def add(name: Name, evidence: str, mend: str, collapse: bool) -> None:
@@ -143,14 +143,16 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     for role in ("query", "document"):
         if all_of(f"{role}_active_dims", high=0.5):
             add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", _LIGHTER, True)
-        elif blind and all_of(f"{role}_similarity", low=_ALIKE):
-            cosine = getattr(now, f"{role}_similarity")
-            evidence = f"cosine {cosine:.3f} between the {role} vectors of a batch; positives score {now.margin:.2g} above the rest"
-            add("constant vectors", f"{evidence}, whose scores spread by {now.score_std:.2g}", _CALIBRATE, True)
+    if not found and alike and all(seen.score_std < _FLAT * seen.score_mean for seen in window):
+        evidence = (
+            f"cosine {now.query_similarity:.2f} between queries and {now.document_similarity:.2f} between documents of a batch; "
+            f"scores {now.score_mean:.3g} ± {now.score_std:.2g}"
+        )
+        add("constant vectors", evidence, _CALIBRATE, True)
     if all_of("document_active_dims", low=0.5 * vocabulary):
         share = now.document_active_dims / vocabulary
         add("all dense", f"{share:.0%} of the vocabulary active in a document", _CALIBRATE, False)
-    if blind and len(observations) > _SETTLED and all(seen.loss > _SATURATED * seen.chance for seen in window):
+    if len(observations) > _SETTLED + _WINDOW and all(seen.loss > _SATURATED * seen.chance for seen in window):
         evidence = f"loss {now.loss:.3g} where guessing gives {now.chance:.3g}; scores {now.score_mean:.3g} ± {now.score_std:.3g}"
         add("saturated softmax", evidence, _CALIBRATE, True)
     if all_of("dead_share", low=0.995):

@@ -62,10 +62,10 @@ def make_regularizer(name: Regularizer, encoder: SparseEncoder) -> nn.Module:
 # ------------------------------------------------------------------------------- sparsity as a target
 
 _RAMP = 1 / 3  # of the steps, over which the set point goes from the first active dims to the target
-_INTEGRAL = 60.0  # e-folds of the weight over a whole run at an error of one e-fold
-_PROPORTIONAL = 4.0  # e-folds of the weight at that error, at once
-_SMOOTHING = 0.5  # of the measured active dims: batches differ
-_FIRST_SHARE = 1e-2  # of the ranking loss of a model that only guesses: where the regularizer begins
+_INTEGRAL = 40.0  # e-folds of the weight over a whole run at an error of one e-fold
+_PROPORTIONAL = 2.0  # e-folds of the weight at that error, at once
+_SMOOTHING = 0.8  # of the measured active dims: batches differ
+_FIRST_SHARE = 3e-3  # of the ranking loss of a model that only guesses: where the regularizer begins
 
 
 @dataclass
@@ -85,14 +85,14 @@ class _Side:
         else:
             self.active = _SMOOTHING * self.active + (1 - _SMOOTHING) * active
 
-    def control(self, progress: float, step_share: float) -> float:
-        """The weight for the next step; ``progress`` and ``step_share`` are shares of the run."""
+    def control(self, progress: float, step_share: float, speed: float) -> float:
+        """The weight for the next step; ``progress`` and ``step_share`` are shares of the run, ``speed`` of the learning rate."""
         if self.weight is None or self.active is None:
             return 0.0
         ramp = min(1.0, progress / _RAMP)
         set_point = math.log(self.first) * (1 - ramp) + math.log(self.target) * ramp
         error = max(-1.0, min(1.0, math.log(max(self.active, 1e-3)) - set_point))
-        self.weight *= math.exp(_INTEGRAL * step_share * error)
+        self.weight *= math.exp(_INTEGRAL * step_share * speed * error)
         return self.weight * math.exp(_PROPORTIONAL * error)
 
 
@@ -144,9 +144,10 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
             for role, frequency in saved["frequency"].items():
                 getattr(self.loss, f"{role}_regularizer").frequency = torch.tensor(frequency, device=args.device)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
+        speed = optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
         for role, side in self.sides.items():
-            weight = side.control(state.global_step / state.max_steps, 1 / state.max_steps)
+            weight = side.control(state.global_step / state.max_steps, 1 / state.max_steps, speed)
             setattr(self.loss, f"{role}_regularizer_weight", weight)
             setattr(self, f"_current_{role}_regularizer_weight", weight)

@@ -107,7 +107,18 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
     with whole_folder(output / "model") as folder:
         encoder.save_pretrained(str(folder))
-    query_dims, document_dims = _active_dims(encoder, pairs)
+    dims = _active_dims(encoder, pairs)
+    for role, measured, target in zip(
+        ("query", "document"), dims, (config.query_active_dims, config.document_active_dims), strict=True
+    ):
+        if target is not None and not 0.9 <= measured / target <= 1.1:
+            logger.warning(
+                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, and a target above "
+                "what the model uses without a regularizer cannot be met",
+                measured,
+                role,
+                target,
+            )
     result = TrainingResult(
         model=str(output / "model"),
         config=asked,
@@ -117,8 +128,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         steps=trainer.state.global_step,
         resumed_from=0 if checkpoint is None else _step(checkpoint),
         seconds=seconds,
-        query_active_dims=query_dims,
-        document_active_dims=document_dims,
+        query_active_dims=dims[0],
+        document_active_dims=dims[1],
         log=trainer.state.log_history,
         monitoring=monitor.to_dict(),
         restarts=restarts,
