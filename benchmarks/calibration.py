@@ -197,8 +197,12 @@ def variations(backbone: str, folder: str) -> list[Cell]:
     return cells
 
 
-LAMBDAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-TARGETS = ((12, 40), (24, 80), (40, 140))  # active dims of queries and documents
+LAMBDAS = (1e-3, 1e-2, 3e-2, 1e-1)
+TARGETS: tuple[dict[str, int], ...] = (
+    {"document_active_dims": 20},
+    {"document_active_dims": 40},
+    {"query_active_dims": 12, "document_active_dims": 40},
+)
 
 
 def sparsity(backbone: str, folder: str) -> list[Cell]:
@@ -207,8 +211,7 @@ def sparsity(backbone: str, folder: str) -> list[Cell]:
     base = {"backbone": backbone, "folder": folder, "inflation": 1, "k": "auto", "shift": "auto", "rule": rule}
     cells = []
     for seed in (0, 1, 2):
-        for query, document in TARGETS:
-            goal = {"query_active_dims": query, "document_active_dims": document}
+        for goal in TARGETS:
             cells.append(base | {"mode": "target", "seed": seed, "options": goal})
         for weight in LAMBDAS:
             by_hand = {"query_regularizer_weight": weight, "document_regularizer_weight": weight}

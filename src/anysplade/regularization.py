@@ -65,7 +65,8 @@ _RAMP = 1 / 3  # of the steps, over which the set point goes from the first acti
 _INTEGRAL = 40.0  # e-folds of the weight over a whole run at an error of one e-fold
 _PROPORTIONAL = 2.0  # e-folds of the weight at that error, at once
 _SMOOTHING = 0.8  # of the measured active dims: batches differ
-_FIRST_SHARE = 3e-3  # of the ranking loss of a model that only guesses: where the regularizer begins
+_INERT = 0.1  # of the first weight
+_FIRST_SHARE = 1e-2  # of the ranking loss of a model that only guesses: where the regularizer begins
 
 
 @dataclass
@@ -76,12 +77,14 @@ class _Side:
     weight: float | None = None  # set by the first batch
     active: float | None = None  # running average of the active dims
     first: float = 0.0  # of the first batch
+    inert: float = 0.0  # a weight that does next to nothing: going lower would only be a longer way back
 
     def measure(self, vectors: Tensor, regularizer_value: float, chance: float) -> None:
         active = float((vectors > 0).sum()) / len(vectors)
         if self.active is None or self.weight is None:
             self.active = self.first = max(active, 1.0)
             self.weight = _FIRST_SHARE * chance / max(regularizer_value, 1e-9)
+            self.inert = _INERT * self.weight
         else:
             self.active = _SMOOTHING * self.active + (1 - _SMOOTHING) * active
 
@@ -92,7 +95,7 @@ class _Side:
         ramp = min(1.0, progress / _RAMP)
         set_point = math.log(self.first) * (1 - ramp) + math.log(self.target) * ramp
         error = max(-1.0, min(1.0, math.log(max(self.active, 1e-3)) - set_point))
-        self.weight *= math.exp(_INTEGRAL * step_share * speed * error)
+        self.weight = max(self.inert, self.weight * math.exp(_INTEGRAL * step_share * speed * error))
         return self.weight * math.exp(_PROPORTIONAL * error)
 
 

@@ -11,10 +11,12 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
@@ -25,10 +27,11 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.datasets import Pair, hash_texts, load_pairs
-from anysplade.encoder import build_encoder
+from anysplade.encoder import build_encoder, masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import CollapseError, OptionError, OutputError
 from anysplade.files import whole_folder, write_whole
+from anysplade.head import find_head
 from anysplade.monitoring import Monitor
 from anysplade.options import TrainingConfig
 from anysplade.provenance import provenance
@@ -55,6 +58,7 @@ class TrainingResult:
     seconds: float  # of training in this process
     query_active_dims: float  # of the finished model, over up to 200 training pairs
     document_active_dims: float
+    level_trim: float  # taken from the decoder's bias after the last step, to meet a target of active dims
     log: list[dict[str, float]]  # the trainer's own log: loss, its parts, learning rate
     monitoring: dict[str, Any]  # findings (what went wrong) and observations (what the batches' vectors were like)
     restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
@@ -104,21 +108,21 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             break
         _give_up_or_restart(config, output, run, calibration, monitor)
 
-    shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
-    with whole_folder(output / "model") as folder:
-        encoder.save_pretrained(str(folder))
+    targets = (config.query_active_dims, config.document_active_dims)
+    trim = _trim_level(encoder, pairs, targets)
     dims = _active_dims(encoder, pairs)
-    for role, measured, target in zip(
-        ("query", "document"), dims, (config.query_active_dims, config.document_active_dims), strict=True
-    ):
+    for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
         if target is not None and not 0.9 <= measured / target <= 1.1:
             logger.warning(
-                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, and a target above "
-                "what the model uses without a regularizer cannot be met",
+                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, and a target far "
+                "above what the model uses without a regularizer cannot be met",
                 measured,
                 role,
                 target,
             )
+    shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
+    with whole_folder(output / "model") as folder:
+        encoder.save_pretrained(str(folder))
     result = TrainingResult(
         model=str(output / "model"),
         config=asked,
@@ -130,6 +134,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         seconds=seconds,
         query_active_dims=dims[0],
         document_active_dims=dims[1],
+        level_trim=trim,
         log=trainer.state.log_history,
         monitoring=monitor.to_dict(),
         restarts=restarts,
@@ -175,12 +180,48 @@ def _give_up_or_restart(
     logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
 
 
+def _sample(pairs: list[Pair]) -> list[Pair]:
+    """Evenly spaced training pairs."""
+    return pairs[:: max(1, len(pairs) // _SAMPLE)][:_SAMPLE]
+
+
 def _active_dims(encoder: SparseEncoder, pairs: list[Pair]) -> tuple[float, float]:
-    """Mean active dims of queries and of documents, over evenly spaced training pairs."""
-    sample = pairs[:: max(1, len(pairs) // _SAMPLE)][:_SAMPLE]
+    """Mean active dims of queries and of documents, over a sample of the training pairs."""
+    sample = _sample(pairs)
     queries = encode(encoder, [pair.query for pair in sample], "query")
     documents = encode(encoder, [pair.positive for pair in sample], "document")
     return queries.nnz / len(sample), documents.nnz / len(sample)
+
+
+def _trim_level(encoder: SparseEncoder, pairs: list[Pair], targets: tuple[float | None, float | None]) -> float:
+    """Shift the decoder's bias by at most 1 so that a sample of the training texts meets the targets of active dims.
+
+    The regularizer's weight loses its force as the learning rate falls to 0; one constant corrects what is
+    left. Of two targets it makes the larger error, on a logarithmic scale, as small as it can be.
+    """
+    biases = find_head(masked_lm(encoder)).biases
+    if targets == (None, None) or not biases:
+        return 0.0
+    sample = _sample(pairs)
+    _lower(biases, -1.0)  # so that what lies up to 1 below zero is seen too
+    shifts = np.linspace(-1, 1, 401)
+    errors = []
+    roles: tuple[Literal["query", "document"], ...] = ("query", "document")
+    for role, target in zip(roles, targets, strict=True):
+        if target is not None:
+            texts = [pair.query if role == "query" else pair.positive for pair in sample]
+            logits = np.sort(np.expm1(encode(encoder, texts, role).data)) - 1
+            active = (len(logits) - np.searchsorted(logits, shifts, side="right")) / len(sample)
+            errors.append(np.abs(np.log(np.maximum(active, 1e-3) / target)))
+    shift = float(shifts[np.max(errors, axis=0).argmin()])
+    _lower(biases, 1.0 + shift)
+    return shift
+
+
+@torch.no_grad()
+def _lower(biases: Iterable[torch.Tensor], by: float) -> None:
+    for bias in biases:
+        bias -= by
 
 
 def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
