@@ -310,8 +310,11 @@ def targets(backbone: str, folder: str, out: Path) -> list[dict[str, Any]]:
     for group in groups:
         if group[0]["cell"]["mode"] == "target":
             goal = group[0]["cell"]["options"]
-            row = {"target": [goal["query_active_dims"], goal["document_active_dims"]]} | spread(group)
-            row["ends over target"] = [[record["training_active_dims"][i] / row["target"][i] for record in group] for i in (0, 1)]
+            row = {"target": goal} | spread(group)
+            row["ends over target"] = {
+                name: [record["training_active_dims"][name == "document_active_dims"] / target for record in group]
+                for name, target in goal.items()
+            }
             row["nDCG@10 by hand at this cost"] = float(
                 np.interp(
                     np.log(row["document_active_dims"]),
