@@ -115,10 +115,11 @@ def run_demo(
                 evaluate(trained.model, collection, METRICS, output=run, depth=_DEPTH, progress=progress)
             rows.append(
                 {"backbone": backbone, "calibration": name, "k": trained.calibration["k"], "shift": trained.calibration["shift"]}
+                | {"findings": trained.monitoring["findings"]}
                 | json.loads((run / "evaluation.json").read_text())
             )
     bm25 = evaluate(BM25, collection, METRICS, depth=_DEPTH).to_dict()
-    rows.append({"backbone": BM25, "calibration": None, "k": None, "shift": None} | bm25)
+    rows.append({"backbone": BM25, "calibration": None, "k": None, "shift": None, "findings": []} | bm25)
 
     best = output / "-".join(_INDEXED)
     where = output / "index"

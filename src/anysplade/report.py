@@ -150,6 +150,11 @@ def demo_parts(result: "DemoResult") -> list[RenderableType]:
         + "; ".join(f"{name} {run['steps']} steps, learning rate {run['learning_rate']:g}" for name, run in runs.items()),
         *evaluation_table(result.rows, ["RR@10", "nDCG@10"], ["backbone", "calibration", "k", "shift"]),
     ]
+    named = [
+        f"{row['backbone']} {row['calibration']}: {f['name']} at step {f['step']}" for row in result.rows for f in row["findings"]
+    ]
+    if named:
+        parts.append("\nWhat the monitor named while training: " + "; ".join(named) + ".")
     for query, hits in result.searches:
         parts += [Text(f"\n{query}", style="bold"), *hit_lines(hits)]
     parts.append(
