@@ -10,10 +10,10 @@ import torch
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
-from anysplade import CollapseError, OptionError, OutputError, TrainingConfig, train, write_collection
+from anysplade import CollapseError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, train, write_collection
 from anysplade.datasets import load_python_docs
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.training import _last_checkpoint
+from anysplade.training import _active_dims, _last_checkpoint, _trim_level
 
 
 @pytest.fixture
@@ -159,6 +159,23 @@ def test_active_dims_as_a_target(config, tmp_path):
     result = train(config(query_active_dims=10, document_active_dims=30, checkpoint_steps=1000, **options))
     assert result.query_active_dims == pytest.approx(10, rel=0.25)
     assert result.document_active_dims == pytest.approx(30, rel=0.25)
+
+
+@pytest.mark.parametrize("change", [0.8, 1.25])
+def test_the_level_corrects_what_the_weights_left(change):
+    encoder = load_encoder("bert-tiny", max_length=32)
+    pairs = [Pair(q, d) for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)]
+    queries, documents = _active_dims(encoder, pairs)
+    shift = _trim_level(encoder, pairs, (None, change * documents))
+    assert (shift > 0) == (change < 1)
+    assert _active_dims(encoder, pairs)[1] == pytest.approx(change * documents, rel=0.02)
+    assert _trim_level(encoder, pairs, (None, None)) == 0
+    both = _active_dims(encoder, pairs)
+    _trim_level(encoder, pairs, (queries, documents))
+    after = _active_dims(encoder, pairs)
+    assert max(abs(after[0] / queries - 1), abs(after[1] / documents - 1)) < max(
+        abs(both[0] / queries - 1), abs(both[1] / documents - 1)
+    )
 
 
 def test_a_target_that_is_missed_is_said(config, caplog):
