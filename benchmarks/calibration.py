@@ -270,9 +270,8 @@ def summarize(backbone: str, folder: str, out: Path) -> dict[str, Any]:
     for row in rows:
         row |= {"backbone": backbone, "of best": row["RR@10"] / best["RR@10"]}
         row["dims of best"] = row["document_active_dims"] / best["document_active_dims"]
-    everything = (
-        with_seeds(grid(backbone, folder) + paper(backbone, folder)) + others(backbone, folder) + sparsity(backbone, folder)
-    )
+    everything = with_seeds(grid(backbone, folder) + paper(backbone, folder))
+    everything += others(backbone, folder) + variations(backbone, folder) + sparsity(backbone, folder)
     records = [record for group in by_seed(everything, out) for record in group]
     return {
         "rows": rows,
@@ -296,7 +295,8 @@ def alarms(records: list[dict[str, Any]], best: float) -> dict[str, Any]:
         counts[kind]["runs"] += 1
         counts[kind]["flagged"] += bool(early)
         if (kind == "collapsed" and not early) or (kind == "healthy" and any(f.collapse for f in found)):
-            wrong.append({"cell": record["cell"], "RR@10": record["RR@10"], "findings": [[f.name, f.step] for f in found]})
+            cell = {name: value for name, value in record["cell"].items() if name != "folder"}
+            wrong.append({"cell": cell, "RR@10": record["RR@10"], "findings": [[f.name, f.step] for f in found]})
     return counts | {"wrong": wrong}
 
 
@@ -307,7 +307,7 @@ def targets(backbone: str, folder: str, out: Path) -> list[dict[str, Any]]:
     hand.sort(key=lambda row: row["document_active_dims"])
     rows = []
     for group in groups:
-        if group[0]["cell"]["mode"] == "target":
+        if group[0]["cell"]["mode"] == "target" and hand:
             goal = group[0]["cell"]["options"]
             row = {"target": goal} | spread(group)
             row["ends over target"] = {
@@ -352,7 +352,10 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
-        "--only", nargs="+", default=["grid", "paper", "others", "seeds", "variations", "sparsity"], help="stages to run"
+        "--only",
+        nargs="*",
+        default=["grid", "paper", "others", "seeds", "variations", "sparsity"],
+        help="stages to run; none for the table alone",
     )
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = parser.parse_args()
