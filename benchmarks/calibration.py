@@ -9,22 +9,25 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from anysplade import TrainingConfig, evaluate, load_collection, load_pairs, rescale_head, train, write_collection
-from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, sample_pairs
+from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, mean_excess, sample_pairs
 from anysplade.datasets import Collection, load_python_docs
-from anysplade.head import RECORD, find_head, load_masked_lm, measure_logits
+from anysplade.errors import OutputError
+from anysplade.files import whole_folder, write_whole
+from anysplade.head import RECORD, find_head, load_masked_lm, measure_logits, summarize_probe
 from anysplade.monitoring import Observation, diagnose
 from anysplade.provenance import provenance
 
@@ -44,7 +47,9 @@ EXCESSES = (0.34, 0.68, 1.35, 2.7, 5.4)  # of the highest 0.3 % on average: the 
 PAPER_K = (2, 4, 8, 16)
 METRICS = ("RR@10", "nDCG@10")
 Cell = dict[str, Any]
-VOCABULARIES: dict[str, int] = {}
+# With the rule that "auto" was, so that a new one is run anew.
+AUTO: Cell = {"k": "auto", "shift": "auto", "rule": {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}}
+START = ("positive_share", "query_active_dims", "document_active_dims", "flops", "score_std", "document_similarity")
 
 
 # ---------------------------------------------------------------------------------------- one cell
@@ -99,14 +104,13 @@ def per_term(folder: str, out: Path) -> str:
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent))
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
     try:
-        work.rename(target)
-    except OSError:  # another worker was first
-        shutil.rmtree(work)
+        with whole_folder(target) as work:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+    except (OSError, OutputError):
+        if not target.exists():  # otherwise another worker was first
+            raise
 
 
 def affine(cell: Cell, folder: str, out: Path) -> tuple[Any, Any]:
@@ -114,9 +118,7 @@ def affine(cell: Cell, folder: str, out: Path) -> tuple[Any, Any]:
     if "share" not in cell:
         return cell["k"], cell["shift"]
     probe = _probe(folder, out)
-    level = np.quantile(probe.token_logits, 1 - SCALE_SHARE)
-    excess = float(probe.token_logits[probe.token_logits > level].mean(dtype=np.float64) - level)
-    k = excess / cell["excess"]
+    k = mean_excess(probe.token_logits, SCALE_SHARE) / cell["excess"]
     return k, float(np.quantile(probe.token_logits / k, 1 - cell["share"]))
 
 
@@ -145,20 +147,16 @@ def run_cell(cell: Cell, out: Path) -> Path:
         "monitoring": trained.monitoring,
         "log": trained.log,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work_file = target.with_suffix(".part")
-    work_file.write_text(json.dumps(record))
-    work_file.rename(target)
+    write_whole(target, json.dumps(record))
     return target
 
 
-def run_all(cells: list[Cell], out: Path, workers: int) -> list[dict[str, Any]]:
+def run_all(cells: list[Cell], out: Path, workers: int) -> None:
     missing = [cell for cell in cells if not cell_file(out, cell).exists()]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(run_cell, cell, out) for cell in missing]
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs", file=sys.stderr):
             future.result()
-    return [json.loads(cell_file(out, cell).read_text()) for cell in cells]
 
 
 # ---------------------------------------------------------------------------------------- the cells
@@ -179,20 +177,18 @@ def others(backbone: str, folder: str) -> list[Cell]:
     cells = []
     for inflation in INFLATIONS:
         base = {"backbone": backbone, "folder": folder, "inflation": inflation}
-        rule = {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}  # names the rule that "auto" was, so that a new one is run anew
-        cells += [base | {"mode": "auto", "k": "auto", "shift": "auto", "seed": seed, "rule": rule} for seed in (0, 1, 2)]
+        cells += [base | AUTO | {"mode": "auto", "seed": seed} for seed in (0, 1, 2)]
         cells.append(base | {"mode": "none", "k": 1, "shift": 0, "seed": 0})
     return cells
 
 
 def variations(backbone: str, folder: str) -> list[Cell]:
     """A shift of each term's own under ``auto``; other learning rates for ``auto`` and the paper's k."""
-    auto = {"k": "auto", "shift": "auto", "rule": {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}}
     base = {"backbone": backbone, "folder": folder, "inflation": 1}
-    cells = [base | auto | {"mode": "per term", "seed": seed} for seed in (0, 1, 2)]
+    cells = [base | AUTO | {"mode": "per term", "seed": seed} for seed in (0, 1, 2)]
     for rate in (2e-4, 2.4e-3):
         options = {"options": {"learning_rate": rate}, "seed": 0}
-        cells.append(base | auto | {"mode": "auto"} | options)
+        cells.append(base | AUTO | {"mode": "auto"} | options)
         cells.append(base | {"mode": "paper", "k": 4, "shift": 0} | options)
     return cells
 
@@ -206,8 +202,7 @@ TARGETS: tuple[dict[str, int], ...] = (
 
 def sparsity(backbone: str, folder: str) -> list[Cell]:
     """Active dims as a target, and weights set by hand, with three seeds each."""
-    rule = {"share": ACTIVE_SHARE, "excess": MEAN_EXCESS}
-    base = {"backbone": backbone, "folder": folder, "inflation": 1, "k": "auto", "shift": "auto", "rule": rule}
+    base = {"backbone": backbone, "folder": folder, "inflation": 1} | AUTO
     cells = []
     for seed in (0, 1, 2):
         for goal in TARGETS:
@@ -277,12 +272,30 @@ def summarize(backbone: str, folder: str, out: Path) -> dict[str, Any]:
         "rows": rows,
         "grid": grids,
         "paper": papers,
-        "alarms": alarms(records, best["RR@10"]),
+        "alarms": alarms(records, best["RR@10"], json.loads((Path(folder) / "config.json").read_text())["vocab_size"]),
+        "start": start(backbone, folder, out, best["RR@10"]),
         "sparsity": targets(backbone, folder, out),
     }
 
 
-def alarms(records: list[dict[str, Any]], best: float) -> dict[str, Any]:
+def start(backbone: str, folder: str, out: Path, best: float) -> dict[str, Any]:
+    """What is known of the grid's and the paper's cells before the first step, and how it goes with RR@10 (Spearman)."""
+    whole = _probe(folder, out)
+    probe = replace(whole, token_logits=whole.token_logits[::16])
+    rows = []
+    for cell in grid(backbone, folder) + paper(backbone, folder):
+        record = json.loads(cell_file(out, cell).read_text())
+        seen = summarize_probe(probe.affine(record["k"], record["shift"], "scale"))
+        if seen.start_loss is None:
+            raise ValueError("the probe's queries and documents must be pairs")
+        row = {"RR@10, of best": record["RR@10"] / best, "loss over guessing": seen.start_loss / seen.chance}
+        rows.append(row | {name: getattr(seen, name) for name in START})
+    found = [row["RR@10, of best"] for row in rows]
+    names = ("loss over guessing", *START)
+    return {"correlations": {name: float(spearmanr(found, [row[name] for row in rows])[0]) for name in names}, "cells": rows}
+
+
+def alarms(records: list[dict[str, Any]], best: float, vocabulary: int) -> dict[str, Any]:
     """What the monitor says of runs that ended badly (under a quarter of the best), well (over 0.8), and between."""
     counts: dict[str, Any] = {name: {"runs": 0, "flagged": 0} for name in ("collapsed", "between", "healthy")}
     wrong = []
@@ -290,7 +303,7 @@ def alarms(records: list[dict[str, Any]], best: float) -> dict[str, Any]:
         value = record["RR@10"] / best
         kind = "collapsed" if value < 0.25 else "healthy" if value > 0.8 else "between"
         seen = [Observation(**observation) for observation in record["monitoring"]["observations"]]
-        found = diagnose(seen, VOCABULARIES[record["cell"]["backbone"]])
+        found = diagnose(seen, vocabulary)
         early = [f for f in found if f.collapse and f.step <= SETTINGS["steps"] / 5]
         counts[kind]["runs"] += 1
         counts[kind]["flagged"] += bool(early)
@@ -338,6 +351,7 @@ def show(summary: dict[str, Any]) -> None:
             print(f"| {head} | {affine} | {row['RR@10']:.3f}{sd} | {row['of best']:.2f} | {dims} |")
     for backbone, part in summary.items():
         print(backbone, {name: part["alarms"][name] for name in ("collapsed", "between", "healthy")})
+        print("  rank correlations with RR@10:", {name: round(value, 2) for name, value in part["start"]["correlations"].items()})
         for row in part["sparsity"]:
             if "target" in row:
                 print(
@@ -377,8 +391,6 @@ def main() -> None:
         for item in backbones.items():
             more += best_with_seeds(grid(*item), out, 3) + best_with_seeds(paper(*item), out, 1)
         run_all(more, out, options.workers)
-    for name, folder in backbones.items():
-        VOCABULARIES[name] = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     summary = {name: summarize(name, folder, out) for name, folder in backbones.items()}
     show(summary)
     if options.json:

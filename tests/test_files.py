@@ -35,3 +35,9 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_whole(tmp_path / "new" / "a", "two")
     assert (tmp_path / "new" / "a").read_text() == "two"
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_a_folder_is_not_written_over(tmp_path):
+    with pytest.raises(OutputError, match="is a folder; name a file in it"):
+        write_whole(tmp_path, "text")
+    assert list(tmp_path.iterdir()) == []

@@ -22,8 +22,6 @@ _PROBE_PAIRS = 64
 ACTIVE_SHARE = 0.001  # of the token logits are above zero at the start: the level
 MEAN_EXCESS = 2.0  # and lie this far above it on average: the scale
 MEAN_EXCESS_SCALE_ONLY = 0.4  # the scale where the level may not change: more terms are active, so each must weigh less
-
-
 # Where the runs behind docs/calibration.md went wrong: documents alike, and a softmax that is sure of the wrong one.
 _ALIKE = 0.65  # cosine between documents
 _SATURATED = 10.0  # times the loss of guessing
@@ -88,9 +86,7 @@ def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasP
         shift = 0.0
     share = ACTIVE_SHARE / 3**strength
     if k == "auto":
-        level = np.quantile(probe.token_logits, 1 - share)
-        above = probe.token_logits[probe.token_logits > level]
-        excess = float(above.mean(dtype=np.float64) - level) if above.size else 0.0
+        excess = mean_excess(probe.token_logits, share)
         if not (np.isfinite(excess) and excess > 0):
             raise ModelError("the head's logits are all alike or not finite on the probe texts; was the checkpoint saved whole?")
         k = _round(excess / (MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY))
@@ -98,6 +94,13 @@ def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasP
     if shift == "auto":
         shift = _round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share)))
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
+
+
+def mean_excess(logits: np.ndarray, share: float) -> float:
+    """How far the highest ``share`` of the logits lies above the lowest of them, on average; 0 if they are all alike."""
+    level = np.quantile(logits, 1 - share)
+    above = logits[logits > level]
+    return float(above.mean(dtype=np.float64) - level) if above.size else 0.0
 
 
 def foresee(start: ProbeReport) -> Verdict:

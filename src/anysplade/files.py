@@ -41,8 +41,14 @@ def require_empty(target: Path) -> None:
 
 
 def write_whole(target: str | Path, text: str) -> None:
-    """Write a text file beside its place and move it there."""
+    """Write a text file beside its place and move it there.
+
+    Raises:
+        OutputError: ``target`` is a folder.
+    """
     target = Path(target).expanduser()
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder; name a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -125,9 +125,11 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     """What the last observations show together."""
     window = observations[-_WINDOW:]
     now = window[-1]
-    numbers = (now.loss, now.score_mean, now.score_std, now.gradient_norm or 0.0)
+    gradients = [seen.gradient_norm or 0.0 for seen in window]  # the trainer logs them after the batch was looked at
+    numbers = (now.loss, now.score_mean, now.score_std, *gradients)
     if not all(map(math.isfinite, numbers)):
-        return [Finding("divergence", now.step, f"loss {now.loss:g}, scores {now.score_mean:g} ± {now.score_std:g}", _SLOWER, True)]
+        evidence = f"loss {now.loss:g}, scores {now.score_mean:g} ± {now.score_std:g}, gradient norm {max(gradients, key=abs):g}"
+        return [Finding("divergence", now.step, evidence, _SLOWER, True)]
     if len(window) < _WINDOW:
         return []
 

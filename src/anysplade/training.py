@@ -106,7 +106,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         seconds = time.perf_counter() - start
         if not monitor.collapsed or config.on_collapse == "warn":
             break
-        _give_up_or_restart(config, output, run, calibration, monitor)
+        _give_up_or_restart(config, output, run, monitor)
 
     targets = (config.query_active_dims, config.document_active_dims)
     trim = _trim_level(encoder, pairs, targets)
@@ -164,17 +164,15 @@ def _encoder(config: TrainingConfig, pairs: list[Pair], restarts: int) -> tuple[
     )
 
 
-def _give_up_or_restart(
-    config: TrainingConfig, output: Path, run: dict[str, Any], calibration: Calibration, monitor: Monitor
-) -> None:
+def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any], monitor: Monitor) -> None:
     """Record a collapse; clear the way for a new start, or raise CollapseError."""
-    findings = monitor.to_dict()["findings"]
-    worst = next(finding for finding in findings if finding["collapse"])
-    said = f"{worst['name']} at step {worst['step']} ({worst['evidence']})"
+    findings = [asdict(finding) for finding in monitor.findings]
+    worst = next(finding for finding in monitor.findings if finding.collapse)
+    said = f"{worst.name} at step {worst.step} ({worst.evidence})"
     if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
         write_whole(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
-        raise CollapseError(f"{output}: the training collapsed: {said}; {worst['mend']}")
-    run["restarts"].append({"k": calibration.k, "shift": calibration.shift, "findings": findings})
+        raise CollapseError(f"{output}: the training collapsed: {said}; {worst.mend}")
+    run["restarts"].append({"k": run["calibration"]["k"], "shift": run["calibration"]["shift"], "findings": findings})
     write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
