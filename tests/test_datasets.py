@@ -12,7 +12,7 @@ from anysplade.python_docs import Docstring, split_entries
 @pytest.fixture
 def folder(tmp_path):
     collection = Collection("c", {"a": Document("T", "one"), "b": Document("", "two")}, {"q": "query"}, {"q": {"a": 2, "b": 0}})
-    write_collection(tmp_path / "c", collection, [Pair("x", "y", "z")])
+    write_collection(tmp_path / "c", collection, [Pair("x", "y", ("z",))])
     return tmp_path / "c"
 
 
@@ -22,7 +22,7 @@ def test_round_trip(folder):
     assert collection.corpus["a"].full_text == "T one"
     assert collection.queries == {"q": "query"}
     assert collection.qrels == {"q": {"a": 2, "b": 0}}
-    assert load_pairs(folder) == [Pair("x", "y", "z")]
+    assert load_pairs(folder) == [Pair("x", "y", ("z",))]
     assert read_corpus(folder) == read_corpus(folder / "corpus.jsonl") == collection.corpus
 
 

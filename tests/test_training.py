@@ -1,5 +1,7 @@
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,10 +12,12 @@ import torch
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
-from anysplade import CollapseError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, train, write_collection
+from anysplade import CollapseError, OptionError, OutputError, Pair, TrainingConfig, evaluate, load_encoder, train, write_collection
 from anysplade.datasets import load_python_docs
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training import _active_dims, _last_checkpoint, _trim_level
+from processes import run_on_two_processes
+from tiny import make_backbone
 
 
 @pytest.fixture
@@ -217,14 +221,57 @@ def test_a_torn_checkpoint_is_removed(tmp_path):
     assert not (tmp_path / "checkpoint-15").exists()
 
 
-def test_killed_and_started_again(config, tmp_path):
-    """The command is killed after its first checkpoint; the same command goes on from there and ends as if nothing was."""
-    options = {"steps": 100, "checkpoint_steps": 20, "regularizer": "df-flops", "document_active_dims": 40.0}
-    whole = train(config(output=str(tmp_path / "whole"), **options))
-    killed = config(**options)
-    command = [sys.executable, "-m", "anysplade.cli", "train", killed.backbone, killed.data, "--out", killed.output, "--json"]
+TEN_KILLS = {
+    "steps": 60,
+    "checkpoint_steps": 7,
+    "regularizer": "df-flops",
+    "document_active_dims": 40.0,
+    "gradient_accumulation": 2,
+    "k": 2.0,
+    "shift": 0.5,
+}
+
+
+def test_killed_at_ten_random_moments(config, tmp_path):
+    """Each time the run goes on from its last checkpoint, and it ends with the very weights of the uninterrupted one."""
+    whole = train(config(output=str(tmp_path / "whole"), **TEN_KILLS))
+    context = multiprocessing.get_context("forkserver")  # the libraries are loaded once, so that a start takes no time
+    context.set_forkserver_preload(["anysplade.training"])
+    generator = random.Random(int(time.time()))
+    kills = 0
+    deadline = time.monotonic() + 200
+    while kills < 10 and time.monotonic() < deadline:
+        run = tmp_path / f"run-{kills % 5}"  # five runs, killed twice each at least
+        process = context.Process(target=train, args=(config(output=str(run), **TEN_KILLS),))
+        process.start()
+        # From the first step on, at a random moment: in a step, between two, or in the writing of a checkpoint.
+        until(lambda run=run: (run / "run.json").exists(), process)
+        process.join(generator.uniform(0, 3))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+    assert kills == 10
+    resumed = []
+    for i in range(5):
+        result = train(config(output=str(tmp_path / f"run-{i}"), **TEN_KILLS))
+        resumed.append(result.resumed_from)
+        a, b = weights(tmp_path / "whole" / "model"), weights(tmp_path / f"run-{i}" / "model")
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert result.monitoring["observations"] == whole.monitoring["observations"]
+    assert max(resumed) > 0
+
+
+def until(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline and process.exitcode is None:
+        time.sleep(0.01)
+
+
+def test_the_command_goes_on_where_it_was_killed(config, tmp_path):
+    options = config(steps=100, checkpoint_steps=20)
+    command = [sys.executable, "-m", "anysplade", "train", options.backbone, options.data, "--out", options.output, "--json"]
     command += ["--steps", "100", "--batch-size", "4", "--checkpoint-steps", "20", "--learning-rate", "1e-3", "--max-length", "16"]
-    command += ["--regularizer", "df-flops", "--document-active-dims", "40"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("*/complete")) and time.monotonic() < deadline:
@@ -233,17 +280,66 @@ def test_killed_and_started_again(config, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "run" / "training.json").exists()
-
     again = subprocess.run(command, capture_output=True, check=True, text=True)
     result = json.loads(again.stdout)
     assert result["resumed_from"] >= 20
-    assert result["steps"] == whole.steps == 100
-    a, b = weights(tmp_path / "whole" / "model"), weights(tmp_path / "run" / "model")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+    assert result["steps"] == 100
+    assert "batch_size: 4" in again.stderr  # what it was asked for, in full
 
 
-def test_several_processes_are_refused(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionError, match="without torchrun"):
+@pytest.mark.parametrize("regularizer", ["flops", "df-flops"])
+def test_two_processes_train_as_one(regularizer, collection_folder, tmp_path):
+    # Without dropout, which is random in another way in each process.
+    backbone = make_backbone("bert", tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = {
+        "backbone": backbone, "data": str(collection_folder), "steps": 100, "batch_size": 8, "learning_rate": 1e-4,
+        "max_length": 16, "k": 2.0, "shift": 0.5, "regularizer": regularizer, "document_active_dims": 40.0, "checkpoint_steps": 100,
+        "query_regularizer_weight": 0.01,
+    }  # fmt: skip
+    one = train(TrainingConfig(output=str(tmp_path / "one"), **options))
+    (tmp_path / "options.json").write_text(json.dumps(options | {"output": str(tmp_path / "two")}))
+    run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert (one.processes, two["processes"]) == (1, 2)
+    a, b = one.monitoring["observations"], two["monitoring"]["observations"]
+    assert len(a) == len(b) == 100
+    for name, margin in (("loss", 1e-4), ("score_mean", 1e-3), ("query_active_dims", 0.02), ("document_active_dims", 0.02)):
+        assert [seen[name] for seen in b] == pytest.approx([seen[name] for seen in a], rel=margin, abs=margin), name
+    for name in ("query_active_dims", "document_active_dims"):
+        assert two[name] == pytest.approx(getattr(one, name), rel=0.02)
+
+
+def test_a_batch_that_does_not_divide_among_the_processes(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(OptionError, match="batch_size 4 does not divide among 3 processes"):
         train(config())
+
+
+def test_the_best_checkpoint_on_the_dev_collection_is_kept(config, collection_folder, tmp_path):
+    """A learning rate that ruins the model: what is kept is from before, and training ends early."""
+    options = {"dev": str(collection_folder), "dev_split": "test", "patience": 2, "checkpoint_steps": 3}
+    result = train(config(steps=60, learning_rate=0.05, **options))
+    scores = {entry["step"]: entry["eval_dev_nDCG@10"] for entry in result.log if "eval_dev_nDCG@10" in entry}
+    assert result.best_step == max(scores, key=scores.get)
+    assert result.steps == result.best_step + 2 * 3
+    assert result.dev["nDCG@10"] == pytest.approx(scores[result.best_step])
+    assert result.dev["document_active_dims"] > 0
+    again = evaluate(str(tmp_path / "run" / "model"), str(collection_folder))
+    assert again.metrics["nDCG@10"] == pytest.approx(result.dev["nDCG@10"])
+
+
+def test_a_long_run_is_estimated(config, caplog, monkeypatch):
+    monkeypatch.setattr("anysplade.training._LONG", 0)
+    caplog.set_level("INFO")
+    train(config(steps=8))
+    assert "s a step: about 0 min for the 3 steps to come" in caplog.text
+
+
+def test_the_card_says_how_the_model_was_made(config, collection_folder, tmp_path):
+    train(config(dev=str(collection_folder), dev_split="test"))
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert card.index("## Usage") < card.index("## How it was made") < card.index("## Training Details")
+    assert "Calibration of the MLM head | logits / " in card
+    assert "On the dev collection `tiny` (20 queries, 40 documents" in card
+    assert "steps: 8\n" in card
+    assert (tmp_path / "run" / "model" / "training.svg").read_text().startswith("<?xml")

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from anysplade.calibration import Calibration, calibrate
-    from anysplade.datasets import Collection, Document, Pair, load_collection, load_pairs, read_corpus, write_collection
+    from anysplade.datasets import Collection, Document, Pair, load_collection, read_corpus, write_collection
     from anysplade.encoder import load_encoder
     from anysplade.errors import (
         AnyspladeError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anysplade.index import Hit, Index, TermMatch
     from anysplade.options import TrainingConfig
     from anysplade.training import TrainingResult, train
+    from anysplade.training_data import load_pairs, read_pairs
 
 # Where each public name lives. They are imported on first use: the libraries behind them take seconds.
 _HOME = {
@@ -51,8 +52,9 @@ _HOME = {
     "inspect_head": "head",
     "load_collection": "datasets",
     "load_encoder": "encoder",
-    "load_pairs": "datasets",
+    "load_pairs": "training_data",
     "read_corpus": "datasets",
+    "read_pairs": "training_data",
     "rescale_head": "head",
     "train": "training",
     "write_collection": "datasets",
@@ -86,6 +88,7 @@ __all__ = [
     "load_encoder",
     "load_pairs",
     "read_corpus",
+    "read_pairs",
     "rescale_head",
     "train",
     "write_collection",

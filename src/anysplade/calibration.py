@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anysplade.datasets import Pair, load_pairs
+from anysplade.datasets import Pair
 from anysplade.errors import ModelError
 from anysplade.head import Probe, ProbeReport, check_rescaling, measure_logits, summarize_probe
 from anysplade.options import BiasPolicy, Choice
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.training_data import load_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def probe_texts(data: str | None, progress: bool = False) -> tuple[list[str], li
     return sample_pairs(load_pairs(data, progress=progress))
 
 
-def sample_pairs(pairs: list[Pair], seed: int = 0) -> tuple[list[str], list[str]]:
+def sample_pairs(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[str], list[str]]:
     """Up to 64 queries and documents of the training pairs."""
     sampled = random.Random(seed).sample(pairs, min(_PROBE_PAIRS, len(pairs)))
     return [pair.query for pair in sampled], [pair.positive for pair in sampled]

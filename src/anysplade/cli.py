@@ -5,21 +5,26 @@ mistake of the user's (one line says what and how to mend it), 1 a failure.
 """
 
 import contextlib
+import difflib
 import functools
 import json as jsonlib
 import logging
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tomllib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
-from anysplade.errors import AnyspladeError, UsageError
+from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.options import BiasPolicy, Choice, Precision, TrainingConfig
 
 app = App(
@@ -49,6 +54,8 @@ def _command(function: Callable[..., _Shown]) -> Callable[..., None]:
         with contextlib.redirect_stdout(sys.stderr):
             _quiet_libraries()
             shown = function(*args, json=json, **kwargs)
+        if not _first_process():
+            return
         if json:
             print(jsonlib.dumps(shown.data, indent=2, ensure_ascii=False))
         else:
@@ -124,12 +131,83 @@ def rescale(
 
 
 @_command
-def train(config: Annotated[TrainingConfig, Parameter(name="*")], *, json: Json = False) -> _Shown:
-    """Train a SPLADE encoder; interrupted and started again, it goes on from its last checkpoint."""
+def train(
+    options: Annotated[TrainingConfig, Parameter(name="*")],
+    *,
+    config: Annotated[Path | None, Parameter(name="--config")] = None,
+    json: Json = False,
+) -> _Shown:
+    """Train a SPLADE encoder; interrupted and started again, it goes on from its last checkpoint.
+
+    Args:
+        config: a YAML or TOML file with options by their names in Python; flags win over it.
+    """
     from anysplade import report, training
 
-    result = training.train(config, progress=_watched())
+    if _first_process():
+        plain = jsonlib.loads(jsonlib.dumps(asdict(options)))
+        print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), file=sys.stderr)
+    result = training.train(options, progress=_watched())
     return _Shown(result.to_dict(), report.training_lines(result))
+
+
+@_command
+def mine(
+    data: str,
+    /,
+    *,
+    out: Out,
+    miner: str = "bm25",
+    corpus: str | None = None,
+    texts: str | None = None,
+    negatives: int = 8,
+    depth: int = 100,
+    margin: float = 0.05,
+    json: Json = False,
+) -> _Shown:
+    """Find hard negatives for training examples; interrupted and started again, it goes on.
+
+    Args:
+        data: training examples, in any form that train takes.
+        out: the JSONL file to write.
+        miner: bm25, or a sparse encoder's folder or hub id.
+        corpus: where to look (JSONL, BEIR folder); the data's own positives otherwise.
+        texts: where the ids in the data have their texts.
+        negatives: wanted of each example.
+        depth: of the ranking they are taken from.
+        margin: a document that scores above (1 - margin) times the positive is likely an answer too, and left out.
+    """
+    from anysplade import mining
+
+    mined = mining.mine(
+        data,
+        out,
+        miner=miner,
+        corpus=corpus,
+        texts=texts,
+        negatives=negatives,
+        depth=depth,
+        margin=margin,
+        progress=_watched(),
+    )
+    return _Shown(mined.to_dict() | {"out": str(out)}, [f"{mined.examples:,} examples with {negatives} negatives each, in {out}"])
+
+
+@_command
+def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512, json: Json = False) -> _Shown:
+    """Have a teacher score examples with negatives, for distillation; interrupted and started again, it goes on.
+
+    Args:
+        data: training examples with negatives.
+        teacher: a cross-encoder's folder or hub id, or bm25.
+        out: the JSONL file to write.
+        texts: where the ids in the data have their texts.
+        max_length: tokens that a query with a document is cut to.
+    """
+    from anysplade import mining
+
+    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=_watched())
+    return _Shown(scored.to_dict() | {"out": str(out)}, [f"{scored.examples:,} examples scored by {teacher}, in {out}"])
 
 
 @_command
@@ -220,15 +298,51 @@ def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> _Shown:
     return _Shown(result.to_dict(), report.demo_parts(result))
 
 
+def _first_process() -> bool:
+    """Of those that torchrun started, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _config_file(arguments: Sequence[str]) -> list[Dict]:
+    """The file that ``train --config`` names, as a source of options.
+
+    Raises:
+        OptionError: it cannot be read, or has an option that does not exist.
+    """
+    named = [i for i, argument in enumerate(arguments) if argument == "--config" or argument.startswith("--config=")]
+    if list(arguments[:1]) != ["train"] or not named:
+        return []
+    argument, following = arguments[named[-1]], arguments[named[-1] + 1 : named[-1] + 2]
+    path = Path(argument.partition("=")[2] if "=" in argument else "".join(following)).expanduser()
+    known = {field.name: field.name.replace("_", "-") for field in fields(TrainingConfig) if field.name != "_"} | {"output": "out"}
+    try:
+        text = path.read_text(encoding="utf-8")
+        options = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config {path}: cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"--config {path}: {error}") from error
+    if not isinstance(options, dict) or not options:
+        raise OptionError(f"--config {path}: holds no options; each line is one, such as batch_size: 32")
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise OptionError(f"--config {path}: no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    given = {known[name]: value for name, value in options.items() if value is not None and value != []}
+    return [Dict(data=given, use_commands_as_keys=False, source=str(path))]
+
+
 def _watched() -> bool:
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and _first_process()
 
 
 def _quiet_libraries() -> None:
     """Keep standard error for anysplade's own progress and for warnings that ask for something."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that ask nobody; anysplade's own say when they are shown
+    warnings.simplefilter("ignore", FutureWarning)  # of one library to another
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("anysplade").setLevel(logging.INFO)
+    logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)
     for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -241,7 +355,9 @@ def _quiet_libraries() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        app.config = _config_file(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
         _complain(error)

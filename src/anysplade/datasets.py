@@ -2,13 +2,14 @@
 
 A *collection* is a corpus, queries and relevance judgements (qrels), kept on disk in BEIR's
 layout: ``corpus.jsonl`` (``_id``, ``title``, ``text``), ``queries.jsonl`` (``_id``, ``text``) and
-``qrels/SPLIT.tsv`` (``query-id``, ``corpus-id``, ``score``). *Training pairs* are JSON lines with
-``query``, ``positive`` and, if there is one, ``negative``.
+``qrels/SPLIT.tsv`` (``query-id``, ``corpus-id``, ``score``). ``training_data`` reads training pairs.
 """
 
+import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +32,12 @@ class Document(NamedTuple):
 
 
 class Pair(NamedTuple):
+    """A training example."""
+
     query: str
     positive: str
-    negative: str | None = None
+    negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] | None = None  # a teacher's: the positive's and each negative's, or the margin of each negative
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
         raise DataError(f"{folder}: a collection is a folder with corpus.jsonl, queries.jsonl and qrels/")
     corpus = read_corpus(folder)
     path = _within(folder, "queries.jsonl")
-    texts = {id_: _text(row, path, number) for number, id_, row in _rows_by_id(path)}
+    texts = {id_: _text(row, path, number) for number, id_, row in rows_by_id(path)}
     qrels = _read_qrels(folder, split, texts, corpus)
     queries = {id_: text for id_, text in texts.items() if id_ in qrels}
     return Collection(folder.resolve().name, corpus, queries, qrels)
@@ -86,41 +90,10 @@ def read_corpus(source: str | Path, progress: bool = False) -> dict[str, Documen
     path = _existing(source, "corpus")
     if path.is_dir():
         path = _within(path, "corpus.jsonl")
-    corpus = {id_: Document(str(row.get("title") or ""), _text(row, path, number)) for number, id_, row in _rows_by_id(path)}
+    corpus = {id_: Document(str(row.get("title") or ""), _text(row, path, number)) for number, id_, row in rows_by_id(path)}
     if not corpus:
         raise DataError(f"{path}: the corpus is empty; it needs one JSON object a line, with _id and text")
     return corpus
-
-
-def load_pairs(source: str | Path, progress: bool = False) -> list[Pair]:
-    """Training pairs from a JSONL file, a BEIR folder, or ``"python-docs"``.
-
-    A folder gives its ``pairs.jsonl`` if it has one, else its ``qrels/train.tsv`` (grades above 0).
-
-    Raises:
-        DataError: nothing to train on, or a malformed line, which is named.
-    """
-    if str(source) == PYTHON_DOCS:
-        return load_python_docs(progress=progress)[1]
-    path = _existing(source, "training data")
-    if path.is_dir() and not (path / "pairs.jsonl").is_file():
-        if not (path / "qrels" / "train.tsv").is_file():
-            raise DataError(f"{path}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
-        collection = load_collection(path, "train")
-        pairs = [
-            Pair(collection.queries[query_id], collection.corpus[document_id].full_text)
-            for query_id, grades in collection.qrels.items()
-            for document_id, grade in grades.items()
-            if grade > 0
-        ]
-    else:
-        path = path / "pairs.jsonl" if path.is_dir() else path
-        pairs = [_pair(row, path, number) for number, row in _json_lines(path)]
-    if not pairs:
-        raise DataError(f"{path}: no training pair in it; each line needs query and positive")
-    if len({pair.negative is None for pair in pairs}) > 1:
-        raise DataError(f'{path}: some lines have "negative" and some do not; give it to all or to none')
-    return pairs
 
 
 def load_python_docs(packages: Iterable[str] = python_docs.PACKAGES, progress: bool = False) -> tuple[Collection, list[Pair]]:
@@ -163,7 +136,7 @@ def write_collection(folder: str | Path, collection: Collection, pairs: Iterable
                             f"ids {query_id!r}, {document_id!r}: a tab or line break cannot stand in qrels; rename them"
                         )
                     file.write(f"{query_id}\t{document_id}\t{grade}\n")
-        rows = [{key: value for key, value in pair._asdict().items() if value is not None} for pair in pairs]
+        rows = [{key: value for key, value in pair._asdict().items() if value} for pair in pairs]
         if rows:
             _write_jsonl(work / "pairs.jsonl", rows)
 
@@ -199,11 +172,11 @@ def _within(folder: Path, name: str) -> Path:
     return path
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path, opened: Callable[..., Any] = open) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers, from 1, and objects; blank lines are passed over."""
     number = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with opened(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -215,11 +188,13 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}:{number + 1}: not UTF-8 text; convert the file to UTF-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut off; fetch it again") from None
 
 
-def _rows_by_id(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def rows_by_id(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     seen: dict[str, int] = {}
-    for number, row in _json_lines(path):
+    for number, row in json_lines(path):
         id_ = row.get("_id")
         if not isinstance(id_, str | int) or isinstance(id_, bool) or id_ == "":
             raise DataError(f'{path}:{number}: no "_id"; each line needs _id and text')
@@ -236,11 +211,6 @@ def _text(row: dict[str, Any], path: Path, number: int, key: str = "text") -> st
         found = ", ".join(row) or "nothing"
         raise DataError(f'{path}:{number}: "{key}" is missing or no text (the line has {found})')
     return value
-
-
-def _pair(row: dict[str, Any], path: Path, number: int) -> Pair:
-    query, positive = _text(row, path, number, "query"), _text(row, path, number, "positive")
-    return Pair(query, positive, _text(row, path, number, "negative") if "negative" in row else None)
 
 
 def _read_qrels(folder: Path, split: str, queries: dict[str, str], corpus: dict[str, Document]) -> dict[str, dict[str, int]]:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from anysplade.backbones import BUNDLED
-from anysplade.datasets import load_collection, load_pairs, load_python_docs, write_collection
+from anysplade.datasets import load_collection, load_python_docs, write_collection
 from anysplade.errors import OutputError
-from anysplade.evaluation import BM25, evaluate
+from anysplade.evaluation import evaluate
 from anysplade.files import write_whole
 from anysplade.index import Hit, Index
 from anysplade.options import Choice, TrainingConfig
 from anysplade.python_docs import PACKAGES
 from anysplade.training import train
+from anysplade.training_data import load_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ def run_demo(
                 | {"findings": trained.monitoring["findings"]}
                 | json.loads((run / "evaluation.json").read_text())
             )
-    bm25 = evaluate(BM25, collection, METRICS, depth=_DEPTH).to_dict()
-    rows.append({"backbone": BM25, "calibration": None, "k": None, "shift": None, "findings": []} | bm25)
+    bm25 = evaluate("bm25", collection, METRICS, depth=_DEPTH).to_dict()
+    rows.append({"backbone": "bm25", "calibration": None, "k": None, "shift": None, "findings": []} | bm25)
 
     best = output / "-".join(_INDEXED)
     where = output / "index"

@@ -1,15 +1,17 @@
 """Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from anysplade.calibration import Calibration, calibrate
 from anysplade.errors import ModelError, OptionError
 from anysplade.head import check_masked_lm, find_head, load_masked_lm, rescale_head, resolve_model
-from anysplade.options import BiasPolicy, Choice
+from anysplade.options import BiasPolicy, Choice, Pooling, QueryEncoder
 from anysplade.pooling import splade_pool
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
@@ -67,23 +69,43 @@ def build_encoder(
     documents: Sequence[str] = PROBE_DOCUMENTS,
     max_length: int | None = None,
     strength: int = 0,
+    pooling: Pooling = "max",
+    double_log: bool = False,
+    query_encoder: QueryEncoder = "mlm",
+    idf_texts: Iterable[str] = (),
+    attention: str | None = None,
 ) -> tuple[SparseEncoder, Calibration]:
-    """``load_encoder``, and the calibration that was applied; ``strength`` is that of ``calibrate``."""
+    """``load_encoder``, and the calibration that was applied.
+
+    Args:
+        strength: that of ``calibrate``.
+        pooling, double_log: over tokens, and log(1 + log(1 + relu)) as the activation.
+        query_encoder: ``"idf"`` and ``"static"`` give queries one weight a token, fixed and learned, which
+            begins as its inverse document frequency in ``idf_texts``.
+        attention: transformers' name of an attention implementation.
+    """
     source = resolve_model(path)
     if is_sparse_encoder(source):
         logger.info("%s is a sparse encoder already: its head stays as it is unless k or shift is a number", source)
         k, shift = (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
         encoder = SparseEncoder(source)
+        if (pooling, double_log, query_encoder) != ("max", False, "mlm"):
+            raise OptionError(f"{source}: a sparse encoder already, whose pooling and query encoder stay as they are")
     else:
         load_masked_lm(source)  # refuses what Transformer would take: a checkpoint without a trained head
-        encoder = _with_splade_pooling(source)
+        encoder = _with_splade_pooling(source, pooling, double_log, attention)
+        if query_encoder != "mlm":
+            encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
     model = masked_lm(encoder)
-    calibration = calibrate(model, encoder.tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
+    calibration = calibrate(
+        model, splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
+    )
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
         if max_length < 3:
             raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
-        encoder.max_seq_length = min(max_length, encoder.max_seq_length or max_length)
+        transformer = splade_modules(encoder)[0]
+        transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
     if fused:
         fuse_pooling(encoder)
     return encoder, calibration
@@ -105,7 +127,7 @@ def open_encoder(path: str | Path, fused: bool = True) -> SparseEncoder:
     else:
         check_masked_lm(source)
         encoder = _with_splade_pooling(source)
-    if fused and isinstance(encoder[-1], SpladePooling):
+    if fused and isinstance(splade_modules(encoder)[1], SpladePooling):
         fuse_pooling(encoder)
     return encoder
 
@@ -115,22 +137,62 @@ def is_sparse_encoder(source: str) -> bool:
     return load_file_path(source, "modules.json") is not None
 
 
+def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
+    """First and last module of what encodes documents; with an MLM on both sides, queries go through them too."""
+    first: Any = encoder[0]
+    modules: Any = first.sub_modules["document"] if isinstance(first, Router) else encoder
+    return modules[0], modules[-1]
+
+
 def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
     """The masked LM inside a SPLADE encoder.
 
     Raises:
         ModelError: the encoder is of another kind, without an MLM head.
     """
-    first = encoder[0]
+    first = splade_modules(encoder)[0]
     if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
         raise ModelError(f"{type(first).__name__} is this encoder's first module; only SPLADE encoders have an MLM head")
     return first.model
 
 
-def _with_splade_pooling(source: str) -> SparseEncoder:
+def _with_splade_pooling(
+    source: str, pooling: Pooling = "max", double_log: bool = False, attention: str | None = None
+) -> SparseEncoder:
     # float32 whatever the checkpoint is stored in: half-precision weights do not train.
-    transformer = Transformer(source, transformer_task="fill-mask", model_kwargs={"dtype": torch.float32})
-    return SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot")
+    options = {"dtype": torch.float32} | ({"attn_implementation": attention} if attention else {})
+    try:
+        transformer = Transformer(source, transformer_task="fill-mask", model_kwargs=options)
+    except (ImportError, ValueError) as error:
+        if attention:
+            raise OptionError(f"attention {attention!r}: {str(error).splitlines()[0]}") from error
+        raise
+    activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
+    modules = [transformer, SpladePooling(pooling, activation_function=activation)]
+    return SparseEncoder(modules=modules, similarity_fn_name="dot")
+
+
+def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: bool) -> SparseEncoder:
+    """Documents through the MLM, queries as a bag of tokens with a weight each (Geng et al., arXiv 2411.04403)."""
+    tokenizer: Any = encoder.tokenizer
+    frequency = np.zeros(len(tokenizer))
+    count = 0
+    for batch in batched(texts, 1024):
+        for ids in tokenizer(list(batch), add_special_tokens=False, truncation=True)["input_ids"]:
+            frequency[np.unique(ids)] += 1
+            count += 1
+    idf = np.log1p((count - frequency + 0.5) / (frequency + 0.5))
+    idf[tokenizer.all_special_ids] = 0
+    queries = SparseStaticEmbedding(tokenizer, torch.tensor(idf, dtype=torch.float32), frozen=frozen)
+    documents: list[Any] = list(encoder.children())
+    router = Router.for_query_document(query_modules=[queries], document_modules=documents)
+    return SparseEncoder(modules=[router], similarity_fn_name="dot")
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    iterator = iter(items)
+    while batch := tuple(islice(iterator, size)):
+        yield batch
 
 
 # ----------------------------------------------------------------------------------- fused pooling
@@ -146,7 +208,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     Returns:
         Whether the pooling is fused now.
     """
-    transformer, pooling = encoder[0], encoder[-1]
+    transformer, pooling = splade_modules(encoder)
     model = masked_lm(encoder)
     head = find_head(model)
     if not isinstance(pooling, SpladePooling):
@@ -172,7 +234,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
 
 def unfuse_pooling(encoder: SparseEncoder) -> None:
     """Back to the modules' own forward."""
-    for module in (encoder[0], encoder[-1]):
+    for module in splade_modules(encoder):
         module.__dict__.pop("forward", None)
 
 

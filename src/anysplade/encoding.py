@@ -49,7 +49,7 @@ def encode(
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
             order, rows = [], []
-            for batch in _batches(_lengths(encoder, chunk), max(1, _WEIGHTS_A_BATCH // max(1, width))):
+            for batch in _batches(_lengths(encoder, chunk, role), max(1, _WEIGHTS_A_BATCH // max(1, width))):
                 vectors = method(
                     [chunk[i] for i in batch],
                     batch_size=len(batch),
@@ -77,9 +77,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return "bfloat16" if native_bfloat16(device.type) else "float32"
 
 
-def _lengths(encoder: SparseEncoder, texts: list[str]) -> np.ndarray:
+def _lengths(encoder: SparseEncoder, texts: list[str], role: str) -> np.ndarray:
     """Tokens of each text, as the model will read it; 1 where the model does not read tokens in order."""
-    mask = encoder.preprocess(texts).get("attention_mask")
+    mask = encoder.preprocess(texts, task=role).get("attention_mask")
     return np.ones(len(texts), np.int64) if mask is None else mask.sum(dim=1).cpu().numpy()
 
 

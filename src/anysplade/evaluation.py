@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
+from anysplade.bm25 import BM25
 from anysplade.datasets import Collection, hash_texts, load_collection
 from anysplade.encoder import open_encoder
 from anysplade.encoding import encode, resolve_precision
@@ -24,7 +24,6 @@ from anysplade.options import Precision
 from anysplade.provenance import provenance
 
 METRICS = ("nDCG@10", "RR@10", "R@100")
-BM25 = "bm25"
 
 Run = dict[str, dict[str, float]]
 
@@ -89,7 +88,7 @@ def evaluate(
     costs: tuple[float | None, float | None, float | None] = (None, None, None)
     used: Precision | None = None
     start = time.perf_counter()
-    if model == BM25:
+    if model == "bm25":
         run = _bm25_run(collection, ids, texts, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:
@@ -178,20 +177,8 @@ def _run(queries: sparse.csr_matrix, postings: Postings, query_ids: list[str], i
 
 
 def _bm25_run(collection: Collection, ids: list[str], texts: list[str], depth: int) -> Run:
-    """BM25 as Lucene does it (k1 0.9, b 0.4), with English stop words and Porter's stemmer."""
-    import bm25s
-    import Stemmer
-
-    bm25s.logger.setLevel(logging.ERROR)  # importing it sets DEBUG
-    stemmer = Stemmer.Stemmer("porter")
-
-    def tokens(batch: list[str]) -> Any:
-        return bm25s.tokenize(batch, stopwords="english", stemmer=stemmer, show_progress=False)
-
-    retriever = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-    retriever.index(tokens(texts), show_progress=False)
-    found, scores = retriever.retrieve(tokens(list(collection.queries.values())), k=min(depth, len(ids)), show_progress=False)
+    rankings = BM25(texts).top(list(collection.queries.values()), depth)
     return {
-        query_id: {ids[d]: float(s) for d, s in zip(row, values, strict=True) if s > 0}
-        for query_id, row, values in zip(collection.queries, found, scores, strict=True)
+        query_id: {ids[d]: float(score) for d, score in zip(*ranking, strict=True)}
+        for query_id, ranking in zip(collection.queries, rankings, strict=True)
     }

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
+from sentence_transformers.util.distributed import all_gather, get_world_size
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -28,7 +29,7 @@ class Observation:
 
     step: int
     loss: float  # of the ranking alone
-    chance: float  # the loss of a model that cannot tell the documents apart: log(m)
+    chance: float | None  # the contrastive loss of a model that cannot tell the documents apart: log(m); None for others
     query_active_dims: float
     document_active_dims: float
     flops: float  # sum over terms of P(in query) P(in document), within the batch
@@ -43,7 +44,9 @@ class Observation:
 
 
 @torch.no_grad()
-def observe(embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step: int, count: int) -> Observation:
+def observe(
+    embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step: int, count: int, contrastive: bool = True
+) -> Observation:
     """The statistics of a batch: queries (n, vocabulary), positives (n, vocabulary), then any negatives.
 
     ``last_used`` (vocabulary,) holds, for each term, the observation in which a document last used it, and
@@ -72,7 +75,7 @@ def observe(embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step:
             (used == m).sum() / (used.sum() / m).clamp(min=1),
         ]
     ).tolist()  # one transfer from the device
-    return Observation(step, values[0], math.log(m), *values[1:])
+    return Observation(step, values[0], math.log(m) if contrastive else None, *values[1:])
 
 
 def _similarity(vectors: Tensor) -> Tensor:
@@ -154,8 +157,9 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     if all_of("document_active_dims", low=0.5 * vocabulary):
         share = now.document_active_dims / vocabulary
         add("all dense", f"{share:.0%} of the vocabulary active in a document", _CALIBRATE, False)
-    if len(observations) > _SETTLED + _WINDOW and all(seen.loss > _SATURATED * seen.chance for seen in window):
-        evidence = f"loss {now.loss:.3g} where guessing gives {now.chance:.3g}; scores {now.score_mean:.3g} ± {now.score_std:.3g}"
+    chance = now.chance
+    if len(observations) > _SETTLED + _WINDOW and chance and all(seen.loss > _SATURATED * chance for seen in window):
+        evidence = f"loss {now.loss:.3g} where guessing gives {chance:.3g}; scores {now.score_mean:.3g} ± {now.score_std:.3g}"
         add("saturated softmax", evidence, _CALIBRATE, True)
     if all_of("dead_share", low=0.995):
         add("dead vocabulary", f"{now.dead_share:.1%} of the terms are used by no recent document", _LIGHTER, False)
@@ -172,13 +176,17 @@ class Monitor(TrainerCallback, ExportableState):
         ranking: the loss that gets the vectors; sentence-transformers' losses have the method
             ``compute_loss_from_embeddings``, which is wrapped on this instance.
         stop: end the training when a finding says that the run is lost.
+        contrastive: the ranking loss is a softmax over the batch, so that the loss of guessing is known.
+
+    In several processes each of them observes the batch of all, and so all come to the same findings.
     """
 
-    def __init__(self, ranking: nn.Module, vocabulary: int, stop: bool = False) -> None:
+    def __init__(self, ranking: nn.Module, vocabulary: int, stop: bool = False, contrastive: bool = True) -> None:
         self.observations: list[Observation] = []
         self.findings: list[Finding] = []
         self.vocabulary = vocabulary
         self.stop = stop
+        self.contrastive = contrastive
         self._last_used: Tensor | None = None
         self._due = False
         self._step = 0
@@ -205,12 +213,16 @@ class Monitor(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """For the trainer's checkpoints."""
-        return self.to_dict()
+        return self.to_dict() | {"last_used": None if self._last_used is None else self._last_used.tolist()}
 
     def _observe(self, embeddings: list[Tensor], loss: Tensor) -> None:
+        if get_world_size() > 1:
+            embeddings = [all_gather(embedding.detach().contiguous()) for embedding in embeddings]
+            loss = all_gather(loss.detach().reshape(1)).mean()
         if self._last_used is None:
             self._last_used = torch.full((embeddings[0].shape[1],), len(self.observations), device=embeddings[0].device)
-        self.observations.append(observe(embeddings, loss, self._last_used, self._step, len(self.observations)))
+        count = len(self.observations)
+        self.observations.append(observe(embeddings, loss, self._last_used, self._step, count, self.contrastive))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._every = max(1, state.max_steps // OBSERVATIONS)
@@ -218,6 +230,7 @@ class Monitor(TrainerCallback, ExportableState):
         if state.global_step and saved:
             self.observations = [Observation(**seen) for seen in saved["observations"]]
             self.findings = [Finding(**finding) for finding in saved["findings"]]
+            self._last_used = None if saved["last_used"] is None else torch.tensor(saved["last_used"], device=args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step
@@ -239,5 +252,7 @@ class Monitor(TrainerCallback, ExportableState):
         if "grad_norm" in logs:
             self.observations[-1] = replace(self.observations[-1], gradient_norm=float(logs["grad_norm"]))
         seen = asdict(self.observations[-1])
-        logs |= {f"monitor/{name}": value for name, value in seen.items() if name not in ("step", "gradient_norm")}
+        logs |= {
+            f"monitor/{name}": value for name, value in seen.items() if value is not None and name not in ("step", "gradient_norm")
+        }
         logs |= {f"monitor/{finding.name}": 1.0 for finding in self.findings}

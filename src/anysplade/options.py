@@ -1,5 +1,6 @@
 """The options of a training run, without the libraries that carry it out."""
 
+import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
@@ -12,6 +13,29 @@ BiasPolicy = Literal["scale", "keep"]
 Regularizer = Literal["flops", "df-flops", "l1"]
 OnCollapse = Literal["warn", "stop", "recalibrate"]
 Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
+TrainingPrecision = Literal["float32", "bfloat16"]
+Pooling = Literal["max", "sum"]
+QueryEncoder = Literal["mlm", "idf", "static"]
+
+OBJECTIVES = ("contrastive", "margin-mse", "kl")
+
+
+def parse_objective(objective: str) -> dict[str, float]:
+    """Weights by name: ``"kl + 0.05*margin-mse"`` is ``{"kl": 1.0, "margin-mse": 0.05}``.
+
+    Raises:
+        OptionError: an unknown objective, or one that stands twice.
+    """
+    weights: dict[str, float] = {}
+    for part in objective.replace(" ", "").split("+"):
+        match = re.fullmatch(r"(?:(\d+\.?\d*(?:e-?\d+)?)\*)?([a-z-]+)", part)
+        if not match or match[2] not in OBJECTIVES or match[2] in weights:
+            raise OptionError(
+                f"objective {objective!r}: {part!r} is none of {', '.join(OBJECTIVES)}; join several with +, weigh one as in "
+                '"kl + 0.05*margin-mse"'
+            )
+        weights[match[2]] = float(match[1] or 1)
+    return weights
 
 
 @dataclass(frozen=True)
@@ -20,14 +44,32 @@ class TrainingConfig:
 
     Args:
         backbone: a masked LM's folder or hub id.
-        data: training pairs; a BEIR folder, a JSONL file or ``python-docs``.
-        output: the folder for the model, its checkpoints and its record.
+        data: training examples; a JSONL file, a BEIR folder, an ir_datasets id, a hub dataset (``id`` or
+            ``id:config``) or ``python-docs``.
+        texts: where the ids in the data have their texts: a BEIR folder, an ir_datasets id or a hub dataset;
+            None looks in the data's own place.
+        negatives: hard negatives used of each example; all of them if None.
+        objective: contrastive (in-batch and hard negatives), margin-mse, kl, or a weighted sum such as
+            "kl + 0.05*margin-mse".
+        temperature: divides the scores in the contrastive softmax.
+        kl_temperature: divides the student's and the teacher's scores in kl.
+        teacher_temperature: divides the teacher's instead; for scores that spread little or much.
         k: divides the MLM head's logits before training; "auto" measures what the head wants.
         shift: is taken from them after that; "auto" likewise. k=1 and shift=0 leave the head alone.
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
+        pooling: over a text's tokens.
+        double_log: log(1 + log(1 + relu)) instead of log(1 + relu).
+        query_encoder: mlm; or, for queries without a model at search time, a weight a token: its idf in the
+            training documents, or that as a start and learned ("static").
+        query_prompt: stands before every query, in training and after.
+        document_prompt: stands before every document.
         steps: optimiser steps; if None, what ``epochs`` gives.
         epochs: passes over the data.
-        batch_size: queries a step, each with its document; the others' documents are its negatives.
+        batch_size: queries a step over all processes, each with its document; the others' documents are its
+            negatives in the contrastive objective.
+        mini_batch_size: texts that go through the model at once; batches of any size fit, at the price of a
+            second forward pass (gradient caching).
+        gradient_accumulation: batches a step.
         learning_rate: peak of AdamW's, from where it falls to 0 in a straight line.
         warmup_ratio: share of the steps over which it rises from 0 to the peak.
         query_regularizer_weight: lambda of the queries' regularizer, reached after a third of the steps.
@@ -39,6 +81,13 @@ class TrainingConfig:
         max_length: tokens a text is cut to; the tokenizer's limit if None.
         seed: of everything random.
         checkpoint_steps: steps between checkpoints.
+        dev: a collection that is evaluated at every checkpoint; the model of the best nDCG@10 is kept.
+        dev_split: which qrels of it.
+        patience: stop after so many checkpoints without a better one.
+        precision: of the products in training; bfloat16 is faster where the machine has it.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        attention: the backbone's implementation, such as flash_attention_2, which also drops the padding.
+        report_to: trackers that the trainer knows: tensorboard, wandb, trackio, ...
         fused: SPLADE pooling without the (batch, length, vocabulary) logits.
     """
 
@@ -46,12 +95,25 @@ class TrainingConfig:
     data: str
     _: KW_ONLY
     output: Annotated[str, Parameter(name="--out")]
+    texts: str | None = None
+    negatives: int | None = None
+    objective: str = "contrastive"
+    temperature: float = 1.0
+    kl_temperature: float = 2.0
+    teacher_temperature: float | None = None
     k: Choice = "auto"
     shift: Choice = "auto"
     bias: BiasPolicy = "scale"
+    pooling: Pooling = "max"
+    double_log: bool = False
+    query_encoder: QueryEncoder = "mlm"
+    query_prompt: str = ""
+    document_prompt: str = ""
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 32
+    mini_batch_size: int | None = None
+    gradient_accumulation: int = 1
     learning_rate: float = 2e-5
     warmup_ratio: float = 0.1
     query_regularizer_weight: float = 1e-3
@@ -63,12 +125,26 @@ class TrainingConfig:
     max_length: int | None = 256
     seed: int = 0
     checkpoint_steps: int = 500
+    dev: str | None = None
+    dev_split: str = "dev"
+    patience: int | None = None
+    precision: TrainingPrecision = "float32"
+    gradient_checkpointing: bool = False
+    attention: str | None = None
+    report_to: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
     fused: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", tuple(self.report_to))
         for name, low in (
+            ("negatives", 0),
+            ("temperature", 1e-6),
+            ("kl_temperature", 1e-6),
+            ("teacher_temperature", 1e-6),
             ("steps", 1),
             ("batch_size", 2),
+            ("mini_batch_size", 1),
+            ("gradient_accumulation", 1),
             ("epochs", 0),
             ("learning_rate", 0),
             ("query_regularizer_weight", 0),
@@ -76,7 +152,15 @@ class TrainingConfig:
             ("query_active_dims", 1),
             ("document_active_dims", 1),
             ("checkpoint_steps", 1),
+            ("patience", 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):
                 raise OptionError(f"{name} is {value}: it must be a finite number of at least {low}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise OptionError(f"warmup_ratio is {self.warmup_ratio}: it is a share of the steps, at least 0 and below 1")
+        parse_objective(self.objective)
+        if self.patience is not None and self.dev is None:
+            raise OptionError("patience needs a dev collection to judge by; add --dev")
+        if self.query_encoder != "mlm" and self.query_active_dims is not None:
+            raise OptionError(f"query_active_dims: queries of the {self.query_encoder} encoder have a term a token; leave it out")

@@ -1,7 +1,8 @@
 """What keeps vectors sparse: regularizers, and the controller that sets their weights to meet a target.
 
 The regularizers go where sentence-transformers' ``SpladeLoss`` takes them (``document_regularizer``,
-``query_regularizer``); they are functions of the vectors of a batch, (texts, vocabulary).
+``query_regularizer``); they are functions of the vectors of a batch, (texts, vocabulary). In several processes
+the batch is that of all of them, so that the same weight gives the same sparsity on any number.
 """
 
 import math
@@ -13,17 +14,33 @@ import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from sentence_transformers.sparse_encoder.losses import FlopsLoss, SpladeLoss
+from sentence_transformers.util.distributed import all_gather_with_grad, get_world_size
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from anysplade.options import Regularizer
 
 
+def _over_processes(mean: Tensor) -> Tensor:
+    """The mean over all processes of a mean over each one's texts, with gradients to every process."""
+    return mean if get_world_size() == 1 else all_gather_with_grad(mean[None]).mean(dim=0)
+
+
+class GatheredFlopsLoss(FlopsLoss):
+    """FLOPS (Paria et al., arXiv 2004.05665) of the batch of all processes: sum over terms of the squared mean weight.
+
+    The mean of each process's own FLOPS would be larger, and more so the fewer texts a process has.
+    """
+
+    def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        return _over_processes(embeddings.mean(dim=0)).square().sum()
+
+
 class L1Loss(nn.Module):
     """Mean L1 norm of the vectors: every weight is pressed alike, however common its term is."""
 
     def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
-        return embeddings.abs().sum(dim=1).mean()
+        return _over_processes(embeddings.abs().sum(dim=1).mean())
 
 
 class DFFlopsLoss(nn.Module):
@@ -43,19 +60,19 @@ class DFFlopsLoss(nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
         with torch.no_grad():
-            seen = (embeddings > 0).float().mean(dim=0)
+            seen = _over_processes((embeddings > 0).float().mean(dim=0))
             if self.frequency is None:
                 self.frequency = seen
             else:
                 self.frequency = self.memory * self.frequency + (1 - self.memory) * seen
             ratio = self.frequency.double().clamp(min=1e-9) ** self.exponent - 1
             weight = (1 / (1 + ratio.clamp(min=0) ** self.beta)).to(embeddings.dtype)
-        return (weight * embeddings.mean(dim=0)).square().sum()
+        return (weight * _over_processes(embeddings.mean(dim=0))).square().sum()
 
 
 def make_regularizer(name: Regularizer, encoder: SparseEncoder) -> nn.Module:
     if name == "flops":
-        return FlopsLoss(encoder)
+        return GatheredFlopsLoss(encoder)
     return L1Loss() if name == "l1" else DFFlopsLoss()
 
 
@@ -80,7 +97,7 @@ class _Side:
     inert: float = 0.0  # a weight that does next to nothing: going lower would only be a longer way back
 
     def measure(self, vectors: Tensor, regularizer_value: float, chance: float) -> None:
-        active = float((vectors > 0).sum()) / len(vectors)
+        active = float(_over_processes((vectors > 0).sum() / len(vectors)))
         if self.active is None or self.weight is None:
             self.active = self.first = max(active, 1.0)
             self.weight = _FIRST_SHARE * chance / max(regularizer_value, 1e-9)
@@ -123,7 +140,8 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
         def measured(embeddings: Tensor) -> Tensor:
             value: Tensor = compute(embeddings)
             if torch.is_grad_enabled():
-                self.sides[role].measure(embeddings.detach(), float(value.detach()), math.log(max(2, len(embeddings))))
+                texts = len(embeddings) * get_world_size()
+                self.sides[role].measure(embeddings.detach(), float(value.detach()), math.log(max(2, texts)))
             return value
 
         return measured

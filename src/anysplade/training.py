@@ -11,37 +11,47 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from anysplade.calibration import Calibration, sample_pairs
-from anysplade.datasets import Pair, hash_texts, load_pairs
+from anysplade.card import write_card
+from anysplade.datasets import Collection, Pair, load_collection
 from anysplade.encoder import build_encoder, masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import CollapseError, OptionError, OutputError
+from anysplade.evaluation import evaluate
 from anysplade.files import whole_folder, write_whole
 from anysplade.head import find_head
 from anysplade.monitoring import Monitor
-from anysplade.options import TrainingConfig
+from anysplade.objectives import check_examples, make_loss
+from anysplade.options import TrainingConfig, parse_objective
 from anysplade.provenance import provenance
-from anysplade.regularization import ActiveDimsController, make_regularizer
+from anysplade.regularization import ActiveDimsController
+from anysplade.training_data import StoredPairs, read_pairs
 
 logger = logging.getLogger(__name__)
 
+_DATA = "data"  # the folder of the training examples while a run goes on
 _COMPLETE = "complete"  # marks a checkpoint whose files are all there
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
 _SAMPLE = 200  # training pairs whose active dims are counted at the end
+_CHECKED = 1000  # examples that are looked at before the others are read
+_TIMED = 5  # steps
+_LONG = 60  # seconds: what takes less needs no estimate
+DEV_METRICS = ("nDCG@10", "RR@10")
+_DEV_METRIC = "eval_dev_nDCG@10"
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,15 @@ class TrainingResult:
     calibration: dict[str, Any]
     pairs: int
     data_hash: str
+    processes: int
     steps: int
+    best_step: int | None  # whose model was kept, with a dev collection
     resumed_from: int  # the step that this process started at: 0 unless the run was interrupted
     seconds: float  # of training in this process
     query_active_dims: float  # of the finished model, over up to 200 training pairs
     document_active_dims: float
     level_trim: float  # taken from the decoder's bias after the last step, to meet a target of active dims
+    dev: dict[str, Any] | None  # the finished model on the dev collection: effectiveness and cost
     log: list[dict[str, float]]  # the trainer's own log: loss, its parts, learning rate
     monitoring: dict[str, Any]  # findings (what went wrong) and observations (what the batches' vectors were like)
     restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
@@ -69,48 +82,148 @@ class TrainingResult:
 
 
 def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
-    """Train a SPLADE encoder with in-batch negatives and FLOPS regularisation.
+    """Train a SPLADE encoder as the config says.
 
     Interrupted and called again with the same config, it goes on from its last complete checkpoint;
-    finished, it returns the recorded result and does nothing.
+    finished, it returns the recorded result and does nothing. Started by ``torchrun``, all processes
+    train one model and share each batch.
 
     Raises:
         OutputError: the output folder holds another run, or something else.
-        ModelError, DataError, OptionError: as ``load_encoder`` and ``load_pairs`` do.
+        ModelError, DataError, OptionError: as ``load_encoder`` and ``read_pairs`` do, before the first step.
+        CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError("train runs in one process; start it without torchrun")
     output = Path(config.output).expanduser()
-    asked = asdict(config)
-    finished = _claim(output, asked)
-    if finished is not None:
-        logger.info("%s holds this run's result already", output)
-        return finished
-    pairs = load_pairs(config.data, progress=progress)
-    if len(pairs) < 2:
-        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
-    data_hash = hash_texts(text for pair in pairs for text in pair if text is not None)
+    asked = json.loads(json.dumps(asdict(config)))
+    arguments = _arguments(config, output)
+    with arguments.main_process_first(local=False):
+        finished = _claim(output, asked)
+        if finished is not None:
+            logger.info("%s holds this run's result already", output)
+            return finished
+        pairs = _examples(config, output, write=arguments.process_index == 0, progress=progress)
+        recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
+        if recorded.get("data_hash", pairs.data_hash) != pairs.data_hash:
+            raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
+        dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
 
-    recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
-    if recorded.get("data_hash", data_hash) != data_hash:
-        raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
         encoder, calibration = _encoder(config, pairs, len(restarts))
-        run = {"config": asked, "calibration": calibration.to_dict(), "data_hash": data_hash, "restarts": restarts}
-        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
-        trainer, monitor = _trainer(config, encoder, pairs, output, progress)
-        checkpoint = _last_checkpoint(output / "checkpoints")
+        run = {"config": asked, "calibration": calibration.to_dict(), "data_hash": pairs.data_hash, "restarts": restarts}
+        with arguments.main_process_first(local=False):
+            if arguments.process_index == 0:
+                write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+            checkpoint = _last_checkpoint(output / "checkpoints")
+        trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, progress)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start
         if not monitor.collapsed or config.on_collapse == "warn":
             break
-        _give_up_or_restart(config, output, run, monitor)
+        with arguments.main_process_first(local=False):
+            _give_up_or_restart(config, output, run, monitor, write=arguments.process_index == 0)
 
+    if arguments.process_index == 0:
+        trim = _trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
+        dims = _active_dims(encoder, pairs)
+        _say_missed_targets(config, dims)
+        best = trainer.state.best_model_checkpoint
+        result = TrainingResult(
+            model=str(output / "model"),
+            config=asked,
+            calibration=calibration.to_dict(),
+            pairs=len(pairs),
+            data_hash=pairs.data_hash,
+            processes=arguments.world_size,
+            steps=trainer.state.global_step,
+            best_step=None if best is None else _step(Path(best)),
+            resumed_from=0 if checkpoint is None else _step(checkpoint),
+            seconds=seconds,
+            query_active_dims=dims[0],
+            document_active_dims=dims[1],
+            level_trim=trim,
+            dev=None if dev is None else evaluate(encoder, dev).to_dict(),
+            log=trainer.state.log_history,
+            monitoring=monitor.to_dict(),
+            restarts=restarts,
+            provenance=provenance(),
+        )
+        shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
+        with whole_folder(output / "model") as folder:
+            encoder.save_pretrained(str(folder))
+            write_card(folder, result.to_dict())
+        write_whole(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        shutil.rmtree(output / _DATA)
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+    return _recorded_result(output)
+
+
+def _examples(config: TrainingConfig, output: Path, write: bool, progress: bool) -> StoredPairs:
+    """The training examples, checked and kept beside the run, where all its processes read them."""
+    folder = output / _DATA
+    if not write:
+        return StoredPairs(folder)
+    read = read_pairs(config.data, texts=config.texts, negatives=config.negatives, progress=progress)
+    first = list(islice(read, _CHECKED))
+    check_examples(config, first)
+    if len(first) < 2:
+        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
+    return StoredPairs.write(chain(first, read), folder)
+
+
+def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
+    """The encoder to start from; after a collapse numbers for k and shift give way to "auto", and that to a stronger one."""
+    set_seed(config.seed)
+    queries, documents = sample_pairs(pairs, config.seed)
+    k, shift = config.k, config.shift
+    if restarts and not (k == "auto" and shift == "auto"):
+        k, shift, restarts = "auto", "auto", restarts - 1
+    encoder, calibration = build_encoder(
+        config.backbone,
+        k,
+        shift,
+        config.fused,
+        bias=config.bias,
+        queries=[config.query_prompt + query for query in queries],
+        documents=[config.document_prompt + document for document in documents],
+        max_length=config.max_length,
+        strength=restarts,
+        pooling=config.pooling,
+        double_log=config.double_log,
+        query_encoder=config.query_encoder,
+        idf_texts=(pair.positive for pair in pairs),
+        attention=config.attention,
+    )
+    encoder.prompts |= {"query": config.query_prompt, "document": config.document_prompt}
+    return encoder, calibration
+
+
+def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any], monitor: Monitor, write: bool) -> None:
+    """Record a collapse; clear the way for a new start, or raise CollapseError."""
+    findings = [asdict(finding) for finding in monitor.findings]
+    worst = next(finding for finding in monitor.findings if finding.collapse)
+    said = f"{worst.name} at step {worst.step} ({worst.evidence})"
+    if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
+        if write:
+            write_whole(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
+        raise CollapseError(f"{output}: the training collapsed: {said}; {worst.mend}")
+    run["restarts"].append({"k": run["calibration"]["k"], "shift": run["calibration"]["shift"], "findings": findings})
+    if write:
+        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
+
+
+def _sample(pairs: Sequence[Pair]) -> list[Pair]:
+    """Evenly spaced training pairs."""
+    step = max(1, len(pairs) // _SAMPLE)
+    return [pairs[i] for i in range(0, len(pairs), step)][:_SAMPLE]
+
+
+def _say_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
     targets = (config.query_active_dims, config.document_active_dims)
-    trim = _trim_level(encoder, pairs, targets)
-    dims = _active_dims(encoder, pairs)
     for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
         if target is not None and not 0.9 <= measured / target <= 1.1:
             logger.warning(
@@ -120,70 +233,9 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
                 role,
                 target,
             )
-    shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
-    with whole_folder(output / "model") as folder:
-        encoder.save_pretrained(str(folder))
-    result = TrainingResult(
-        model=str(output / "model"),
-        config=asked,
-        calibration=calibration.to_dict(),
-        pairs=len(pairs),
-        data_hash=data_hash,
-        steps=trainer.state.global_step,
-        resumed_from=0 if checkpoint is None else _step(checkpoint),
-        seconds=seconds,
-        query_active_dims=dims[0],
-        document_active_dims=dims[1],
-        level_trim=trim,
-        log=trainer.state.log_history,
-        monitoring=monitor.to_dict(),
-        restarts=restarts,
-        provenance=provenance(),
-    )
-    write_whole(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
-    return result
 
 
-def _encoder(config: TrainingConfig, pairs: list[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
-    """The encoder to start from; after a collapse numbers for k and shift give way to "auto", and that to a stronger one."""
-    set_seed(config.seed)
-    queries, documents = sample_pairs(pairs, config.seed)
-    k, shift = config.k, config.shift
-    if restarts and not (k == "auto" and shift == "auto"):
-        k, shift, restarts = "auto", "auto", restarts - 1
-    return build_encoder(
-        config.backbone,
-        k,
-        shift,
-        config.fused,
-        bias=config.bias,
-        queries=queries,
-        documents=documents,
-        max_length=config.max_length,
-        strength=restarts,
-    )
-
-
-def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any], monitor: Monitor) -> None:
-    """Record a collapse; clear the way for a new start, or raise CollapseError."""
-    findings = [asdict(finding) for finding in monitor.findings]
-    worst = next(finding for finding in monitor.findings if finding.collapse)
-    said = f"{worst.name} at step {worst.step} ({worst.evidence})"
-    if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
-        write_whole(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
-        raise CollapseError(f"{output}: the training collapsed: {said}; {worst.mend}")
-    run["restarts"].append({"k": run["calibration"]["k"], "shift": run["calibration"]["shift"], "findings": findings})
-    write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
-
-
-def _sample(pairs: list[Pair]) -> list[Pair]:
-    """Evenly spaced training pairs."""
-    return pairs[:: max(1, len(pairs) // _SAMPLE)][:_SAMPLE]
-
-
-def _active_dims(encoder: SparseEncoder, pairs: list[Pair]) -> tuple[float, float]:
+def _active_dims(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float, float]:
     """Mean active dims of queries and of documents, over a sample of the training pairs."""
     sample = _sample(pairs)
     queries = encode(encoder, [pair.query for pair in sample], "query")
@@ -191,7 +243,7 @@ def _active_dims(encoder: SparseEncoder, pairs: list[Pair]) -> tuple[float, floa
     return queries.nnz / len(sample), documents.nnz / len(sample)
 
 
-def _trim_level(encoder: SparseEncoder, pairs: list[Pair], targets: tuple[float | None, float | None]) -> float:
+def _trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None]) -> float:
     """Shift the decoder's bias by at most 1 so that a sample of the training texts meets the targets of active dims.
 
     The regularizer's weight loses its force as the learning rate falls to 0; one constant corrects what is
@@ -225,7 +277,7 @@ def _lower(biases: Iterable[torch.Tensor], by: float) -> None:
 def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
     """Check that the output folder is new or holds this very run; the result if it is finished."""
     if not (output / "run.json").exists():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - {_DATA}):
             raise OutputError(f"{output}: holds something that is no run of anysplade; choose another --out")
         return None
     run = json.loads((output / "run.json").read_text())
@@ -236,68 +288,162 @@ def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
     if "collapsed" in run:
         raise CollapseError(f"{output}: this run collapsed before; change the options and choose another --out")
     if (output / "training.json").exists() and (output / "model").is_dir():
-        known = {field.name for field in fields(TrainingResult)}
-        return TrainingResult(**{k: v for k, v in json.loads((output / "training.json").read_text()).items() if k in known})
+        return _recorded_result(output)
     return None
 
 
-def _trainer(
-    config: TrainingConfig, encoder: SparseEncoder, pairs: list[Pair], output: Path, progress: bool
-) -> tuple[SparseEncoderTrainer, Monitor]:
-    # The trainer reads columns by their order: query, positive, negative.
-    columns = {name: [getattr(pair, name) for pair in pairs] for name in Pair._fields if getattr(pairs[0], name) is not None}
-    ranking = SparseMultipleNegativesRankingLoss(encoder)
-    loss = SpladeLoss(
-        encoder,
-        ranking,
-        document_regularizer_weight=config.document_regularizer_weight,
-        query_regularizer_weight=config.query_regularizer_weight,
-        document_regularizer=make_regularizer(config.regularizer, encoder),
-        query_regularizer=make_regularizer(config.regularizer, encoder),
-    )
-    vocabulary = encoder.get_embedding_dimension() or 0
-    monitor = Monitor(ranking, vocabulary, stop=config.on_collapse != "warn")
+def _recorded_result(output: Path) -> TrainingResult:
+    known = {field.name for field in fields(TrainingResult)}
+    return TrainingResult(**{k: v for k, v in json.loads((output / "training.json").read_text()).items() if k in known})
+
+
+def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArguments:
+    """The trainer's arguments. Made first: this is where processes that torchrun started find each other."""
+    gpu = torch.cuda.is_available()
+    more: dict[str, Any] = {}
+    if config.dev is not None:
+        more = {
+            "eval_strategy": "steps",
+            "eval_steps": config.checkpoint_steps,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": _DEV_METRIC,
+            "greater_is_better": True,
+        }
+    several = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % several:
+        raise OptionError(f"batch_size {config.batch_size} does not divide among {several} processes; choose a multiple")
+    if several > 1:  # a batch is that of all processes, so that their number changes nothing but the speed
+        more |= {"accelerator_config": {"split_batches": True}, "ddp_backend": "nccl" if gpu else "gloo"}
     arguments = SparseEncoderTrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=config.steps or -1,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_ratio,
         seed=config.seed,
         data_seed=config.seed,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,  # a text twice in a batch would be its own negative
+        # In contrastive training a text twice in a batch would be its own negative.
+        batch_sampler=BatchSamplers.NO_DUPLICATES
+        if "contrastive" in parse_objective(config.objective)
+        else BatchSamplers.BATCH_SAMPLER,
+        bf16=config.precision == "bfloat16",
         save_strategy="steps",
         save_steps=config.checkpoint_steps,
         save_total_limit=2,
         logging_steps=10,
         logging_first_step=True,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=gpu,
+        use_cpu=not gpu and not torch.backends.mps.is_available(),
+        **more,
     )
+    _ = arguments.device  # joins the other processes
+    return arguments
+
+
+def _trainer(
+    config: TrainingConfig,
+    encoder: SparseEncoder,
+    pairs: StoredPairs,
+    arguments: SparseEncoderTrainingArguments,
+    dev: Collection | None,
+    progress: bool,
+) -> tuple[SparseEncoderTrainer, Monitor]:
+    documents = [name for name in pairs.dataset.column_names if name not in ("query", "label")]
+    if config.query_prompt or config.document_prompt:
+        arguments.prompts = {"query": config.query_prompt} | dict.fromkeys(documents, config.document_prompt)
+    if config.query_encoder != "mlm":
+        arguments.router_mapping = {"query": "query"} | dict.fromkeys(documents, "document")
+    arguments.dataloader_drop_last = len(pairs) >= config.batch_size  # a small batch has few negatives
+    if config.gradient_checkpointing:
+        model = masked_lm(encoder)
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
+        enable({"use_reentrant": False})
+    loss = make_loss(config, encoder)
+    monitor = Monitor(
+        loss.loss,
+        encoder.get_embedding_dimension() or 0,
+        stop=config.on_collapse != "warn",
+        contrastive=list(parse_objective(config.objective)) == ["contrastive"],
+    )
+    main = arguments.process_index == 0
+    callbacks: list[TrainerCallback] = [
+        # Stands for the ramp that the trainer would add by itself.
+        ActiveDimsController(loss, config.query_active_dims, config.document_active_dims),
+        _MarkComplete(),
+        _Progress(progress and main),
+    ]
+    if main:
+        callbacks.append(_Estimate())
+    if config.patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
     trainer = SparseEncoderTrainer(
         model=encoder,
         args=arguments,
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=pairs.dataset,
         loss=loss,
-        callbacks=[
-            # Stands for the ramp that the trainer would add by itself.
-            ActiveDimsController(loss, config.query_active_dims, config.document_active_dims),
-            _MarkComplete(),
-            _Progress(progress),
-        ],
+        evaluator=None if dev is None else _DevEvaluator(dev),
+        callbacks=callbacks,
     )
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, which then get what it logs
     trainer.remove_callback(PrinterCallback)  # writes to standard output, which belongs to the result
     return trainer, monitor
 
 
+class _DevEvaluator(BaseEvaluator):
+    """Effectiveness and cost on the dev collection, at every checkpoint."""
+
+    def __init__(self, collection: Collection) -> None:
+        super().__init__()
+        self.collection = collection
+
+    def __call__(self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1) -> dict[str, float]:
+        found = evaluate(model, self.collection, DEV_METRICS)
+        names = [*DEV_METRICS, "query_active_dims", "document_active_dims", "flops"]
+        return {f"dev_{name}": found.to_dict()[name] for name in names}
+
+
 class _MarkComplete(TrainerCallback):
-    """Mark a checkpoint once all its files are written; one without the mark is a torn one."""
+    """Mark a checkpoint once all its files are written, by every process; one without the mark is a torn one."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+
+
+class _Estimate(TrainerCallback):
+    """Say how long a run will take, once a few of its steps were timed."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times = [time.perf_counter()]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if len(self.times) > _TIMED:
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) > _TIMED:
+            step = float(np.median(np.diff(self.times)[1:]))  # the first one warms up
+            left = step * (state.max_steps - state.global_step)
+            if left > _LONG:
+                logger.info(
+                    "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
+                    step,
+                    _duration(left),
+                    f"{state.max_steps - state.global_step:,}",
+                    f"{left * args.world_size / 3600:.2g} hours",
+                    args.world_size,
+                    "es" if args.world_size > 1 else "",
+                )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class _Progress(TrainerCallback):

@@ -6,6 +6,7 @@ and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level 
 
 The text is every docstring of the environment's packages; of the modules that the python-docs collection
 holds out, without the summary lines, which are its queries. Times and final losses stand in README.md.
+``--text FILE`` reads other text, a passage a line.
 """
 
 import argparse
@@ -235,14 +236,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--architectures", nargs="+", default=["bert", "modernbert"], choices=ARCHITECTURES)
+    parser.add_argument("--text", type=Path, help="text to pretrain on, a passage a line; the docstrings if left out")
     parser.add_argument("--start", type=Path, help="go on from the backbones in this folder, with their tokenizers")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    texts = sorted({d.text.partition("\n")[2].strip() if d.held_out else d.text for d in read_docstrings(progress=True)})
-    print(f"{len(texts):,} docstrings, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
+    if args.text:
+        texts = sorted(set(filter(None, map(str.strip, args.text.read_text(encoding="utf-8").splitlines()))))
+    else:
+        texts = sorted({d.text.partition("\n")[2].strip() if d.held_out else d.text for d in read_docstrings(progress=True)})
+    print(f"{len(texts):,} texts, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     for architecture in args.architectures:
         if args.start:
             tokenizer: Any = AutoTokenizer.from_pretrained(args.start / f"{architecture}-tiny")

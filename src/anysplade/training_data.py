@@ -1,0 +1,492 @@
+"""Training examples, from whatever people have.
+
+An example is a query, a document that answers it, hard negatives and a teacher's scores. Columns are found
+by their names, in any of these forms; a line of JSON is a row, and so is a row of a table:
+
+- pairs and triples: ``query``, ``positive``, ``negative``; several negatives are ``negative_1``, ``negative_2``, ...
+  or a list; several positives in a list make an example each
+- scored: ``scores`` of the positive and then of each negative, or ``score``, the margin of the one negative
+- lists: ``query``, ``documents``, ``scores``; the document of the highest score is the positive
+- ids instead of texts: ``query_id``, ``positive_id``, ``negative_ids``, ``doc_ids``, with the texts elsewhere
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import ir_datasets
+from datasets.arrow_writer import ArrowWriter
+
+from anysplade.datasets import PYTHON_DOCS, Pair, json_lines, load_collection, load_python_docs, read_corpus, rows_by_id
+from anysplade.errors import DataError
+from anysplade.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}  # by datasets' loaders
+
+# The names a column may have; the first found is taken. "id" stands for ids whose texts lie elsewhere.
+_NAMES = {
+    "query": ("query", "anchor", "question"),
+    "query id": ("query_id", "qid"),
+    "positive": ("positive", "positives", "pos", "positive_passages", "document", "passage", "answer", "response"),
+    "positive id": ("positive_id", "positive_ids", "pos_id", "doc_id"),
+    "negative": ("negative", "negatives", "neg", "negative_passages"),
+    "negative id": ("negative_id", "negative_ids", "neg_ids"),
+    "documents": ("documents", "passages"),
+    "documents id": ("doc_ids", "document_ids", "passage_ids"),
+    "scores": ("scores", "score", "labels", "label"),
+    "positive scores": ("positive_scores", "pos_scores"),
+    "negative scores": ("negative_scores", "neg_scores"),
+}
+
+_ROLES = {name for names in _NAMES.values() for name in names}
+_NUMBERED = re.compile(r"(negative|neg)_\d+")
+
+Row = tuple[str, dict[str, Any]]  # where it stands, and its columns
+
+
+def load_pairs(source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False) -> list[Pair]:
+    """Training examples in a list; ``read_pairs`` has the arguments."""
+    return list(read_pairs(source, texts=texts, negatives=negatives, progress=progress))
+
+
+def read_pairs(
+    source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False
+) -> Iterator[Pair]:
+    """Training examples one after the other, each checked; nothing but the texts of ids is kept in memory.
+
+    Args:
+        source: a file (JSONL, gzipped or not; CSV, TSV, Parquet); a BEIR folder, which gives its ``pairs.jsonl``
+            or else its ``qrels/train.tsv`` (grades above 0); an ir_datasets id; a folder or hub id of a
+            dataset, as ``id`` or ``id:config``; or ``"python-docs"``.
+        texts: where the texts of ids are: a BEIR folder, an ir_datasets id, a hub dataset with the configs
+            ``queries`` and ``corpus``. None: where the source is.
+        negatives: use the first so many of each example; None: all, and every example must have as many.
+
+    Raises:
+        DataError: nothing to train on, or a row that cannot be used; the message names file and line.
+    """
+    rows, own_texts = _open(str(source), progress)
+    lookup = _Lookup(functools.partial(_texts, texts) if texts else own_texts, bool(texts))
+    columns: dict[str, Any] = {}
+    named: set[str] = set()
+    expected = None
+    for place, given in rows:
+        row = {name: value for name, value in given.items() if value is not None}
+        if not columns:
+            columns = _find_columns(row, place)
+            named = _known(row)
+            logger.info("%s: %s", source, _echo(columns, row))
+        elif _known(row) != named:
+            raise DataError(f"{place}: {_difference(_known(row), named)}; give every row the same columns")
+        for pair in _examples(row, columns, lookup, place, negatives):
+            if expected is None:
+                expected = _shape(pair)
+            elif _shape(pair) != expected:
+                raise DataError(
+                    f"{place}: {_describe(_shape(pair))}, the rows before have {_describe(expected)}; {_mend(negatives)}"
+                )
+            yield pair
+    if expected is None:
+        raise DataError(f"{source}: no training pair in it; each row needs query and positive")
+
+
+def _known(row: dict[str, Any]) -> set[str]:
+    """The columns of a row that have a meaning."""
+    return {name for name in row if name in _ROLES or _NUMBERED.fullmatch(name)}
+
+
+def _difference(now: set[str], before: set[str]) -> str:
+    missing, new = sorted(before - now), sorted(now - before)
+    said = [f'"{name}" is missing' for name in missing[:1]] + [f'"{name}" is new here' for name in new[:1]]
+    return " and ".join(said)
+
+
+def _shape(pair: Pair) -> tuple[int, int]:
+    return len(pair.negatives), len(pair.scores or ())
+
+
+def _describe(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} negatives and {shape[1]} scores"
+
+
+def _mend(negatives: int | None) -> str:
+    return "give all as many" + (", or use the first N of each with --negatives N" if negatives is None else "")
+
+
+# ------------------------------------------------------------------------------------ kept on disk
+
+
+class StoredPairs(Sequence[Pair]):
+    """Examples in an Arrow file that is memory-mapped: any number of them, read at random."""
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+        self.dataset: datasets.Dataset = datasets.Dataset.from_file(str(folder / "examples.arrow"))
+        self.data_hash: str = about["data_hash"]
+        self._negatives = [name for name in self.dataset.column_names if name.startswith("negative_")]
+
+    @classmethod
+    def write(cls, pairs: Iterable[Pair], folder: Path) -> "StoredPairs":
+        """Write examples, all of one shape, to ``folder``; the columns stand in the order that the trainer reads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            data_hash = cls._write_arrow(pairs, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        write_whole(folder / "examples.json", json.dumps({"data_hash": data_hash}) + "\n")
+        return cls(folder)
+
+    @staticmethod
+    def _write_arrow(pairs: Iterable[Pair], folder: Path) -> str:
+        digest = hashlib.sha256()
+        writer = None
+        for pair in pairs:
+            row: dict[str, Any] = {"query": pair.query, "positive": pair.positive}
+            row |= {f"negative_{i}": text for i, text in enumerate(pair.negatives, 1)}
+            if pair.scores is not None:
+                row["label"] = list(pair.scores)
+            digest.update(json.dumps(row).encode())
+            if writer is None:
+                features = {
+                    name: datasets.List(datasets.Value("float32")) if name == "label" else datasets.Value("string") for name in row
+                }
+                writer = ArrowWriter(path=str(folder / "examples.arrow"), features=datasets.Features(features))
+            writer.write(row)
+        if writer is not None:
+            writer.finalize()
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        row = self.dataset[i]
+        return Pair(
+            row["query"], row["positive"], tuple(row[name] for name in self._negatives), tuple(row.get("label") or ()) or None
+        )
+
+
+# --------------------------------------------------------------------------------------- one row
+
+
+def _find_columns(row: dict[str, Any], place: str) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for role, names in _NAMES.items():
+        found = next((name for name in names if name in row), None)
+        if found:
+            columns[role] = found
+    numbered = sorted(filter(_NUMBERED.fullmatch, row), key=lambda name: int(name.rpartition("_")[2]))
+    if numbered:
+        columns["negative"] = numbered
+    if not {"query", "query id"} & columns.keys():
+        raise _lacks("query", row, place)
+    if not {"positive", "positive id", "documents", "documents id"} & columns.keys():
+        raise _lacks("positive", row, place)
+    if {"documents", "documents id"} & columns.keys() and "scores" not in columns:
+        raise _lacks("scores", row, place)
+    return columns
+
+
+def _lacks(role: str, row: dict[str, Any], place: str) -> DataError:
+    names = ", ".join(_NAMES[role])
+    ids = f" (or, for ids, {', '.join(_NAMES[f'{role} id'])})" if f"{role} id" in _NAMES else ""
+    return DataError(f"{place}: no column for the {role}: name one of {names}{ids}; found: {', '.join(row) or 'nothing'}")
+
+
+def _echo(columns: dict[str, Any], row: dict[str, Any]) -> str:
+    used = [(role, name if isinstance(name, str) else f"{name[0]} ... {name[-1]}") for role, name in columns.items()]
+    known = {name for names in columns.values() for name in ([names] if isinstance(names, str) else names)}
+    unused = [name for name in row if name not in known]
+    said = ", ".join(f'{role} from "{name}"' if role != name else role for role, name in used)
+    return f"columns: {said}" + (f"; not used: {', '.join(unused)}" if unused else "")
+
+
+def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", place: str, most: int | None) -> Iterator[Pair]:
+    """The examples of a row: one for each positive."""
+
+    def read(role: str) -> list[str] | None:
+        if f"{role} id" in columns and role not in columns:
+            return [lookup.text(role, id_, place) for id_ in _listed(row[columns[f"{role} id"]])]
+        if role not in columns:
+            return None
+        names = [columns[role]] if isinstance(columns[role], str) else columns[role]
+        return [_text(value, role, name, lookup, place) for name in names for value in _listed(row[name])]
+
+    queries = read("query") or []
+    if len(queries) != 1:
+        raise DataError(f"{place}: {len(queries)} queries; a row has one")
+    documents = read("documents")
+    scores = _scores(row, columns["scores"], place) if "scores" in columns else None
+    if documents is not None:
+        assert scores is not None  # _find_columns saw to it
+        if len(scores) != len(documents) or not documents:
+            raise DataError(f"{place}: {len(documents)} documents and {len(scores)} scores; give each document one")
+        ranked = sorted(zip(scores, documents, strict=True), key=lambda scored: -scored[0])
+        scores = [value for value, _ in ranked]
+        positives, negatives = [ranked[0][1]], [text for _, text in ranked[1:]]
+    else:
+        positives, negatives = read("positive") or [], read("negative") or []
+    if not positives:
+        raise DataError(f"{place}: no positive; a row needs at least one")
+    split = [_scores(row, columns[role], place) if role in columns else None for role in ("positive scores", "negative scores")]
+    if split[0] is not None and split[1] is not None:
+        if len(split[0]) != len(positives) or len(split[1]) != len(negatives):
+            raise DataError(
+                f"{place}: {len(split[0])} and {len(split[1])} scores for {len(positives)} positives and {len(negatives)} negatives"
+            )
+    elif scores is not None and len(positives) == 1 and negatives and len(scores) not in (len(negatives), len(negatives) + 1):
+        raise DataError(
+            f"{place}: {len(scores)} scores for one positive and {len(negatives)} negatives; give one each, the positive's "
+            "first, or the margin of each negative"
+        )
+    count = len(negatives) if most is None else most
+    if len(negatives) < count:
+        raise DataError(f"{place}: {len(negatives)} negatives, --negatives asks for {count}")
+    for i, positive in enumerate(positives):
+        own = None
+        if split[0] is not None and split[1] is not None:
+            own = (split[0][i], *split[1][:count])
+        elif scores is not None and len(positives) == 1 and negatives:
+            own = tuple(scores[: count + len(scores) - len(negatives)])
+        yield Pair(queries[0], positive, tuple(negatives[:count]), own if count else None)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any, role: str, name: str, lookup: "_Lookup", place: str) -> str:
+    if isinstance(value, dict):  # a passage with a title
+        title, text = value.get("title") or "", value.get("text", value.get("contents"))
+        value = f"{title} {text}".strip() if isinstance(title, str) and isinstance(text, str) else None
+    if isinstance(value, int) and not isinstance(value, bool) and lookup.given:
+        return lookup.text(role, value, place)
+    if not isinstance(value, str):
+        raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need --texts to be looked up in')
+    if not value.strip():
+        raise DataError(f'{place}: "{name}" is an empty text; remove the row or give it one')
+    return value
+
+
+def _scores(row: dict[str, Any], name: str, place: str) -> list[float]:
+    values = _listed(row[name])
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise DataError(f'{place}: "{name}" has {json.dumps(value, default=str)[:40]}, which is no finite number')
+    return [float(value) for value in values]
+
+
+# ----------------------------------------------------------------------------------- texts of ids
+
+
+class _Texts(NamedTuple):
+    """Where the texts of ids are."""
+
+    name: str
+    queries: Mapping[str, str]
+    documents: Mapping[str, str]
+
+
+class _Lookup:
+    """Texts by id; their place is opened when the first id comes."""
+
+    def __init__(self, open_texts: Callable[[], _Texts | None], given: bool) -> None:
+        self._open = functools.cache(open_texts)
+        self.given = given
+
+    def text(self, role: str, id_: Any, place: str) -> str:
+        texts = self._open()
+        if texts is None:
+            raise DataError(f"{place}: the row has ids; say with --texts where their texts are")
+        what = "query" if role == "query" else "document"
+        try:
+            text = (texts.queries if role == "query" else texts.documents)[str(id_)]
+        except KeyError:
+            raise DataError(f"{place}: the {what} {str(id_)!r} is not in {texts.name}") from None
+        if not text.strip():
+            raise DataError(f"{place}: the {what} {str(id_)!r} has an empty text in {texts.name}")
+        return text
+
+
+def _texts(source: str) -> _Texts:
+    path = Path(source).expanduser()
+    if (path / "corpus.jsonl").is_file():
+        return _beir_texts(path)
+    known = _ir_dataset(source)
+    if known is not None:
+        return _ir_texts(source, known)
+    return _hub_texts(source)
+
+
+def _beir_texts(folder: Path) -> _Texts:
+    queries = folder / "queries.jsonl"
+    found = {id_: str(row.get("text") or "") for _, id_, row in rows_by_id(queries)} if queries.is_file() else {}
+    return _Texts(str(folder), found, {id_: document.full_text for id_, document in read_corpus(folder).items()})
+
+
+class _Stored(Mapping[str, str]):
+    """Texts in a memory-mapped table, found by a dictionary from id to row."""
+
+    def __init__(self, table: Any) -> None:
+        id_column, text_column = table.column_names[0], table.column_names[-1]
+        self._texts = table[text_column]
+        self._rows = {str(id_): i for i, id_ in enumerate(table[id_column])}
+
+    def __getitem__(self, id_: str) -> str:
+        return self._texts[self._rows[id_]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _hub_texts(source: str) -> _Texts:
+    name = _hub_name(source)[0]
+    return _Texts(source, _Stored(_hub_rows(name, "queries", False)), _Stored(_hub_rows(name, "corpus", False)))
+
+
+class _Documents(Mapping[str, str]):
+    """An ir_datasets document store, which reads from disk."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset, self._store = dataset, dataset.docs_store()
+
+    def __getitem__(self, id_: str) -> str:
+        return self._store.get(id_).default_text()
+
+    def __iter__(self) -> Iterator[str]:
+        return (document.doc_id for document in self._dataset.docs_iter())
+
+    def __len__(self) -> int:
+        return self._dataset.docs_count()
+
+
+def _ir_texts(source: str, dataset: Any) -> _Texts:
+    return _Texts(source, {query.query_id: query.default_text() for query in dataset.queries_iter()}, _Documents(dataset))
+
+
+# ----------------------------------------------------------------------------------- where rows are
+
+
+def _open(source: str, progress: bool) -> tuple[Iterable[Row], Callable[[], _Texts | None]]:
+    """The rows of a source, and where texts of ids would be."""
+    path = Path(source).expanduser()
+    if source == PYTHON_DOCS:
+        pairs = load_python_docs(progress=progress)[1]
+        return ((f"{source}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), _nowhere
+    if path.is_file() and path.suffix in _TABLES:
+        return _table_rows(path), _nowhere
+    if path.is_file():
+        return _json_rows(path), functools.partial(_beside, path.parent)
+    if (path / "pairs.jsonl").is_file():
+        return _json_rows(path / "pairs.jsonl"), functools.partial(_beside, path)
+    if (path / "qrels" / "train.tsv").is_file():
+        return _qrels_rows(path), _nowhere
+    if (path / "corpus.jsonl").is_file() or (path.is_dir() and not any(path.rglob("*.*"))):
+        raise DataError(f"{path}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
+    known = None if path.exists() else _ir_dataset(source)
+    if known is not None:
+        return _ir_rows(source, known), functools.partial(_ir_texts, source, known)
+    name, config = _hub_name(source)
+    return _numbered(source, _hub_rows(name, config, True)), functools.partial(_hub_texts, source)
+
+
+def _nowhere() -> None:
+    return None
+
+
+def _beside(folder: Path) -> _Texts | None:
+    return _beir_texts(folder) if (folder / "corpus.jsonl").is_file() else None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    opened = functools.partial(gzip.open, mode="rt") if path.suffix == ".gz" else open
+    return ((f"{path}:{number}", row) for number, row in json_lines(path, opened))
+
+
+def _table_rows(path: Path) -> Iterator[Row]:
+    options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+    with _one_line(path):
+        table = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True, **options)
+    return _numbered(str(path), table)
+
+
+def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    with _one_line(source):
+        for number, row in enumerate(rows, 1):
+            yield f"{source}:{number}", row
+
+
+def _qrels_rows(folder: Path) -> Iterator[Row]:
+    collection = load_collection(folder, "train")
+    for query_id, grades in collection.qrels.items():
+        for document_id, grade in grades.items():
+            if grade > 0:
+                row = {"query": collection.queries[query_id], "positive": collection.corpus[document_id].full_text}
+                yield f"{folder}/qrels/train.tsv, query {query_id!r}", row
+
+
+def _ir_dataset(source: str) -> Any:
+    """An ir_datasets dataset, or None if it knows no such id."""
+    with contextlib.suppress(KeyError):
+        return ir_datasets.load(source)
+    return None
+
+
+def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
+    """Triples of ids if there are any, else judgements above 0."""
+    if dataset.has_docpairs():
+        for number, triple in enumerate(dataset.docpairs_iter(), 1):
+            ids = {"query_id": triple.query_id, "positive_id": triple.doc_id_a, "negative_id": triple.doc_id_b}
+            yield f"{source}:{number}", ids
+    elif dataset.has_qrels():
+        for number, judged in enumerate(dataset.qrels_iter(), 1):
+            if judged.relevance > 0:
+                yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id}
+    else:
+        raise DataError(f"{source}: this ir_datasets id has neither triples nor judgements; name one that has, such as its /train")
+
+
+def _hub_name(source: str) -> tuple[str, str | None]:
+    if Path(source).expanduser().exists():
+        return str(Path(source).expanduser()), None
+    name, _, config = source.partition(":")
+    return name, config or None
+
+
+def _hub_rows(name: str, config: str | None, streaming: bool) -> Any:
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DataError(
+            f"{name}: no such training data; give a JSONL file, a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
+        )
+    with _one_line(f"{name}:{config}" if config else name):
+        return datasets.load_dataset(name, config, split="train", streaming=streaming)
+
+
+@contextlib.contextmanager
+def _one_line(source: str | Path) -> Iterator[None]:
+    """What the datasets library raises, of any kind, as one line that names the source."""
+    try:
+        yield
+    except (DataError, GeneratorExit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        said = str(error.__cause__ or error).strip().splitlines()
+        raise DataError(f"{source}: cannot be read as training data: {said[0] if said else type(error).__name__}") from error

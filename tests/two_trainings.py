@@ -1,0 +1,25 @@
+"""One of two processes that train by one config: a JSON file with its options, and the meeting file."""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from anysplade import TrainingConfig, train
+
+
+def main() -> None:
+    options, meeting = sys.argv[1:]
+    # They meet by a file, so no port can be taken; training uses the group that it finds.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2, timeout=timedelta(seconds=60)
+    )
+    train(TrainingConfig(**json.loads(Path(options).read_text())))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
