@@ -105,13 +105,6 @@ def test_byte_order_mark_and_windows_lines(folder):
     assert load_collection(folder).qrels == {"q": {"a": 2, "b": 0}}
 
 
-def test_pairs_with_a_negative_here_and_there(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"query": "a", "positive": "b"}\n{"query": "a", "positive": "b", "negative": "c"}\n')
-    with pytest.raises(DataError, match="give it to all or to none"):
-        load_pairs(path)
-
-
 def docstring(name, summary, rest):
     return Docstring(name, f"{summary}\n\n{rest}")
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anysplade.evaluation import Evaluation, evaluate
     from anysplade.head import HeadReport, inspect_head, rescale_head
     from anysplade.index import Hit, Index, TermMatch
+    from anysplade.mining import Mined, mine, score
     from anysplade.options import TrainingConfig
     from anysplade.training import TrainingResult, train
     from anysplade.training_data import load_pairs, read_pairs
@@ -39,6 +40,7 @@ _HOME = {
     "Hit": "index",
     "Index": "index",
     "MeasureError": "errors",
+    "Mined": "mining",
     "ModelError": "errors",
     "OptionError": "errors",
     "OutputError": "errors",
@@ -53,9 +55,11 @@ _HOME = {
     "load_collection": "datasets",
     "load_encoder": "encoder",
     "load_pairs": "training_data",
+    "mine": "mining",
     "read_corpus": "datasets",
     "read_pairs": "training_data",
     "rescale_head": "head",
+    "score": "mining",
     "train": "training",
     "write_collection": "datasets",
 }
@@ -72,6 +76,7 @@ __all__ = [
     "Hit",
     "Index",
     "MeasureError",
+    "Mined",
     "ModelError",
     "OptionError",
     "OutputError",
@@ -87,9 +92,11 @@ __all__ = [
     "load_collection",
     "load_encoder",
     "load_pairs",
+    "mine",
     "read_corpus",
     "read_pairs",
     "rescale_head",
+    "score",
     "train",
     "write_collection",
 ]

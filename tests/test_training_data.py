@@ -1,0 +1,274 @@
+import gzip
+import json
+import re
+
+import ir_datasets
+import pandas
+import pytest
+from ir_datasets.datasets.base import Dataset as IrDataset
+from ir_datasets.formats import BaseDocPairs, BaseDocs, BaseQrels, BaseQueries, GenericDoc, GenericDocPair, GenericQuery, TrecQrel
+from ir_datasets.indices import Docstore
+
+from anysplade import Collection, DataError, Document, Pair, load_pairs, write_collection
+from anysplade.cli import main
+from anysplade.training_data import StoredPairs
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+PAIR = {"query": "q", "positive": "p"}
+
+
+@pytest.mark.parametrize(
+    "row, pairs",
+    [
+        (PAIR, [Pair("q", "p")]),
+        ({"anchor": "q", "positive": "p"}, [Pair("q", "p")]),
+        ({"question": "q", "answer": "p", "id": 7}, [Pair("q", "p")]),
+        ({"positive": "p", "query": "q"}, [Pair("q", "p")]),  # by name, not by order
+        (PAIR | {"negative": "n"}, [Pair("q", "p", ("n",))]),
+        (PAIR | {"negatives": ["n", "m"]}, [Pair("q", "p", ("n", "m"))]),
+        (PAIR | {f"negative_{i}": f"n{i}" for i in (10, 2, 1)}, [Pair("q", "p", ("n1", "n2", "n10"))]),
+        (PAIR | {"negative": "n", "score": 3}, [Pair("q", "p", ("n",), (3.0,))]),
+        (PAIR | {"negatives": ["n", "m"], "scores": [3, 1.5, 1]}, [Pair("q", "p", ("n", "m"), (3.0, 1.5, 1.0))]),
+        ({"query": "q", "documents": ["a", "b", "c"], "scores": [0.1, 3, 2]}, [Pair("q", "b", ("c", "a"), (3.0, 2.0, 0.1))]),
+        # FlagEmbedding's and Tevatron's layouts
+        ({"query": "q", "pos": ["p", "r"], "neg": ["n"]}, [Pair("q", "p", ("n",)), Pair("q", "r", ("n",))]),
+        (
+            {"query": "q", "pos": ["p", "r"], "neg": ["n"], "pos_scores": [3, 4], "neg_scores": [1]},
+            [Pair("q", "p", ("n",), (3.0, 1.0)), Pair("q", "r", ("n",), (4.0, 1.0))],
+        ),
+        (
+            {
+                "query_id": "7",
+                "query": "q",
+                "positive_passages": [{"docid": "1", "title": "T", "text": "p"}],
+                "negative_passages": [{"docid": "2", "title": "", "text": "n"}],
+            },
+            [Pair("q", "T p", ("n",))],
+        ),
+        ({"query": "😀😀", "positive": "🐍"}, [Pair("😀😀", "🐍")]),
+        ({"query": "q " * 100_000, "positive": "p"}, [Pair("q " * 100_000, "p")]),
+    ],
+)
+def test_layouts_of_a_row(row, pairs, tmp_path):
+    assert load_pairs(write(tmp_path / "data.jsonl", row)) == pairs
+
+
+def test_columns_are_echoed(tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    load_pairs(write(tmp_path / "data.jsonl", {"question": "q", "pos": ["p"], "neg": ["n"], "source": "web"}))
+    assert 'columns: query from "question", positive from "pos", negative from "neg"; not used: source' in caplog.text
+
+
+def test_the_first_negatives(tmp_path):
+    path = write(
+        tmp_path / "data.jsonl",
+        PAIR | {"negatives": ["a", "b", "c"], "scores": [9, 3, 2, 1]},
+        PAIR | {"negatives": ["d", "e"], "scores": [9, 1, 0]},
+    )
+    assert [pair.negatives for pair in load_pairs(path, negatives=2)] == [("a", "b"), ("d", "e")]
+    assert [pair.scores for pair in load_pairs(path, negatives=1)] == [(9.0, 3.0), (9.0, 1.0)]
+    assert load_pairs(path, negatives=0) == [Pair("q", "p")] * 2
+    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, --negatives asks for 3"):
+        load_pairs(path, negatives=3)
+
+
+def test_gzip_csv_tsv_and_parquet(tmp_path):
+    rows = [PAIR | {"negative": "n"}, {"query": "q2", "positive": "p2, with a comma", "negative": "n2"}]
+    with gzip.open(tmp_path / "data.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    frame = pandas.DataFrame(rows)
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    frame.to_csv(tmp_path / "data.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "data.parquet")
+    expected = load_pairs(write(tmp_path / "data.jsonl", *rows))
+    for name in ("data.jsonl.gz", "data.csv", "data.tsv", "data.parquet"):
+        assert load_pairs(tmp_path / name) == expected, name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    documents = {"d1": Document("T", "one"), "d2": Document("", "two"), "d3": Document("", "three")}
+    write_collection(tmp_path / "c", Collection("c", documents, {"q": "query"}, {"q": {"d1": 1}}))
+    return tmp_path / "c"
+
+
+def test_ids_in_a_beir_folder(folder):
+    write(folder / "pairs.jsonl", {"query_id": "q", "positive_id": "d1", "negative_ids": ["d2", "d3"], "scores": [3, 2, 1]})
+    assert load_pairs(folder) == [Pair("query", "T one", ("two", "three"), (3.0, 2.0, 1.0))]
+
+
+def test_ids_with_their_texts_elsewhere(folder, tmp_path):
+    path = write(tmp_path / "ids.jsonl", {"query_id": "q", "doc_ids": ["d2", "d1"], "labels": [0, 1]})
+    assert load_pairs(path, texts=str(folder)) == [Pair("query", "T one", ("two",), (1.0, 0.0))]
+    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; say with --texts"):
+        load_pairs(path)
+    write(path, {"query_id": "q", "positive_id": "d9"})
+    with pytest.raises(DataError, match=r"ids\.jsonl:1: the document 'd9' is not in "):
+        load_pairs(path, texts=str(folder))
+
+
+def test_a_dataset_repository(tmp_path):
+    """As on the hub: a folder a config, whole numbers for ids, texts in the configs queries and corpus."""
+    tables = {
+        "queries": {"query_id": ["1", "2"], "query": ["q1", "q2"]},
+        "corpus": {"passage_id": ["10", "20"], "passage": ["p10", "p20"]},
+        "triplets": {"query_id": [1, 2], "positive_id": [10, 20], "negative_id": [20, 10]},
+        "texts": {"query": ["q"], "positive": ["p"], "negative": ["n"]},
+    }
+    configs = []
+    for name, table in tables.items():
+        (tmp_path / "repo" / name).mkdir(parents=True)
+        pandas.DataFrame(table).to_parquet(tmp_path / "repo" / name / "train-00000-of-00001.parquet")
+        configs += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/train-*"]
+    (tmp_path / "repo" / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
+    repo = str(tmp_path / "repo")
+    assert load_pairs(f"{repo}:texts") == [Pair("q", "p", ("n",))]
+    assert load_pairs(f"{repo}:triplets") == [Pair("q1", "p10", ("p20",)), Pair("q2", "p20", ("p10",))]
+    with pytest.raises(DataError, match=r"cannot be read as training data: .*nothing-such"):
+        load_pairs(f"{repo}:nothing-such")
+
+
+class Docs(BaseDocs):
+    """Three documents, as ir_datasets wants them."""
+
+    def docs_iter(self):
+        yield from (GenericDoc(f"d{i}", f"text {i}") for i in range(3))
+
+    def docs_cls(self):
+        return GenericDoc
+
+    def docs_store(self, **kwargs):
+        return DictDocstore(self)
+
+
+class DictDocstore(Docstore):
+    def __init__(self, docs):
+        super().__init__(GenericDoc)
+        self.docs = {document.doc_id: document for document in docs.docs_iter()}
+
+    def get_many_iter(self, ids):
+        yield from (self.docs[id_] for id_ in ids if id_ in self.docs)
+
+
+class Queries(BaseQueries):
+    def queries_iter(self):
+        yield GenericQuery("q", "the query")
+
+    def queries_cls(self):
+        return GenericQuery
+
+
+class Qrels(BaseQrels):
+    def qrels_iter(self):
+        yield TrecQrel("q", "d0", 1, "0")
+        yield TrecQrel("q", "d1", 0, "0")
+
+    def qrels_cls(self):
+        return TrecQrel
+
+    def qrels_defs(self):
+        return {}
+
+
+class Triples(BaseDocPairs):
+    def docpairs_iter(self):
+        yield GenericDocPair("q", "d0", "d2")
+
+    def docpairs_cls(self):
+        return GenericDocPair
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    ir_datasets.registry.register("anysplade-test", IrDataset(Docs()))
+    ir_datasets.registry.register("anysplade-test/train", IrDataset(Docs(), Queries(), Qrels()))
+    ir_datasets.registry.register("anysplade-test/train/triples", IrDataset(Docs(), Queries(), Triples()))
+
+
+def test_ir_datasets_judgements_and_triples(tmp_path):
+    assert load_pairs("anysplade-test/train") == [Pair("the query", "text 0")]
+    assert load_pairs("anysplade-test/train/triples") == [Pair("the query", "text 0", ("text 2",))]
+    path = write(tmp_path / "ids.jsonl", {"query_id": "q", "positive_id": "d1"})
+    assert load_pairs(path, texts="anysplade-test/train") == [Pair("the query", "text 1")]
+    with pytest.raises(DataError, match="neither triples nor judgements"):
+        load_pairs("anysplade-test")
+
+
+def test_examples_on_disk_are_the_examples(tmp_path):
+    pairs = [Pair(f"q{i}", f"p{i}", (f"n{i}", f"m{i}"), (2.0, 1.0, i + 0.5)) for i in range(3000)]
+    stored = StoredPairs.write(iter(pairs), tmp_path / "data")
+    assert list(stored) == pairs
+    assert stored[5:8] == pairs[5:8]
+    assert stored.dataset.column_names == ["query", "positive", "negative_1", "negative_2", "label"]
+    assert StoredPairs(tmp_path / "data").data_hash == stored.data_hash
+    assert StoredPairs.write(iter(pairs[:-1]), tmp_path / "other").data_hash != stored.data_hash
+
+
+MALFORMED = {
+    "no file": (None, [], "no such training data"),
+    "empty": ([], [], "no training pair in it"),
+    "one pair": ([PAIR], [], "one pair is too few"),
+    "missing column": ([{"query": "q", "text": "p"}], [], r":1: no column for the positive: .* found: query, text"),
+    "missing column later": ([PAIR, {"query": "q"}], [], r':2: "positive" is missing'),
+    "wrong type": ([{"query": ["a", "b"], "positive": "p"}], [], ":1: 2 queries"),
+    "number for a text": ([PAIR, {"query": "q", "positive": 3}], [], r':2: "positive" is 3, no text'),
+    "empty text": ([PAIR, {"query": " ", "positive": "p"}], [], r':2: "query" is an empty text'),
+    "NaN score": (['{"query": "q", "positive": "p", "negative": "n", "score": NaN}'], [], r':1: "score" has NaN'),
+    "score that is a text": ([PAIR | {"negative": "n", "score": "high"}], [], r':1: "score" has "high"'),
+    "too few scores": ([PAIR | {"negatives": ["a", "b", "c"], "scores": [1]}], [], ":1: 1 scores for one positive and 3 negatives"),
+    "truncated line": ([PAIR, '{"query": "q", "posit'], [], ":2: not valid JSON"),
+    "not an object": ([PAIR, '["q", "p"]'], [], ":2: not a JSON object"),
+    "wrong encoding": (["é".encode("latin-1")], [], ":1: not UTF-8"),
+    "no negatives": ([PAIR] * 3, ["--objective", "kl"], "no negatives, which kl needs"),
+    "more negatives in some rows": (
+        [PAIR | {"negatives": ["a"]}, PAIR | {"negatives": ["a", "b"]}],
+        [],
+        r":2: 2 negatives and 0 scores, the rows before have 1 negatives .* --negatives N",
+    ),
+    "a negative in some rows": ([PAIR, PAIR | {"negative": "n"}], [], r':2: "negative" is new here'),
+    "no scores": ([PAIR | {"negative": "n"}] * 3, ["--objective", "margin-mse"], "no scores"),
+    "unknown id": ([{"query_id": "q", "positive_id": "d9"}], ["--texts", "FOLDER"], ":1: the document 'd9' is not in"),
+    "unknown objective": ([PAIR] * 3, ["--objective", "listwise"], "'listwise' is none of contrastive, margin-mse, kl"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_what_cannot_be_trained_on_is_one_line(case, backbone, folder, tmp_path, capsys):
+    rows, options, message = MALFORMED[case]
+    path = tmp_path / "data.jsonl"
+    if rows is not None:
+        path.write_bytes(
+            b"".join(
+                (row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()) + b"\n"
+                for row in rows
+            )
+        )
+    options = [str(folder) if option == "FOLDER" else option for option in options]
+    code = main(["train", backbone, str(path), "--out", str(tmp_path / "run"), "--steps", "1", *options])
+    said = capsys.readouterr()
+    complaint = [line for line in said.err.splitlines() if line.startswith("anysplade: ")]
+    assert code == 2
+    assert not said.out
+    assert len(complaint) == 1
+    assert re.search(message, complaint[0]), complaint[0]
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_duplicate_ids_are_one_line(backbone, folder, tmp_path, capsys):
+    with open(folder / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "d1", "text": "again"}\n')
+    write(folder / "pairs.jsonl", {"query_id": "q", "positive_id": "d1"})
+    assert main(["train", backbone, str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert "corpus.jsonl:4: the id 'd1' stands already in line 1" in capsys.readouterr().err
+
+
+def test_a_damaged_gzip_file(tmp_path):
+    data = gzip.compress(b'{"query": "q", "positive": "p"}\n' * 1000)
+    (tmp_path / "data.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="damaged or cut off"):
+        load_pairs(tmp_path / "data.jsonl.gz")
