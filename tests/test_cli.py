@@ -145,3 +145,47 @@ def test_help_is_quick_and_on_standard_output(call):
     for command in ("inspect", "rescale", "train", "evaluate", "index", "search", "demo"):
         assert command in out
         assert call(command, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_options_from_a_file_and_flags_that_win(suffix, backbone, collection_folder, call_json, caplog, tmp_path):
+    options = {"backbone": backbone, "data": str(collection_folder), "output": str(tmp_path / "run"), "steps": 3, "batch_size": 4}
+    lines = [
+        f"{name}: {json.dumps(value)}" if suffix == "yaml" else f"{name} = {json.dumps(value)}" for name, value in options.items()
+    ]
+    (tmp_path / f"options.{suffix}").write_text("\n".join([*lines, "fused: false" if suffix == "yaml" else "fused = false"]))
+    result = call_json("train", "--config", tmp_path / f"options.{suffix}", "--steps", 2, "--max-length", 16)
+    assert (result["config"]["steps"], result["config"]["batch_size"], result["config"]["fused"]) == (2, 4, False)
+    # What a run prints at its start is a file for the next one.
+    printed = next(message for message in caplog.messages if message.startswith("backbone:"))
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = call_json("train", "--config", tmp_path / "printed.yaml", "--out", tmp_path / "again")
+    assert again["config"] == result["config"] | {"output": str(tmp_path / "again")}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("stepz: 3", "no option 'stepz'; did you mean steps?"),
+        ("steps: many", "many"),
+        ("- 1", "holds no options"),
+        ("", "holds no options"),
+        ("steps: [", "options.yaml"),
+    ],
+)
+def test_a_faulty_file_of_options(text, message, backbone, collection_folder, call, tmp_path):
+    (tmp_path / "options.yaml").write_text(text)
+    code, out, err = call("train", backbone, collection_folder, "--out", tmp_path / "run", "--config", tmp_path / "options.yaml")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    code, _, err = call("train", backbone, collection_folder, "--out", tmp_path / "run", "--config", tmp_path / "nowhere.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_mine_and_score(collection_folder, call_json, call, tmp_path):
+    mined = call_json("mine", collection_folder, "--out", tmp_path / "mined.jsonl", "--negatives", 2, "--margin", 0)
+    scored = call_json("score", tmp_path / "mined.jsonl", "--teacher", "bm25", "--out", tmp_path / "scored.jsonl")
+    assert mined["examples"] == scored["examples"] > 0
+    code, out, _ = call("score", tmp_path / "mined.jsonl", "--teacher", "bm25", "--out", tmp_path / "scored.jsonl")
+    assert code == 0
+    assert "examples scored by bm25" in out

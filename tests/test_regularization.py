@@ -1,9 +1,9 @@
 import pytest
 import torch
-from sentence_transformers.sparse_encoder.losses import FlopsLoss, SparseMultipleNegativesRankingLoss, SpladeLoss
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 
 from anysplade import load_encoder
-from anysplade.regularization import ActiveDimsController, DFFlopsLoss, L1Loss, _Side, make_regularizer
+from anysplade.regularization import ActiveDimsController, DFFlopsLoss, GatheredFlopsLoss, L1Loss, _Side, make_regularizer
 
 
 def test_l1():
@@ -30,7 +30,11 @@ def test_df_flops_of_vectors_of_zeros():
 
 def test_names(backbone):
     encoder = load_encoder(backbone)
-    assert [type(make_regularizer(name, encoder)) for name in ("flops", "df-flops", "l1")] == [FlopsLoss, DFFlopsLoss, L1Loss]
+    assert [type(make_regularizer(name, encoder)) for name in ("flops", "df-flops", "l1")] == [
+        GatheredFlopsLoss,
+        DFFlopsLoss,
+        L1Loss,
+    ]
 
 
 @pytest.mark.parametrize("steps", [60, 1000])

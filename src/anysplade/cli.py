@@ -14,7 +14,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,9 +144,6 @@ def train(
     """
     from anysplade import report, training
 
-    if _first_process():
-        plain = jsonlib.loads(jsonlib.dumps(asdict(options)))
-        print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), file=sys.stderr)
     result = training.train(options, progress=_watched())
     return _Shown(result.to_dict(), report.training_lines(result))
 
@@ -294,6 +291,8 @@ def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> _Shown:
     from anysplade import report
     from anysplade.demo import run_demo
 
+    for told in ("training", "training_data"):  # six runs' options and columns; warnings stay
+        logging.getLogger(f"anysplade.{told}").setLevel(logging.WARNING)
     result = run_demo(out, progress=_watched())
     return _Shown(result.to_dict(), report.demo_parts(result))
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import BatchSamplers
@@ -33,7 +34,7 @@ from anysplade.encoding import encode
 from anysplade.errors import CollapseError, OptionError, OutputError
 from anysplade.evaluation import evaluate
 from anysplade.files import whole_folder, write_whole
-from anysplade.head import find_head
+from anysplade.head import find_head, resolve_model
 from anysplade.monitoring import Monitor
 from anysplade.objectives import check_examples, make_loss
 from anysplade.options import TrainingConfig, parse_objective
@@ -101,12 +102,14 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         if finished is not None:
             logger.info("%s holds this run's result already", output)
             return finished
+        resolve_model(config.backbone)  # a mistake in its name is said before the data are read
         pairs = _examples(config, output, write=arguments.process_index == 0, progress=progress)
         recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
         if recorded.get("data_hash", pairs.data_hash) != pairs.data_hash:
             raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
 
+    logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
         encoder, calibration = _encoder(config, pairs, len(restarts))

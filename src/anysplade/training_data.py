@@ -472,7 +472,7 @@ def _hub_name(source: str) -> tuple[str, str | None]:
 
 
 def _hub_rows(name: str, config: str | None, streaming: bool) -> Any:
-    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise DataError(
             f"{name}: no such training data; give a JSONL file, a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
         )
