@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import random
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,13 +37,14 @@ COLLECTIONS = (IN_DOMAIN, "vaswani", "cisi")
 METRICS = ("nDCG@10", "RR@10", "R@100")
 COSTS = ("query_active_dims", "document_active_dims", "flops")
 SEEDS = (0, 1, 2)
-SETTINGS: dict[str, Any] = {"steps": 400, "batch_size": 32, "learning_rate": 8e-4, "max_length": 96, "checkpoint_steps": 10**6}
+SETTINGS: dict[str, Any] = {"steps": 300, "batch_size": 32, "learning_rate": 8e-4, "max_length": 96, "checkpoint_steps": 10**6}
 HEADS: dict[str, dict[str, Any]] = {"raw": {"k": 1, "shift": 0}, "auto": {"k": "auto", "shift": "auto"}}
 # Equal cost in products (steps, texts a step) and in the index (wanted active dims).
 DISTILLATION: dict[str, Any] = {
-    "steps": 300, "batch_size": 16, "learning_rate": 8e-4, "max_length": 96, "checkpoint_steps": 10**6,
+    "steps": 200, "batch_size": 16, "learning_rate": 8e-4, "max_length": 96, "checkpoint_steps": 10**6,
     "query_active_dims": 20, "document_active_dims": 80,
 }  # fmt: skip
+EXAMPLES = 5000
 NEGATIVES = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "contrastive": {},
@@ -50,14 +52,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "margin-mse": {"objective": "margin-mse"},
     "contrastive + kl": {"objective": "contrastive + kl"},
 }
+WITH_CROSS_ENCODER = ("kl", "contrastive + kl")
 Cell = dict[str, Any]
 
 
-def examples(data: Path, out: Path) -> str:
-    """The pairs of all training sets in one file."""
-    path = out / "pairs.jsonl"
+def examples(data: Path, out: Path, most: int | None = None) -> str:
+    """The pairs of all training sets in one file, or a sample of them."""
+    path = out / f"pairs-{most or 'all'}.jsonl"
     if not path.exists():
         pairs = [pair for name in TRAINING for pair in load_pairs(data / name)]
+        pairs = random.Random(0).sample(pairs, most or len(pairs))
         write_whole(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in pairs))
     return str(path)
 
@@ -73,7 +77,7 @@ def train_teacher(backbone: str, mined: str, folder: Path) -> str:
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folder / "start")
     encoder = CrossEncoder(str(folder / "start"), max_length=160)
     arguments = CrossEncoderTrainingArguments(
-        str(folder / "checkpoints"), max_steps=900, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=0.1, seed=0,
+        str(folder / "checkpoints"), max_steps=400, per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=0.1, seed=0,
         save_strategy="no", report_to="none", use_cpu=True,
     )  # fmt: skip
     columns = dict(zip(("query", "document", "label"), map(list, zip(*rows, strict=True)), strict=True))
@@ -150,15 +154,15 @@ def transfer(backbones: dict[str, str], data: Path, out: Path, workers: int) -> 
 
 def distillation(backbone: str, data: Path, out: Path, workers: int) -> list[dict[str, Any]]:
     mined = str(out / "mined.jsonl")
-    mine(examples(data, out), mined, negatives=NEGATIVES, margin=0.05, progress=True)
+    mine(examples(data, out, EXAMPLES), mined, negatives=NEGATIVES, margin=0.05, progress=True)
     teachers = {"bm25": "bm25", "cross-encoder": train_teacher(backbone, mined, out / "teacher")}
     for name, teacher in teachers.items():
         score(mined, out / f"scored-{name}.jsonl", teacher=teacher, max_length=160, progress=True)
     groups: dict[tuple[str, str], list[Cell]] = {}
     for teacher in teachers:
         for objective, options in OBJECTIVES.items():
-            if objective == "contrastive" and teacher != "bm25":
-                continue  # it reads no scores
+            if teacher != "bm25" and objective not in WITH_CROSS_ENCODER:
+                continue
             groups[objective, "none" if objective == "contrastive" else teacher] = [
                 {
                     "backbone": backbone,

@@ -129,7 +129,7 @@ def test_a_dataset_repository(tmp_path):
     repo = str(tmp_path / "repo")
     assert load_pairs(f"{repo}:texts") == [Pair("q", "p", ("n",))]
     assert load_pairs(f"{repo}:triplets") == [Pair("q1", "p10", ("p20",)), Pair("q2", "p20", ("p10",))]
-    with pytest.raises(DataError, match=r"cannot be read as training data: .*nothing-such"):
+    with pytest.raises(DataError, match=r"cannot be read: .*nothing-such"):
         load_pairs(f"{repo}:nothing-such")
 
 

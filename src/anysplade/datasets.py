@@ -5,18 +5,24 @@ layout: ``corpus.jsonl`` (``_id``, ``title``, ``text``), ``queries.jsonl`` (``_i
 ``qrels/SPLIT.tsv`` (``query-id``, ``corpus-id``, ``score``). ``training_data`` reads training pairs.
 """
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ir_datasets
+
 from anysplade import python_docs
 from anysplade.errors import DataError, OutputError
 from anysplade.files import whole_folder
+from anysplade.sources import Place, hub_dataset, ir_dataset, is_hub_id, json_lines, lines, zip_folder
+
+logger = logging.getLogger(__name__)
 
 PYTHON_DOCS = "python-docs"
 
@@ -55,45 +61,246 @@ class Collection:
 
 # ------------------------------------------------------------------------------------- loading
 
+NANO_BEIR = "nanobeir"  # thirteen collections at once
+_ID = ("_id", "id", "doc_id", "docid", "docno")
+_TEXT = ("text", "contents", "body")
+
+
+def collection_names(source: str) -> list[str]:
+    """The collections that a name stands for: itself, or with ``"nanobeir"`` its thirteen."""
+    if source.lower() != NANO_BEIR:
+        return [source]
+    names = (name for name in ir_datasets.registry if name.startswith("nano-beir/"))
+    return sorted(names)
+
 
 def load_collection(source: str | Path, split: str = "test", progress: bool = False) -> Collection:
-    """A collection from a BEIR folder, or ``"python-docs"``.
+    """A collection, from whatever holds one.
 
-    Only queries with a judgement in ``split`` are kept, as BEIR does.
+    - a BEIR folder, or a zip of one: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``; files may be gzipped
+    - a TREC folder: a corpus (``corpus`` or ``collection`` or ``docs``, ``.jsonl`` or ``.tsv``), topics (``topics`` or
+      ``queries``, ``.tsv`` or TREC's ``<top>``) and qrels (``qrels*``, four columns)
+    - an ir_datasets id (``msmarco-passage/trec-dl-2019/judged``; ``beir/scifact`` takes the split as its last part)
+    - a dataset of the hub with the configs ``corpus``, ``queries`` and ``qrels`` or ``default``
+    - ``"python-docs"``
+
+    Only queries with a judgement are kept, as BEIR does; how many were left out is logged. Judgements of documents
+    that the corpus lacks stay, as trec_eval has it: nobody can find them. Judgements of unknown queries are left out.
 
     Raises:
-        DataError: the folder lacks a file, a line is malformed, or an id is unknown or repeated.
+        DataError: a part is missing, a line is malformed, an id stands twice, or nothing that was judged is there.
     """
-    if str(source) == PYTHON_DOCS:
+    name = str(source)
+    if name == PYTHON_DOCS:
         if split != "test":
             raise DataError(f"python-docs has no split {split!r}; its only one is 'test'")
         return load_python_docs(progress=progress)[0]
-    folder = _existing(source, "collection")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: a collection is a folder with corpus.jsonl, queries.jsonl and qrels/")
+    path = Path(name).expanduser()
+    known = None if path.exists() else ir_dataset(name) or ir_dataset(f"{name}/{split}")
+    if known is not None and not (known.has_queries() and known.has_qrels()):
+        known = ir_dataset(f"{name}/{split}")
+        if known is None:
+            raise DataError(
+                f"{name}: this ir_datasets id has no queries with judgements; name a subset that has, such as its /test"
+            )
+    if known is not None:
+        return _checked(name, _ir_corpus(known), _ir_queries(known), _ir_qrels(known))
+    if not path.exists():
+        if not is_hub_id(name):
+            raise DataError(f"{name}: no such collection; give a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}")
+        return _hub_collection(name, split)
+    if path.is_file() and path.suffix != ".zip":
+        raise DataError(f"{path}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
+    folder = zip_folder(path) if path.is_file() else path
+    if path.is_dir() and (path / "README.md").is_file() and not _found(path, _CORPUS):
+        return _hub_collection(str(path), split)
     corpus = read_corpus(folder)
-    path = _within(folder, "queries.jsonl")
-    texts = {id_: _text(row, path, number) for number, id_, row in rows_by_id(path)}
-    qrels = _read_qrels(folder, split, texts, corpus)
-    queries = {id_: text for id_, text in texts.items() if id_ in qrels}
-    return Collection(folder.resolve().name, corpus, queries, qrels)
+    queries = read_queries(folder)
+    qrels = _read_qrels(folder, split)
+    return _checked(path.resolve().name.removesuffix(".zip"), corpus, queries, qrels)
 
 
-def read_corpus(source: str | Path, progress: bool = False) -> dict[str, Document]:
-    """Documents by id, in file order: of a JSONL file, of a BEIR folder, or of ``"python-docs"``.
+def _checked(name: str, corpus: dict[str, Document], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> Collection:
+    """Queries and judgements that belong together; what does not is counted."""
+    unknown = [query_id for query_id in qrels if query_id not in queries]
+    if unknown:
+        logger.warning("%s: %d judged queries are not among the queries (such as %r); left out", name, len(unknown), unknown[0])
+    qrels = {query_id: grades for query_id, grades in qrels.items() if query_id in queries}
+    missing = [document_id for grades in qrels.values() for document_id in grades if document_id not in corpus]
+    if not qrels:
+        raise DataError(f"{name}: no judgement of any of its queries; the ids in queries and qrels must be the same")
+    if len(missing) == sum(map(len, qrels.values())):
+        raise DataError(f"{name}: none of the judged documents is in the corpus; the ids in corpus and qrels must be the same")
+    if missing:
+        logger.warning(
+            "%s: %d judged documents are not in the corpus (such as %r); no run can find them", name, len(missing), missing[0]
+        )
+    judged = {query_id: text for query_id, text in queries.items() if query_id in qrels}
+    if len(judged) < len(queries):
+        logger.info("%s: %d of %d queries have no judgement and are not asked", name, len(queries) - len(judged), len(queries))
+    return Collection(name, corpus, judged, qrels)
+
+
+def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> dict[str, Document]:
+    """Documents by id, in file order: of a JSONL or TSV file, of a folder or zip that holds a collection, of an
+    ir_datasets id, or of ``"python-docs"``.
 
     Raises:
         DataError: no such file, no document in it, or a malformed line, which is named.
     """
-    if str(source) == PYTHON_DOCS:
+    if isinstance(source, zipfile.Path):
+        path: Place = source
+    elif str(source) == PYTHON_DOCS:
         return load_python_docs(progress=progress)[0].corpus
-    path = _existing(source, "corpus")
-    if path.is_dir():
-        path = _within(path, "corpus.jsonl")
-    corpus = {id_: Document(str(row.get("title") or ""), _text(row, path, number)) for number, id_, row in rows_by_id(path)}
+    else:
+        path = Path(source).expanduser()
+        if not path.exists():
+            known = ir_dataset(str(source))
+            if known is None:
+                raise DataError(f"{source}: no such corpus; give a BEIR folder, a JSONL file, an ir_datasets id or {PYTHON_DOCS!r}")
+            return _ir_corpus(known)
+        if path.is_file() and path.suffix == ".zip":
+            path = zip_folder(path)
+    file = _part(path, _CORPUS, "corpus.jsonl") if path.is_dir() else path
+    corpus = {id_: Document(title, text) for id_, title, text in _texts_by_id(file)}
     if not corpus:
-        raise DataError(f"{path}: the corpus is empty; it needs one JSON object a line, with _id and text")
+        raise DataError(f"{file}: the corpus is empty; it needs one JSON object a line, with _id and text")
     return corpus
+
+
+def read_queries(folder: Place) -> dict[str, str]:
+    """Texts by id, of a folder that holds a collection."""
+    file = _part(folder, _QUERIES, "queries.jsonl")
+    with lines(file) as numbered:
+        sgml = next((line for _, line in numbered if line.strip()), "").lstrip().startswith("<")
+    if sgml:
+        with lines(file) as numbered:
+            return dict(_topics("\n".join(line for _, line in numbered), file))
+    return {id_: text for id_, _, text in _texts_by_id(file)}
+
+
+# In a folder: BEIR's names first, then those that TREC collections have.
+_CORPUS = ("corpus.jsonl", "corpus.tsv", "collection.jsonl", "collection.tsv", "docs.jsonl", "docs.tsv")
+_QUERIES = ("queries.jsonl", "queries.tsv", "topics.jsonl", "topics.tsv", "topics.trec", "topics.txt")
+
+
+def _found(folder: Place, names: Sequence[str]) -> Place | None:
+    candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _part(folder: Place, names: Sequence[str], said: str) -> Place:
+    path = _found(folder, names)
+    if path is None:
+        raise DataError(f"{folder}: no {said} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/")
+    return path
+
+
+def _texts_by_id(path: Place) -> Iterator[tuple[str, str, str]]:
+    """Id, title and text of each line, in JSON or separated by tabs (id, text or id, title, text)."""
+    seen: dict[str, int] = {}
+    for number, id_, title, text in _tab_rows(path) if ".tsv" in path.name else _json_rows(path):
+        if id_ in seen:
+            raise DataError(f"{path}:{number}: the id {id_[:80]!r} stands already in line {seen[id_]}; ids must be unique")
+        seen[id_] = number
+        yield id_, title, text
+
+
+def _json_rows(path: Place) -> Iterator[tuple[int, str, str, str]]:
+    for number, row in json_lines(path):
+        id_ = next((row[name] for name in _ID if name in row), None)
+        if not isinstance(id_, str | int) or isinstance(id_, bool) or id_ == "":
+            raise DataError(f'{path}:{number}: no "_id"; each line needs _id and text')
+        name = next((name for name in _TEXT if name in row), "text")
+        yield number, str(id_), str(row.get("title") or ""), _text(row, path, number, name)
+
+
+def _tab_rows(path: Place) -> Iterator[tuple[int, str, str, str]]:
+    with lines(path) as numbered:
+        for number, line in numbered:
+            parts = line.split("\t")
+            if not line.strip():
+                continue
+            if not 2 <= len(parts) <= 3 or not parts[0]:
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, with a tab between")
+            yield number, parts[0], parts[1] if len(parts) == 3 else "", parts[-1]
+
+
+def _topics(text: str, path: Place) -> Iterator[tuple[str, str]]:
+    """Number and title of TREC topics, whose tags need not be closed."""
+    for topic in re.findall(r"<top>(.*?)</top>", text, re.DOTALL | re.IGNORECASE):
+        number = re.search(r"<num>\s*(?:Number:)?\s*([^\s<]+)", topic, re.IGNORECASE)
+        title = re.search(r"<title>\s*(?:Topic:)?\s*(.*?)\s*(?:<|\Z)", topic, re.DOTALL | re.IGNORECASE)
+        if not number or not title:
+            raise DataError(f"{path}: a topic without <num> or <title>: {' '.join(topic.split())[:60]!r}")
+        yield number[1], " ".join(title[1].split())
+
+
+def _read_qrels(folder: Place, split: str) -> dict[str, dict[str, int]]:
+    """BEIR's three columns, or TREC's four."""
+    beir = _found(folder / "qrels", [f"{split}.tsv"])
+    trec = _found(folder, [f"qrels.{split}.txt", f"qrels.{split}.tsv", "qrels.txt", "qrels.tsv", "qrels.trec", "qrels"])
+    path = beir or trec
+    if path is None:
+        inside = folder / "qrels"
+        splits = sorted(p.name.removesuffix(".gz").removesuffix(".tsv") for p in inside.iterdir()) if inside.is_dir() else []
+        raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {', '.join(splits) or 'none'}); choose one with --split")
+    qrels: dict[str, dict[str, int]] = {}
+    with lines(path) as numbered:
+        for number, line in numbered:
+            parts = line.split("\t") if beir else line.split()
+            if not line.strip() or (number == 1 and parts[-1].strip().lower() in ("score", "relevance", "rel")):
+                continue
+            if len(parts) != (3 if beir else 4):
+                form = "query-id, corpus-id, score, with tabs between" if beir else "query, iteration, document, grade"
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is {form}")
+            query_id, document_id, grade = parts[0], parts[-2], parts[-1].strip()
+            try:
+                qrels.setdefault(query_id, {})[document_id] = int(grade)
+            except ValueError:
+                raise DataError(f"{path}:{number}: the score {grade[:40]!r} is not a whole number") from None
+    if not qrels:
+        raise DataError(f"{path}: no judgement in it; each line is query-id, corpus-id, score")
+    return qrels
+
+
+def _ir_corpus(dataset: Any) -> dict[str, Document]:
+    corpus = {}
+    for document in dataset.docs_iter():
+        titled = hasattr(document, "title") and hasattr(document, "text")
+        corpus[document.doc_id] = Document(document.title or "", document.text) if titled else Document("", document.default_text())
+    return corpus
+
+
+def _ir_queries(dataset: Any) -> dict[str, str]:
+    return {query.query_id: query.default_text() for query in dataset.queries_iter()}
+
+
+def _ir_qrels(dataset: Any) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    for judged in dataset.qrels_iter():
+        qrels.setdefault(judged.query_id, {})[judged.doc_id] = judged.relevance
+    return qrels
+
+
+def _hub_collection(name: str, split: str) -> Collection:
+    """Configs corpus and queries, of one split each; judgements in the config qrels or default."""
+    parts = {}
+    for side in ("corpus", "queries"):
+        splits = hub_dataset(name, side, split=None)
+        parts[side] = {str(row[next(c for c in _ID if c in row)]): row for row in next(iter(splits.values()))}
+    try:
+        judged = hub_dataset(name, "qrels", split=None)
+    except DataError:
+        judged = hub_dataset(name, "default", split=None)
+    rows = judged[split] if split in judged else next(iter(judged.values())) if len(judged) == 1 else None
+    if rows is None:
+        raise DataError(f"{name}: no split {split!r} (splits found: {', '.join(judged)}); choose one with --split")
+    qrels: dict[str, dict[str, int]] = {}
+    for row in rows:
+        qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row.get("score", 1))
+    corpus = {id_: Document(row.get("title") or "", row["text"]) for id_, row in parts["corpus"].items()}
+    return _checked(name.rstrip("/").rpartition("/")[2], corpus, {id_: row["text"] for id_, row in parts["queries"].items()}, qrels)
 
 
 def load_python_docs(packages: Iterable[str] = python_docs.PACKAGES, progress: bool = False) -> tuple[Collection, list[Pair]]:
@@ -155,88 +362,9 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------- reading lines
-
-
-def _existing(source: str | Path, what: str) -> Path:
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise DataError(f"{source}: no such {what}; give a BEIR folder, a JSONL file, or {PYTHON_DOCS!r}")
-    return path
-
-
-def _within(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"{folder}: no {name} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/")
-    return path
-
-
-def json_lines(path: Path, opened: Callable[..., Any] = open) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects; blank lines are passed over."""
-    number = 0
-    try:
-        with opened(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: not a JSON object; each line must be one")
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{number + 1}: not UTF-8 text; convert the file to UTF-8") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut off; fetch it again") from None
-
-
-def rows_by_id(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    seen: dict[str, int] = {}
-    for number, row in json_lines(path):
-        id_ = row.get("_id")
-        if not isinstance(id_, str | int) or isinstance(id_, bool) or id_ == "":
-            raise DataError(f'{path}:{number}: no "_id"; each line needs _id and text')
-        id_ = str(id_)
-        if id_ in seen:
-            raise DataError(f"{path}:{number}: the id {id_!r} stands already in line {seen[id_]}; ids must be unique")
-        seen[id_] = number
-        yield number, id_, row
-
-
-def _text(row: dict[str, Any], path: Path, number: int, key: str = "text") -> str:
+def _text(row: dict[str, Any], path: Place, number: int, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         found = ", ".join(row) or "nothing"
         raise DataError(f'{path}:{number}: "{key}" is missing or no text (the line has {found})')
     return value
-
-
-def _read_qrels(folder: Path, split: str, queries: dict[str, str], corpus: dict[str, Document]) -> dict[str, dict[str, int]]:
-    path = folder / "qrels" / f"{split}.tsv"
-    if not path.is_file():
-        found = ", ".join(sorted(p.stem for p in (folder / "qrels").glob("*.tsv"))) or "none"
-        raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {found}); choose one with --split")
-    qrels: dict[str, dict[str, int]] = {}
-    with open(path, encoding="utf-8-sig", newline=None) as file:
-        for number, line in enumerate(file, 1):
-            parts = line.rstrip("\n").split("\t")
-            if not line.strip() or (number == 1 and parts[-1].strip() == "score"):
-                continue
-            if len(parts) != 3:
-                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is query-id, corpus-id, score, with tabs between")
-            query_id, document_id, grade = parts
-            if query_id not in queries:
-                raise DataError(f"{path}:{number}: the query {query_id!r} is not in queries.jsonl; add it there or remove the line")
-            if document_id not in corpus:
-                raise DataError(
-                    f"{path}:{number}: the document {document_id!r} is not in corpus.jsonl; add it there or remove the line"
-                )
-            try:
-                qrels.setdefault(query_id, {})[document_id] = int(grade)
-            except ValueError:
-                raise DataError(f"{path}:{number}: the score {grade!r} is not a whole number") from None
-    if not qrels:
-        raise DataError(f"{path}: no judgement in it; each line is query-id, corpus-id, score")
-    return qrels

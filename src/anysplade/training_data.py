@@ -10,9 +10,7 @@ by their names, in any of these forms; a line of JSON is a row, and so is a row 
 - ids instead of texts: ``query_id``, ``positive_id``, ``negative_ids``, ``doc_ids``, with the texts elsewhere
 """
 
-import contextlib
 import functools
-import gzip
 import hashlib
 import json
 import logging
@@ -24,12 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import ir_datasets
 from datasets.arrow_writer import ArrowWriter
 
-from anysplade.datasets import PYTHON_DOCS, Pair, json_lines, load_collection, load_python_docs, read_corpus, rows_by_id
+from anysplade.datasets import PYTHON_DOCS, Pair, load_collection, load_python_docs, read_corpus, read_queries
 from anysplade.errors import DataError
 from anysplade.files import write_whole
+from anysplade.sources import hub_dataset, ir_dataset, is_hub_id, json_lines, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -327,16 +325,14 @@ def _texts(source: str) -> _Texts:
     path = Path(source).expanduser()
     if (path / "corpus.jsonl").is_file():
         return _beir_texts(path)
-    known = _ir_dataset(source)
+    known = ir_dataset(source)
     if known is not None:
         return _ir_texts(source, known)
     return _hub_texts(source)
 
 
 def _beir_texts(folder: Path) -> _Texts:
-    queries = folder / "queries.jsonl"
-    found = {id_: str(row.get("text") or "") for _, id_, row in rows_by_id(queries)} if queries.is_file() else {}
-    return _Texts(str(folder), found, {id_: document.full_text for id_, document in read_corpus(folder).items()})
+    return _Texts(str(folder), read_queries(folder), {id_: document.full_text for id_, document in read_corpus(folder).items()})
 
 
 class _Stored(Mapping[str, str]):
@@ -401,7 +397,7 @@ def _open(source: str, progress: bool) -> tuple[Iterable[Row], Callable[[], _Tex
         return _qrels_rows(path), _nowhere
     if (path / "corpus.jsonl").is_file() or (path.is_dir() and not any(path.rglob("*.*"))):
         raise DataError(f"{path}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
-    known = None if path.exists() else _ir_dataset(source)
+    known = None if path.exists() else ir_dataset(source)
     if known is not None:
         return _ir_rows(source, known), functools.partial(_ir_texts, source, known)
     name, config = _hub_name(source)
@@ -417,19 +413,18 @@ def _beside(folder: Path) -> _Texts | None:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    opened = functools.partial(gzip.open, mode="rt") if path.suffix == ".gz" else open
-    return ((f"{path}:{number}", row) for number, row in json_lines(path, opened))
+    return ((f"{path}:{number}", row) for number, row in json_lines(path))
 
 
 def _table_rows(path: Path) -> Iterator[Row]:
     options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-    with _one_line(path):
+    with one_line(path):
         table = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True, **options)
     return _numbered(str(path), table)
 
 
 def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    with _one_line(source):
+    with one_line(source):
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
 
@@ -441,13 +436,6 @@ def _qrels_rows(folder: Path) -> Iterator[Row]:
             if grade > 0:
                 row = {"query": collection.queries[query_id], "positive": collection.corpus[document_id].full_text}
                 yield f"{folder}/qrels/train.tsv, query {query_id!r}", row
-
-
-def _ir_dataset(source: str) -> Any:
-    """An ir_datasets dataset, or None if it knows no such id."""
-    with contextlib.suppress(KeyError):
-        return ir_datasets.load(source)
-    return None
 
 
 def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
@@ -472,21 +460,8 @@ def _hub_name(source: str) -> tuple[str, str | None]:
 
 
 def _hub_rows(name: str, config: str | None, streaming: bool) -> Any:
-    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not Path(name).exists() and not is_hub_id(name):
         raise DataError(
             f"{name}: no such training data; give a JSONL file, a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
         )
-    with _one_line(f"{name}:{config}" if config else name):
-        return datasets.load_dataset(name, config, split="train", streaming=streaming)
-
-
-@contextlib.contextmanager
-def _one_line(source: str | Path) -> Iterator[None]:
-    """What the datasets library raises, of any kind, as one line that names the source."""
-    try:
-        yield
-    except (DataError, GeneratorExit, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        said = str(error.__cause__ or error).strip().splitlines()
-        raise DataError(f"{source}: cannot be read as training data: {said[0] if said else type(error).__name__}") from error
+    return hub_dataset(name, config, streaming=streaming)
