@@ -13,3 +13,9 @@ def backbone(tmp_path_factory):
 def collection_folder(tmp_path_factory):
     """A BEIR folder: 40 documents, 20 queries, training pairs."""
     return make_collection(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Vectors that the command keeps go nowhere near the user's."""
+    monkeypatch.setenv("ANYSPLADE_CACHE", str(tmp_path_factory.mktemp("cache")))

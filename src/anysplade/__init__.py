@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from anysplade.calibration import Calibration, calibrate
+    from anysplade.comparison import Comparison, Evaluations, compare, evaluate_all
     from anysplade.datasets import Collection, Document, Pair, load_collection, read_corpus, write_collection
     from anysplade.encoder import load_encoder
     from anysplade.errors import (
@@ -33,9 +34,11 @@ _HOME = {
     "Calibration": "calibration",
     "CollapseError": "errors",
     "Collection": "datasets",
+    "Comparison": "comparison",
     "DataError": "errors",
     "Document": "datasets",
     "Evaluation": "evaluation",
+    "Evaluations": "comparison",
     "HeadReport": "head",
     "Hit": "index",
     "Index": "index",
@@ -50,7 +53,9 @@ _HOME = {
     "TrainingResult": "training",
     "UsageError": "errors",
     "calibrate": "calibration",
+    "compare": "comparison",
     "evaluate": "evaluation",
+    "evaluate_all": "comparison",
     "inspect_head": "head",
     "load_collection": "datasets",
     "load_encoder": "encoder",
@@ -69,9 +74,11 @@ __all__ = [
     "Calibration",
     "CollapseError",
     "Collection",
+    "Comparison",
     "DataError",
     "Document",
     "Evaluation",
+    "Evaluations",
     "HeadReport",
     "Hit",
     "Index",
@@ -87,7 +94,9 @@ __all__ = [
     "UsageError",
     "__version__",
     "calibrate",
+    "compare",
     "evaluate",
+    "evaluate_all",
     "inspect_head",
     "load_collection",
     "load_encoder",

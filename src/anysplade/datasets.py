@@ -66,6 +66,14 @@ _ID = ("_id", "id", "doc_id", "docid", "docno")
 _TEXT = ("text", "contents", "body")
 
 
+def is_collection(name: str) -> bool:
+    """Whether a name is that of a collection rather than of a model or a run file."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _found(path, _CORPUS) is not None or not any((path / f).exists() for f in ("config.json", "modules.json", "model"))
+    return path.suffix == ".zip" or name.lower() in (PYTHON_DOCS, NANO_BEIR) or (not path.exists() and ir_dataset(name) is not None)
+
+
 def collection_names(source: str) -> list[str]:
     """The collections that a name stands for: itself, or with ``"nanobeir"`` its thirteen."""
     if source.lower() != NANO_BEIR:
@@ -84,8 +92,9 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
     - a dataset of the hub with the configs ``corpus``, ``queries`` and ``qrels`` or ``default``
     - ``"python-docs"``
 
-    Only queries with a judgement are kept, as BEIR does; how many were left out is logged. Judgements of documents
-    that the corpus lacks stay, as trec_eval has it: nobody can find them. Judgements of unknown queries are left out.
+    Only queries with a judgement are kept, as BEIR does; how many were left out is logged. In a BEIR folder every
+    judged id must be known. Elsewhere judgements of documents that the corpus lacks stay, as trec_eval has it
+    (nobody can find them), and those of unknown queries are left out; both are warned of.
 
     Raises:
         DataError: a part is missing, a line is malformed, an id stands twice, or nothing that was judged is there.
@@ -116,7 +125,7 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
         return _hub_collection(str(path), split)
     corpus = read_corpus(folder)
     queries = read_queries(folder)
-    qrels = _read_qrels(folder, split)
+    qrels = _read_qrels(folder, split, queries, corpus)
     return _checked(path.resolve().name.removesuffix(".zip"), corpus, queries, qrels)
 
 
@@ -236,8 +245,8 @@ def _topics(text: str, path: Place) -> Iterator[tuple[str, str]]:
         yield number[1], " ".join(title[1].split())
 
 
-def _read_qrels(folder: Place, split: str) -> dict[str, dict[str, int]]:
-    """BEIR's three columns, or TREC's four."""
+def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict[str, Document]) -> dict[str, dict[str, int]]:
+    """BEIR's three columns, whose ids must be known, or TREC's four, which may judge more than a corpus holds."""
     beir = _found(folder / "qrels", [f"{split}.tsv"])
     trec = _found(folder, [f"qrels.{split}.txt", f"qrels.{split}.tsv", "qrels.txt", "qrels.tsv", "qrels.trec", "qrels"])
     path = beir or trec
@@ -255,6 +264,11 @@ def _read_qrels(folder: Place, split: str) -> dict[str, dict[str, int]]:
                 form = "query-id, corpus-id, score, with tabs between" if beir else "query, iteration, document, grade"
                 raise DataError(f"{path}:{number}: {len(parts)} columns; a line is {form}")
             query_id, document_id, grade = parts[0], parts[-2], parts[-1].strip()
+            for what, id_, known, file in (("query", query_id, queries, "queries"), ("document", document_id, corpus, "corpus")):
+                if beir and id_ not in known:
+                    raise DataError(
+                        f"{path}:{number}: the {what} {id_[:80]!r} is not in {file}.jsonl; add it there or remove the line"
+                    )
             try:
                 qrels.setdefault(query_id, {})[document_id] = int(grade)
             except ValueError:

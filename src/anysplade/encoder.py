@@ -1,5 +1,6 @@
 """Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
@@ -130,6 +132,27 @@ def open_encoder(path: str | Path, fused: bool = True) -> SparseEncoder:
     if fused and isinstance(splade_modules(encoder)[1], SpladePooling):
         fuse_pooling(encoder)
     return encoder
+
+
+def fingerprint(source: str) -> str | None:
+    """Of a model's content: every byte of a folder's weights, configuration and tokenizer, or a hub snapshot's commit.
+
+    None where neither is known.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(source, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    digest = hashlib.sha256()
+    files = (path for path in folder.rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
 def is_sparse_encoder(source: str) -> bool:

@@ -1,7 +1,11 @@
 """Texts to sparse rows."""
 
+import contextlib
 import copy
+import io
+import zipfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,10 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anysplade.errors import ModelError
+from anysplade.files import write_whole
 from anysplade.options import Precision
 from anysplade.pooling import native_bfloat16
 
 _CHUNK = 4096  # texts that are sorted by length among themselves
+_SHARD = 1024  # the same, where each such part is a file
 _TOKENS_A_BATCH = 1024  # padding included
 _WEIGHTS_A_BATCH = 2**24  # texts x vocabulary: 64 MiB before the zeros are dropped
 
@@ -26,6 +32,7 @@ def encode(
     role: Literal["query", "document"],
     *,
     precision: Precision = "float32",
+    cache: Path | None = None,
     progress: bool = False,
 ) -> sparse.csr_matrix:
     """Sparse vectors of texts, in their order: float32, (texts, vocabulary).
@@ -36,6 +43,8 @@ def encode(
     Args:
         precision: ``"bfloat16"`` runs a copy of the model in bfloat16: an approximation (two to three
             digits), faster where the machine has such products. ``"auto"`` does so only there.
+        cache: a folder for these texts' vectors by this model: what lies in it is not encoded again, and what
+            is encoded is kept there, in parts of 1,024 texts.
 
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
@@ -45,9 +54,16 @@ def encode(
     method = encoder.encode_query if role == "query" else encoder.encode_document
     width = encoder.get_embedding_dimension() or 0
     blocks = []
+    size = _CHUNK if cache is None else _SHARD
     with tqdm(total=len(texts), desc=f"encoding {role} texts", unit="text", disable=not progress, leave=False) as bar:
-        for start in range(0, len(texts), _CHUNK):
-            chunk = list(texts[start : start + _CHUNK])
+        for start in range(0, len(texts), size):
+            chunk = list(texts[start : start + size])
+            kept = cache and cache / f"{start:012}.npz"
+            block = kept and _read_block(kept)
+            if block is not None:
+                blocks.append(block)
+                bar.update(len(chunk))
+                continue
             order, rows = [], []
             for batch in _batches(_lengths(encoder, chunk, role), max(1, _WEIGHTS_A_BATCH // max(1, width))):
                 vectors = method(
@@ -65,6 +81,8 @@ def encode(
                 order += list(batch)
                 bar.update(len(batch))
             blocks.append(sparse.vstack(rows, format="csr")[np.argsort(order)])
+            if kept:
+                _write_block(kept, blocks[-1])
     if not blocks:
         return sparse.csr_matrix((0, width), dtype=np.float32)
     return sparse.vstack(blocks, format="csr")
@@ -75,6 +93,28 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision != "auto":
         return precision
     return "bfloat16" if native_bfloat16(device.type) else "float32"
+
+
+def _read_block(path: Path) -> sparse.csr_matrix | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged: made again
+        return sparse.load_npz(path)
+    return None
+
+
+def _write_block(path: Path, block: sparse.csr_matrix) -> None:
+    file = io.BytesIO()
+    sparse.save_npz(file, block, compressed=False)
+    write_whole(path, file.getvalue())
+
+
+def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
+    """The k largest weights of each row; of equal ones those of the lowest term ids."""
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((matrix.indices, -matrix.data, rows))  # rows together, the largest first
+    rank = np.arange(len(rows)) - matrix.indptr[rows]
+    keep = np.sort(order[rank < k])
+    starts = np.concatenate([[0], np.cumsum(np.minimum(np.diff(matrix.indptr), k))])
+    return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], starts), shape=matrix.shape)
 
 
 def _lengths(encoder: SparseEncoder, texts: list[str], role: str) -> np.ndarray:

@@ -1,10 +1,14 @@
 """How good a model is on a collection, and at what cost."""
 
 import difflib
+import gzip
+import hashlib
 import json
+import logging
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,22 @@ from sentence_transformers import SparseEncoder
 
 from anysplade.bm25 import BM25
 from anysplade.datasets import Collection, hash_texts, load_collection
-from anysplade.encoder import open_encoder
-from anysplade.encoding import encode, resolve_precision
-from anysplade.errors import MeasureError, OptionError
+from anysplade.encoder import fingerprint, open_encoder
+from anysplade.encoding import encode, prune, resolve_precision
+from anysplade.errors import DataError, MeasureError, OptionError, OutputError
 from anysplade.files import write_whole
+from anysplade.head import resolve_model
 from anysplade.index import Postings
 from anysplade.options import Precision
 from anysplade.provenance import provenance
 
-METRICS = ("nDCG@10", "RR@10", "R@100")
+logger = logging.getLogger(__name__)
+
+METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")
+RUN_FILES = (".trec", ".run", ".txt", ".res", ".gz")
+CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept of each document
+CURVE_QUERIES = (4, 8, 16, 32)
+_QUANTILE = 0.95
 
 Run = dict[str, dict[str, float]]
 
@@ -35,20 +46,26 @@ class Evaluation:
     model: str
     collection: str
     metrics: dict[str, float]
-    query_active_dims: float | None  # mean number of terms with a weight; None for BM25
+    query_active_dims: float | None  # mean number of terms with a weight; None for BM25 and for run files
     document_active_dims: float | None
     flops: float | None  # expected products a (query, document) pair: sum over terms of P(in query) P(in document)
-    precision: Precision | None  # of encoding: "bfloat16" is an approximation; None for BM25
+    cost: dict[str, Any] | None  # the rest of it; see ``cost``
+    precision: Precision | None  # of encoding: "bfloat16" is an approximation; None for BM25 and for run files
     queries: int
     documents: int
+    self_matches: int  # queries that are documents of the corpus too and were not counted as their own hit
     data_hash: str
     seconds: dict[str, float]
     provenance: dict[str, Any]
+    per_query: dict[str, dict[str, float]]  # by metric and query id
     run: Run
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # of queries and documents, in their order
+    terms: list[str] | None  # the vocabulary, by term id
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the run, which is a file of its own."""
-        rest = {name: value for name, value in asdict(self).items() if name not in ("metrics", "run")}
+        """Everything but the run, the vectors and the values of each query, which are files of their own."""
+        apart = ("metrics", "run", "per_query", "vectors", "terms")
+        rest = {name: value for name, value in vars(self).items() if name not in apart}
         return {"model": rest.pop("model"), "collection": rest.pop("collection")} | self.metrics | rest
 
 
@@ -61,77 +78,164 @@ def evaluate(
     output: str | Path | None = None,
     depth: int = 1000,
     precision: Precision = "float32",
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Rank the collection's documents for its queries and measure the ranking.
 
-    Scores are exact dot products; ties go to the document that comes first in the corpus.
+    Scores are exact dot products; ties go to the document that comes first in the corpus. A query that stands
+    in the corpus itself, by id and text (ArguAna, Quora), is not its own hit, as BEIR has it.
 
     Args:
-        model: a sparse encoder or its path, or ``"bm25"``.
-        collection: a ``Collection``, a BEIR folder or ``"python-docs"``.
+        model: a sparse encoder or its path or hub id, a masked LM (as it is, without training), ``"bm25"``, or a
+            TREC run file.
+        collection: a ``Collection``, or what ``load_collection`` takes.
         metrics: names of ir-measures.
         depth: documents that a query's ranking holds.
         precision: of encoding; see ``anysplade.encoding.encode``.
-        output: a folder for ``evaluation.json`` and the TREC run ``run.trec``.
+        output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
+        cache: a folder where vectors are kept by the content of model and texts; what is there is not encoded
+            again, and an interrupted evaluation goes on.
 
     Raises:
         MeasureError: an unknown metric; the message has the nearest known one.
+        OutputError: an id that cannot stand in a run file.
         ModelError, DataError: as ``open_encoder`` and ``load_collection`` do.
     """
     measures = parse_metrics(metrics)
     if not isinstance(collection, Collection):
         collection = load_collection(collection, split, progress=progress)
+    if output is not None:
+        _require_trec_ids(collection)
     ids = list(collection.corpus)
     texts = [document.full_text for document in collection.corpus.values()]
+    itself = _self_matches(collection)
     seconds: dict[str, float] = {}
-    costs: tuple[float | None, float | None, float | None] = (None, None, None)
-    used: Precision | None = None
+    costs: dict[str, Any] | None = None
+    vectors = used = terms = None
     start = time.perf_counter()
-    if model == "bm25":
-        run = _bm25_run(collection, ids, texts, depth)
+    if isinstance(model, str | Path) and is_run_file(model):
+        run = read_run(model)
+        if not run.keys() & collection.qrels.keys():
+            raise DataError(f"{model}: no query of {collection.name} in it")
+        itself = {}
+    elif model == "bm25":
+        rankings = BM25(texts).top(list(collection.queries.values()), depth + bool(itself))
+        run = _as_run(rankings, list(collection.queries), ids, itself, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model)
         used = resolve_precision(precision, encoder.device)
+        folders = _cache_folders(model, cache, used, {"document": texts, "query": list(collection.queries.values())})
         start = time.perf_counter()
-        documents = encode(encoder, texts, "document", precision=used, progress=progress)
-        queries = encode(encoder, list(collection.queries.values()), "query", precision=used, progress=progress)
+        documents = encode(encoder, texts, "document", precision=used, cache=folders["document"], progress=progress)
+        queries = encode(
+            encoder, list(collection.queries.values()), "query", precision=used, cache=folders["query"], progress=progress
+        )
+        vectors = (queries, documents)
+        terms = encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer)))
         seconds["encoding"] = time.perf_counter() - start
         start = time.perf_counter()
-        run = _run(queries, Postings.from_documents(documents), list(collection.queries), ids, depth)
+        run = _as_run(_search(*vectors, depth + bool(itself)), list(collection.queries), ids, itself, depth)
         seconds["search"] = time.perf_counter() - start
-        costs = cost(queries, documents)
+        costs = cost(queries, documents) | {"texts_per_second": round((len(ids) + len(run)) / seconds["encoding"], 2)}
     if not isinstance(model, str | Path):
         model = model.model_card_data.base_model or "a loaded SparseEncoder"
-    values = ir_measures.calc_aggregate(measures.values(), collection.qrels, run)
+    values, per_query = measure(measures, collection.qrels, run)
     evaluation = Evaluation(
         model=str(model),
         collection=collection.name,
-        metrics={name: float(values[measure]) for name, measure in measures.items()},
-        query_active_dims=costs[0],
-        document_active_dims=costs[1],
-        flops=costs[2],
+        metrics=values,
+        query_active_dims=costs["query_active_dims"]["mean"] if costs else None,
+        document_active_dims=costs["document_active_dims"]["mean"] if costs else None,
+        flops=costs["flops"] if costs else None,
+        cost=costs,
         precision=used,
         queries=len(collection.queries),
         documents=len(ids),
+        self_matches=len(itself),
         data_hash=hash_texts([*ids, *texts, *collection.queries.values(), json.dumps(collection.qrels)]),
         seconds=seconds,
         provenance=provenance(),
+        per_query=per_query,
         run=run,
+        vectors=vectors,
+        terms=terms,
     )
     if output is not None:
         folder = Path(output).expanduser()
         write_run(folder / "run.trec", run)
+        write_whole(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
         write_whole(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
 
 
-def cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> tuple[float, float, float]:
-    """Mean active dims of queries and of documents, and FLOPS (Paria et al., arXiv 2004.05665)."""
-    in_query = np.bincount(queries.indices, minlength=queries.shape[1]) / queries.shape[0]
-    in_document = np.bincount(documents.indices, minlength=documents.shape[1]) / documents.shape[0]
-    return queries.nnz / queries.shape[0], documents.nnz / documents.shape[0], float(in_query @ in_document)
+def measure(
+    measures: dict[str, Any], qrels: dict[str, dict[str, int]], run: Run
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Means over all judged queries, and the value of each; a query without a ranking counts as 0."""
+    found: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in measures}
+    names = {value: name for name, value in measures.items()}
+    for value in ir_measures.iter_calc(list(measures.values()), qrels, run):
+        found[names[value.measure]][value.query_id] = float(value.value)
+    return {name: float(np.mean(list(values.values()))) for name, values in found.items()}, found
+
+
+def cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:
+    """What searching costs, from the vectors alone.
+
+    Active dims: mean, median and 95th percentile. FLOPS: Paria et al., arXiv 2004.05665. ``vocabulary_used``:
+    terms of any document. ``postings_per_query``: (document, weight) pairs that a query reads on average.
+    ``index_bytes``: of those postings as the index keeps them, without texts and ids.
+    """
+    query_frequency = np.bincount(queries.indices, minlength=queries.shape[1])
+    document_frequency = np.bincount(documents.indices, minlength=documents.shape[1])
+
+    def spread(matrix: sparse.csr_matrix) -> dict[str, float]:
+        active = np.diff(matrix.indptr)
+        return {
+            "mean": float(active.mean()),
+            "median": float(np.median(active)),
+            "p95": float(np.quantile(active, _QUANTILE)),
+        }
+
+    products = float(query_frequency @ document_frequency)
+    return {
+        "query_active_dims": spread(queries),
+        "document_active_dims": spread(documents),
+        "flops": products / (queries.shape[0] * documents.shape[0]),
+        "vocabulary_used": int((document_frequency > 0).sum()),
+        "postings_per_query": products / queries.shape[0],
+        "index_bytes": 8 * documents.nnz + 8 * (documents.shape[1] + 1),
+    }
+
+
+def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:
+    """Effectiveness against cost without training again: the largest weights of documents, and of queries, alone.
+
+    Raises:
+        OptionError: the evaluation is of BM25 or of a run file, which have no vectors.
+    """
+    if evaluation.vectors is None:
+        raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
+    measures = parse_metrics(list(evaluation.metrics))
+    queries, documents = evaluation.vectors
+    ids, itself = list(collection.corpus), _self_matches(collection)
+    points: list[tuple[int | None, int | None]] = [(None, None)]
+    points += [(None, k) for k in CURVE_DOCUMENTS if k < np.diff(documents.indptr).max()]
+    points += [(k, None) for k in CURVE_QUERIES if k < np.diff(queries.indptr).max()]
+    rows = []
+    for query_k, document_k in points:
+        pruned = (
+            queries if query_k is None else prune(queries, query_k),
+            documents if document_k is None else prune(documents, document_k),
+        )
+        run = _as_run(_search(*pruned, depth + bool(itself)), list(collection.queries), ids, itself, depth)
+        costs = cost(*pruned)
+        dims = {name: costs[name]["mean"] for name in ("query_active_dims", "document_active_dims")}
+        values = measure(measures, collection.qrels, run)[0]
+        rows.append({"query_top_k": query_k, "document_top_k": document_k} | values | dims | {"flops": costs["flops"]})
+    return rows
 
 
 def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
@@ -157,28 +261,107 @@ def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
     return measures
 
 
+# ------------------------------------------------------------------------------------- run files
+
+
+def is_run_file(name: str | Path) -> bool:
+    path = Path(name).expanduser()
+    return path.suffix in RUN_FILES and path.is_file()
+
+
+def read_run(path: str | Path) -> Run:
+    """A TREC run file, gzipped or not: query, Q0, document, rank, score, tag.
+
+    Raises:
+        DataError: a line that is none; it is named.
+    """
+    path = Path(path).expanduser()
+    run: Run = {}
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                parts = line.split()
+                if not parts:
+                    continue
+                if len(parts) != 6:
+                    raise DataError(f"{path}:{number}: {len(parts)} columns; a run has query, Q0, document, rank, score, tag")
+                ranking = run.setdefault(parts[0], {})
+                if parts[2] in ranking:
+                    raise DataError(f"{path}:{number}: the document {parts[2]!r} stands twice in the ranking of {parts[0]!r}")
+                ranking[parts[2]] = float(parts[4])
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a run file; a run is text in UTF-8") from None
+    except ValueError:
+        raise DataError(f"{path}:{number}: the score {parts[4]!r} is no number") from None
+    except (EOFError, gzip.BadGzipFile):
+        raise DataError(f"{path}: the compressed file is damaged or cut off") from None
+    if not run:
+        raise DataError(f"{path}: an empty run; each line is query, Q0, document, rank, score, tag")
+    return run
+
+
 def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
-    """Write a TREC run file: query, Q0, document, rank, score, tag."""
+    """Write a TREC run file; scores to the last digit, so that it measures the same."""
     lines = [
-        f"{query_id} Q0 {document_id} {rank} {score:.9g} {tag}\n"
+        f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
         for query_id, ranking in run.items()
         for rank, (document_id, score) in enumerate(ranking.items(), 1)
     ]
     write_whole(path, "".join(lines))
 
 
-def _run(queries: sparse.csr_matrix, postings: Postings, query_ids: list[str], ids: list[str], depth: int) -> Run:
+def _require_trec_ids(collection: Collection) -> None:
+    for what, ids in (("query", collection.queries), ("document", collection.corpus)):
+        for id_ in ids:
+            if len(id_.split()) != 1 or id_.split()[0] != id_:
+                raise OutputError(f"{what} id {id_[:80]!r}: white space cannot stand in a run file; rename it, or leave --out away")
+
+
+# ----------------------------------------------------------------------------------------- parts
+
+
+def _self_matches(collection: Collection) -> dict[str, str]:
+    """Queries that are documents themselves, by id and text."""
+    return {
+        id_: id_
+        for id_, text in collection.queries.items()
+        if id_ in collection.corpus and text.strip() in (collection.corpus[id_].text.strip(), collection.corpus[id_].full_text)
+    }
+
+
+def _search(queries: sparse.csr_matrix, documents: sparse.csr_matrix, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    postings = Postings.from_documents(documents)
+    rows = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
+    return [postings.top(queries.indices[row], queries.data[row], depth) for row in rows]
+
+
+def _as_run(
+    rankings: Sequence[tuple[np.ndarray, np.ndarray]], query_ids: list[str], ids: list[str], itself: dict[str, str], depth: int
+) -> Run:
     run: Run = {}
-    for i, query_id in enumerate(query_ids):
-        row = slice(queries.indptr[i], queries.indptr[i + 1])
-        found, scores = postings.top(queries.indices[row], queries.data[row], depth)
-        run[query_id] = {ids[d]: float(score) for d, score in zip(found, scores, strict=True)}
+    for query_id, (found, scores) in zip(query_ids, rankings, strict=True):
+        ranking = {ids[d]: s for d, s in zip(found.tolist(), scores.tolist(), strict=True)}
+        ranking.pop(itself.get(query_id, ""), None)
+        while len(ranking) > depth:
+            ranking.popitem()
+        run[query_id] = ranking
     return run
 
 
-def _bm25_run(collection: Collection, ids: list[str], texts: list[str], depth: int) -> Run:
-    rankings = BM25(texts).top(list(collection.queries.values()), depth)
-    return {
-        query_id: {ids[d]: float(score) for d, score in zip(*ranking, strict=True)}
-        for query_id, ranking in zip(collection.queries, rankings, strict=True)
-    }
+def default_cache() -> Path:
+    """Where the command keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder."""
+    folder = os.environ.get("ANYSPLADE_CACHE")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anysplade"
+
+
+def _cache_folders(
+    model: str | Path | SparseEncoder, cache: str | Path | None, precision: Precision, texts: dict[str, list[str]]
+) -> dict[str, Path | None]:
+    """A folder for the vectors of each role, named after all that decides them."""
+    known = None if cache is None or isinstance(model, SparseEncoder) else fingerprint(resolve_model(model))
+    if cache is None or known is None:
+        return dict.fromkeys(texts)
+    folder = Path(cache).expanduser() / "vectors"
+    keys = {role: json.dumps([known, role, precision, hash_texts(parts)]) for role, parts in texts.items()}
+    return {role: folder / hashlib.sha256(key.encode()).hexdigest()[:32] for role, key in keys.items()}

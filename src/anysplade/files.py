@@ -40,8 +40,8 @@ def require_empty(target: Path) -> None:
         raise OutputError(f"{target}: the folder is not empty; name a new one with --out, or remove it first")
 
 
-def write_whole(target: str | Path, text: str) -> None:
-    """Write a text file beside its place and move it there.
+def write_whole(target: str | Path, content: str | bytes) -> None:
+    """Write a file, of text or bytes, beside its place and move it there.
 
     Raises:
         OutputError: ``target`` is a folder.
@@ -52,7 +52,7 @@ def write_whole(target: str | Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         work.replace(target)
     finally:
         work.unlink(missing_ok=True)

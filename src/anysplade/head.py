@@ -80,7 +80,7 @@ def resolve_model(name: str | Path) -> str:
     path = Path(text).expanduser()
     if text and path.is_dir():
         for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
                 return str(folder)
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
     if text in BUNDLED:

@@ -16,7 +16,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade.datasets import Document, hash_texts, read_corpus
-from anysplade.encoder import open_encoder
+from anysplade.encoder import fingerprint, open_encoder
 from anysplade.encoding import encode, resolve_precision
 from anysplade.errors import DataError, ModelError, OptionError
 from anysplade.files import require_empty, whole_folder
@@ -127,7 +127,7 @@ class Index:
         about = {
             "format": 1,
             "model": str(Path(source).resolve()) if Path(source).is_dir() else source,
-            "model_fingerprint": _fingerprint(source),
+            "model_fingerprint": fingerprint(source),
             "corpus": name,
             "data_hash": hash_texts([*documents, *texts]),
             "documents": len(documents),
@@ -191,7 +191,7 @@ class Index:
         if self._encoder is None:
             name = self.about["model"]
             encoder = open_encoder(name)
-            if _fingerprint(resolve_model(name)) != self.about["model_fingerprint"]:
+            if fingerprint(resolve_model(name)) != self.about["model_fingerprint"]:
                 raise ModelError(f"{name}: the model changed since {self.folder} was built; build the index again")
             self._encoder = encoder
         return self._encoder
@@ -222,15 +222,3 @@ class Index:
             if weight:
                 matches.append(TermMatch(name, query_weight, weight, query_weight * weight))
         return sorted(matches, key=lambda match: -match.product)
-
-
-def _fingerprint(source: str) -> str | None:
-    """Of a model folder: names and sizes of its weights, and 1 MB of each; None for a hub id."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    parts = []
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        with open(path, "rb") as file:
-            parts += [path.name, str(path.stat().st_size), file.read(2**20).hex()]
-    return hash_texts(parts)

@@ -15,6 +15,7 @@ from anysplade.errors import OptionError
 
 if TYPE_CHECKING:
     from anysplade.calibration import Calibration
+    from anysplade.comparison import Evaluations
     from anysplade.demo import DemoResult
     from anysplade.head import HeadReport
     from anysplade.index import Hit
@@ -122,6 +123,80 @@ def evaluation_table(
             *("–" if row[name] is None else f"{row[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops")),
         )
     return [table]
+
+
+def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
+    """One table of all; below it means, tests and the queries that changed most."""
+    rows = [evaluation.to_dict() for evaluation in found.evaluations]
+    several = len({row["collection"] for row in rows}) > 1
+    parts = evaluation_table([*rows, *found.means], metrics, ("model", "collection") if several else ("model",))
+    for row in rows:
+        if row["self_matches"]:
+            parts.append(
+                f"{row['collection']}: {row['self_matches']} queries are documents themselves and not counted as their hits"
+            )
+            break
+    if found.comparisons:
+        table = _table(
+            "against the first", *(("collection",) if several else ()), "metric", "difference", "95 %", "p", "wins / ties / losses"
+        )
+        for c in found.comparisons:
+            place = (escape(c.collection),) if several else ()
+            span = f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}"
+            table.add_row(
+                escape(c.model),
+                *place,
+                c.metric,
+                f"{c.difference:+.3f}",
+                span,
+                f"{c.p_corrected:.2g}",
+                f"{c.wins} / {c.ties} / {c.losses}",
+            )
+        parts += ["", table, "p: paired t-test, corrected for all of these by Holm; 95 %: bootstrap over queries"]
+        first = found.comparisons[0]
+        for change in first.changed:
+            parts.append(Text(_changed_line(change, first.metric)))
+    for drawn in found.curves:
+        table = _table(f"pruned, {drawn['collection']}", *metrics, "query active dims", "document active dims", "FLOPS")
+        for point in drawn["points"]:
+            kept = [f"{side}s to {point[f'{side}_top_k']}" for side in ("query", "document") if point[f"{side}_top_k"] is not None]
+            dims = (f"{point[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops"))
+            label = " and ".join(kept).replace("querys", "queries") or "not pruned"
+            table.add_row(label, *(f"{point[metric]:.3f}" for metric in metrics), *dims)
+        parts += ["", table]
+    return parts
+
+
+def _changed_line(change: dict[str, Any], metric: str) -> str:
+    line = f"{metric} {change['before']:.3f} → {change['after']:.3f}  {change.get('query', change['query_id'])[:_SNIPPET]}"
+    for side in ("before", "after"):
+        terms = change.get(f"terms_{side}")
+        if terms:
+            line += f"\n    {side}: rank {change[f'rank_{side}'] or '–'} of {change['document_id']}: "
+            line += "  ".join(f"{term} {product:.2f}" for term, product in terms.items())
+    return line
+
+
+def curve_figure(curves: Sequence[dict[str, Any]], metric: str) -> str:
+    """Effectiveness against FLOPS, a line for each model and for what was pruned, as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for drawn in curves:
+        for side, style in (("document", "o-"), ("query", "s--")):
+            points = [p for p in drawn["points"] if p["document_top_k" if side == "query" else "query_top_k"] is None]
+            points = sorted(points, key=lambda p: p["flops"])
+            label = f"{drawn['model']}, {drawn['collection']}: {'queries' if side == 'query' else 'documents'} pruned"
+            axes.plot([p["flops"] for p in points], [p[metric] for p in points], style, label=label)
+    axes.set(xscale="log", xlabel="FLOPS (products a query and document)", ylabel=metric)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", frameon=False, fontsize="small")
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
 
 
 def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:

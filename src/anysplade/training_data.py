@@ -433,7 +433,7 @@ def _qrels_rows(folder: Path) -> Iterator[Row]:
     collection = load_collection(folder, "train")
     for query_id, grades in collection.qrels.items():
         for document_id, grade in grades.items():
-            if grade > 0:
+            if grade > 0 and document_id in collection.corpus:
                 row = {"query": collection.queries[query_id], "positive": collection.corpus[document_id].full_text}
                 yield f"{folder}/qrels/train.tsv, query {query_id!r}", row
 

@@ -1,0 +1,245 @@
+"""Several models on several collections, and how sure a difference is: paired tests, intervals, the queries that made it."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from anysplade.datasets import Collection, collection_names, is_collection, load_collection
+from anysplade.errors import DataError, OptionError
+from anysplade.evaluation import METRICS, Evaluation, curve, evaluate
+from anysplade.files import write_whole
+from anysplade.options import Precision
+
+_RESAMPLES = 2000
+_CHANGED = 5  # queries shown
+_TERMS = 5  # of each
+_SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of a model against that of the first one, on the same queries."""
+
+    model: str
+    baseline: str
+    collection: str
+    metric: str
+    difference: float  # of the means
+    interval: tuple[float, float]  # 95 %, bootstrap over queries
+    p: float  # paired t-test, two-sided
+    p_corrected: float  # Holm, over all comparisons made together
+    wins: int
+    ties: int
+    losses: int
+    changed: list[dict[str, Any]]  # the queries that changed most
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What ``evaluate_all`` found."""
+
+    evaluations: list[Evaluation]
+    comparisons: list[Comparison]  # each model against the first
+    means: list[dict[str, Any]]  # over the sparse models, as seeds of one; over the collections of a model
+    curves: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """One evaluation by itself, or lists of all there is."""
+        rows = [evaluation.to_dict() for evaluation in self.evaluations]
+        if len(rows) == 1:
+            return rows[0] | ({"curve": self.curves[0]["points"]} if self.curves else {})
+        compared = [comparison.to_dict() for comparison in self.comparisons]
+        return {"evaluations": rows, "comparisons": compared, "means": self.means, "curves": self.curves}
+
+
+def evaluate_all(
+    names: Sequence[str],
+    metrics: Sequence[str] = METRICS,
+    *,
+    split: str = "test",
+    seeds: bool = False,
+    curves: bool = False,
+    precision: Precision = "float32",
+    output: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Evaluations:
+    """Every model on every collection; the first model is the one that the others are compared with.
+
+    Args:
+        names: models and collections in any order, the last one a collection; see ``evaluate`` and
+            ``load_collection`` for what both may be. ``"nanobeir"`` stands for thirteen collections.
+        seeds: the sparse models are one model trained with several seeds: their mean and standard deviation.
+        curves: effectiveness against cost by pruning; see ``curve``.
+        output: a folder; with several evaluations one for each in it.
+
+    Raises:
+        OptionError: no model or no collection among the names.
+        What ``evaluate`` raises.
+    """
+    collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
+    models = [name for name in names if name not in collections]
+    if not models:
+        raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
+    loaded = [load_collection(name, split, progress=progress) for source in collections for name in collection_names(source)]
+    single = len(models) * len(loaded) == 1
+    folder = None if output is None else Path(output).expanduser()
+    evaluations, drawn = [], []
+    for collection in loaded:
+        for i, model in enumerate(models, 1):
+            place = folder if folder is None or single else folder / _as_name(collection.name) / f"{i}-{_as_name(model)}"
+            options: Any = {"output": place, "precision": precision, "cache": cache, "progress": progress}
+            found = evaluate(model, collection, metrics, **options)
+            if curves and found.vectors is not None:
+                points = curve(found, collection)
+                drawn.append({"model": found.model, "collection": found.collection, "points": points})
+            evaluations.append(found)
+    comparisons = compare(evaluations, {collection.name: collection for collection in loaded})
+    means = (_over_seeds(evaluations, metrics) if seeds else []) + (
+        _over_collections(evaluations, metrics) if len(loaded) > 1 else []
+    )
+    result = Evaluations(evaluations, comparisons, means, drawn)
+    if folder is not None and (not single or curves):
+        write_whole(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")[-80:] or "unnamed"
+
+
+_COSTS = ("query_active_dims", "document_active_dims", "flops")
+
+
+def _over_seeds(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in dict.fromkeys(evaluation.collection for evaluation in evaluations):
+        of = [e.to_dict() for e in evaluations if e.collection == name and e.vectors is not None]
+        if len(of) > 1:
+            row: dict[str, Any] = {"model": f"mean of {len(of)}", "collection": name}
+            for key in (*metrics, *_COSTS):
+                row[key] = float(np.mean([each[key] for each in of]))
+                row[f"{key} sd"] = float(np.std([each[key] for each in of], ddof=1))
+            rows.append(row)
+    return rows
+
+
+def _over_collections(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for model in dict.fromkeys(evaluation.model for evaluation in evaluations):
+        of = [e.to_dict() for e in evaluations if e.model == model]
+        row: dict[str, Any] = {"model": model, "collection": f"mean of {len(of)}"}
+        row |= {key: float(np.mean([each[key] for each in of])) for key in metrics}
+        row |= {key: None if of[0][key] is None else float(np.mean([each[key] for each in of])) for key in _COSTS}
+        rows.append(row)
+    return rows
+
+
+def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection] | None = None) -> list[Comparison]:
+    """Every evaluation against the first one of its collection, each metric.
+
+    Args:
+        collections: by name; with them the queries that changed most come with their texts and, for two
+            sparse models, with the terms that made the score of a relevant document.
+
+    Raises:
+        DataError: two evaluations of a collection are of different queries.
+    """
+    made = []
+    for i, other in enumerate(evaluations):
+        base = next(first for first in evaluations if first.collection == other.collection)
+        if base is other or any(base is evaluations[j] for j in range(i, len(evaluations))):
+            continue
+        for metric in other.metrics:
+            a, b = base.per_query[metric], other.per_query[metric]
+            if a.keys() != b.keys():
+                raise DataError(f"{other.model} and {base.model}: evaluated on different queries of {other.collection}")
+            made.append(_compare(base, other, metric, (collections or {}).get(other.collection)))
+    corrected = holm([comparison.p for comparison in made])
+    return [Comparison(**vars(comparison) | {"p_corrected": p}) for comparison, p in zip(made, corrected, strict=True)]
+
+
+def _compare(base: Evaluation, other: Evaluation, metric: str, collection: Collection | None) -> Comparison:
+    ids = list(base.per_query[metric])
+    before = np.array([base.per_query[metric][id_] for id_ in ids])
+    after = np.array([other.per_query[metric][id_] for id_ in ids])
+    difference = after - before
+    constant = np.ptp(difference) < _SAME
+    p = (1.0 if abs(difference.mean()) < _SAME else 0.0) if constant else float(stats.ttest_rel(after, before).pvalue)
+    order = np.argsort(-np.abs(difference), kind="stable")[:_CHANGED]
+    changed = [
+        {"query_id": ids[i], "before": before[i].item(), "after": after[i].item()}
+        | ({} if collection is None else _why(ids[i], base, other, collection))
+        for i in order
+        if abs(difference[i]) > _SAME
+    ]
+    return Comparison(
+        model=other.model,
+        baseline=base.model,
+        collection=other.collection,
+        metric=metric,
+        difference=float(difference.mean()),
+        interval=interval(difference),
+        p=p,
+        p_corrected=p,
+        wins=int((difference > _SAME).sum()),
+        ties=int((np.abs(difference) <= _SAME).sum()),
+        losses=int((difference < -_SAME).sum()),
+        changed=changed,
+    )
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean (percentiles, 2,000 resamples, seed 0)."""
+    if len(values) < 2 or np.ptp(values) < _SAME:
+        return float(values.mean()), float(values.mean())
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0), batch=100
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p of rank i times (m - i), never falling."""
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def _why(query_id: str, base: Evaluation, other: Evaluation, collection: Collection) -> dict[str, Any]:
+    """The query, its best judged document, and the document's rank and terms under both."""
+    grades = {id_: grade for id_, grade in collection.qrels[query_id].items() if id_ in collection.corpus}
+    shown: dict[str, Any] = {"query": collection.queries[query_id]}
+    if not grades:
+        return shown
+    document = max(grades, key=lambda id_: grades[id_])
+    shown |= {"document_id": document, "document": collection.corpus[document].full_text[:200]}
+    for name, evaluation in (("before", base), ("after", other)):
+        ranking = list(evaluation.run.get(query_id, {}))
+        shown[f"rank_{name}"] = ranking.index(document) + 1 if document in ranking else None
+        if evaluation.vectors is not None and evaluation.terms is not None:
+            shown[f"terms_{name}"] = _products(evaluation, collection, query_id, document)
+    return shown
+
+
+def _products(evaluation: Evaluation, collection: Collection, query_id: str, document_id: str) -> dict[str, float]:
+    """The terms that make most of a document's score."""
+    assert evaluation.vectors is not None
+    assert evaluation.terms is not None
+    query = evaluation.vectors[0][list(collection.queries).index(query_id)]
+    document = evaluation.vectors[1][list(collection.corpus).index(document_id)]
+    products = query.multiply(document).tocoo()
+    best = np.argsort(-products.data, kind="stable")[:_TERMS]
+    return {evaluation.terms[products.col[i]]: round(float(products.data[i]), 3) for i in best}
