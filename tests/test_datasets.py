@@ -1,12 +1,27 @@
+import gzip
 import json
+import shutil
 
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anysplade import Collection, DataError, Document, OutputError, Pair, load_collection, load_pairs, read_corpus, write_collection
-from anysplade.datasets import load_python_docs
+from anysplade import (
+    Collection,
+    DataError,
+    Document,
+    OutputError,
+    Pair,
+    evaluate,
+    load_collection,
+    load_pairs,
+    read_corpus,
+    write_collection,
+)
+from anysplade.datasets import collection_names, is_collection, load_python_docs
 from anysplade.python_docs import Docstring, split_entries
+from local_ir_datasets import Docs, Qrels, Queries, register
 
 
 @pytest.fixture
@@ -103,6 +118,132 @@ def test_byte_order_mark_and_windows_lines(folder):
     for path in (folder / "corpus.jsonl", folder / "qrels" / "test.tsv"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert load_collection(folder).qrels == {"q": {"a": 2, "b": 0}}
+
+
+@pytest.fixture
+def everywhere(collection_folder, tmp_path):
+    """The same collection in every form: by the name of the form."""
+    collection = load_collection(collection_folder)
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", collection_folder)
+    shutil.make_archive(str(tmp_path / "nested"), "zip", collection_folder.parent, collection_folder.name)
+    gzipped = tmp_path / "gzipped"
+    shutil.copytree(collection_folder, gzipped)
+    for path in (gzipped / "corpus.jsonl", gzipped / "queries.jsonl", gzipped / "qrels" / "test.tsv"):
+        (path.parent / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    for form in ("tsv", "trec"):
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "corpus.tsv").write_text("".join(f"{id_}\t{d.text}\n" for id_, d in collection.corpus.items()))
+        judged = [f"{q} 0 {d} {g}\n" for q, grades in collection.qrels.items() for d, g in grades.items()]
+        (tmp_path / form / "qrels.txt").write_text("".join(judged))
+    (tmp_path / "tsv" / "queries.tsv").write_text("".join(f"{id_}\t{text}\n" for id_, text in collection.queries.items()))
+    topics = [
+        f"<top>\n<num> Number: {id_}\n<title> {text}\n<desc> Description:\nno\n</top>\n" for id_, text in collection.queries.items()
+    ]
+    (tmp_path / "trec" / "topics.txt").write_text("\n".join(topics))
+    documents = [(id_, document.text) for id_, document in collection.corpus.items()]
+    register("anysplade-tiny/test", Docs(documents), Queries(collection.queries), Qrels(collection.qrels))
+    hub = tmp_path / "hub"
+    tables = {
+        "corpus": [{"_id": id_, "text": text} for id_, text in documents],
+        "queries": [{"_id": id_, "text": text} for id_, text in collection.queries.items()],
+        "default": [
+            {"query-id": q, "corpus-id": d, "score": float(g)} for q, grades in collection.qrels.items() for d, g in grades.items()
+        ],
+    }
+    configs = []
+    for name, rows in tables.items():
+        (hub / name).mkdir(parents=True)
+        pandas.DataFrame(rows).to_parquet(hub / name / "test-00000-of-00001.parquet")
+        configs += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test-*"]
+    (hub / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
+    names = {form: str(tmp_path / form) for form in ("gzipped", "tsv", "trec", "hub")}
+    return names | {
+        "folder": str(collection_folder),
+        "zip": str(tmp_path / "zipped.zip"),
+        "zip of a folder": str(tmp_path / "nested.zip"),
+        "ir_datasets": "anysplade-tiny/test",
+        "ir_datasets without the split": "anysplade-tiny",
+    }
+
+
+def test_every_form_holds_the_same_collection(everywhere, backbone):
+    loaded = {form: load_collection(source) for form, source in everywhere.items()}
+    first = loaded["folder"]
+    for form, collection in loaded.items():
+        assert (collection.corpus, collection.queries, collection.qrels) == (first.corpus, first.queries, first.qrels), form
+    scores = {form: evaluate("bm25", collection).metrics for form, collection in loaded.items()}
+    assert all(score == scores["folder"] for score in scores.values())
+    for form in ("zip", "tsv", "ir_datasets without the split"):
+        assert is_collection(everywhere[form].removesuffix("/test"))
+    assert not is_collection(backbone)
+    assert read_corpus(everywhere["zip"]) == read_corpus("anysplade-tiny/test") == first.corpus
+
+
+def test_nanobeir_is_thirteen_collections():
+    assert len(collection_names("NanoBEIR")) == 13
+    assert collection_names("beir/scifact") == ["beir/scifact"]
+
+
+def test_judgements_of_what_is_not_there(collection_folder, caplog):
+    """Standard collections have them: they count against recall, as in trec_eval, and are said."""
+    collection = load_collection(collection_folder)
+    documents = [(id_, document.text) for id_, document in collection.corpus.items()]
+    judged = {"q0": {"d0": 1, "gone": 1}, "nobody": {"d1": 1}}
+    register("anysplade-more/test", Docs(documents), Queries(collection.queries), Qrels(judged))
+    loaded = load_collection("anysplade-more/test")
+    assert loaded.qrels == {"q0": {"d0": 1, "gone": 1}}
+    assert "1 judged queries are not among the queries" in caplog.text
+    assert "1 judged documents are not in the corpus" in caplog.text
+    assert evaluate("bm25", loaded, ["R@100"]).metrics["R@100"] == 0.5
+    register("anysplade-none/test", Docs(documents), Queries(collection.queries), Qrels({"q0": {"gone": 1}}))
+    with pytest.raises(DataError, match="none of the judged documents is in the corpus"):
+        load_collection("anysplade-none/test")
+    register("anysplade-docs", Docs(documents))
+    with pytest.raises(DataError, match="no queries with judgements"):
+        load_collection("anysplade-docs")
+
+
+HOSTILE = {
+    "empty qrels": ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement in it"),
+    "missing header": ({"qrels/test.tsv": "q\ta\t1\n"}, None),
+    "unknown ids": ({"qrels/test.tsv": "q\tx\t1\n"}, "'x' is not in corpus"),
+    "duplicate ids": ({"corpus.jsonl": '{"_id": "a", "text": "x"}\n' * 2}, "stands already in line 1"),
+    "ids with spaces": (
+        {"corpus.jsonl": '{"_id": "a b", "text": "one"}\n', "qrels/test.tsv": "q\ta b\t1\n"},
+        None,  # evaluated; a run file cannot hold it: see test_evaluation
+    ),
+    "an id of a million digits": (
+        {"corpus.jsonl": f'{{"_id": "{"7" * 10**6}", "text": "one"}}\n', "qrels/test.tsv": f"q\t{'7' * 10**6}\t1\n"},
+        None,
+    ),
+    "a number of a million digits": ({"corpus.jsonl": f'{{"_id": {"7" * 10**6}, "text": "one"}}\n'}, "a number too long"),
+    "a grade that is no number": ({"qrels/test.tsv": "q\ta\thigh\n"}, "the score 'high' is not a whole number"),
+    "an empty query": ({"queries.jsonl": '{"_id": "q", "text": ""}\n'}, None),
+    "an empty document": ({"corpus.jsonl": '{"_id": "a", "text": ""}\n{"_id": "b", "text": "two"}\n'}, None),
+    "a long document": ({"corpus.jsonl": json.dumps({"_id": "a", "text": "kabel " * 100_000}) + "\n"}, None),
+    "one document": ({"corpus.jsonl": '{"_id": "a", "text": "one"}\n'}, None),
+    "negative grades": ({"qrels/test.tsv": "q\ta\t2\nq\tb\t-1\n"}, None),
+    "nested too deep": ({"corpus.jsonl": "[" * 10**5 + "\n"}, "cannot be read"),
+    "NUL bytes": ({"corpus.jsonl": "\0\0\n"}, "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_collections(case, folder, backbone):
+    files, message = HOSTILE[case]
+    (folder / "qrels" / "test.tsv").write_text("q\ta\t1\n")
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    if message is not None:
+        with pytest.raises(DataError, match=message) as caught:
+            load_collection(folder)
+        assert "\n" not in str(caught.value)
+        return
+    collection = load_collection(folder)
+    for model in ("bm25", backbone):
+        values = evaluate(model, collection).metrics.values()
+        assert all(0 <= value <= 1 for value in values)
 
 
 def docstring(name, summary, rest):

@@ -1,13 +1,21 @@
 import json
 import math
+import multiprocessing
+import shutil
+import time
 
 import ir_measures
 import numpy as np
 import pytest
+import pytrec_eval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
-from anysplade import Collection, Document, MeasureError, evaluate, load_collection
+from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection
+from anysplade.encoding import prune
 from anysplade.evaluation import parse_metrics
 
 
@@ -86,3 +94,156 @@ def test_empty_and_wordless_texts(backbone):
 def test_a_misspelt_metric_gets_a_suggestion(name, hint):
     with pytest.raises(MeasureError, match=f"unknown metric '{name}'.*{hint}"):
         parse_metrics([name])
+
+
+def theirs(collection, run_file):
+    """trec_eval's own measures, from the files as they were written."""
+    with open(run_file) as file:
+        run = pytrec_eval.parse_run(file)
+    evaluator = pytrec_eval.RelevanceEvaluator(collection.qrels, {"ndcg_cut_10", "recall_100", "recall_1000", "P_5", "map"})
+    values = evaluator.evaluate(run)
+    means = {
+        name: np.mean([values.get(q, {}).get(name, 0) for q in collection.qrels])
+        for name in ("ndcg_cut_10", "recall_100", "P_5", "map")
+    }
+    # trec_eval has no cut-off for the reciprocal rank: it gets the ten highest, ties by id as trec_eval orders them.
+    top = {q: dict(sorted(ranking.items(), key=lambda item: (item[1], item[0]), reverse=True)[:10]) for q, ranking in run.items()}
+    first = pytrec_eval.RelevanceEvaluator(collection.qrels, {"recip_rank"}).evaluate(top)
+    return means | {"recip_rank": np.mean([first.get(q, {}).get("recip_rank", 0) for q in collection.qrels])}
+
+
+@pytest.mark.parametrize("model", ["bm25", "model"])
+def test_trec_eval_agrees_to_the_last_digit(model, backbone, collection_folder, tmp_path):
+    collection = load_collection(collection_folder)
+    graded = {q: grades | {f"d{i + 20}": 2, f"d{(i * 7) % 40}": -1} for i, (q, grades) in enumerate(collection.qrels.items())}
+    collection = Collection("graded", collection.corpus, collection.queries, graded)
+    ours = evaluate(
+        backbone if model == "model" else model, collection, ["nDCG@10", "R@100", "P@5", "AP", "RR@10"], output=tmp_path / "out"
+    ).metrics
+    reference = theirs(collection, tmp_path / "out" / "run.trec")
+    names = {"nDCG@10": "ndcg_cut_10", "R@100": "recall_100", "P@5": "P_5", "AP": "map", "RR@10": "recip_rank"}
+    for name, their_name in names.items():
+        assert ours[name] == pytest.approx(reference[their_name], abs=1e-9), name
+    per_query = json.loads((tmp_path / "out" / "per_query.json").read_text())
+    assert np.mean(list(per_query["nDCG@10"].values())) == pytest.approx(ours["nDCG@10"], abs=1e-12)
+
+
+def test_a_run_file_read_again_measures_the_same(backbone, collection_folder, tmp_path):
+    first = evaluate(backbone, collection_folder, output=tmp_path / "out")
+    again = evaluate(tmp_path / "out" / "run.trec", collection_folder)
+    assert again.metrics == first.metrics
+    assert again.per_query == first.per_query
+    assert again.query_active_dims is None
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "an empty run"),
+        ("q0 Q0 d0 1\n", "run:1: 4 columns"),
+        ("q0 Q0 d0 1 high x\n", "run:1: the score 'high' is no number"),
+        ("q0 Q0 d0 1 2 x\nq0 Q0 d0 2 1 x\n", "run:2: the document 'd0' stands twice"),
+        ("other Q0 d0 1 2 x\n", "no query of tiny in it"),
+    ],
+)
+def test_faulty_run_files(content, message, collection_folder, tmp_path):
+    (tmp_path / "a.run").write_text(content)
+    with pytest.raises(DataError, match=message):
+        evaluate(tmp_path / "a.run", collection_folder)
+
+
+def test_a_query_is_not_its_own_hit():
+    """As in ArguAna and Quora, where queries are documents; an id that two texts share by chance means nothing."""
+    corpus = {"1": Document("", "kabel lodan mifil"), "2": Document("", "kabel lodan"), "3": Document("", "rajim")}
+    queries = {"1": "kabel lodan mifil", "3": "kabel"}
+    result = evaluate("bm25", Collection("c", corpus, queries, {"1": {"2": 1}, "3": {"2": 1}}), ["RR@10"], depth=1)
+    assert result.run["1"] == {"2": pytest.approx(result.run["1"]["2"])}
+    assert result.metrics["RR@10"] == 1
+    assert result.self_matches == 1
+
+
+def test_ids_that_a_run_file_cannot_hold(backbone, tmp_path):
+    collection = Collection("c", {"a b": Document("", "kabel")}, {"q": "kabel"}, {"q": {"a b": 1}})
+    assert evaluate("bm25", collection).queries == 1
+    with pytest.raises(OutputError, match="document id 'a b': white space"):
+        evaluate("bm25", collection, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_costs_by_hand(backbone, collection_folder):
+    result = evaluate(backbone, collection_folder)
+    queries, documents = (matrix.toarray() > 0 for matrix in result.vectors)
+    costs = result.cost
+    assert costs["document_active_dims"]["median"] == np.median(documents.sum(1))
+    assert costs["query_active_dims"]["p95"] == pytest.approx(np.quantile(queries.sum(1), 0.95))
+    assert costs["vocabulary_used"] == documents.any(0).sum()
+    assert costs["postings_per_query"] == pytest.approx(np.mean([documents[:, query].sum() for query in queries]))
+    assert result.flops == pytest.approx(costs["postings_per_query"] / len(documents))
+
+
+def test_vectors_are_kept_by_content(backbone, collection_folder, tmp_path, monkeypatch):
+    first = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
+    monkeypatch.setattr(SparseEncoder, "encode_document", None)  # nothing may be encoded
+    monkeypatch.setattr(SparseEncoder, "encode_query", None)
+    again = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
+    assert again.metrics == first.metrics
+    assert again.run == first.run
+    monkeypatch.undo()
+    changed = tmp_path / "changed"
+    shutil.copytree(backbone, changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.5}))
+    assert evaluate(changed, collection_folder, cache=tmp_path / "cache").run != first.run
+
+
+def _evaluate(*arguments, cache):
+    import anysplade.encoding
+
+    anysplade.encoding._SHARD = 4
+    method = SparseEncoder.encode_document
+    SparseEncoder.encode_document = lambda *args, **kwargs: (time.sleep(0.1), method(*args, **kwargs))[1]
+    evaluate(*arguments, cache=cache)
+
+
+def test_killed_and_started_again(backbone, collection_folder, tmp_path, monkeypatch):
+    whole = evaluate(backbone, collection_folder)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_evaluate, args=(backbone, str(collection_folder)), kwargs={"cache": tmp_path / "cache"})
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "cache").rglob("0*.npz"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    kept = len(list((tmp_path / "cache").rglob("0*.npz")))
+    assert 3 <= kept < 10
+    encoded = []
+    method = SparseEncoder.encode_document
+    monkeypatch.setattr(
+        SparseEncoder, "encode_document", lambda self, texts, **k: (encoded.extend(texts), method(self, texts, **k))[1]
+    )
+    monkeypatch.setattr("anysplade.encoding._SHARD", 4)
+    again = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
+    assert len(encoded) == 40 - 4 * kept  # what was whole is not encoded again
+    timings = ("seconds", "provenance", "cost")
+    assert {k: v for k, v in again.to_dict().items() if k not in timings} == {
+        k: v for k, v in whole.to_dict().items() if k not in timings
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.integers(0, 19), st.integers(1, 5), max_size=12), min_size=1, max_size=6), k=st.integers(1, 8)
+)
+def test_pruning_keeps_the_largest(rows, k):
+    dense = np.zeros((len(rows), 20), np.float32)
+    for i, row in enumerate(rows):
+        for term, weight in row.items():
+            dense[i, term] = weight
+    pruned = prune(sparse.csr_matrix(dense), k)
+    assert pruned.has_sorted_indices
+    for i, row in enumerate(dense):
+        order = sorted(np.flatnonzero(row), key=lambda term: (-row[term], term))[:k]
+        expected = np.zeros(20)
+        expected[order] = row[order]
+        assert (pruned[i].toarray()[0] == expected).all()

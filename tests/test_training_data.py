@@ -2,16 +2,13 @@ import gzip
 import json
 import re
 
-import ir_datasets
 import pandas
 import pytest
-from ir_datasets.datasets.base import Dataset as IrDataset
-from ir_datasets.formats import BaseDocPairs, BaseDocs, BaseQrels, BaseQueries, GenericDoc, GenericDocPair, GenericQuery, TrecQrel
-from ir_datasets.indices import Docstore
 
 from anysplade import Collection, DataError, Document, Pair, load_pairs, write_collection
 from anysplade.cli import main
 from anysplade.training_data import StoredPairs
+from local_ir_datasets import Docs, Qrels, Queries, Triples, register
 
 
 def write(path, *rows):
@@ -133,61 +130,12 @@ def test_a_dataset_repository(tmp_path):
         load_pairs(f"{repo}:nothing-such")
 
 
-class Docs(BaseDocs):
-    """Three documents, as ir_datasets wants them."""
-
-    def docs_iter(self):
-        yield from (GenericDoc(f"d{i}", f"text {i}") for i in range(3))
-
-    def docs_cls(self):
-        return GenericDoc
-
-    def docs_store(self, **kwargs):
-        return DictDocstore(self)
-
-
-class DictDocstore(Docstore):
-    def __init__(self, docs):
-        super().__init__(GenericDoc)
-        self.docs = {document.doc_id: document for document in docs.docs_iter()}
-
-    def get_many_iter(self, ids):
-        yield from (self.docs[id_] for id_ in ids if id_ in self.docs)
-
-
-class Queries(BaseQueries):
-    def queries_iter(self):
-        yield GenericQuery("q", "the query")
-
-    def queries_cls(self):
-        return GenericQuery
-
-
-class Qrels(BaseQrels):
-    def qrels_iter(self):
-        yield TrecQrel("q", "d0", 1, "0")
-        yield TrecQrel("q", "d1", 0, "0")
-
-    def qrels_cls(self):
-        return TrecQrel
-
-    def qrels_defs(self):
-        return {}
-
-
-class Triples(BaseDocPairs):
-    def docpairs_iter(self):
-        yield GenericDocPair("q", "d0", "d2")
-
-    def docpairs_cls(self):
-        return GenericDocPair
-
-
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    ir_datasets.registry.register("anysplade-test", IrDataset(Docs()))
-    ir_datasets.registry.register("anysplade-test/train", IrDataset(Docs(), Queries(), Qrels()))
-    ir_datasets.registry.register("anysplade-test/train/triples", IrDataset(Docs(), Queries(), Triples()))
+    docs, queries = Docs([(f"d{i}", f"text {i}") for i in range(3)]), Queries({"q": "the query"})
+    register("anysplade-test", docs)
+    register("anysplade-test/train", docs, queries, Qrels({"q": {"d0": 1, "d1": 0}}))
+    register("anysplade-test/train/triples", docs, queries, Triples([("q", "d0", "d2")]))
 
 
 def test_ir_datasets_judgements_and_triples(tmp_path):

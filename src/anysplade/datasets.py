@@ -71,7 +71,9 @@ def is_collection(name: str) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return _found(path, _CORPUS) is not None or not any((path / f).exists() for f in ("config.json", "modules.json", "model"))
-    return path.suffix == ".zip" or name.lower() in (PYTHON_DOCS, NANO_BEIR) or (not path.exists() and ir_dataset(name) is not None)
+    if path.suffix == ".zip" or name.lower() in (PYTHON_DOCS, NANO_BEIR):
+        return True
+    return not path.exists() and any(ir_dataset(known) is not None for known in (name, f"{name}/test"))
 
 
 def collection_names(source: str) -> list[str]:

@@ -1,7 +1,6 @@
 """How good a model is on a collection, and at what cost."""
 
 import difflib
-import gzip
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from anysplade.head import resolve_model
 from anysplade.index import Postings
 from anysplade.options import Precision
 from anysplade.provenance import provenance
+from anysplade.sources import lines
 
 logger = logging.getLogger(__name__)
 
@@ -277,25 +277,20 @@ def read_run(path: str | Path) -> Run:
     """
     path = Path(path).expanduser()
     run: Run = {}
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                parts = line.split()
-                if not parts:
-                    continue
-                if len(parts) != 6:
-                    raise DataError(f"{path}:{number}: {len(parts)} columns; a run has query, Q0, document, rank, score, tag")
-                ranking = run.setdefault(parts[0], {})
-                if parts[2] in ranking:
-                    raise DataError(f"{path}:{number}: the document {parts[2]!r} stands twice in the ranking of {parts[0]!r}")
+    with lines(path) as numbered:
+        for number, line in numbered:
+            parts = line.split()
+            if not parts:
+                continue
+            if len(parts) != 6:
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a run has query, Q0, document, rank, score, tag")
+            ranking = run.setdefault(parts[0], {})
+            if parts[2] in ranking:
+                raise DataError(f"{path}:{number}: the document {parts[2]!r} stands twice in the ranking of {parts[0]!r}")
+            try:
                 ranking[parts[2]] = float(parts[4])
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a run file; a run is text in UTF-8") from None
-    except ValueError:
-        raise DataError(f"{path}:{number}: the score {parts[4]!r} is no number") from None
-    except (EOFError, gzip.BadGzipFile):
-        raise DataError(f"{path}: the compressed file is damaged or cut off") from None
+            except ValueError:
+                raise DataError(f"{path}:{number}: the score {parts[4][:40]!r} is no number") from None
     if not run:
         raise DataError(f"{path}: an empty run; each line is query, Q0, document, rank, score, tag")
     return run
@@ -303,12 +298,12 @@ def read_run(path: str | Path) -> Run:
 
 def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
     """Write a TREC run file; scores to the last digit, so that it measures the same."""
-    lines = [
+    rows = [
         f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
         for query_id, ranking in run.items()
         for rank, (document_id, score) in enumerate(ranking.items(), 1)
     ]
-    write_whole(path, "".join(lines))
+    write_whole(path, "".join(rows))
 
 
 def _require_trec_ids(collection: Collection) -> None:
