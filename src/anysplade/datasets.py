@@ -30,6 +30,7 @@ PYTHON_DOCS = "python-docs"
 class Document(NamedTuple):
     title: str
     text: str
+    metadata: dict[str, Any] | None = None  # to filter by; kept as it is
 
     @property
     def full_text(self) -> str:
