@@ -49,10 +49,8 @@ NEGATIVES = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "contrastive": {},
     "kl": {"objective": "kl"},
-    "margin-mse": {"objective": "margin-mse"},
     "contrastive + kl": {"objective": "contrastive + kl"},
 }
-WITH_CROSS_ENCODER = ("kl", "contrastive + kl")
 Cell = dict[str, Any]
 
 
@@ -161,8 +159,8 @@ def distillation(backbone: str, data: Path, out: Path, workers: int) -> list[dic
     groups: dict[tuple[str, str], list[Cell]] = {}
     for teacher in teachers:
         for objective, options in OBJECTIVES.items():
-            if teacher != "bm25" and objective not in WITH_CROSS_ENCODER:
-                continue
+            if objective == "contrastive" and teacher != "bm25":
+                continue  # it reads no scores
             groups[objective, "none" if objective == "contrastive" else teacher] = [
                 {
                     "backbone": backbone,

@@ -189,3 +189,59 @@ def test_mine_and_score(collection_folder, call_json, call, tmp_path):
     code, out, _ = call("score", tmp_path / "mined.jsonl", "--teacher", "bm25", "--out", tmp_path / "scored.jsonl")
     assert code == 0
     assert "examples scored by bm25" in out
+
+
+@pytest.fixture
+def indexed(backbone, tmp_path):
+    rows = [
+        {"_id": "a", "text": "kabel lodan", "metadata": {"lang": "en", "year": 2024}},
+        {"_id": "b", "text": "kabel mifil", "metadata": {"lang": "de", "year": 2025}},
+        {"_id": "c", "text": "nugor"},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["index", backbone, str(tmp_path / "corpus.jsonl"), "--out", str(tmp_path / "index"), "--top-k", "20"]) == 0
+    return tmp_path / "index"
+
+
+def test_filters(indexed, call_json, call):
+    def ids(*filters):
+        return {hit["id"] for hit in call_json("search", indexed, "kabel", "--filter", *filters)["hits"]}
+
+    assert ids("lang=en") == {"a"}
+    assert ids("lang=en", "lang=de") == {"a", "b"}
+    assert ids("lang=de", "year=2025") == {"b"}
+    assert ids("lang=de", "year=2024") == set()
+    assert call_json("search", indexed, "kabel", "--filter", "lang=en", "--exact")["hits"][0]["id"] == "a"
+    code, _, err = call("search", indexed, "kabel", "--filter", "lang")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_the_index_command_twice_does_nothing_twice(indexed, backbone, call_json, tmp_path):
+    before = (indexed / "index.json").stat().st_mtime_ns
+    again = call_json("index", backbone, tmp_path / "corpus.jsonl", "--out", indexed, "--top-k", 20)
+    assert again["documents"] == 3
+    assert (indexed / "index.json").stat().st_mtime_ns == before
+
+
+def test_exports(indexed, call_json, tmp_path):
+    written = call_json("export", indexed, "--format", "anserini", "--out", tmp_path / "anserini")
+    assert written["documents"] == 3
+    rows = [json.loads(line) for path in (tmp_path / "anserini").iterdir() for line in path.read_text().splitlines()]
+    assert {row["id"] for row in rows} == {"a", "b", "c"}
+    assert call_json("export", indexed, "--format", "ciff", "--out", tmp_path / "index.ciff")["documents"] == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "--out FOLDER or --to"),
+        (["--to", "lucene://host/name"], "no address of an engine"),
+        (["--to", "qdrant://127.0.0.1:1/name"], "refused; check its address"),
+    ],
+)
+def test_where_an_index_cannot_go(options, message, backbone, collection_folder, call):
+    code, out, err = call("index", backbone, collection_folder, *options)
+    assert code in (1, 2)
+    assert message in err
+    assert err.strip().count("\n") == 0
+    assert not out

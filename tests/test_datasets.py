@@ -43,10 +43,12 @@ def test_round_trip(folder):
 
 ids = st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=("Cs",)), min_size=1)
 texts = st.text(st.characters(exclude_categories=("Cs",)))
+metadata = st.none() | st.dictionaries(texts, texts | st.integers(), min_size=1, max_size=2)
+documents = st.builds(Document, texts, texts, metadata)
 
 
 @settings(max_examples=50, deadline=None)
-@given(corpus=st.dictionaries(ids, st.builds(Document, texts, texts), min_size=1), queries=st.dictionaries(ids, texts, min_size=1))
+@given(corpus=st.dictionaries(ids, documents, min_size=1), queries=st.dictionaries(ids, texts, min_size=1))
 def test_any_text_survives_the_disk(tmp_path_factory, corpus, queries):
     document = next(iter(corpus))
     collection = Collection("c", corpus, queries, {query: {document: 1} for query in queries})

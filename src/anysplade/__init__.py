@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     )
     from anysplade.evaluation import Evaluation, evaluate
     from anysplade.head import HeadReport, inspect_head, rescale_head
-    from anysplade.index import Hit, Index, TermMatch
+    from anysplade.index import Index
     from anysplade.mining import Mined, mine, score
     from anysplade.options import TrainingConfig
+    from anysplade.records import Hit, TermMatch
     from anysplade.training import TrainingResult, train
     from anysplade.training_data import load_pairs, read_pairs
 
@@ -40,7 +41,7 @@ _HOME = {
     "Evaluation": "evaluation",
     "Evaluations": "comparison",
     "HeadReport": "head",
-    "Hit": "index",
+    "Hit": "records",
     "Index": "index",
     "MeasureError": "errors",
     "Mined": "mining",
@@ -48,7 +49,7 @@ _HOME = {
     "OptionError": "errors",
     "OutputError": "errors",
     "Pair": "datasets",
-    "TermMatch": "index",
+    "TermMatch": "records",
     "TrainingConfig": "options",
     "TrainingResult": "training",
     "UsageError": "errors",

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import App, CycloptsError, Parameter
@@ -280,18 +280,44 @@ def compare(
 
 
 @_command
-def index(model: str, corpus: str, /, *, precision: Precision = "float32", out: Out, json: Json = False) -> _Shown:
-    """Encode a corpus and write an index.
+def index(
+    model: str,
+    corpus: str,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(name="--out")] = None,
+    to: str | None = None,
+    precision: Precision = "float32",
+    top_k: int | None = None,
+    workers: int = 1,
+    ray: bool = False,
+    json: Json = False,
+) -> _Shown:
+    """Encode a corpus and write an index; interrupted and started again, it goes on.
 
     Args:
         model: a sparse encoder's folder or hub id.
-        corpus: a JSONL file, a BEIR folder or python-docs.
-        precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
+        corpus: a JSONL or TSV file, a BEIR folder or zip, an ir_datasets id or python-docs.
         out: the index's folder.
+        to: a server instead: qdrant://host:6333/name or opensearch://host:9200/name.
+        precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
+        top_k: keep only the so many largest weights of each document: an approximation, recorded.
+        workers: processes that encode, each with the model.
+        ray: encode on a Ray cluster, workers at once.
     """
+    from anysplade.evaluation import default_cache
     from anysplade.index import Index
+    from anysplade.remote import RemoteIndex
 
-    built = Index.build(model, corpus, out, precision=precision, progress=_watched())
+    if (out is None) == (to is None):
+        raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
+    options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray, "progress": _watched()}
+    if to is not None:
+        sent = RemoteIndex.build(model, corpus, to, default_cache(), **options)
+        found = {"documents": len(sent), "index": to}
+        return _Shown(sent.about | found, [f"{len(sent):,} documents, at {to}", f'next: anysplade search {to} "your query"'])
+    assert out is not None
+    built = Index.build(model, corpus, out, **options)
     return _Shown(
         built.about | {"index": str(out)},
         [
@@ -302,19 +328,88 @@ def index(model: str, corpus: str, /, *, precision: Precision = "float32", out: 
 
 
 @_command
-def search(index: str, query: str, /, *, k: int = 10, json: Json = False) -> _Shown:
+def search(
+    index: str,
+    query: str,
+    /,
+    *,
+    k: int = 10,
+    filter: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    exact: bool = False,
+    json: Json = False,
+) -> _Shown:
     """Search an index; each hit says which terms made its score.
 
     Args:
-        index: an index's folder.
+        index: an index's folder, or its address on a server.
         query: the text to search for.
         k: how many hits at most.
+        filter: metadata that hits must have, as name=value; a name twice means any of its values.
+        exact: search the vectors in memory, in float64, instead of the engine.
     """
     from anysplade import report
+    from anysplade.remote import open_index
+
+    wanted: dict[str, list[Any]] = {}
+    for condition in filter or []:
+        name, equals, value = condition.partition("=")
+        if not name or not equals:
+            raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
+        with contextlib.suppress(ValueError):  # numbers and true are what they are in JSON; the rest is text
+            value = jsonlib.loads(value)
+        wanted.setdefault(name, []).append(value)
+    hits = open_index(index).search(query, k=k, explain=True, filter=wanted or None, exact=exact)
+    return _Shown({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
+
+
+@_command
+def size(
+    model: str,
+    /,
+    *,
+    documents: str,
+    corpus: str | None = None,
+    sample: int = 500,
+    qps: float = 100.0,
+    memory: float = 32.0,
+    json: Json = False,
+) -> _Shown:
+    """Tell what an index will need: bytes, postings a query, queries a second a core, shards, hours of encoding.
+
+    Args:
+        model: a sparse encoder's folder or hub id.
+        documents: how many, such as 100M.
+        corpus: texts like those that will be indexed; a collection brings its queries too.
+        sample: documents, and queries, that are encoded to measure.
+        qps: queries a second wanted.
+        memory: GiB of a machine, for postings.
+    """
+    from anysplade import report, sizing
+
+    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": _watched()}
+    found = sizing.size(model, sizing.parse_count(documents), **options)
+    return _Shown(found.to_dict(), report.size_lines(found))
+
+
+@_command
+def export(index: str, /, *, format: Literal["anserini", "ciff"], out: Out, quantization: int = 100, json: Json = False) -> _Shown:
+    """Write an index's vectors for Lucene: Anserini's JSONL, or the Common Index File Format.
+
+    Args:
+        index: an index's folder.
+        format: anserini (a folder of JSONL files) or ciff (one file).
+        out: the folder or file to write.
+        quantization: weights are written as whole numbers, times this.
+    """
+    from anysplade.engines import export as exporting
     from anysplade.index import Index
 
-    hits = Index.load(index).search(query, k=k, explain=True)
-    return _Shown({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
+    with Index.load(index) as opened:
+        tokenizer = opened.encoder.tokenizer
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
+        count = write(opened.store, tokens, out, quantization)
+    return _Shown({"documents": count, "out": str(out), "format": format}, [f"{count:,} documents in {out}"])
 
 
 @_command

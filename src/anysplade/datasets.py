@@ -116,7 +116,7 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
                 f"{name}: this ir_datasets id has no queries with judgements; name a subset that has, such as its /test"
             )
     if known is not None:
-        return _checked(name, _ir_corpus(known), _ir_queries(known), _ir_qrels(known))
+        return _checked(name, dict(_ir_corpus(known)), _ir_queries(known), _ir_qrels(known))
     if not path.exists():
         if not is_hub_id(name):
             raise DataError(f"{name}: no such collection; give a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}")
@@ -154,30 +154,42 @@ def _checked(name: str, corpus: dict[str, Document], queries: dict[str, str], qr
 
 
 def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> dict[str, Document]:
-    """Documents by id, in file order: of a JSONL or TSV file, of a folder or zip that holds a collection, of an
-    ir_datasets id, or of ``"python-docs"``.
+    """Documents by id, in file order; ``iter_corpus`` has the sources.
 
     Raises:
-        DataError: no such file, no document in it, or a malformed line, which is named.
+        DataError: no document in it, or as ``iter_corpus`` does.
+    """
+    corpus = dict(iter_corpus(source, progress=progress))
+    if not corpus:
+        raise DataError(f"{source}: the corpus is empty; it needs one JSON object a line, with _id and text")
+    return corpus
+
+
+def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> Iterator[tuple[str, Document]]:
+    """Ids and documents one after the other: of a JSONL or TSV file, of a folder or zip that holds a collection, of an
+    ir_datasets id, or of ``"python-docs"``. Of what was read only the ids stay in memory, to find one that stands twice.
+
+    Raises:
+        DataError: no such file, or a malformed line, which is named.
     """
     if isinstance(source, zipfile.Path):
         path: Place = source
     elif str(source) == PYTHON_DOCS:
-        return load_python_docs(progress=progress)[0].corpus
+        yield from load_python_docs(progress=progress)[0].corpus.items()
+        return
     else:
         path = Path(source).expanduser()
         if not path.exists():
             known = ir_dataset(str(source))
             if known is None:
                 raise DataError(f"{source}: no such corpus; give a BEIR folder, a JSONL file, an ir_datasets id or {PYTHON_DOCS!r}")
-            return _ir_corpus(known)
+            yield from _ir_corpus(known)
+            return
         if path.is_file() and path.suffix == ".zip":
             path = zip_folder(path)
     file = _part(path, _CORPUS, "corpus.jsonl") if path.is_dir() else path
-    corpus = {id_: Document(title, text) for id_, title, text in _texts_by_id(file)}
-    if not corpus:
-        raise DataError(f"{file}: the corpus is empty; it needs one JSON object a line, with _id and text")
-    return corpus
+    for id_, title, text, metadata in _texts_by_id(file):
+        yield id_, Document(title, text, metadata)
 
 
 def read_queries(folder: Place) -> dict[str, str]:
@@ -188,7 +200,7 @@ def read_queries(folder: Place) -> dict[str, str]:
     if sgml:
         with lines(file) as numbered:
             return dict(_topics("\n".join(line for _, line in numbered), file))
-    return {id_: text for id_, _, text in _texts_by_id(file)}
+    return {id_: text for id_, _, text, _ in _texts_by_id(file)}
 
 
 # In a folder: BEIR's names first, then those that TREC collections have.
@@ -208,26 +220,32 @@ def _part(folder: Place, names: Sequence[str], said: str) -> Place:
     return path
 
 
-def _texts_by_id(path: Place) -> Iterator[tuple[str, str, str]]:
-    """Id, title and text of each line, in JSON or separated by tabs (id, text or id, title, text)."""
+def _texts_by_id(path: Place) -> Iterator[tuple[str, str, str, dict[str, Any] | None]]:
+    """Id, title, text and metadata of each line, in JSON or separated by tabs (id, text or id, title, text)."""
     seen: dict[str, int] = {}
-    for number, id_, title, text in _tab_rows(path) if ".tsv" in path.name else _json_rows(path):
+    for number, id_, title, text, metadata in _tab_rows(path) if ".tsv" in path.name else _json_rows(path):
         if id_ in seen:
             raise DataError(f"{path}:{number}: the id {id_[:80]!r} stands already in line {seen[id_]}; ids must be unique")
         seen[id_] = number
-        yield id_, title, text
+        yield id_, title, text, metadata
 
 
-def _json_rows(path: Place) -> Iterator[tuple[int, str, str, str]]:
+Line = tuple[int, str, str, str, dict[str, Any] | None]
+
+
+def _json_rows(path: Place) -> Iterator[Line]:
     for number, row in json_lines(path):
         id_ = next((row[name] for name in _ID if name in row), None)
         if not isinstance(id_, str | int) or isinstance(id_, bool) or id_ == "":
             raise DataError(f'{path}:{number}: no "_id"; each line needs _id and text')
         name = next((name for name in _TEXT if name in row), "text")
-        yield number, str(id_), str(row.get("title") or ""), _text(row, path, number, name)
+        metadata = row.get("metadata") or None
+        if metadata is not None and not isinstance(metadata, dict):
+            raise DataError(f'{path}:{number}: "metadata" is no object; give names and values')
+        yield number, str(id_), str(row.get("title") or ""), _text(row, path, number, name), metadata
 
 
-def _tab_rows(path: Place) -> Iterator[tuple[int, str, str, str]]:
+def _tab_rows(path: Place) -> Iterator[Line]:
     with lines(path) as numbered:
         for number, line in numbered:
             parts = line.split("\t")
@@ -235,7 +253,7 @@ def _tab_rows(path: Place) -> Iterator[tuple[int, str, str, str]]:
                 continue
             if not 2 <= len(parts) <= 3 or not parts[0]:
                 raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, with a tab between")
-            yield number, parts[0], parts[1] if len(parts) == 3 else "", parts[-1]
+            yield number, parts[0], parts[1] if len(parts) == 3 else "", parts[-1], None
 
 
 def _topics(text: str, path: Place) -> Iterator[tuple[str, str]]:
@@ -281,12 +299,10 @@ def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict
     return qrels
 
 
-def _ir_corpus(dataset: Any) -> dict[str, Document]:
-    corpus = {}
+def _ir_corpus(dataset: Any) -> Iterator[tuple[str, Document]]:
     for document in dataset.docs_iter():
         titled = hasattr(document, "title") and hasattr(document, "text")
-        corpus[document.doc_id] = Document(document.title or "", document.text) if titled else Document("", document.default_text())
-    return corpus
+        yield document.doc_id, Document(document.title or "", document.text) if titled else Document("", document.default_text())
 
 
 def _ir_queries(dataset: Any) -> dict[str, str]:
@@ -347,7 +363,10 @@ def write_collection(folder: str | Path, collection: Collection, pairs: Iterable
     with whole_folder(folder) as work:
         _write_jsonl(
             work / "corpus.jsonl",
-            ({"_id": id_, "title": document.title, "text": document.text} for id_, document in collection.corpus.items()),
+            (
+                {"_id": id_} | {name: value for name, value in document._asdict().items() if value is not None}
+                for id_, document in collection.corpus.items()
+            ),
         )
         _write_jsonl(work / "queries.jsonl", ({"_id": id_, "text": text} for id_, text in collection.queries.items()))
         (work / "qrels").mkdir()

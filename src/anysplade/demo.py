@@ -15,9 +15,10 @@ from anysplade.datasets import load_collection, load_python_docs, write_collecti
 from anysplade.errors import OutputError
 from anysplade.evaluation import evaluate
 from anysplade.files import write_whole
-from anysplade.index import Hit, Index
+from anysplade.index import Index
 from anysplade.options import Choice, TrainingConfig
 from anysplade.python_docs import PACKAGES
+from anysplade.records import Hit
 from anysplade.training import train
 from anysplade.training_data import load_pairs
 

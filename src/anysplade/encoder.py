@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
@@ -141,8 +140,8 @@ def fingerprint(source: str) -> str | None:
     """
     folder = Path(source)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(source, "config.json")
-        return Path(cached).parent.name if isinstance(cached, str) else None
+        found = load_file_path(source, "modules.json") or load_file_path(source, "config.json")
+        return None if found is None else Path(found).parent.name
     digest = hashlib.sha256()
     files = (path for path in folder.rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
     for path in sorted(files):

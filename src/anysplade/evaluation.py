@@ -23,8 +23,8 @@ from anysplade.encoding import encode, prune, resolve_precision
 from anysplade.errors import DataError, MeasureError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
-from anysplade.index import Postings
 from anysplade.options import Precision
+from anysplade.postings import Postings
 from anysplade.provenance import provenance
 from anysplade.sources import lines
 

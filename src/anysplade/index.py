@@ -1,159 +1,136 @@
-"""An index on disk: postings and an id table; exact search, and why a document matched.
-
-On disk: ``index.json`` (what it was built from), ``indptr.npy``, ``documents.npy`` and
-``weights.npy`` (postings by term, memory-mapped when searched), ``corpus.jsonl`` and
-``offsets.npy`` (where each document begins in it).
-"""
+"""An index in a folder: a corpus encoded by a model, searched by text, and why a document matched."""
 
 import json
-from dataclasses import asdict, dataclass
-from functools import cached_property
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
+from tqdm import tqdm
 
-from anysplade.datasets import Document, hash_texts, read_corpus
+from anysplade.datasets import Document, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder
-from anysplade.encoding import encode, resolve_precision
-from anysplade.errors import DataError, ModelError, OptionError
-from anysplade.files import require_empty, whole_folder
+from anysplade.encoding import encode, prune
+from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
+from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision
 from anysplade.provenance import provenance
+from anysplade.records import Encoded, Hit, TermMatch
+from anysplade.shards import encode_corpus, read_shard
+from anysplade.store import BATCH, Filter, Store
 
-_ARRAYS = {"indptr": np.int64, "documents": np.int32, "weights": np.float32}  # of the postings
-
-
-@dataclass(frozen=True)
-class TermMatch:
-    """A term that query and document share; ``product`` is its part of the score."""
-
-    term: str
-    query_weight: float
-    document_weight: float
-    product: float
-
-
-@dataclass(frozen=True)
-class Hit:
-    id: str
-    score: float
-    title: str
-    text: str
-    terms: list[TermMatch] | None = None  # with explain: largest product first; they sum to the score
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Postings:
-    """Documents by term, as a CSC matrix: exact dot products, one term at a time."""
-
-    indptr: np.ndarray  # (vocabulary + 1,)
-    documents: np.ndarray  # (nonzeros,) rising within a term
-    weights: np.ndarray  # (nonzeros,) float32
-    count: int  # of documents
-
-    @classmethod
-    def from_documents(cls, matrix: sparse.csr_matrix) -> "Postings":
-        columns = matrix.tocsc()
-        columns.sort_indices()
-        return cls(columns.indptr.astype(np.int64), columns.indices.astype(np.int32), columns.data, matrix.shape[0])
-
-    def top(self, terms: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k documents of highest score above 0, and their scores in float64; ties by position.
-
-        Time: one pass over the postings of the query's terms and two over the documents' scores.
-        """
-        scores = np.zeros(self.count)
-        for term, weight in zip(terms, weights, strict=True):
-            span = slice(self.indptr[term], self.indptr[term + 1])
-            scores[self.documents[span]] += np.multiply(self.weights[span], weight, dtype=np.float64)
-        if k < self.count:
-            bound = np.partition(scores, self.count - k)[self.count - k]
-            candidates = np.flatnonzero(scores >= max(bound, np.nextafter(0, 1)))
-        else:
-            candidates = np.flatnonzero(scores)
-        best = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
-        return best, scores[best]
-
-    def weight(self, term: int, document: int) -> float:
-        start, end = self.indptr[term], self.indptr[term + 1]
-        at = start + np.searchsorted(self.documents[start:end], document)
-        return float(self.weights[at]) if at < end and self.documents[at] == document else 0.0
+FORMAT = 2
 
 
 class Index:
-    """A corpus encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``."""
+    """Documents encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``.
 
-    def __init__(self, folder: Path, about: dict[str, Any], postings: Postings, encoder: SparseEncoder | None = None) -> None:
+    ``store`` has the documents and their vectors, and searches by vector.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder = folder
         self.about = about
-        self.postings = postings
-        self._encoder = encoder
+        self.store = Store(folder, about["vocabulary"])
+        self._encoder: SparseEncoder | None = None
 
     @classmethod
     def build(
         cls,
         model: str | Path,
-        corpus: str | Path | dict[str, Document],
+        corpus: str | Path | Mapping[str, Document],
         output: str | Path,
         *,
         precision: Precision = "float32",
+        top_k: int | None = None,
+        workers: int = 1,
+        ray: bool = False,
         progress: bool = False,
     ) -> "Index":
-        """Encode a corpus (JSONL file, BEIR folder, ``"python-docs"``, or documents by id) and write its index.
+        """Encode a corpus and index it. Interrupted and called again with the same arguments, it goes on.
 
-        The folder appears when all is written. The model is referred to, not copied. ``precision``
-        is that of encoding; see ``anysplade.encoding.encode``.
+        The model is referred to, not copied. An unfinished index cannot be opened.
+
+        Args:
+            corpus: what ``iter_corpus`` reads, or documents by id.
+            precision: of encoding; see ``anysplade.encoding.encode``.
+            top_k, workers, ray: see ``anysplade.shards.encode_corpus``.
 
         Raises:
-            OutputError: the output folder is not empty.
-            ModelError, DataError: as ``open_encoder`` and ``read_corpus`` do.
+            OutputError: the folder is not empty, or holds an index made in another way.
+            ModelError, DataError: as ``open_encoder`` and ``iter_corpus`` do.
         """
         output = Path(output).expanduser()
-        require_empty(output)
-        name = str(corpus) if isinstance(corpus, str | Path) else "documents in memory"
-        documents = corpus if isinstance(corpus, dict) else read_corpus(corpus, progress=progress)
-        encoder = open_encoder(model)
-        used = resolve_precision(precision, encoder.device)
-        texts = [document.full_text for document in documents.values()]
-        postings = Postings.from_documents(encode(encoder, texts, "document", precision=used, progress=progress))
         source = resolve_model(model)
-        about = {
-            "format": 1,
-            "model": str(Path(source).resolve()) if Path(source).is_dir() else source,
-            "model_fingerprint": fingerprint(source),
-            "corpus": name,
-            "data_hash": hash_texts([*documents, *texts]),
-            "documents": len(documents),
-            "vocabulary": len(postings.indptr) - 1,
-            "precision": used,
-            "document_active_dims": len(postings.documents) / len(documents),
+        asked = describe_model(source) | {
+            "corpus": str(corpus) if isinstance(corpus, str | Path) else "documents in memory",
+            "precision": precision,
+            "top_k": top_k,
+        }
+        about = _claim(output, asked)
+        if about is not None and about["complete"]:
+            if not isinstance(corpus, str | Path):
+                raise OutputError(f"{output}: the folder is not empty: it holds an index; load it, and add to it")
+            return cls.load(output)
+        new = not output.exists() or not any(output.iterdir())
+        try:
+            if isinstance(corpus, str | Path):
+                options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray}
+                manifest = encode_corpus(source, corpus, output / "shards", progress=progress, **options)
+                index = cls._begin(output, asked | {"vocabulary": manifest["vocabulary"]})
+                index._take_in(manifest, corpus, progress)
+            else:
+                encoder = open_encoder(source)
+                index = cls._begin(output, asked | {"vocabulary": encoder.get_embedding_dimension()})
+                index.add(corpus, progress=progress)
+        except AnyspladeError:
+            if new:  # a mistake leaves nothing behind; an interruption leaves what is done
+                shutil.rmtree(output, ignore_errors=True)
+            raise
+        index.store.optimize()
+        index.about |= {
+            "complete": True,
+            "documents": len(index),
+            "document_active_dims": index.store.postings / max(1, len(index)),
             "provenance": provenance(),
         }
-        with whole_folder(output) as folder:
-            for array, type_ in _ARRAYS.items():
-                np.save(folder / f"{array}.npy", getattr(postings, array).astype(type_, copy=False))
-            offsets = np.zeros(len(documents), np.int64)
-            with open(folder / "corpus.jsonl", "wb") as file:
-                for i, (id_, document) in enumerate(documents.items()):
-                    offsets[i] = file.tell()
-                    file.write(json.dumps({"_id": id_} | document._asdict()).encode() + b"\n")
-            np.save(folder / "offsets.npy", offsets)
-            (folder / "index.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        return cls(output, about, postings, encoder)
+        write_whole(output / "index.json", json.dumps(index.about, indent=2) + "\n")
+        shutil.rmtree(output / "shards", ignore_errors=True)
+        return index
+
+    @classmethod
+    def _begin(cls, output: Path, about: dict[str, Any]) -> "Index":
+        """An empty index, or the unfinished one; the description is written last, so that what has one has all."""
+        about = about | {"complete": False}
+        if not (output / "index.json").exists():
+            Store.create(output)
+            write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
+        return cls(output, about)
+
+    def _take_in(self, manifest: dict[str, Any], corpus: str | Path, progress: bool) -> None:
+        """The shards' vectors with the corpus's texts, a transaction each; those that are in are passed over."""
+        done = self.store.shards
+        texts = iter_corpus(corpus)
+        for shard in tqdm(manifest["shards"], desc="indexing", unit="shard", disable=not progress, leave=False):
+            documents = list(islice(texts, shard["documents"]))
+            if shard["number"] in done:
+                continue
+            ids, rows = read_shard(self.folder / "shards" / shard["file"])
+            if ids != [id_ for id_, _ in documents]:
+                raise DataError(f"{corpus}: changed while it was indexed; remove {self.folder} and start again")
+            self.store.put(as_encoded(ids, [document for _, document in documents], rows), shard["number"])
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":
-        """Open an index; its postings stay on disk, memory-mapped.
+        """Open an index.
 
         Raises:
-            DataError: no index there, or a damaged one.
+            DataError: no index there, an unfinished one, a damaged one, or one of another format.
         """
         folder = Path(folder).expanduser()
         if not (folder / "index.json").is_file():
@@ -162,24 +139,26 @@ class Index:
             )
         try:
             about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: the index is damaged ({error}); build it again".replace("\n", " ")) from error
-        return cls(folder, about, Postings(**arrays, count=about["documents"]))
+        except ValueError as error:
+            raise DataError(f"{folder}: the index is damaged (index.json: {error}); build it again") from error
+        if about.get("format") != FORMAT:
+            raise DataError(f"{folder}: an index of format {about.get('format')}, this version reads {FORMAT}; build it again")
+        if not about["complete"]:
+            raise DataError(f"{folder}: an index whose making was interrupted; run the same index command again, it goes on")
+        return cls(folder, about)
+
+    def close(self) -> None:
+        """Let go of the engine, so that another process can have it."""
+        self.store.close()
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
-        return self.postings.count
-
-    def document(self, position: int) -> tuple[str, Document]:
-        """Id and content of the document at a position of the corpus."""
-        with open(self.folder / "corpus.jsonl", "rb") as file:
-            file.seek(self._offsets[position])
-            row = json.loads(file.readline())
-        return row["_id"], Document(row["title"], row["text"])
-
-    @cached_property
-    def _offsets(self) -> np.ndarray:
-        return np.load(self.folder / "offsets.npy", mmap_mode="r")
+        return len(self.store)
 
     @property
     def encoder(self) -> SparseEncoder:
@@ -189,15 +168,51 @@ class Index:
             ModelError: it is gone, or is not the one the index was built with.
         """
         if self._encoder is None:
-            name = self.about["model"]
-            encoder = open_encoder(name)
-            if fingerprint(resolve_model(name)) != self.about["model_fingerprint"]:
-                raise ModelError(f"{name}: the model changed since {self.folder} was built; build the index again")
-            self._encoder = encoder
+            self._encoder = open_same_model(self.about["model"], self.about["model_fingerprint"], str(self.folder))
         return self._encoder
 
-    def search(self, query: str, k: int = 10, explain: bool = False) -> list[Hit]:
-        """The k best documents for a query: exact scores above 0, best first, ties in corpus order.
+    def add(self, documents: Mapping[str, Document], progress: bool = False) -> None:
+        """Add documents, or replace those whose id is there already.
+
+        Raises:
+            OutputError: another process holds the index.
+            ModelError: the model is gone, was changed, or gives a vector that cannot be indexed.
+        """
+        ids = list(documents)
+        for start in range(0, len(ids), BATCH):
+            part = {id_: documents[id_] for id_ in ids[start : start + BATCH]}
+            rows = encode(self.encoder, [document.full_text for document in part.values()], "document", progress=progress)
+            if self.about["top_k"] is not None:
+                rows = prune(rows, self.about["top_k"])
+            self.store.put(as_encoded(list(part), list(part.values()), rows))
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove documents; how many of them there were.
+
+        Raises:
+            OutputError: another process holds the index.
+        """
+        return self.store.delete(ids)
+
+    def snapshot(self, folder: str | Path) -> None:
+        """A consistent copy, also while the index is written to; its engine is made when it is first opened.
+
+        Raises:
+            OutputError: the folder is not empty.
+        """
+        folder = Path(folder).expanduser()
+        self.store.snapshot(folder)
+        write_whole(folder / "index.json", json.dumps(self.about, indent=2) + "\n")
+
+    def search(
+        self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """The k best documents for a query: scores above 0, best first, ties in the order in which they were added.
+
+        Args:
+            explain: with the terms that query and document share, whose products sum to the score.
+            filter: metadata that hits must have: ``{"lang": "en"}``, or a list for any of several values.
+            exact: search the vectors in memory, in float64, instead of the engine, in float32.
 
         Raises:
             OptionError: k is below 1.
@@ -206,19 +221,61 @@ class Index:
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         vector = encode(self.encoder, [query], "query")
-        found, scores = self.postings.top(vector.indices, vector.data, k)
+        found = self.store.search(vector.indices, vector.data, k, filter, exact)
+        documents = self.store.documents([position for position, _ in found])
         hits = []
-        for document, score in zip(found.tolist(), scores.tolist(), strict=True):
-            id_, content = self.document(document)
-            terms = self._explain(vector, document) if explain else None
-            hits.append(Hit(id_, score, content.title, content.text, terms))
+        for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
+            matches = explain_score(self.encoder, vector, terms, weights) if explain else None
+            score = score if matches is None else sum(match.product for match in matches)
+            hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches))
         return hits
 
-    def _explain(self, vector: sparse.csr_matrix, document: int) -> list[TermMatch]:
-        names = self.encoder.tokenizer.convert_ids_to_tokens(vector.indices.tolist())
-        matches = []
-        for name, term, query_weight in zip(names, vector.indices, vector.data.tolist(), strict=True):
-            weight = self.postings.weight(term, document)
-            if weight:
-                matches.append(TermMatch(name, query_weight, weight, query_weight * weight))
-        return sorted(matches, key=lambda match: -match.product)
+
+def explain_score(encoder: SparseEncoder, query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
+    """The terms that a query (one row) and a document share, the largest product first."""
+    shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
+    names = encoder.tokenizer.convert_ids_to_tokens(shared.tolist())
+    pairs = zip(names, query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
+    matches = [TermMatch(name, ours, theirs, ours * theirs) for name, ours, theirs in pairs]
+    return sorted(matches, key=lambda match: -match.product)
+
+
+def open_same_model(name: str, known: str | None, where: str) -> SparseEncoder:
+    """The model that something was made with.
+
+    Raises:
+        ModelError: it is gone, or is another one by now.
+    """
+    encoder = open_encoder(name)
+    if fingerprint(resolve_model(name)) != known:
+        raise ModelError(f"{name}: the model changed since {where} was built; build the index again")
+    return encoder
+
+
+def describe_model(source: str) -> dict[str, Any]:
+    """What an index says of its model."""
+    place = str(Path(source).resolve()) if Path(source).is_dir() else source
+    return {"format": FORMAT, "model": place, "model_fingerprint": fingerprint(source)}
+
+
+def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call left in the folder, if it was for the same index."""
+    if not (output / "index.json").is_file():
+        inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
+        unfinished = {name for name in inside if name in ("shards", "engine") or name.startswith("documents.sqlite")}
+        if output.is_file() or inside - unfinished or (inside and "shards" not in inside):
+            raise OutputError(f"{output}: the folder is not empty; name a new one with --out, or remove it first")
+        return None
+    about = json.loads((output / "index.json").read_text(encoding="utf-8"))
+    different = [name for name in asked if about.get(name) != asked[name]]
+    if different:
+        raise OutputError(
+            f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name a new one with --out"
+        )
+    return about
+
+
+def as_encoded(ids: Sequence[str], documents: Sequence[Document], rows: sparse.csr_matrix) -> Iterator[Encoded]:
+    for i, (id_, document) in enumerate(zip(ids, documents, strict=True)):
+        row = slice(rows.indptr[i], rows.indptr[i + 1])
+        yield Encoded(id_, document, rows.indices[row], rows.data[row])

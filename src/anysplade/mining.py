@@ -24,7 +24,7 @@ from anysplade.encoder import open_encoder
 from anysplade.encoding import encode
 from anysplade.errors import DataError, ModelError, OptionError, OutputError
 from anysplade.files import write_whole
-from anysplade.index import Postings
+from anysplade.postings import Postings
 from anysplade.provenance import provenance
 from anysplade.training_data import load_pairs
 

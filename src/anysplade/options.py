@@ -13,6 +13,7 @@ BiasPolicy = Literal["scale", "keep"]
 Regularizer = Literal["flops", "df-flops", "l1"]
 OnCollapse = Literal["warn", "stop", "recalibrate"]
 Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
+WeightType = Literal["float32", "float16"]  # of stored vectors
 TrainingPrecision = Literal["float32", "bfloat16"]
 Pooling = Literal["max", "sum"]
 QueryEncoder = Literal["mlm", "idf", "static"]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anysplade.datasets import Document
+from anysplade.errors import DataError
 
 
 class Encoded(NamedTuple):
@@ -15,6 +16,31 @@ class Encoded(NamedTuple):
     document: Document
     terms: np.ndarray  # (active dims,) int32
     weights: np.ndarray  # (active dims,) float32
+
+
+def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
+    """The same as int32 and float32, each (active dims,).
+
+    Engines accept more than they can search: Qdrant takes NaN, and doubled terms change scores after a reload.
+
+    Raises:
+        DataError: lengths differ, terms are not whole numbers that rise from 0 or more to less than the vocabulary, or a
+            weight is not finite and above 0.
+    """
+    terms, weights = np.asarray(terms), np.asarray(weights)
+    if terms.ndim != 1 or terms.shape != weights.shape:
+        raise DataError(f"{said}: terms {terms.shape} and weights {weights.shape}; a vector has one weight for each term")
+    if not len(terms):
+        return terms.astype(np.int32), weights.astype(np.float32)
+    if terms.dtype.kind not in "iu" or terms[0] < 0 or not (terms[1:] > terms[:-1]).all():
+        raise DataError(f"{said}: its terms must be int32, 0 or more, rising and each once; sort them and add up what stands twice")
+    if terms[-1] >= vocabulary:
+        raise DataError(f"{said}: a term id outside of the vocabulary of {vocabulary:,}; the vector is of another model")
+    with np.errstate(over="ignore"):
+        weights = weights.astype(np.float32)
+    if not (np.isfinite(weights) & (weights > 0)).all():
+        raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
+    return terms.astype(np.int32), weights
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from anysplade.comparison import Evaluations
     from anysplade.demo import DemoResult
     from anysplade.head import HeadReport
-    from anysplade.index import Hit
+    from anysplade.records import Hit
+    from anysplade.sizing import Size
     from anysplade.training import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
@@ -197,6 +198,30 @@ def curve_figure(curves: Sequence[dict[str, Any]], metric: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
+
+
+def size_lines(found: "Size") -> list[RenderableType]:
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("measured on", f"{found.sampled_documents} documents, {found.sampled_queries} queries: {found.sampled_from}"),
+        (
+            "active dims",
+            f"{found.query_active_dims:.1f} a query, {found.document_active_dims:.1f} a document; FLOPS {found.flops:.2f}",
+        ),
+        (
+            "this machine",
+            f"{found.texts_per_second:,.0f} texts/s encoded; {found.ns_per_posting:.2f} ns a posting "
+            f"({found.floor_ns_per_posting:.2f} at its bandwidth)",
+        ),
+        ("documents", f"{found.documents:,}"),
+        ("postings", f"{found.postings:.3g}, of which a query reads {found.postings_per_query:.3g}"),
+        ("index", f"{found.index_bytes / 2**30:,.1f} GiB of postings, {found.text_bytes / 2**30:,.1f} GiB of texts"),
+        ("a query on a core", f"{1000 * found.seconds_per_query:,.1f} ms; {found.qps_per_core:,.2f} queries/s"),
+        (f"for {found.qps:g} queries/s", f"{found.cores:,} cores, {found.shards:,} shards of {found.memory_gib:g} GiB"),
+        ("encoding", f"{found.encoding_hours:,.1f} hours on one machine like this"),
+    ):
+        table.add_row(name, value)
+    return [table, *(f"assumed: {assumption}" for assumption in found.assumptions)]
 
 
 def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:

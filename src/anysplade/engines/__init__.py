@@ -1,0 +1,63 @@
+"""Search engines that run as servers, and files for engines that read an index.
+
+engine = open_engine("qdrant://localhost:6333/docs")
+engine.create({"model": name, "model_fingerprint": fingerprint})
+engine.upload(documents)
+engine.search(terms, weights, k=10)
+"""
+
+import os
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from anysplade.engines.export import export_anserini, export_ciff
+from anysplade.errors import OptionError
+
+if TYPE_CHECKING:  # the libraries are optional
+    from anysplade.engines.opensearch import OpenSearchEngine
+    from anysplade.engines.qdrant import QdrantEngine
+
+__all__ = ["export_anserini", "export_ciff", "open_engine"]
+
+_LIBRARIES = {"qdrant": "qdrant_client", "opensearch": "opensearchpy"}  # by extra
+_NAME = {"qdrant": r"[A-Za-z0-9][\w.-]{0,254}", "opensearch": r"[a-z0-9][a-z0-9_.-]{0,254}"}  # what both the server and a URL take
+_EXAMPLES = "qdrant://localhost:6333/docs, opensearch://user:password@localhost:9200/docs; qdrants:// and opensearchs:// are https"
+
+
+def open_engine(address: str) -> "QdrantEngine | OpenSearchEngine":
+    """The engine at an address, ``SCHEME://HOST[:PORT]/NAME``; nothing is sent yet.
+
+    Schemes: ``qdrant`` and ``opensearch`` (http), ``qdrants`` and ``opensearchs`` (https). Qdrant's API key is read from
+    ``QDRANT_API_KEY``; OpenSearch's user and password stand before the host, percent-encoded.
+
+    Raises:
+        OptionError: malformed, or the engine's library is not installed.
+    """
+    # No message repeats a password.
+    said = re.sub(r"//.*@", "//...@", address)
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError as error:
+        raise OptionError(f"{said}: no address of an engine ({error}); such as {_EXAMPLES}") from None
+    kind, secure, name = parts.scheme.removesuffix("s"), parts.scheme.endswith("s"), parts.path.removeprefix("/")
+    if kind not in _NAME or not parts.hostname or parts.query or parts.fragment:
+        raise OptionError(f"{said}: no address of an engine; such as {_EXAMPLES}")
+    if not re.fullmatch(_NAME[kind], name, re.ASCII):
+        raise OptionError(f"{said}: {name!r} cannot be the name of a collection; letters (OpenSearch: small), digits and _ . - can")
+    if kind == "qdrant" and parts.username is not None:
+        raise OptionError(f"{said}: Qdrant has no users; put its key into the environment as QDRANT_API_KEY")
+    try:
+        if kind == "qdrant":
+            from anysplade.engines.qdrant import QdrantEngine
+
+            return QdrantEngine.at(parts.hostname, port or 6333, name, secure, os.environ.get("QDRANT_API_KEY"))
+        from anysplade.engines.opensearch import OpenSearchEngine
+
+        login = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
+        return OpenSearchEngine.at(parts.hostname, port or 9200, name, secure, login)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != _LIBRARIES[kind]:
+            raise
+        raise OptionError(f'{said}: its library is not installed; pip install "anysplade[{kind}]"') from None

@@ -1,0 +1,188 @@
+"""Files for engines that read an index: Anserini's and Pyserini's JSONL, and the Common Index File Format.
+
+Both hold whole numbers: weights times ``quantization``, rounded, zeros dropped. A query's weights have to be
+quantized too. A token that is empty, holds white space, stands twice in the vocabulary or is no UTF-8 would be lost or
+merged with another; it is written as ``[term:ID]``, and has to be in queries.
+"""
+
+import json
+import os
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from anysplade.engines.sending import check_vector
+from anysplade.errors import DataError, OptionError, OutputError
+from anysplade.files import whole_folder
+from anysplade.records import Encoded
+
+_DOCUMENTS_A_FILE = 100_000
+_INT32 = 2**31 - 1
+
+
+def export_anserini(documents: Iterable[Encoded], tokens: Sequence[str], folder: str | Path, quantization: int = 100) -> int:
+    """Write a JsonVectorCollection, for ``IndexCollection -impact -pretokenized``; returns the number of documents.
+
+    Of the documents only the ids stay in memory.
+
+    Args:
+        tokens: (vocabulary,) by term id.
+        folder: gets ``0000.jsonl`` and so on, of 100,000 documents each.
+
+    Raises:
+        OutputError: ``folder`` is not empty.
+        DataError: a vector is malformed, or an id stands twice, is empty or holds white space, which run files cannot.
+    """
+    names, count = _names(tokens), 0
+    with whole_folder(folder) as work, ExitStack() as files:
+        for document, terms, impacts in _quantized(documents, len(names), quantization):
+            if count % _DOCUMENTS_A_FILE == 0:
+                files.close()
+                file = files.enter_context(open(work / f"{count // _DOCUMENTS_A_FILE:04}.jsonl", "w", encoding="utf-8"))
+            vector = {names[term]: impact for term, impact in zip(terms.tolist(), impacts.tolist(), strict=True)}
+            file.write(json.dumps({"id": document.id, "contents": document.document.full_text, "vector": vector}) + "\n")
+            count += 1
+        files.close()
+    return count
+
+
+def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str], path: str | Path, quantization: int = 100) -> int:
+    """Write a Common Index File (https://github.com/osirrc/ciff); returns the number of documents.
+
+    Postings by term need all documents at once: about 20 bytes of memory a posting at the peak. The length of a document
+    is the sum of its quantized weights.
+
+    Args:
+        tokens: (vocabulary,) by term id.
+
+    Raises:
+        OutputError: ``path`` is a folder.
+        DataError: as ``export_anserini``.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file in it")
+    names, ids, lengths = _names(tokens), [], array("q")
+    indices, data, indptr = array("i"), array("i"), array("q", [0])
+    for document, terms, impacts in _quantized(documents, len(names), quantization):
+        ids.append(document.id)
+        indices.frombytes(terms.tobytes())
+        data.frombytes(impacts.astype(np.int32).tobytes())
+        indptr.append(len(indices))
+        lengths.append(int(impacts.sum()))
+        if lengths[-1] > _INT32:
+            raise DataError(f"document {document.id[:80]!r}: its weights' sum times {quantization} is no int32; quantize with less")
+    rows = sparse.csr_matrix((np.asarray(data), np.asarray(indices), np.asarray(indptr)), shape=(len(ids), len(names)))
+    columns = rows.tocsc()  # document numbers rise within a term
+    used = sorted(np.flatnonzero(np.diff(columns.indptr)).tolist(), key=lambda term: names[term].encode())
+    total = sum(lengths)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(work, "wb") as file:
+            counts = [(1, 1), (2, len(used)), (3, len(ids)), (4, len(used)), (5, len(ids)), (6, total)]
+            mean = b"\x39" + struct.pack("<d", total / max(1, len(ids)))  # field 7, a double
+            said = f"anysplade; impacts are weights times {quantization}"
+            file.write(_delimited(b"".join(_number(*count) for count in counts) + mean + _bytes(8, said.encode())))
+            for term in used:
+                span = slice(columns.indptr[term], columns.indptr[term + 1])
+                numbers, impacts = columns.indices[span].astype(np.int64), columns.data[span].astype(np.int64)
+                head = _bytes(1, names[term].encode()) + _number(2, len(numbers)) + _number(3, int(impacts.sum()))
+                file.write(_delimited(head + _postings(np.diff(numbers, prepend=0), impacts)))
+            for number, (id_, length) in enumerate(zip(ids, lengths, strict=True)):
+                file.write(_delimited(_number(1, number) + _bytes(2, id_.encode()) + _number(3, length)))
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
+    return len(ids)
+
+
+def _names(tokens: Sequence[str]) -> list[str]:
+    count = Counter(tokens)
+    names = [
+        token if count[token] == 1 and len(token.split()) == 1 and token == token.strip() and _is_utf8(token) else f"[term:{term}]"
+        for term, token in enumerate(tokens)
+    ]
+    if len(set(names)) < len(names):
+        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
+    return names
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _quantized(
+    documents: Iterable[Encoded], vocabulary: int, quantization: int
+) -> Iterator[tuple[Encoded, np.ndarray, np.ndarray]]:
+    """Documents, the terms (active dims,) int32 that are left of each, and their impacts (active dims,) int64."""
+    if quantization < 1:
+        raise OptionError(f"quantization {quantization}: give 1 or more")
+    seen: set[str] = set()
+    for document in documents:
+        said = f"document {document.id[:80]!r}"
+        if document.id.split() != [document.id] or not _is_utf8(document.id):
+            raise DataError(f"{said}: an empty id, or one with white space, cannot stand in a run file; rename it")
+        if document.id in seen:
+            raise DataError(f"{said}: stands twice; ids must be unique")
+        seen.add(document.id)
+        terms, weights = check_vector(said, document.terms, document.weights)
+        if len(terms) and terms[-1] >= vocabulary:
+            raise DataError(f"{said}: term {terms[-1]} of a vocabulary of {vocabulary}; give the tokens of the same model")
+        impacts = np.rint(weights.astype(np.float64) * quantization)
+        if len(impacts) and impacts.max() > _INT32:
+            raise DataError(f"{said}: a weight of {weights.max()} times {quantization} is no int32; quantize with less")
+        kept = impacts > 0
+        yield document, terms[kept], impacts[kept].astype(np.int64)
+
+
+# ------------------------------------------------------- protobuf, as much of it as CIFF's four messages need
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    data.append(value)
+    return bytes(data)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _delimited(message: bytes) -> bytes:
+    return _varint(len(message)) + message
+
+
+def _varints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of n numbers below 2^31 the bytes, (n, 5) uint8, and how many of the five each has, (n,)."""
+    groups = values[:, None] >> np.arange(0, 35, 7)  # (n, 5)
+    sizes = np.maximum(1, (groups > 0).sum(axis=1))
+    more = np.arange(5) < sizes[:, None] - 1
+    return (groups & 0x7F | more << 7).astype(np.uint8), sizes
+
+
+def _postings(gaps: np.ndarray, impacts: np.ndarray) -> bytes:
+    """Field 4 of a postings list, once a posting: its docid (field 1, from the last one on) and tf (field 2)."""
+    (first, first_sizes), (second, second_sizes) = _varints(gaps), _varints(impacts)
+    rows = np.empty((len(gaps), 14), np.uint8)
+    rows[:, 0], rows[:, 1] = 4 << 3 | 2, 2 + first_sizes + second_sizes
+    rows[:, 2], rows[:, 3:8] = 1 << 3, first
+    rows[:, 8], rows[:, 9:] = 2 << 3, second
+    kept = np.ones(rows.shape, bool)
+    kept[:, 3:8] = np.arange(5) < first_sizes[:, None]
+    kept[:, 9:] = np.arange(5) < second_sizes[:, None]
+    return rows[kept].tobytes()

@@ -1,0 +1,123 @@
+"""An index on a Qdrant or OpenSearch server: the same corpus, the same model, the same hits."""
+
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SparseEncoder
+
+from anysplade.datasets import iter_corpus
+from anysplade.encoding import encode
+from anysplade.engines import open_engine
+from anysplade.errors import DataError, OptionError
+from anysplade.head import resolve_model
+from anysplade.index import Index, as_encoded, describe_model, explain_score, open_same_model
+from anysplade.options import Precision
+from anysplade.records import Hit
+from anysplade.shards import encode_corpus, read_shard
+from anysplade.store import Filter
+
+
+class RemoteIndex:
+    """What ``Index`` is, for an address such as ``qdrant://host:6333/name``."""
+
+    def __init__(self, address: str) -> None:
+        """Connects on first use.
+
+        Raises:
+            OptionError: a malformed address, or a client that is not installed.
+        """
+        self.address = address
+        self.engine = open_engine(address)
+        self._about: dict[str, Any] | None = None
+        self._encoder: SparseEncoder | None = None
+
+    @classmethod
+    def build(
+        cls,
+        model: str | Path,
+        corpus: str | Path,
+        address: str,
+        work: str | Path,
+        *,
+        precision: Precision = "float32",
+        top_k: int | None = None,
+        workers: int = 1,
+        ray: bool = False,
+        progress: bool = False,
+    ) -> "RemoteIndex":
+        """Encode a corpus into shards under ``work`` and send them; interrupted and called again, it goes on.
+
+        What the server has already, in the same version, is not sent again.
+
+        Raises:
+            OutputError: the server holds an index of that name that another model made.
+            What ``encode_corpus`` and the engine raise.
+        """
+        index = cls(address)
+        source = resolve_model(model)
+        about = describe_model(source) | {"precision": precision, "top_k": top_k}
+        key = hashlib.sha256(json.dumps([about, str(corpus)]).encode()).hexdigest()[:32]
+        options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray, "progress": progress}
+        folder = Path(work).expanduser() / "shards" / key
+        manifest = encode_corpus(source, corpus, folder, **options)
+        index.engine.create(about | {"vocabulary": manifest["vocabulary"]})
+        texts = iter_corpus(corpus)
+
+        def documents() -> Any:
+            for shard in manifest["shards"]:
+                ids, rows = read_shard(folder / shard["file"])
+                parts = list(islice(texts, len(ids)))
+                if ids != [id_ for id_, _ in parts]:
+                    raise DataError(f"{corpus}: changed while it was indexed; run the same command again")
+                yield from as_encoded(ids, [document for _, document in parts], rows)
+
+        index.engine.upload(documents(), progress=progress)
+        return index
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the server says of the index."""
+        if self._about is None:
+            self._about = self.engine.about()
+        return self._about
+
+    @property
+    def encoder(self) -> SparseEncoder:
+        """The model the index was built with; it must be here under the same name."""
+        if self._encoder is None:
+            self._encoder = open_same_model(self.about["model"], self.about["model_fingerprint"], self.address)
+        return self._encoder
+
+    def __len__(self) -> int:
+        return self.engine.count()
+
+    def search(
+        self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """As ``Index.search``; the terms of a hit come from encoding its text again.
+
+        Raises:
+            OptionError: k is below 1, or ``exact``, which a server cannot do.
+        """
+        if k < 1:
+            raise OptionError(f"k is {k}: ask for at least 1 hit")
+        if exact:
+            raise OptionError("exact search needs the vectors on this machine; build an index with --out")
+        vector = encode(self.encoder, [query], "query")
+        hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
+        if not explain or not hits:
+            return hits
+        rows = encode(self.encoder, [f"{hit.title} {hit.text}".strip() for hit in hits], "document")
+        explained = []
+        for hit, row in zip(hits, rows, strict=True):
+            terms = explain_score(self.encoder, vector, row.indices, row.data)
+            explained.append(Hit(hit.id, hit.score, hit.title, hit.text, hit.metadata, terms))
+        return explained
+
+
+def open_index(place: str | Path) -> Index | RemoteIndex:
+    """An index by its folder, or by its address on a server."""
+    return RemoteIndex(str(place)) if "://" in str(place) else Index.load(place)

@@ -1,0 +1,270 @@
+"""A corpus encoded on disk: shards of sparse rows with the documents' ids, made in parallel and resumed.
+
+A shard holds 1,024 documents: ``indptr`` (documents + 1,) int64, ``terms`` int32 and ``weights`` float32 or
+float16 of all rows, and ``ids``, UTF-8 bytes of a JSON list. The same documents give the same bytes, whoever
+makes them (with as many threads a process: sums of floats depend on how they are cut). ``manifest.json`` is written
+last and names every shard with its SHA-256.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from sentence_transformers import SparseEncoder
+from tqdm import tqdm
+
+from anysplade.datasets import Document, hash_texts, iter_corpus
+from anysplade.encoder import fingerprint, open_encoder
+from anysplade.encoding import encode, prune, resolve_precision
+from anysplade.errors import DataError, OptionError, OutputError
+from anysplade.files import write_whole
+from anysplade.head import resolve_model
+from anysplade.options import Precision, WeightType
+from anysplade.provenance import provenance
+
+_SIZE = 1024  # documents of a shard
+_AHEAD = 2  # shards that wait for each worker
+
+
+class Part(NamedTuple):
+    """The documents of one shard."""
+
+    number: int
+    ids: list[str]
+    documents: list[Document]
+
+    @property
+    def texts(self) -> list[str]:
+        return [document.full_text for document in self.documents]
+
+
+class Options(NamedTuple):
+    """What decides the bytes of a shard besides its documents."""
+
+    model: str
+    precision: Precision
+    weight_type: WeightType
+    top_k: int | None  # weights kept of each document; an approximation
+
+
+def encode_corpus(
+    model: str | Path,
+    corpus: str | Path,
+    folder: str | Path,
+    *,
+    precision: Precision = "float32",
+    weight_type: WeightType = "float32",
+    top_k: int | None = None,
+    workers: int = 1,
+    ray: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Encode a corpus into shards; interrupted, it goes on after the shards that are there.
+
+    Args:
+        corpus: what ``iter_corpus`` reads; one shard of it is in memory for each worker.
+        weight_type: of the stored weights; float16 halves their bytes and rounds them to three digits.
+        top_k: keep only the so many largest weights of each document: an approximation, recorded.
+        workers: processes, each with the model.
+        ray: spread the shards over a Ray cluster instead (``pip install "anysplade[ray]"``), ``workers`` at once; the
+            folder must be one that all its machines see.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        OutputError: the folder holds shards that were made in another way.
+        DataError, ModelError, OptionError: as the parts raise them.
+    """
+    if workers < 1 or (top_k is not None and top_k < 1):
+        raise OptionError(f"workers {workers}, top k {top_k}: both are at least 1")
+    folder = Path(folder).expanduser()
+    source = resolve_model(model)
+    used = resolve_precision(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    options = Options(source, used, weight_type, top_k)
+    about = {"format": 1, **options._asdict(), "model_fingerprint": fingerprint(source), "corpus": str(corpus), "shard_size": _SIZE}
+    known = _read_json(folder / "about.json")
+    if known is None and folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder}: holds something that is no encoded corpus; choose another folder")
+    if known is not None and known != about:
+        different = [name for name in about if known.get(name) != about[name]]
+        raise OutputError(f"{folder}: holds shards made with another {', '.join(different)}; choose another folder or remove it")
+    write_whole(folder / "about.json", json.dumps(about, indent=2) + "\n")
+
+    shards: list[dict[str, Any]] = []
+    parts = _parts(iter_corpus(corpus, progress=progress))
+    run = _run_on_ray if ray else _run
+    with tqdm(desc="encoding documents", unit="document", disable=not progress, leave=False) as bar:
+        for shard in run(parts, options, folder, workers):
+            shards.append(shard)
+            bar.update(shard["documents"])
+    if not shards:
+        raise DataError(f"{corpus}: the corpus is empty; it needs one JSON object a line, with _id and text")
+    shards.sort(key=lambda shard: shard["number"])
+    manifest = about | {
+        "documents": sum(shard["documents"] for shard in shards),
+        "postings": sum(shard["postings"] for shard in shards),
+        "vocabulary": shards[0]["vocabulary"],
+        "shards": shards,
+        "provenance": provenance(),
+    }
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def read_shard(path: Path) -> tuple[list[str], sparse.csr_matrix]:
+    """Ids and rows; float16 weights come as float32.
+
+    Raises:
+        DataError: damaged.
+    """
+    try:
+        with np.load(path) as arrays:
+            ids = json.loads(arrays["ids"].tobytes())
+            shape = (len(ids), int(arrays["vocabulary"]))
+            rows = sparse.csr_matrix((arrays["weights"].astype(np.float32), arrays["terms"], arrays["indptr"]), shape=shape)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: the shard is damaged ({error}); remove it and encode again".replace("\n", " ")) from error
+    return ids, rows
+
+
+# ------------------------------------------------------------------------------------ one shard
+
+
+def _make(encoder: SparseEncoder, part: Part, options: Options, folder: Path) -> dict[str, Any]:
+    """Encode one shard and write it; what ``manifest.json`` says of it."""
+    rows = encode(encoder, part.texts, "document", precision=options.precision)
+    if options.top_k is not None:
+        rows = prune(rows, options.top_k)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        allow_pickle=False,
+        indptr=rows.indptr.astype(np.int64),
+        terms=rows.indices.astype(np.int32),
+        weights=rows.data.astype(options.weight_type),
+        ids=np.frombuffer(json.dumps(part.ids).encode(), np.uint8),
+        vocabulary=np.int64(rows.shape[1]),
+    )
+    content = file.getvalue()
+    shard = {
+        "number": part.number,
+        "file": f"{part.number:06}.npz",
+        "documents": len(part.ids),
+        "postings": int(rows.nnz),
+        "vocabulary": rows.shape[1],
+        "data_hash": _hash(part),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_whole(folder / shard["file"], content)
+    write_whole(folder / f"{part.number:06}.json", json.dumps(shard) + "\n")  # last: it says that the shard is whole
+    return shard
+
+
+def _kept(part: Part, folder: Path) -> dict[str, Any] | None:
+    """The shard's description if it is there, of these documents, and whole."""
+    shard = _read_json(folder / f"{part.number:06}.json")
+    return shard if shard is not None and shard["data_hash"] == _hash(part) and (folder / shard["file"]).is_file() else None
+
+
+def _hash(part: Part) -> str:
+    return hash_texts([*part.ids, *part.texts])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[Part]:
+    iterator = iter(documents)
+    number = 0
+    while chunk := list(islice(iterator, _SIZE)):
+        yield Part(number, [id_ for id_, _ in chunk], [document for _, document in chunk])
+        number += 1
+
+
+# ------------------------------------------------------------------------------ who makes them
+
+_worker: dict[str, Any] = {}  # of a worker process: its encoder
+
+
+def _start_worker(options: Options, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _worker["encoder"] = open_encoder(options.model)
+
+
+def _work(part: Part, options: Options, folder: Path) -> dict[str, Any]:
+    return _make(_worker["encoder"], part, options, folder)
+
+
+def _run(parts: Iterator[Part], options: Options, folder: Path, workers: int) -> Iterator[dict[str, Any]]:
+    """Shards in order, made in this process or in several; a bounded number of them is under way."""
+    if workers == 1:
+        encoder = None
+        for part in parts:
+            shard = _kept(part, folder)
+            if shard is None:
+                encoder = encoder or open_encoder(options.model)
+                shard = _make(encoder, part, options, folder)
+            yield shard
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context("spawn")  # forked processes and the threads of torch do not go together
+    with ProcessPoolExecutor(workers, context, _start_worker, (options, threads)) as pool:
+        waiting: deque[Future[dict[str, Any]] | dict[str, Any]] = deque()
+        for part in parts:
+            waiting.append(_kept(part, folder) or pool.submit(_work, part, options, folder))
+            while len(waiting) > _AHEAD * workers:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+
+def _result(made: Future[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    return made if isinstance(made, dict) else made.result()
+
+
+def _run_on_ray(parts: Iterator[Part], options: Options, folder: Path, workers: int) -> Iterator[dict[str, Any]]:
+    """The same on Ray Data: a row is a shard; each actor loads the model once."""
+    try:
+        import ray.data
+    except ImportError:
+        raise OptionError('ray is not installed; pip install "anysplade[ray]"') from None
+    missing = []
+    for part in parts:
+        shard = _kept(part, folder)
+        if shard is not None:
+            yield shard
+        else:
+            missing.append({"number": part.number, "part": json.dumps(part)})
+    if missing:
+        rows = ray.data.from_items(missing, override_num_blocks=len(missing))
+        worker: Any = _RayWorker
+        made = rows.map(worker, fn_constructor_args=(options, str(folder.resolve())), concurrency=workers)
+        for row in made.iter_rows():
+            yield json.loads(row["shard"])
+
+
+class _RayWorker:
+    def __init__(self, options: Options, folder: str) -> None:
+        self.encoder = open_encoder(options.model)
+        self.options, self.folder = options, Path(folder)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        number, ids, documents = json.loads(row["part"])
+        part = Part(number, ids, [Document(*document) for document in documents])
+        return {"shard": json.dumps(_make(self.encoder, part, self.options, self.folder))}

@@ -1,0 +1,374 @@
+"""Documents with their vectors on disk: added, changed, searched, and safe from crashes.
+
+``documents.sqlite`` is the truth: ids, texts, metadata and vectors, changed in transactions. ``engine`` is a
+Qdrant Edge shard of the same vectors, which does the searching; what a crash left undone there is noted in the truth
+and done when the store is opened next. One process at a time holds the engine; others search the truth exactly,
+and slower.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qdrant_edge as edge
+from filelock import FileLock, Timeout
+from scipy import sparse
+
+from anysplade.datasets import Document
+from anysplade.errors import DataError, OutputError
+from anysplade.files import require_empty
+from anysplade.postings import Postings
+from anysplade.records import Encoded, check_vector
+
+logger = logging.getLogger(__name__)
+
+BATCH = 1024  # documents of a transaction
+_VECTOR = "splade"
+_SCHEMA = """
+CREATE TABLE documents (
+    position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE, title NOT NULL, text NOT NULL,
+    metadata TEXT, terms BLOB NOT NULL, weights BLOB NOT NULL
+);
+CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- in the truth, and perhaps not yet in the engine
+CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- of a build: taken in
+"""
+_ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM documents"
+
+Filter = Mapping[str, Any]  # metadata that a document must have: a value by name, or a list for any of several
+Found = list[tuple[int, float]]  # positions and scores, best first
+
+
+class Store:
+    """One folder; a position is a document's number, kept for life and never given again."""
+
+    def __init__(self, folder: Path, vocabulary: int) -> None:
+        """Open a folder that ``create`` made.
+
+        Raises:
+            DataError: damaged.
+        """
+        self.folder = folder
+        self.vocabulary = vocabulary
+        self._lock = threading.RLock()
+        self._exact: tuple[tuple[int, int], Postings, np.ndarray] | None = None  # the truth's version, postings, positions
+        self._engine: Any = None
+        self._claim = FileLock(folder / "lock", timeout=0)
+        try:
+            self._truth = sqlite3.connect(f"file:{folder / 'documents.sqlite'}?mode=rw", uri=True, check_same_thread=False)
+            self._truth.isolation_level = None
+            self._truth.execute("PRAGMA journal_mode = WAL")
+            self._truth.execute("SELECT count(*) FROM changed, shards")
+        except sqlite3.Error as error:
+            raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
+        self._open_engine()
+
+    @staticmethod
+    def create(folder: Path) -> None:
+        """An empty store, in place of what an interrupted call left there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("documents.sqlite*"):
+            path.unlink()
+        shutil.rmtree(folder / "engine", ignore_errors=True)
+        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as truth:
+            truth.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Let go of the engine, so that another process can have it."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+                self._claim.release()
+            self._truth.close()
+
+    def __len__(self) -> int:
+        return int(self._one("SELECT count(*) FROM documents"))
+
+    @property
+    def postings(self) -> int:
+        """Weights above 0 of all documents."""
+        return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM documents"))
+
+    @property
+    def shards(self) -> set[int]:
+        """Numbers of the shards that were taken in."""
+        return {number for (number,) in self._truth.execute("SELECT number FROM shards")}
+
+    def _one(self, query: str) -> Any:
+        return self._truth.execute(query).fetchone()[0]
+
+    # -------------------------------------------------------------------------------------- change
+
+    def put(self, documents: Iterable[Encoded], shard: int | None = None) -> None:
+        """Add documents, or replace those whose id is there, a transaction for each ``BATCH`` of them.
+
+        Args:
+            shard: note that this shard is in; then all documents are one transaction.
+
+        Raises:
+            DataError: a vector that cannot be indexed; its transaction stays out.
+            OutputError: another process holds the store.
+        """
+        iterator = iter(documents)
+        while batch := list(islice(iterator, BATCH) if shard is None else iterator):
+            for document in batch:
+                check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, self.vocabulary)
+            with self._writing() as cursor:
+                for document in batch:
+                    _put(cursor, document)
+                if shard is not None:
+                    cursor.execute("INSERT INTO shards VALUES (?)", (shard,))
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove documents; how many of them there were.
+
+        Raises:
+            OutputError: another process holds the store.
+        """
+        removed = 0
+        with self._writing() as cursor:
+            for id_ in ids:
+                row = cursor.execute("DELETE FROM documents WHERE id = ? RETURNING position", (_sound(id_),)).fetchone()
+                if row is not None:
+                    cursor.execute("INSERT OR REPLACE INTO changed VALUES (?)", row)
+                    removed += 1
+        return removed
+
+    def rebuild(self) -> None:
+        """Make the engine anew from the truth.
+
+        Raises:
+            OutputError: another process holds the store.
+        """
+        with self._writing() as cursor:
+            self._engine.close()
+            self._engine = None
+            shutil.rmtree(self.folder / "engine")
+            cursor.execute(_ALL_CHANGED)
+        self.optimize()
+
+    def optimize(self) -> None:
+        """Have the engine arrange what was added; searching is faster afterwards, and the same."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.optimize()
+                self._engine.flush()
+
+    def snapshot(self, folder: Path) -> None:
+        """A consistent copy, also while the store is written to; its engine is made when it is first opened.
+
+        Raises:
+            OutputError: the folder is not empty.
+        """
+        require_empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as copy, self._lock:
+            self._truth.backup(copy)
+
+    # -------------------------------------------------------------------------------------- search
+
+    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: Filter | None = None, exact: bool = False) -> Found:
+        """The k documents of the highest scores above 0; ties in the order in which they were added.
+
+        Args:
+            terms, weights: the query's vector, (active dims,) each.
+            exact: from the truth in float64, instead of the engine's float32.
+
+        Raises:
+            DataError: a vector that is none; see ``check_vector``.
+        """
+        terms, weights = check_vector("the query", terms, weights, self.vocabulary)
+        if not len(terms):
+            return []
+        with self._lock:
+            if self._engine is None or exact:
+                return self._search_exactly(terms, weights, k, wanted)
+            vector = edge.SparseVector(terms.tolist(), weights.tolist())
+            request = edge.QueryRequest(query=edge.Query.Nearest(vector, using=_VECTOR), limit=k, filter=_filter(wanted))
+            points = self._engine.query(request)
+        return sorted(((int(point.id), point.score) for point in points), key=lambda hit: (-hit[1], hit[0]))
+
+    def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: Filter | None) -> Found:
+        version = (int(self._one("PRAGMA data_version")), self._truth.total_changes)
+        exact = self._exact
+        if exact is None or exact[0] != version:
+            rows = self._truth.execute("SELECT position, terms, weights FROM documents ORDER BY position").fetchall()
+            indptr = np.concatenate([[0], np.cumsum([len(row[1]) // 4 for row in rows])]).astype(np.int64)
+            columns = np.frombuffer(b"".join(row[1] for row in rows), np.int32)
+            data = np.frombuffer(b"".join(row[2] for row in rows), np.float32)
+            matrix = sparse.csr_matrix((data, columns, indptr), shape=(len(rows), self.vocabulary))
+            exact = self._exact = version, Postings.from_documents(matrix), np.array([row[0] for row in rows], np.int64)
+        _, postings, positions = exact
+        if not postings.count:
+            return []
+        found, scores = postings.top(terms, weights, postings.count if wanted else k)
+        hits = [(int(positions[d]), float(s)) for d, s in zip(found, scores, strict=True)]
+        if wanted:
+            tagged = self._truth.execute("SELECT position, metadata FROM documents WHERE metadata NOT NULL")
+            allowed = {position for position, metadata in tagged if _has(json.loads(metadata), wanted)}
+            hits = [hit for hit in hits if hit[0] in allowed]
+        return hits[:k]
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """Ids by position, in the order asked for."""
+        marks = ",".join("?" * len(positions))
+        rows = dict(self._truth.execute(f"SELECT position, id FROM documents WHERE position IN ({marks})", positions).fetchall())
+        return [_restored(rows[position]) for position in positions]
+
+    def documents(self, positions: Sequence[int]) -> list[Encoded]:
+        """Documents by position, in the order asked for."""
+        marks = ",".join("?" * len(positions))
+        rows = {row[0]: row[1:] for row in self._truth.execute(f"SELECT {_FIELDS} WHERE position IN ({marks})", positions)}
+        return [_encoded(*rows[position]) for position in positions]
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """Every document, in the order in which they were added."""
+        for row in self._truth.execute(f"SELECT {_FIELDS} ORDER BY position"):
+            yield _encoded(*row[1:])
+
+    # ---------------------------------------------------------------------------- truth and engine
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Cursor]:
+        """A change of the truth, in one transaction, and then of the engine."""
+        with self._lock:
+            if self._engine is None:
+                self._open_engine()  # the other process may be gone
+            if self._engine is None:
+                raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
+            cursor = self._truth.cursor()
+            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                yield cursor
+                cursor.execute("COMMIT")
+            except BaseException:
+                cursor.execute("ROLLBACK")
+                raise
+            if self._engine is None:
+                self._open_engine()
+            else:
+                self._catch_up()
+
+    def _open_engine(self) -> None:
+        """Have the engine, up to date; none while another process holds it."""
+        place = self.folder / "engine"
+        if not self._claim.is_locked:
+            try:
+                # Before the engine is touched: it looks at its own lock only after it has changed files of the holder's.
+                self._claim.acquire()
+            except Timeout:
+                logger.info("%s: another process holds the engine; this one searches exactly, which is slower", self.folder)
+                return
+        try:
+            if place.is_dir() and any(place.iterdir()):
+                self._engine = edge.EdgeShard.load(str(place))
+            else:
+                self._truth.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that looks complete
+                place.mkdir(exist_ok=True)
+                parameters = {_VECTOR: edge.EdgeSparseVectorParams()}
+                self._engine = edge.EdgeShard.create(str(place), edge.EdgeConfig(sparse_vectors=parameters))
+        except Exception as error:
+            # It is made from the truth, so that nothing is lost.
+            logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
+            shutil.rmtree(place)
+            self._open_engine()
+            return
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Bring into the engine what changed in the truth; until it is safe there, it stays noted."""
+        query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN documents USING (position)
+                   ORDER BY changed.position LIMIT ?"""
+        while rows := self._truth.execute(query, (BATCH,)).fetchall():
+            gone = [row[0] for row in rows if not row[2]]  # deleted, or without a term, and so without a match
+            points = [
+                edge.Point(
+                    position,
+                    {
+                        _VECTOR: edge.SparseVector(
+                            np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights, np.float32).tolist()
+                        )
+                    },
+                    {"metadata": json.loads(metadata)} if metadata else {},
+                )
+                for position, metadata, terms, weights in rows
+                if terms
+            ]
+            if gone:
+                self._engine.update(edge.UpdateOperation.delete_points(gone))
+            if points:
+                self._engine.update(edge.UpdateOperation.upsert_points(points))
+            self._engine.flush()
+            self._truth.execute("DELETE FROM changed WHERE position <= ?", (rows[-1][0],))
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+_FIELDS = "position, id, title, text, metadata, terms, weights FROM documents"
+
+
+def _put(cursor: sqlite3.Cursor, document: Encoded) -> None:
+    content = document.document
+    cursor.execute(
+        """INSERT INTO documents (id, title, text, metadata, terms, weights) VALUES (?, ?, ?, ?, ?, ?)
+           ON CONFLICT (id) DO UPDATE SET title = excluded.title, text = excluded.text, metadata = excluded.metadata,
+           terms = excluded.terms, weights = excluded.weights RETURNING position""",
+        (
+            _sound(document.id),
+            _sound(content.title),
+            _sound(content.text),
+            None if content.metadata is None else json.dumps(content.metadata),
+            document.terms.astype(np.int32).tobytes(),
+            document.weights.astype(np.float32).tobytes(),
+        ),
+    )
+    cursor.execute("INSERT OR REPLACE INTO changed VALUES (?)", cursor.fetchone())
+
+
+def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> Encoded:
+    content = Document(_restored(title), _restored(text), None if metadata is None else json.loads(metadata))
+    return Encoded(_restored(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
+
+
+def _sound(text: str) -> str | bytes:
+    """Text for SQLite, which is UTF-8: a lone surrogate, which JSON can hold, goes in as bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def _restored(value: str | bytes) -> str:
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
+
+
+# ----------------------------------------------------------------------------------------- filters
+
+
+def _has(metadata: dict[str, Any], wanted: Filter) -> bool:
+    def matches(value: Any, values: list[Any]) -> bool:
+        # As the engine has it: a list has any of its items, and true is not 1.
+        return any(
+            type(one) is type(other) and one == other for one in (value if isinstance(value, list) else [value]) for other in values
+        )
+
+    return all(matches(metadata.get(name), value if isinstance(value, list) else [value]) for name, value in wanted.items())
+
+
+def _filter(wanted: Filter | None) -> Any:
+    if not wanted:
+        return None
+    conditions: list[Any] = []
+    for name, value in wanted.items():
+        match = edge.MatchAny(value) if isinstance(value, list) else edge.MatchValue(value)
+        conditions.append(edge.FieldCondition(key=f'metadata."{name}"', match=match))
+    return edge.Filter(must=conditions)

@@ -1,0 +1,794 @@
+import json
+import os
+import struct
+import sys
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from opensearchpy import OpenSearch
+from qdrant_client import QdrantClient, models
+from scipy import sparse
+
+from anysplade.datasets import Document
+from anysplade.engines import export_anserini, export_ciff, open_engine, sending
+from anysplade.engines.opensearch import OpenSearchEngine
+from anysplade.engines.qdrant import QdrantEngine
+from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
+from anysplade.records import Encoded, Hit
+
+ABOUT = {"model": "org/model", "model_fingerprint": "aaaa", "vocabulary": 250_002, "format": 2}
+VOCABULARY = 250_002
+
+
+def encoded(id_, terms, weights, title="", text="", metadata=None):
+    return Encoded(id_, Document(title, text, metadata), np.array(terms, np.int32), np.array(weights, np.float32))
+
+
+def from_rows(matrix, **fields):
+    return [
+        encoded(f"d{i}", row.indices, row.data, f"title {i}", f"text {i}", {"lang": "en" if i % 3 else "de", "year": 2000 + i % 5})
+        for i, row in enumerate(matrix)
+    ]
+
+
+def random_rows(rows, terms, seed, vocabulary=VOCABULARY):
+    """(rows, vocabulary) with ``terms`` nonzeros a row, most of them among 200 columns, so that rows meet."""
+    rng = np.random.default_rng(seed)
+    common = np.sort(rng.choice(vocabulary, 200, replace=False))
+    indices = np.concatenate([np.sort(rng.choice(common, terms, replace=False)) for _ in range(rows)]).astype(np.int32)
+    data = rng.gamma(1.0, 1.0, rows * terms).astype(np.float32) + np.float32(1e-3)
+    return sparse.csr_matrix((data, indices, np.arange(0, rows * terms + 1, terms)), shape=(rows, vocabulary))
+
+
+def scores_of(document_rows, query):
+    return np.asarray((document_rows.astype(np.float64) @ query.astype(np.float64).T).todense()).ravel()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(sending, "_PAUSES", (0.001,) * 5)
+
+
+# ------------------------------------------------------------------- an HTTP server that answers as OpenSearch
+
+
+class RefusedError(Exception):
+    def __init__(self, status, kind, reason):
+        self.status, self.answer = status, {"error": {"type": kind, "reason": reason, "root_cause": []}, "status": status}
+
+
+def require(condition, reason):
+    if not condition:
+        raise RefusedError(400, "illegal_argument_exception", str(reason))
+
+
+class Index:
+    """What OpenSearch does with an index's requests, as its documentation and Lucene's FeatureField have it."""
+
+    def __init__(self, mappings):
+        require(set(mappings) <= {"_meta", "dynamic", "properties"}, mappings)
+        for field in mappings["properties"].values():
+            require(field["type"] in {"keyword", "text", "flat_object", "rank_features"}, field)
+            require(set(field) <= {"type", "index", "doc_values"}, field)
+        self.mappings, self.documents, self.visible = mappings, {}, {}
+
+    def store(self, key, source):
+        require(0 < len(key.encode()) <= 512, f"id is too long, must be no longer than 512 bytes but was: {len(key)}")
+        fields = self.mappings["properties"]
+        if unknown := set(source) - set(fields):
+            raise RefusedError(400, "strict_dynamic_mapping_exception", f"dynamic introduction of {unknown}")
+        for name, value in source.items():
+            kind = fields[name]["type"]
+            require(isinstance(value, str if kind in ("keyword", "text") else dict), f"failed to parse field [{name}]")
+            if kind == "rank_features":
+                for feature, weight in value.items():
+                    require("." not in feature and isinstance(weight, float), feature)
+                    require(np.float32(weight) >= np.finfo(np.float32).tiny, "featureValue must be a positive normal float")
+        self.documents[key] = source
+
+    def search(self, body):
+        require(set(body) == {"size", "query", "_source", "track_total_hits"} and body["size"] <= 10_000, body)
+        query = body["query"]["bool"]
+        require(set(query) == {"should", "minimum_should_match", "filter"} and query["minimum_should_match"] == 1, query)
+        if len(query["should"]) + len(query["filter"]) > 1024:
+            raise RefusedError(
+                400, "too_many_nested_clauses", "Query contains too many nested clauses; maxClauseCount is set to 1024"
+            )
+        found = []
+        for key, source in self.visible.items():
+            if all(_has(source.get("metadata", {}), condition) for condition in query["filter"]):
+                parts = [_linear(source, clause) for clause in query["should"]]
+                if any(part is not None for part in parts):
+                    found.append((sum(part for part in parts if part is not None), key, source))
+        found.sort(key=lambda hit: -hit[0])
+        hits = [
+            {"_index": "x", "_id": key, "_score": score, "_source": {k: v for k, v in source.items() if k in body["_source"]}}
+            for score, key, source in found[: body["size"]]
+        ]
+        return {"took": 1, "timed_out": False, "hits": {"max_score": hits[0]["_score"] if hits else None, "hits": hits}}
+
+
+def _linear(source, clause):
+    (feature,) = clause.values()
+    require(set(clause) == {"rank_feature"} and set(feature) == {"field", "linear", "boost"} and feature["linear"] == {}, clause)
+    parent, _, name = feature["field"].rpartition(".")
+    require(parent == "vector" and feature["boost"] > 0, clause)
+    if name not in source["vector"]:
+        return None
+    # FeatureField: the float's upper 17 bits, of which sign and exponent are 9, become the term frequency.
+    bits = np.float32(source["vector"][name]).view(np.uint32) >> np.uint32(15) << np.uint32(15)
+    return float(bits.view(np.float32)) * feature["boost"]
+
+
+def _has(metadata, condition):
+    ((field, values),) = condition["terms"].items()
+    parent, _, path = field.partition(".")
+    require(parent == "metadata", condition)
+    flat = metadata.get(path)
+    texts = {v if isinstance(v, str) else json.dumps(v) for v in (flat if isinstance(flat, list) else [flat]) if v is not None}
+    return bool(texts & {v if isinstance(v, str) else json.dumps(v) for v in values})
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.indices, self.requests, self.faults = {}, [], []  # faults: (end of the path, status or item error)
+
+    def answer(self, method, path, query, body):
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        name, verb = parts[0], parts[1] if len(parts) > 1 else ""
+        fault = next((fault for fault in self.faults if path.endswith(fault[0])), None)
+        if fault:
+            self.faults.remove(fault)
+            if isinstance(fault[1], int):
+                raise RefusedError(fault[1], "rejected_execution_exception", "too many requests")
+        if (method, verb) == ("PUT", ""):
+            if name in self.indices:
+                raise RefusedError(400, "resource_already_exists_exception", f"index [{name}] already exists")
+            self.indices[name] = Index(json.loads(body)["mappings"])
+            return {"acknowledged": True, "shards_acknowledged": True, "index": name}
+        if name not in self.indices:
+            raise RefusedError(404, "index_not_found_exception", f"no such index [{name}]")
+        index = self.indices[name]
+        match method, verb:
+            case "HEAD", "":
+                return {}
+            case "GET", "_mapping":
+                return {name: {"mappings": index.mappings}}
+            case "POST", "_mget":
+                require(query == {"_source_includes": ["hash"]}, query)
+                docs = []
+                for key in json.loads(body)["ids"]:
+                    found = index.documents.get(key)
+                    source = {} if found is None else {"_source": {"hash": found["hash"]}}
+                    docs.append({"_index": name, "_id": key, "found": found is not None, **source})
+                return {"docs": docs}
+            case "POST", "_bulk":
+                return self.bulk(index, body, fault and fault[1])
+            case "POST", "_refresh":
+                index.visible = dict(index.documents)
+                return {"_shards": {"total": 2, "successful": 1, "failed": 0}}
+            case "POST", "_search":
+                return index.search(json.loads(body))
+            case (("POST" | "GET"), "_count"):
+                return {"count": len(index.visible)}
+        raise RefusedError(405, "method_not_allowed", f"{method} {path}")
+
+    def bulk(self, index, body, fault):
+        require(body.endswith("\n"), "The bulk request must be terminated by a newline [\\n]")
+        lines, items = iter(body[:-1].split("\n")), []
+        for line in lines:
+            ((action, about),) = json.loads(line).items()
+            item = {"_index": "x", "_id": about["_id"], "status": 200}
+            try:
+                if fault and not items:
+                    raise RefusedError(*fault)
+                if action == "delete":
+                    item["status"] = 200 if index.documents.pop(about["_id"], None) else 404
+                else:
+                    require(action == "index", action)
+                    index.store(about["_id"], json.loads(next(lines)))
+            except RefusedError as refused:
+                item |= {"status": refused.status, "error": refused.answer["error"]}
+                if fault and not items and action == "index":
+                    next(lines)
+            items.append({action: item})
+        return {"took": 1, "errors": any("error" in item for entry in items for item in entry.values()), "items": items}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        url = urlsplit(self.path)
+        self.server.requests.append((self.command, url.path, body))
+        try:
+            status, answer = 200, self.server.answer(self.command, url.path, parse_qs(url.query), body)
+        except RefusedError as refused:
+            status, answer = refused.status, refused.answer
+        data = b"" if self.command == "HEAD" else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(server):
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def server(serve):
+    return serve(Server())
+
+
+@pytest.fixture(params=["qdrant", "opensearch"])
+def engine(request):
+    if request.param == "qdrant":
+        made = QdrantEngine(QdrantClient(":memory:"), "docs")
+    else:
+        made = OpenSearchEngine.at("127.0.0.1", request.getfixturevalue("server").server_port, "docs")
+    made.create(ABOUT)
+    return made
+
+
+@pytest.fixture
+def opensearch(server):
+    made = OpenSearchEngine.at("127.0.0.1", server.server_port, "docs")
+    made.create(ABOUT)
+    return made
+
+
+# -------------------------------------------------------------------------------------------- both engines
+
+
+def test_what_an_index_was_made_with_is_kept_and_held_to(engine):
+    assert engine.about() == ABOUT
+    engine.create(ABOUT | {"model": "a copy elsewhere"})
+    with pytest.raises(OutputError, match=r"another model .org/model.; choose another name"):
+        engine.create(ABOUT | {"model_fingerprint": "bbbb"})
+    with pytest.raises(OptionError, match="model_fingerprint"):
+        engine.create({"model": "org/model"})
+
+
+def test_an_index_that_others_made_is_refused(server):
+    client = QdrantClient(":memory:")
+    client.create_collection("theirs", vectors_config=models.VectorParams(size=2, distance=models.Distance.DOT))
+    plain = OpenSearch([{"host": "127.0.0.1", "port": server.server_port}])
+    plain.indices.create(index="theirs", body={"mappings": {"properties": {}}})
+    for engine in (QdrantEngine(client, "theirs"), OpenSearchEngine(plain, "theirs")):
+        with pytest.raises(OutputError, match="another model"):
+            engine.create(ABOUT)
+
+
+def test_nothing_is_sent_to_what_does_not_exist(server):
+    """OpenSearch would make an index by itself, with a mapping that no search understands."""
+    for engine in (
+        QdrantEngine(QdrantClient(":memory:"), "none"),
+        OpenSearchEngine.at("127.0.0.1", server.server_port, "none"),
+    ):
+        with pytest.raises(DataError, match="create it first"):
+            engine.upload([encoded("a", [1], [1])])
+
+
+def test_upload_sends_what_is_new_or_changed(engine):
+    documents = from_rows(random_rows(30, 10, seed=0))
+    assert engine.upload(documents, batch=7) == 30
+    assert engine.upload(iter(documents)) == 0
+    assert engine.count() == 30
+    weights = documents[3].weights.copy()
+    weights[0] *= 2
+    changes = {
+        1: documents[1]._replace(document=documents[1].document._replace(text="other")),
+        2: documents[2]._replace(document=documents[2].document._replace(metadata=None)),
+        3: documents[3]._replace(weights=weights),
+    }
+    documents = [changes.get(i, document) for i, document in enumerate(documents)]
+    assert engine.upload(documents) == 3
+    assert engine.count() == 30
+    found = {hit.id: hit for i in (1, 2) for hit in engine.search(documents[i].terms, documents[i].weights, 30)}
+    assert found["d1"].text == "other"
+    assert found["d2"].metadata is None
+
+
+def test_upload_goes_on_after_a_fault(engine):
+    documents = from_rows(random_rows(30, 10, seed=0))
+    broken = [*documents[:20], documents[20]._replace(weights=documents[20].weights * np.nan), *documents[21:]]
+    with pytest.raises(DataError, match="'d20'"):
+        engine.upload(broken, batch=8)
+    assert engine.upload(documents, batch=8) == 14
+
+
+def test_of_an_id_that_stands_twice_the_last_stays(engine):
+    first, last = encoded("a", [1], [1], text="first"), encoded("a", [1], [2], text="last")
+    engine.upload([first])
+    engine.upload([last, first])
+    assert [hit.text for hit in engine.search(np.array([1]), np.array([1.0]), 5)] == ["first"]
+
+
+def test_search_is_the_dot_product(engine):
+    rows, queries = random_rows(300, 40, seed=1), random_rows(10, 12, seed=1)
+    documents = from_rows(rows)
+    engine.upload(documents)
+    # rank_features cut a weight at its ninth bit; Qdrant adds float32.
+    error = 2**-8 if isinstance(engine, OpenSearchEngine) else 1e-5
+    for query in queries:
+        exact = scores_of(rows, query)
+        hits = engine.search(query.indices, query.data, 20)
+        assert len(hits) == 20
+        found = np.array([int(hit.id[1:]) for hit in hits])
+        assert len(set(found)) == 20
+        np.testing.assert_allclose([hit.score for hit in hits], exact[found], rtol=error)
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        # No document that was left out is better than the last one found, by more than the error.
+        assert np.delete(exact, found).max() <= exact[found].min() * (1 + 2 * error)
+        assert hits[0] == Hit(
+            f"d{found[0]}", hits[0].score, f"title {found[0]}", f"text {found[0]}", documents[found[0]].document.metadata
+        )
+
+
+def test_only_documents_with_a_shared_term_are_found(engine):
+    engine.upload([encoded("a", [1, 250_001], [1, 2]), encoded("b", [2], [1]), encoded("empty", [], [])])
+    assert engine.count() == 3
+    assert [(hit.id, hit.score) for hit in engine.search(np.array([250_001]), np.array([2.0]), 10)] == [("a", 4)]
+    assert engine.search(np.array([7]), np.array([1.0]), 10) == []
+    assert engine.search(np.array([], np.int32), np.array([], np.float32), 10) == []
+    engine.upload([encoded("a", [], [])])
+    assert engine.search(np.array([1]), np.array([1.0]), 10) == []
+
+
+def test_filter_is_equality_of_metadata(engine):
+    metadata = [
+        {"lang": "en", "year": 1999, "draft": True, "a.b": "x"},
+        {"lang": "de", "year": 2000, "draft": False, "a.b": "y"},
+        {"lang": ["fr", "it"], "year": 2001},
+        None,
+    ]
+    engine.upload([encoded(f"d{i}", [5], [4 - i], metadata=m) for i, m in enumerate(metadata)])
+
+    def ids(filter):
+        return [hit.id for hit in engine.search(np.array([5]), np.array([1.0]), 10, filter)]
+
+    assert ids(None) == ids({}) == ["d0", "d1", "d2", "d3"]
+    assert ids({"lang": "en"}) == ["d0"]
+    assert ids({"lang": ["en", "de"]}) == ["d0", "d1"]
+    assert ids({"lang": "it"}) == ["d2"]
+    assert ids({"year": 2000}) == ["d1"]
+    assert ids({"draft": True}) == ["d0"]
+    assert ids({"a.b": "y"}) == ["d1"]
+    assert ids({"lang": ["en", "de"], "year": [2000, 2001]}) == ["d1"]
+    assert ids({"none": "x"}) == []
+    for wrong in ({"lang": 1.5}, {"lang": None}, {"lang": []}, {"lang": {"gt": 1}}, {'"': "x"}):
+        with pytest.raises(OptionError, match="filter"):
+            ids(wrong)
+
+
+def test_delete(engine):
+    engine.upload([encoded(id_, [1], [1]) for id_ in ("a", "b", "c")])
+    engine.delete(["b", "not there"])
+    engine.delete([])
+    assert engine.count() == 2
+    assert {hit.id for hit in engine.search(np.array([1]), np.array([1.0]), 10)} == {"a", "c"}
+
+
+HOSTILE = [
+    "",
+    " ",
+    "🦜",
+    "a/b?c=d&e#f",
+    "..",
+    "_id",
+    '"',
+    "x" * 512,
+    "x" * 513,
+    "é" * 400,
+    "a\nb",
+    "sha256:" + "0" * 64,
+    str(uuid.uuid4()),
+]
+
+
+def test_any_text_is_an_id(engine):
+    engine.upload([encoded(id_, [i], [1], title=id_) for i, id_ in enumerate(HOSTILE)])
+    assert engine.count() == len(HOSTILE)
+    for i, id_ in enumerate(HOSTILE):
+        (hit,) = engine.search(np.array([i]), np.array([1.0]), 2)
+        assert (hit.id, hit.title) == (id_, id_)
+    assert engine.upload([encoded(id_, [i], [1], title=id_) for i, id_ in enumerate(HOSTILE)]) == 0
+    engine.delete(HOSTILE)
+    assert engine.count() == 0
+
+
+@pytest.mark.parametrize(
+    "terms, weights",
+    [
+        ([1, 2], [1.0]),
+        ([1, 1], [1.0, 1.0]),
+        ([2, 1], [1.0, 1.0]),
+        ([-1, 1], [1.0, 1.0]),
+        ([1, 2**31], [1.0, 1.0]),
+        ([1.0, 2.0], [1.0, 1.0]),
+        ([1, 2], [1.0, np.nan]),
+        ([1, 2], [1.0, np.inf]),
+        ([1, 2], [1.0, 1e39]),
+        ([1, 2], [1.0, 0.0]),
+        ([1, 2], [1.0, -1.0]),
+        ([[1, 2]], [[1.0, 1.0]]),
+    ],
+)
+def test_malformed_vectors_are_refused_before_they_are_sent(engine, terms, weights):
+    bad = Encoded("bad one", Document("", ""), np.array(terms), np.array(weights))
+    with pytest.raises(DataError, match="'bad one'") as error:
+        engine.upload([encoded("good", [1], [1]), bad])
+    assert "\n" not in str(error.value)
+    assert engine.count() == 0
+    with pytest.raises(DataError, match="query"):
+        engine.search(np.array(terms), np.array(weights), 10)
+
+
+def test_what_json_cannot_hold_is_refused(engine):
+    for bad in (
+        encoded("bad", [1], [1], text="\ud800"),
+        encoded("bad", [1], [1], metadata={"x": float("nan")}),
+        encoded("bad", [1], [1], metadata={"x": object()}),
+    ):
+        with pytest.raises(DataError, match=r"'bad'.*JSON"):
+            engine.upload([bad])
+    for options in ({"batch": 0}, {"batch": -1}):
+        with pytest.raises(OptionError, match="batch"):
+            engine.upload([encoded("a", [1], [1])], **options)
+    with pytest.raises(OptionError, match="k 0"):
+        engine.search(np.array([1]), np.array([1.0]), 0)
+
+
+# ---------------------------------------------------------------------------------------------- OpenSearch
+
+
+def test_the_mapping_is_as_documented(opensearch, server):
+    (create,) = (json.loads(body) for method, path, body in server.requests if (method, path) == ("PUT", "/docs"))
+    fields = create["mappings"]["properties"]
+    assert fields["vector"] == {"type": "rank_features"}
+    assert fields["metadata"] == {"type": "flat_object"}
+    opensearch.upload([encoded("a", [1, 40_000], [0.5, 2.0], "t", "x", {"lang": "en"})])
+    bulk = next(body for _, path, body in server.requests if path == "/docs/_bulk")
+    action, source = map(json.loads, bulk.splitlines())
+    assert action == {"index": {"_id": "a"}}
+    assert source.pop("hash")
+    assert source == {"id": "a", "title": "t", "text": "x", "metadata": {"lang": "en"}, "vector": {"1": 0.5, "40000": 2.0}}
+
+
+def test_a_long_query_keeps_its_largest_weights(opensearch):
+    terms, weights = np.arange(2000), np.arange(1, 2001).astype(np.float32)
+    opensearch.upload([encoded("all", terms, np.ones(2000), metadata={"lang": "en"}), encoded("small", [0], [1])])
+    (hit,) = opensearch.search(terms, weights, 10)
+    assert hit.score == weights[-1024:].sum()
+    (hit,) = opensearch.search(terms, weights, 10, {"lang": "en"})
+    assert hit.score == weights[-1023:].sum()
+
+
+def test_a_busy_server_is_asked_again(opensearch, server):
+    busy = (429, "rejected_execution_exception", "rejected execution of coordinating operation")
+    server.faults = [("_mget", 503), ("_bulk", 429), ("_bulk", 429), ("_bulk", busy), ("_refresh", 503)]
+    assert opensearch.upload([encoded("a", [1], [1]), encoded("b", [1], [1])]) == 2
+    assert server.faults == []
+    assert opensearch.count() == 2
+    server.faults = [("_bulk", 429)] * 6
+    with pytest.raises(AnyspladeError, match=r"429.*too many requests"):
+        opensearch.upload([encoded("c", [1], [1])])
+
+
+def test_what_the_server_refuses_is_not_sent_again(opensearch, server):
+    server.faults = [("_bulk", 500)]
+    with pytest.raises(AnyspladeError, match="500"):
+        opensearch.upload([encoded("a", [1], [1])])
+    before = len(server.requests)
+    server.faults = [("_bulk", (400, "mapper_parsing_exception", "failed to parse field [vector]"))]
+    with pytest.raises(AnyspladeError, match=r"400 document 'a'.*failed to parse field .vector.") as error:
+        opensearch.upload([encoded("a", [1], [1]), encoded("b", [1], [1])])
+    assert "\n" not in str(error.value)
+    assert sum(path.endswith("_bulk") for _, path, _ in server.requests[before:]) == 1
+    assert opensearch.upload([encoded("a", [1], [1]), encoded("b", [1], [1])]) == 1
+
+
+def test_weights_that_lucene_refuses_count_for_nothing(opensearch):
+    opensearch.upload([encoded("a", [1, 2], [1e-40, 1])])
+    assert [hit.id for hit in opensearch.search(np.array([1, 2]), np.array([1.0, 1.0]), 5)] == ["a"]
+
+
+# --------------------------------------------------------------------------------------- Qdrant over HTTP
+
+
+class QdrantServer(ThreadingHTTPServer):
+    """Knows one collection and takes points, at the third try."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        memory = QdrantClient(":memory:")
+        QdrantEngine(memory, "docs").create(ABOUT)
+        self.info = json.loads(memory.get_collection("docs").model_dump_json())
+        self.requests, self.faults = [], []
+
+    def answer(self, method, path, query, body):
+        match method, path:
+            case "GET", "/collections/docs/exists":
+                result = {"exists": True}
+            case "GET", "/collections/docs":
+                result = self.info
+            case "POST", "/collections/docs/points":
+                assert set(json.loads(body)) == {"ids", "with_payload", "with_vector"}
+                result = []
+            case "PUT", "/collections/docs/points":
+                assert query == {"wait": ["true"]}
+                if self.faults:
+                    refused = RefusedError(self.faults.pop(), "", "")
+                    refused.answer = {"status": {"error": "no\nroom"}, "time": 0.0}
+                    raise refused
+                result = {"operation_id": 1, "status": "completed"}
+        return {"result": result, "status": "ok", "time": 0.001}
+
+
+def test_qdrant_over_http(serve):
+    server = serve(QdrantServer())
+    engine = QdrantEngine.at("127.0.0.1", server.server_port, "docs")
+    assert engine.about() == ABOUT
+    server.faults = [429, 503]
+    assert engine.upload([encoded("a/b", [3, 250_001], [0.5, 2], "t", "x", {"lang": "en"}), encoded("e", [], [])]) == 2
+    puts = [json.loads(body)["points"] for method, _, body in server.requests if method == "PUT"]
+    assert len(puts) == 3
+    point, empty = puts[0]
+    assert point["id"] == str(uuid.uuid5(uuid.NAMESPACE_OID, "a/b"))
+    assert point["vector"] == {"splade": {"indices": [3, 250_001], "values": [0.5, 2]}}
+    assert point["payload"].pop("hash")
+    assert point["payload"] == {"id": "a/b", "title": "t", "text": "x", "metadata": {"lang": "en"}}
+    assert empty["vector"] == {}
+    for status, mend in ((400, "no room"), (401, "QDRANT_API_KEY")):
+        server.faults = [status]
+        with pytest.raises(AnyspladeError, match=mend) as error:
+            engine.upload([encoded("a", [1], [1])])
+        assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------- addresses
+
+
+def test_addresses(monkeypatch):
+    monkeypatch.setenv("QDRANT_API_KEY", "secret")
+    engine = open_engine("qdrants://host.example:7000/docs")
+    assert (type(engine), engine.name) == (QdrantEngine, "docs")
+    assert engine.client._client.rest_uri == "https://host.example:7000"
+    assert engine.client._client._rest_headers["api-key"] == "secret"
+    engine = open_engine("opensearchs://me:p%40ss@host.example/docs-1")
+    assert (type(engine), engine.name) == (OpenSearchEngine, "docs-1")
+    connection = engine.client.transport.hosts[0]
+    assert (connection["host"], connection["port"]) == ("host.example", 9200)
+    assert engine.client.transport.kwargs["http_auth"] == ("me", "p@ss")
+    assert engine.client.transport.kwargs["use_ssl"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["docs", "http://localhost/docs", "qdrant://localhost:6333", "qdrant://localhost/a/b", "qdrant://localhost:x/docs",
+     "opensearch://localhost/Docs", "opensearch://localhost/_docs", "opensearch://u:hunter2@localhost/*", "qdrant:///docs",
+     "qdrant://u:hunter2@localhost/docs", "qdrant://localhost/docs?x=1", "opensearch://u:hunter2@[::1/docs", "", "qdrantss://h/n"],
+)  # fmt: skip
+def test_malformed_addresses(address):
+    with pytest.raises(OptionError, match=r"such as|can$|QDRANT_API_KEY") as error:
+        open_engine(address)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, library", [("qdrant", "qdrant_client"), ("opensearch", "opensearchpy")])
+def test_a_missing_library_is_named_with_its_extra(kind, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"anysplade.engines.{kind}")
+    with pytest.raises(OptionError, match=rf'pip install "anysplade\[{kind}\]"'):
+        open_engine(f"{kind}://localhost/docs")
+
+
+@pytest.mark.parametrize("scheme", ["qdrant", "opensearch"])
+def test_a_server_that_is_not_there(scheme):
+    engine = open_engine(f"{scheme}://127.0.0.1:9/docs")
+    with pytest.raises(AnyspladeError, match="check its address") as error:
+        engine.create(ABOUT)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        pytest.param(variable, marks=pytest.mark.skipif(variable not in os.environ, reason=f"{variable} names no server"))
+        for variable in ("QDRANT_URL", "OPENSEARCH_URL")
+    ],
+)
+def test_a_real_server(variable):
+    """QDRANT_URL=qdrant://localhost:6333, OPENSEARCH_URL=opensearch://user:password@localhost:9200: a new index is made there."""
+    engine = open_engine(f"{os.environ[variable].rstrip('/')}/anysplade-test-{uuid.uuid4().hex}")
+    engine.create(ABOUT)
+    try:
+        assert engine.about() == ABOUT
+        for check in (
+            test_any_text_is_an_id,
+            test_only_documents_with_a_shared_term_are_found,
+            test_filter_is_equality_of_metadata,
+            test_search_is_the_dot_product,
+            test_what_an_index_was_made_with_is_kept_and_held_to,
+        ):
+            check(engine)
+            engine.delete([*HOSTILE, "a", "b", "empty", *(f"d{i}" for i in range(300))])
+            assert engine.count() == 0
+    finally:
+        if isinstance(engine, QdrantEngine):
+            engine.client.delete_collection(engine.name)
+        else:
+            engine.client.indices.delete(index=engine.name)
+
+
+# ------------------------------------------------------------------------------------------------- exports
+
+TOKENS = ["the", "▁dog", "Ġcat", "  ", "", "twice", "twice", "ﬁ.sh", "🦜", "\ud800", "\n", "zebra"]
+NAMES = ["the", "▁dog", "Ġcat", "[term:3]", "[term:4]", "[term:5]", "[term:6]", "ﬁ.sh", "🦜", "[term:9]", "[term:10]", "zebra"]
+
+
+def small_rows(rows=50):
+    rng = np.random.default_rng(3)
+    dense = np.where(rng.random((rows, len(TOKENS))) < 0.5, rng.gamma(1, 1, (rows, len(TOKENS))), 0).astype(np.float32)
+    dense[0] = 0  # a document without a term
+    dense[:, 11] = 0  # a term without a document
+    dense[1, 0] = 1e-6  # rounds to zero
+    dense[2, 0] = 1000.0  # a long varint
+    return sparse.csr_matrix(dense)
+
+
+def quantized(rows, quantization=100):
+    return np.rint(rows.toarray().astype(np.float64) * quantization).astype(int)
+
+
+def test_anserini(tmp_path, monkeypatch):
+    monkeypatch.setattr("anysplade.engines.export._DOCUMENTS_A_FILE", 20)
+    rows = small_rows()
+    assert export_anserini(from_rows(rows), TOKENS, tmp_path / "out") == 50
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["0000.jsonl", "0001.jsonl", "0002.jsonl"]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"d{i}" for i in range(50)]
+    assert lines[1]["contents"] == "title 1 text 1"
+    found = np.array([[line["vector"].get(name, 0) for name in NAMES] for line in lines])
+    np.testing.assert_array_equal(found, quantized(rows))
+    assert all(set(line["vector"]) <= set(NAMES) and 0 not in line["vector"].values() for line in lines)
+
+
+def ciff_messages():
+    """Google's reader of https://github.com/osirrc/ciff/blob/master/src/main/protobuf/CommonIndexFileFormat.proto."""
+    kinds = {"int32": 5, "int64": 3, "double": 1, "string": 9, "Posting": 11}
+    messages = {
+        "Header": "int32 version, int32 num_postings_lists, int32 num_docs, int32 total_postings_lists, int32 total_docs, "
+        "int64 total_terms_in_collection, double average_doclength, string description",
+        "Posting": "int32 docid, int32 tf",
+        "PostingsList": "string term, int64 df, int64 cf, Posting postings",
+        "DocRecord": "int32 docid, string collection_docid, int32 doclength",
+    }
+    file = descriptor_pb2.FileDescriptorProto(name="ciff.proto", package="ciff", syntax="proto3")
+    for name, fields in messages.items():
+        message = file.message_type.add(name=name)
+        for number, field in enumerate(fields.split(", "), 1):
+            kind, field_name = field.split()
+            added = message.field.add(name=field_name, number=number, type=kinds[kind], label=3 if kind == "Posting" else 1)
+            if kind == "Posting":
+                added.type_name = ".ciff.Posting"
+    return message_factory.GetMessages([file], pool=descriptor_pool.DescriptorPool())
+
+
+def read_ciff(path):
+    kinds, data, at = ciff_messages(), path.read_bytes(), 0
+
+    def read(name):
+        nonlocal at
+        size, shift = 0, 0
+        while True:
+            byte = data[at]
+            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                break
+        message = kinds[f"ciff.{name}"].FromString(data[at : at + size])
+        at += size
+        return message
+
+    header = read("Header")
+    lists = [read("PostingsList") for _ in range(header.num_postings_lists)]
+    records = [read("DocRecord") for _ in range(header.num_docs)]
+    assert at == len(data)
+    return header, lists, records
+
+
+def test_ciff(tmp_path):
+    rows = small_rows(400)
+    assert export_ciff(from_rows(rows), TOKENS, tmp_path / "new" / "index.ciff") == 400
+    header, lists, records = read_ciff(tmp_path / "new" / "index.ciff")
+    exact = quantized(rows)
+    used = [NAMES[term] for term in np.flatnonzero(exact.any(axis=0))]
+    assert [postings.term for postings in lists] == sorted(used, key=str.encode)
+    found = np.zeros_like(exact)
+    for postings in lists:
+        numbers = np.cumsum([posting.docid for posting in postings.postings])
+        found[numbers, NAMES.index(postings.term)] = [posting.tf for posting in postings.postings]
+        assert (postings.df, postings.cf) == (len(numbers), found[:, NAMES.index(postings.term)].sum())
+    np.testing.assert_array_equal(found, exact)
+    assert [(record.docid, record.collection_docid) for record in records] == [(i, f"d{i}") for i in range(400)]
+    assert [record.doclength for record in records] == exact.sum(axis=1).tolist()
+    assert (header.version, header.total_docs, header.total_postings_lists) == (1, 400, len(lists))
+    assert header.total_terms_in_collection == exact.sum()
+    assert header.average_doclength == exact.sum() / 400
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["index.ciff"]
+
+
+@pytest.mark.parametrize("gap", [1, 127, 128, 2**14 - 1, 2**14, 2**21, 2**28, 2**31 - 1])
+def test_varints_of_all_lengths(gap):
+    from anysplade.engines.export import _postings
+
+    message = ciff_messages()["ciff.PostingsList"].FromString(_postings(np.array([0, gap]), np.array([gap, 1])))
+    assert [(posting.docid, posting.tf) for posting in message.postings] == [(0, gap), (gap, 1)]
+
+
+@pytest.mark.parametrize("export", [export_anserini, export_ciff])
+def test_exports_refuse_what_cannot_stand_there(export, tmp_path):
+    out = tmp_path / "out"
+    good = encoded("a", [1], [1])
+    for documents, message in (
+        ([good, good], "'a': stands twice"),
+        ([encoded("", [1], [1])], "white space"),
+        ([encoded("a b", [1], [1])], "white space"),
+        ([encoded("a", [12], [1])], "vocabulary of 12"),
+        ([encoded("a", [1], [np.nan])], "'a'.*finite"),
+        ([encoded("a", [1], [1e30])], "int32"),
+        *([] if export is export_anserini else [([encoded("a", [1, 2], [2e7, 2e7])], "sum times 100")]),
+    ):
+        with pytest.raises(DataError, match=message):
+            export(documents, TOKENS, out)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"\[term:ID\]"):
+        export([good], ["", "[term:0]"], out)
+    with pytest.raises(OptionError, match="quantization"):
+        export([good], TOKENS, out, quantization=0)
+    assert export([], TOKENS, out) == 0
+    out.mkdir(exist_ok=True) if export is export_anserini else out.unlink()
+    (out / "x").mkdir(parents=True)
+    with pytest.raises(OutputError):
+        export([good], TOKENS, out)
+
+
+def test_the_same_file_from_hand_written_bytes(tmp_path):
+    """The format, spelled out once: two documents, one term."""
+    export_ciff([encoded("a", [0], [1.0]), encoded("b", [0], [2.0])], ["x"], tmp_path / "f", quantization=1)
+    said = b"anysplade; impacts are weights times 1"
+    header = b"\x08\x01\x10\x01\x18\x02\x20\x01\x28\x02\x30\x03\x39" + struct.pack("<d", 1.5) + b"\x42" + bytes([len(said)]) + said
+    postings = b"\x0a\x01x\x10\x02\x18\x03\x22\x04\x08\x00\x10\x01\x22\x04\x08\x01\x10\x02"
+    records = [b"\x08\x00\x12\x01a\x18\x01", b"\x08\x01\x12\x01b\x18\x02"]
+    expected = b"".join(bytes([len(message)]) + message for message in (header, postings, *records))
+    assert (tmp_path / "f").read_bytes() == expected

@@ -1,0 +1,206 @@
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from anysplade import DataError, Document, OutputError
+from anysplade.records import Encoded
+from anysplade.store import Store
+
+VOCABULARY = 250_002  # XLM-R's
+IDS = ["", "a", "b c", "ü/..\\x00", "😀", "-1", "9" * 5000, "\udc80"]
+
+
+def encoded(id_, vector, text="", metadata=None):
+    terms = np.array(sorted(vector), np.int32)
+    return Encoded(id_, Document("", text, metadata), terms, np.array([vector[term] for term in terms.tolist()], np.float32))
+
+
+@pytest.fixture
+def store(tmp_path):
+    Store.create(tmp_path / "store")
+    store = Store(tmp_path / "store", VOCABULARY)
+    yield store
+    store.close()
+
+
+vectors = st.dictionaries(st.sampled_from([0, 1, 5, 149, 250_001]), st.integers(1, 8).map(lambda i: i / 4), max_size=5)
+
+
+class AgainstADictionary(RuleBasedStateMachine):
+    """Any series of changes: the store holds and finds what a dictionary and the exact product say."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = tempfile.TemporaryDirectory()
+        self.folder = Path(self.place.name) / "store"
+        Store.create(self.folder)
+        self.store = Store(self.folder, VOCABULARY)
+        self.held = {}
+
+    @rule(
+        batch=st.dictionaries(
+            st.sampled_from(IDS), st.tuples(vectors, st.sampled_from([None, {"l": "x"}, {"l": "y", "n": 1}])), max_size=4
+        )
+    )
+    def put(self, batch):
+        self.store.put([encoded(id_, vector, "text", metadata) for id_, (vector, metadata) in batch.items()])
+        self.held |= batch
+
+    @rule(ids=st.lists(st.sampled_from(IDS), max_size=3))
+    def delete(self, ids):
+        assert self.store.delete(ids) == len({id_ for id_ in ids if id_ in self.held})
+        for id_ in ids:
+            self.held.pop(id_, None)
+
+    @rule()
+    def open_again(self):
+        self.store.close()
+        self.store = Store(self.folder, VOCABULARY)
+
+    @rule()
+    def rebuild(self):
+        self.store.rebuild()
+
+    @rule(query=vectors, k=st.integers(1, 10), value=st.sampled_from([None, "x", ["x", "y"]]), exact=st.booleans())
+    def search(self, query, k, value, exact):
+        expected = {}
+        for id_, (vector, metadata) in self.held.items():
+            score = sum(weight * vector.get(term, 0) for term, weight in query.items())
+            values = value if isinstance(value, list) else [value]
+            if score > 0 and (value is None or (metadata or {}).get("l") in values):
+                expected[id_] = score
+        wanted = None if value is None else {"l": value}
+        question = encoded("", query)
+        found = self.store.search(question.terms, question.weights, k, wanted, exact)
+        scores = [score for _, score in found]
+        assert scores == pytest.approx(sorted(expected.values(), reverse=True)[:k])  # of equal ones any may be the last
+        for id_, score in zip(self.store.ids([position for position, _ in found]), scores, strict=True):
+            assert expected[id_] == pytest.approx(score)
+
+    @invariant()
+    def holds_what_was_put(self):
+        assert len(self.store) == len(self.held)
+        assert {
+            document.id: (dict(zip(document.terms.tolist(), document.weights.tolist(), strict=True)), document.document.metadata)
+            for document in self.store
+        } == self.held
+
+    def teardown(self):
+        self.store.close()
+        self.place.cleanup()
+
+
+class TestAgainstADictionary(AgainstADictionary.TestCase):
+    settings = settings(max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.slow
+class TestTenThousandChanges(AgainstADictionary.TestCase):
+    """A minute: the same for longer."""
+
+    settings = settings(max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize(
+    "terms, weights, message",
+    [
+        ([1, 2], [1.0], r"terms \(2,\) and weights \(1,\)"),
+        ([1, 1], [1.0, 2.0], "rising and each once"),
+        ([2, 1], [1.0, 2.0], "rising and each once"),
+        ([1], [float("nan")], "finite and above 0"),
+        ([1], [float("inf")], "finite and above 0"),
+        ([1], [-1.0], "finite and above 0"),
+        ([1], [0.0], "finite and above 0"),
+        ([-1], [1.0], "0 or more"),
+        ([250_002], [1.0], "outside of the vocabulary"),
+    ],
+)
+def test_vectors_that_would_spoil_the_engine(terms, weights, message, store):
+    good = encoded("good", {1: 1.0})
+    bad = Encoded("bad", Document("", ""), np.array(terms, np.int32), np.array(weights, np.float32))
+    with pytest.raises(DataError, match=f"document 'bad': .*{message}"):
+        store.put([good, bad])
+    assert len(store) == 0  # of a batch all or nothing
+    with pytest.raises(DataError, match=f"the query: .*{message}"):
+        store.search(bad.terms, bad.weights, 10)
+    store.put([good])
+    assert store.search(good.terms, good.weights, 10) == [(1, 1.0)]
+
+
+def test_large_texts_and_empty_vectors(store):
+    text = "ü" * 10_000_000
+    store.put([encoded("large", {3: 1.0}, text), encoded("empty", {})])
+    (document,) = store.documents([position for position, _ in store.search(np.array([3]), np.array([1.0], np.float32), 5)])
+    assert document.document.text == text
+    assert len(store) == 2
+    assert store.search(np.array([], np.int32), np.array([], np.float32), 5) == []
+
+
+SECOND = """
+import sys, numpy as np
+from pathlib import Path
+from anysplade import OutputError
+from anysplade.store import Store
+store = Store(Path(sys.argv[1]), 250_002)
+print(store.search(np.array([3]), np.array([1.0], np.float32), 5))
+try:
+    store.delete(["a"])
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_second_process_reads_exactly_and_may_not_write(store):
+    store.put([encoded("a", {3: 2.0})])
+    said = subprocess.run([sys.executable, "-c", SECOND, str(store.folder)], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == "[(1, 2.0)]"
+    assert "another process holds this index; close it" in said.splitlines()[1]
+    store.put([encoded("b", {3: 1.0})])  # and was not disturbed
+    assert len(store.search(np.array([3]), np.array([1.0], np.float32), 5)) == 2
+
+
+def test_what_a_crash_left_undone_is_done(store):
+    """The truth has it, the engine not yet: as if the process was killed between the two."""
+    store.put([encoded("a", {3: 2.0}), encoded("gone", {3: 5.0})])
+    catch_up, store._catch_up = store._catch_up, lambda: None
+    store.put([encoded("b", {3: 1.0})])
+    store.delete(["gone"])
+    store._catch_up = catch_up
+    store.close()
+    again = Store(store.folder, VOCABULARY)
+    assert again.ids([position for position, _ in again.search(np.array([3]), np.array([1.0], np.float32), 5)]) == ["a", "b"]
+    again.close()
+
+
+def test_a_damaged_engine_is_made_again(store, caplog):
+    store.put([encoded("a", {3: 2.0})])
+    store.close()
+    for path in (store.folder / "engine").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"torn")
+    again = Store(store.folder, VOCABULARY)
+    assert again.search(np.array([3]), np.array([1.0], np.float32), 5) == [(1, 2.0)]
+    assert "the engine is damaged" in caplog.text
+    again.close()
+
+
+def test_a_damaged_truth_is_said(store):
+    store.close()
+    for path in store.folder.glob("documents.sqlite*"):
+        path.write_bytes(b"torn" * 1000)
+    with pytest.raises(DataError, match="the index is damaged"):
+        Store(store.folder, VOCABULARY)
+
+
+def test_a_full_folder_is_no_place_for_a_snapshot(store, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        store.snapshot(tmp_path / "full")
