@@ -51,6 +51,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "kl": {"objective": "kl"},
     "contrastive + kl": {"objective": "contrastive + kl"},
 }
+WITH_CROSS_ENCODER = ("contrastive + kl",)
 Cell = dict[str, Any]
 
 
@@ -159,8 +160,8 @@ def distillation(backbone: str, data: Path, out: Path, workers: int) -> list[dic
     groups: dict[tuple[str, str], list[Cell]] = {}
     for teacher in teachers:
         for objective, options in OBJECTIVES.items():
-            if objective == "contrastive" and teacher != "bm25":
-                continue  # it reads no scores
+            if teacher != "bm25" and objective not in WITH_CROSS_ENCODER:
+                continue
             groups[objective, "none" if objective == "contrastive" else teacher] = [
                 {
                     "backbone": backbone,

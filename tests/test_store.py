@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from anysplade import DataError, Document, OutputError
+from anysplade import DataError, Document, OptionError, OutputError
 from anysplade.records import Encoded
 from anysplade.store import Store
 
@@ -132,6 +132,24 @@ def test_vectors_that_would_spoil_the_engine(terms, weights, message, store):
         store.search(bad.terms, bad.weights, 10)
     store.put([good])
     assert store.search(good.terms, good.weights, 10) == [(1, 1.0)]
+
+
+def test_filters_know_true_from_one(store):
+    tags = {"t": True, "f": False, "one": 1, "text": "true", "list": [True, "x"], "none": None}
+    store.put([encoded(id_, {3: 1.0}, metadata={"v": value}) for id_, value in tags.items()])
+
+    def found(value, exact):
+        hits = store.search(np.array([3]), np.array([1.0], np.float32), 10, {"v": value}, exact)
+        return set(store.ids([position for position, _ in hits]))
+
+    for exact in (False, True):
+        assert found(True, exact) == {"t", "list"}
+        assert found(False, exact) == {"f"}
+        assert found(1, exact) == {"one"}
+        assert found("true", exact) == {"text"}
+        assert found(["x", "true", False, 1], exact) == {"list", "text", "f", "one"}
+    with pytest.raises(OptionError, match="each a text, an int or a bool"):
+        found(1.5, False)
 
 
 def test_large_texts_and_empty_vectors(store):

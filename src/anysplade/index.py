@@ -20,9 +20,9 @@ from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision
 from anysplade.provenance import provenance
-from anysplade.records import Encoded, Hit, TermMatch
+from anysplade.records import Encoded, Filter, Hit, TermMatch
 from anysplade.shards import encode_corpus, read_shard
-from anysplade.store import BATCH, Filter, Store
+from anysplade.store import BATCH, Store
 
 FORMAT = 2
 

@@ -1,12 +1,16 @@
 """What goes into an index and what comes out of it, whatever engine holds it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from anysplade.datasets import Document
-from anysplade.errors import DataError
+from anysplade.errors import DataError, OptionError
+
+Filter = Mapping[str, Any]  # metadata that a document must have: a value by name, or a list for any of several
+Value = str | int | bool
 
 
 class Encoded(NamedTuple):
@@ -41,6 +45,21 @@ def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: 
     if not (np.isfinite(weights) & (weights > 0)).all():
         raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
     return terms.astype(np.int32), weights
+
+
+def check_filter(filter: Filter | None) -> dict[str, list[Value]]:
+    """Metadata names and the values of which a document must have one.
+
+    Raises:
+        OptionError: a value that is no text, whole number or truth value; engines disagree on the equality of others.
+    """
+    checked = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in (filter or {}).items()}
+    for name, values in checked.items():
+        if not name or '"' in name or not values or not all(isinstance(value, Value) for value in values):
+            raise OptionError(
+                f'filter {name!r}: {str(values)[:80]}; give {{"name": value}} or a list of values, each a text, an int or a bool'
+            )
+    return checked
 
 
 @dataclass(frozen=True)

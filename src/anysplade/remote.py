@@ -15,9 +15,8 @@ from anysplade.errors import DataError, OptionError
 from anysplade.head import resolve_model
 from anysplade.index import Index, as_encoded, describe_model, explain_score, open_same_model
 from anysplade.options import Precision
-from anysplade.records import Hit
+from anysplade.records import Filter, Hit
 from anysplade.shards import encode_corpus, read_shard
-from anysplade.store import Filter
 
 
 class RemoteIndex:

@@ -12,7 +12,7 @@ import logging
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from anysplade.datasets import Document
 from anysplade.errors import DataError, OutputError
 from anysplade.files import require_empty
 from anysplade.postings import Postings
-from anysplade.records import Encoded, check_vector
+from anysplade.records import Encoded, Filter, Value, check_filter, check_vector
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- of a build: taken in
 """
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM documents"
 
-Filter = Mapping[str, Any]  # metadata that a document must have: a value by name, or a list for any of several
 Found = list[tuple[int, float]]  # positions and scores, best first
 
 
@@ -186,17 +185,18 @@ class Store:
             DataError: a vector that is none; see ``check_vector``.
         """
         terms, weights = check_vector("the query", terms, weights, self.vocabulary)
+        conditions = check_filter(wanted)
         if not len(terms):
             return []
         with self._lock:
             if self._engine is None or exact:
-                return self._search_exactly(terms, weights, k, wanted)
+                return self._search_exactly(terms, weights, k, conditions)
             vector = edge.SparseVector(terms.tolist(), weights.tolist())
-            request = edge.QueryRequest(query=edge.Query.Nearest(vector, using=_VECTOR), limit=k, filter=_filter(wanted))
+            request = edge.QueryRequest(query=edge.Query.Nearest(vector, using=_VECTOR), limit=k, filter=_filter(conditions))
             points = self._engine.query(request)
         return sorted(((int(point.id), point.score) for point in points), key=lambda hit: (-hit[1], hit[0]))
 
-    def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: Filter | None) -> Found:
+    def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: dict[str, list[Value]]) -> Found:
         version = (int(self._one("PRAGMA data_version")), self._truth.total_changes)
         exact = self._exact
         if exact is None or exact[0] != version:
@@ -297,7 +297,7 @@ class Store:
                             np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights, np.float32).tolist()
                         )
                     },
-                    {"metadata": json.loads(metadata)} if metadata else {},
+                    {"metadata": {name: _matched(value) for name, value in json.loads(metadata).items()}} if metadata else {},
                 )
                 for position, metadata, terms, weights in rows
                 if terms
@@ -354,21 +354,30 @@ def _restored(value: str | bytes) -> str:
 # ----------------------------------------------------------------------------------------- filters
 
 
-def _has(metadata: dict[str, Any], wanted: Filter) -> bool:
-    def matches(value: Any, values: list[Any]) -> bool:
+def _has(metadata: dict[str, Any], wanted: dict[str, list[Value]]) -> bool:
+    def matches(value: Any, values: list[Value]) -> bool:
         # As the engine has it: a list has any of its items, and true is not 1.
-        return any(
-            type(one) is type(other) and one == other for one in (value if isinstance(value, list) else [value]) for other in values
-        )
+        held = value if isinstance(value, list) else [value]
+        return any(type(one) is type(other) and one == other for one in held for other in values)
 
-    return all(matches(metadata.get(name), value if isinstance(value, list) else [value]) for name, value in wanted.items())
+    return all(matches(metadata.get(name), values) for name, values in wanted.items())
 
 
-def _filter(wanted: Filter | None) -> Any:
+def _matched(value: Any) -> Any:
+    """Metadata as the engine matches it: true is 1 to it, so truth values go in as texts that no other text is."""
+    if isinstance(value, list):
+        return [_matched(item) for item in value]
+    return f"\0{value}" if isinstance(value, bool) else value
+
+
+def _filter(wanted: dict[str, list[Value]]) -> Any:
     if not wanted:
         return None
     conditions: list[Any] = []
-    for name, value in wanted.items():
-        match = edge.MatchAny(value) if isinstance(value, list) else edge.MatchValue(value)
-        conditions.append(edge.FieldCondition(key=f'metadata."{name}"', match=match))
+    for name, values in wanted.items():
+        # Quoted, so that a dot in a name does not lead into an object; one condition a value, so that kinds may be mixed.
+        any_of: list[Any] = [
+            edge.FieldCondition(key=f'metadata."{name}"', match=edge.MatchValue(_matched(value))) for value in values
+        ]
+        conditions.append(edge.Filter(should=any_of))
     return edge.Filter(must=conditions)

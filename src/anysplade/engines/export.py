@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from anysplade.engines.sending import check_vector
 from anysplade.errors import DataError, OptionError, OutputError
 from anysplade.files import whole_folder
-from anysplade.records import Encoded
+from anysplade.records import Encoded, check_vector
 
 _DOCUMENTS_A_FILE = 100_000
 _INT32 = 2**31 - 1

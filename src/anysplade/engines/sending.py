@@ -9,56 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
 from anysplade.errors import DataError, OptionError, OutputError
-from anysplade.records import Encoded
+from anysplade.records import Encoded, check_vector
 
 logger = logging.getLogger(__name__)
 
-Value = str | int | bool
 Hashed = dict[str, tuple[Encoded, str]]  # documents and their content hashes, by id
 T = TypeVar("T")
 
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds, before another try
-
-
-def check_vector(said: str, terms: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same as int32 and float32, each (active dims,).
-
-    Engines accept more than they can search: Qdrant takes NaN, and doubled terms change scores after a reload.
-
-    Raises:
-        DataError: lengths differ, terms are not whole numbers that rise from 0 or more, or a weight is not finite and above 0.
-    """
-    terms, weights = np.asarray(terms), np.asarray(weights)
-    if terms.ndim != 1 or terms.shape != weights.shape:
-        raise DataError(f"{said}: terms {terms.shape} and weights {weights.shape}; a vector has one weight for each term")
-    if not len(terms):
-        return terms.astype(np.int32), weights.astype(np.float32)
-    if terms.dtype.kind not in "iu" or terms[0] < 0 or terms[-1] > np.iinfo(np.int32).max or not (terms[1:] > terms[:-1]).all():
-        raise DataError(f"{said}: its terms must be int32, 0 or more, rising and each once; sort them and add up what stands twice")
-    with np.errstate(over="ignore"):
-        weights = weights.astype(np.float32)
-    if not (np.isfinite(weights) & (weights > 0)).all():
-        raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
-    return terms.astype(np.int32), weights
-
-
-def check_filter(filter: Mapping[str, Any] | None) -> dict[str, list[Value]]:
-    """Metadata names and the values of which a document must have one.
-
-    Raises:
-        OptionError: a value that is no text, whole number or truth value; engines disagree on the equality of others.
-    """
-    checked = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in (filter or {}).items()}
-    for name, values in checked.items():
-        if not name or '"' in name or not values or not all(isinstance(value, Value) for value in values):
-            raise OptionError(
-                f'filter {name!r}: {str(values)[:80]}; give {{"name": value}} or a list of values, each a text, an int or a bool'
-            )
-    return checked
 
 
 def hashed_batches(documents: Iterable[Encoded], size: int, progress: bool) -> Iterator[Hashed]:
