@@ -229,10 +229,14 @@ class Store:
         rows = {row[0]: row[1:] for row in self._truth.execute(f"SELECT {_FIELDS} WHERE position IN ({marks})", positions)}
         return [_encoded(*rows[position]) for position in positions]
 
+    def items(self) -> Iterator[tuple[int, Encoded]]:
+        """Every document with its position, in the order in which they were added."""
+        for row in self._truth.execute(f"SELECT {_FIELDS} ORDER BY position"):
+            yield row[0], _encoded(*row[1:])
+
     def __iter__(self) -> Iterator[Encoded]:
         """Every document, in the order in which they were added."""
-        for row in self._truth.execute(f"SELECT {_FIELDS} ORDER BY position"):
-            yield _encoded(*row[1:])
+        return (document for _, document in self.items())
 
     # ---------------------------------------------------------------------------- truth and engine
 

@@ -102,12 +102,12 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         if finished is not None:
             logger.info("%s holds this run's result already", output)
             return finished
-        resolve_model(config.backbone)  # a mistake in its name is said before the data are read
+        resolve_model(config.backbone)  # a mistake in a name is said before the data are read
+        dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
         pairs = _examples(config, output, write=arguments.process_index == 0, progress=progress)
         recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
         if recorded.get("data_hash", pairs.data_hash) != pairs.data_hash:
             raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
-        dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
 
     logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
