@@ -187,10 +187,10 @@ def test_a_second_process_reads_exactly_and_may_not_write(store):
 def test_what_a_crash_left_undone_is_done(store):
     """The truth has it, the engine not yet: as if the process was killed between the two."""
     store.put([encoded("a", {3: 2.0}), encoded("gone", {3: 5.0})])
-    catch_up, store._catch_up = store._catch_up, lambda: None
+    apply, store._apply = store._apply, lambda rows: None
     store.put([encoded("b", {3: 1.0})])
     store.delete(["gone"])
-    store._catch_up = catch_up
+    store._apply, store._flush = apply, lambda: None  # nor are the notes taken away
     store.close()
     again = Store(store.folder, VOCABULARY)
     assert again.ids([position for position, _ in again.search(np.array([3]), np.array([1.0], np.float32), 5)]) == ["a", "b"]

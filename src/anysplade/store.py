@@ -31,6 +31,7 @@ from anysplade.records import Encoded, Filter, Value, check_filter, check_vector
 logger = logging.getLogger(__name__)
 
 BATCH = 1024  # documents of a transaction
+_FLUSH = 16 * BATCH  # changes after which the engine is made safe: it takes as long for one as for thousands
 _VECTOR = "splade"
 _SCHEMA = """
 CREATE TABLE documents (
@@ -59,11 +60,13 @@ class Store:
         self._lock = threading.RLock()
         self._exact: tuple[tuple[int, int], Postings, np.ndarray] | None = None  # the truth's version, postings, positions
         self._engine: Any = None
+        self._unsafe = 0  # changes that the engine has, perhaps not on disk
         self._claim = FileLock(folder / "lock", timeout=0)
         try:
             self._truth = sqlite3.connect(f"file:{folder / 'documents.sqlite'}?mode=rw", uri=True, check_same_thread=False)
             self._truth.isolation_level = None
             self._truth.execute("PRAGMA journal_mode = WAL")
+            self._truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
             self._truth.execute("SELECT count(*) FROM changed, shards")
         except sqlite3.Error as error:
             raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
@@ -83,6 +86,7 @@ class Store:
         """Let go of the engine, so that another process can have it."""
         with self._lock:
             if self._engine is not None:
+                self._flush()
                 self._engine.close()
                 self._engine = None
                 self._claim.release()
@@ -120,9 +124,8 @@ class Store:
         while batch := list(islice(iterator, BATCH) if shard is None else iterator):
             for document in batch:
                 check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, self.vocabulary)
-            with self._writing() as cursor:
-                for document in batch:
-                    _put(cursor, document)
+            with self._writing() as (cursor, rows):
+                rows += [_put(cursor, document) for document in batch]
                 if shard is not None:
                     cursor.execute("INSERT INTO shards VALUES (?)", (shard,))
 
@@ -132,14 +135,12 @@ class Store:
         Raises:
             OutputError: another process holds the store.
         """
-        removed = 0
-        with self._writing() as cursor:
+        with self._writing() as (cursor, rows):
             for id_ in ids:
                 row = cursor.execute("DELETE FROM documents WHERE id = ? RETURNING position", (_sound(id_),)).fetchone()
                 if row is not None:
-                    cursor.execute("INSERT OR REPLACE INTO changed VALUES (?)", row)
-                    removed += 1
-        return removed
+                    rows.append((row[0], None, None, None))
+        return len(rows)
 
     def rebuild(self) -> None:
         """Make the engine anew from the truth.
@@ -147,11 +148,13 @@ class Store:
         Raises:
             OutputError: another process holds the store.
         """
-        with self._writing() as cursor:
+        with self._lock, self._writing():  # which refuses where another process holds it
+            self._truth.execute(_ALL_CHANGED)
+        with self._lock:
             self._engine.close()
             self._engine = None
             shutil.rmtree(self.folder / "engine")
-            cursor.execute(_ALL_CHANGED)
+            self._open_engine()
         self.optimize()
 
     def optimize(self) -> None:
@@ -159,7 +162,7 @@ class Store:
         with self._lock:
             if self._engine is not None:
                 self._engine.optimize()
-                self._engine.flush()
+                self._flush()
 
     def snapshot(self, folder: Path) -> None:
         """A consistent copy, also while the store is written to; its engine is made when it is first opened.
@@ -241,8 +244,8 @@ class Store:
     # ---------------------------------------------------------------------------- truth and engine
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Cursor]:
-        """A change of the truth, in one transaction, and then of the engine."""
+    def _writing(self) -> Iterator[tuple[sqlite3.Cursor, list[Any]]]:
+        """A change of the truth, in one transaction, and then of the engine: the rows that are put into the list."""
         with self._lock:
             if self._engine is None:
                 self._open_engine()  # the other process may be gone
@@ -250,16 +253,15 @@ class Store:
                 raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
             cursor = self._truth.cursor()
             cursor.execute("BEGIN IMMEDIATE")
+            rows: list[Any] = []
             try:
-                yield cursor
+                yield cursor, rows
+                cursor.executemany("INSERT OR REPLACE INTO changed VALUES (?)", [row[:1] for row in rows])
                 cursor.execute("COMMIT")
             except BaseException:
                 cursor.execute("ROLLBACK")
                 raise
-            if self._engine is None:
-                self._open_engine()
-            else:
-                self._catch_up()
+            self._apply(list({row[0]: row for row in rows}.values()))  # of a document that came twice the last
 
     def _open_engine(self) -> None:
         """Have the engine, up to date; none while another process holds it."""
@@ -288,30 +290,44 @@ class Store:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Bring into the engine what changed in the truth; until it is safe there, it stays noted."""
+        """Bring into the engine what the truth notes as changed: what a crash left undone, or all of a new engine."""
         query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN documents USING (position)
-                   ORDER BY changed.position LIMIT ?"""
-        while rows := self._truth.execute(query, (BATCH,)).fetchall():
-            gone = [row[0] for row in rows if not row[2]]  # deleted, or without a term, and so without a match
-            points = [
-                edge.Point(
-                    position,
-                    {
-                        _VECTOR: edge.SparseVector(
-                            np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights, np.float32).tolist()
-                        )
-                    },
-                    {"metadata": {name: _matched(value) for name, value in json.loads(metadata).items()}} if metadata else {},
-                )
-                for position, metadata, terms, weights in rows
-                if terms
-            ]
-            if gone:
-                self._engine.update(edge.UpdateOperation.delete_points(gone))
-            if points:
-                self._engine.update(edge.UpdateOperation.upsert_points(points))
-            self._engine.flush()
-            self._truth.execute("DELETE FROM changed WHERE position <= ?", (rows[-1][0],))
+                   WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
+        last = -1
+        while rows := self._truth.execute(query, (last, BATCH)).fetchall():
+            self._apply(rows)
+            last = rows[-1][0]
+        self._flush()
+
+    def _apply(self, rows: Sequence[tuple[int, str | None, bytes | None, bytes | None]]) -> None:
+        """Positions with metadata, terms and weights into the engine; without terms, out of it."""
+        gone = [row[0] for row in rows if not row[2]]  # deleted, or without a term, and so without a match
+        points = [
+            edge.Point(
+                position,
+                {
+                    _VECTOR: edge.SparseVector(
+                        np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights or b"", np.float32).tolist()
+                    )
+                },
+                {"metadata": {name: _matched(value) for name, value in json.loads(metadata).items()}} if metadata else {},
+            )
+            for position, metadata, terms, weights in rows
+            if terms
+        ]
+        if gone:
+            self._engine.update(edge.UpdateOperation.delete_points(gone))
+        if points:
+            self._engine.update(edge.UpdateOperation.upsert_points(points))
+        self._unsafe += len(rows)
+        if self._unsafe >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Have the engine on disk; until then the truth keeps note of what it may lack."""
+        self._engine.flush()
+        self._truth.execute("DELETE FROM changed")
+        self._unsafe = 0
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -319,22 +335,18 @@ class Store:
 _FIELDS = "position, id, title, text, metadata, terms, weights FROM documents"
 
 
-def _put(cursor: sqlite3.Cursor, document: Encoded) -> None:
+def _put(cursor: sqlite3.Cursor, document: Encoded) -> tuple[int, str | None, bytes, bytes]:
+    """Into the truth; what the engine takes of it."""
     content = document.document
-    cursor.execute(
+    metadata = None if content.metadata is None else json.dumps(content.metadata)
+    terms, weights = document.terms.astype(np.int32).tobytes(), document.weights.astype(np.float32).tobytes()
+    (position,) = cursor.execute(
         """INSERT INTO documents (id, title, text, metadata, terms, weights) VALUES (?, ?, ?, ?, ?, ?)
            ON CONFLICT (id) DO UPDATE SET title = excluded.title, text = excluded.text, metadata = excluded.metadata,
            terms = excluded.terms, weights = excluded.weights RETURNING position""",
-        (
-            _sound(document.id),
-            _sound(content.title),
-            _sound(content.text),
-            None if content.metadata is None else json.dumps(content.metadata),
-            document.terms.astype(np.int32).tobytes(),
-            document.weights.astype(np.float32).tobytes(),
-        ),
-    )
-    cursor.execute("INSERT OR REPLACE INTO changed VALUES (?)", cursor.fetchone())
+        (_sound(document.id), _sound(content.title), _sound(content.text), metadata, terms, weights),
+    ).fetchone()
+    return position, metadata, terms, weights
 
 
 def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> Encoded:
