@@ -62,7 +62,10 @@ def test_what_is_no_count(text):
         parse_count(text)
 
 
-@pytest.mark.parametrize("options", [{"documents": 0}, {"sample": 0}, {"qps": 0}, {"qps": float("nan")}, {"memory_gib": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"documents": 0}, {"sample": 0}, {"qps": 0}, {"qps": float("nan")}, {"memory_gib": -1}, {"memory_gib": float("inf")}],
+)
 def test_impossible_options(options, backbone):
     with pytest.raises(OptionError, match="must be above 0"):
         size(backbone, **{"documents": 10} | options)

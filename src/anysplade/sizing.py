@@ -1,88 +1,64 @@
-"""What an index of N documents will need, from a sample's vectors and this machine's measured speed."""
+"""What an index of many documents will need, from a sample of texts and this machine's speed.
 
-import dataclasses
-import math
+The method, and how far it can be off, stand in docs/sizing.md.
+"""
+
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import sparse
 
-from anysplade.datasets import PYTHON_DOCS, Document, iter_corpus, load_python_docs, read_queries
+from anysplade.datasets import Collection, is_collection, load_collection, read_corpus
 from anysplade.encoder import open_encoder
 from anysplade.encoding import encode
-from anysplade.errors import DataError, ModelError, OptionError
+from anysplade.errors import DataError, OptionError
 from anysplade.postings import Postings
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.provenance import provenance
-from anysplade.sources import ir_dataset, zip_folder
 
-_POSTING = 8  # bytes: int32 id, float32 weight
-_COPIES = 2  # of each vector beside its postings: in documents.sqlite and in the engine's storage
-_POSITIONS = 2**31  # documents of a shard, whose positions are int32
-# Of the measurement: more than a cache holds, few enough for seconds and about half a GB.
-_POSTINGS = 20_000_000
-_DOCUMENTS = (10_000, 4_000_000)  # fewer measure numpy's calls alone; more need memory for scores, and change little
-_TIMED_QUERIES = 8
-_STREAMED = 2**28  # bytes
-_RUNS, _SECONDS = (3, 7), 2.0  # at least and at most so many; no further one after so long
+_POSTING = 8  # bytes: a document id and a float32 weight
+_POSTINGS = 20_000_000  # measured over: more than a cache holds
+_STREAM = 2**25  # float64 numbers whose sum measures the bandwidth of memory
+_SECONDS = 2.0  # of measuring
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Inputs, then what was measured, then what follows from both; ``assumptions`` says what neither covers."""
+    """Asked, measured and derived."""
 
     model: str
     documents: int
-    corpus: str | None
-    sample: int
-    seed: int
-    qps: float  # wanted, queries a second
-    memory_gib: float  # of a shard's machine
-    # measured on the sample
-    documents_from: str  # "corpus" or "probe texts"
-    queries_from: str  # "given", "corpus" or "probe texts"
-    corpus_documents: int | None
+    qps: float  # wanted
+    memory_gib: float  # for the postings of a shard
+    sampled_from: str
     sampled_documents: int
     sampled_queries: int
-    document_active_dims: dict[str, float]  # mean, p95
-    query_active_dims: dict[str, float]
-    flops: float  # postings a query reads of each document; see ``size``
-    flops_standard_error: float | None  # of the sampling; None for a single document or query
-    vocabulary: int
-    text_bytes: float  # UTF-8, mean
-    id_bytes: float
-    texts_per_second: float  # encoded, with the whole of this machine
-    device: str
-    # measured on this machine, one core
-    measured_documents: int  # synthetic
-    measured_postings: int  # of the terms that the timed queries have
-    ns_per_posting: float  # selecting the best 10 included
-    bandwidth_gb_per_second: float  # reading memory in order; 10^9 bytes
-    floor_ns_per_posting: float  # 8 bytes at that bandwidth
-    # derived
-    postings: int
-    postings_per_query: float
-    index_bytes: dict[str, int]  # on disk: postings, offsets, vectors, texts, ids, total
-    shards: int
-    query_seconds: float  # on one core, all shards one after the other
-    floor_query_seconds: float
+    document_active_dims: float  # measured, mean
+    query_active_dims: float
+    flops: float  # measured: sum over terms of P(in query) P(in document)
+    texts_per_second: float  # measured: encoding on this machine
+    ns_per_posting: float  # measured: exact search on one core, over more postings than a cache holds
+    floor_ns_per_posting: float  # measured: reading their bytes, at this machine's bandwidth
+    postings: float  # of all documents
+    postings_per_query: float  # FLOPS times documents
+    index_bytes: float  # postings and their table
+    text_bytes: float  # texts and ids
+    disk_bytes: float  # of an index here: postings, the engine's and the truth's copy of the vectors, texts and ids
+    seconds_per_query: float  # on one core
     qps_per_core: float
-    cores: int
-    encoding_seconds: float  # on one machine like this one
-    encoding_machine_hours: float
+    cores: int  # for the wanted QPS
+    shards: int  # of the given memory
+    encoding_hours: float  # on one machine like this
     assumptions: list[str]
-    provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
 
 def size(
@@ -90,121 +66,132 @@ def size(
     documents: int,
     *,
     corpus: str | Path | None = None,
-    queries: Sequence[str] | None = None,
     sample: int = 500,
     seed: int = 0,
     qps: float = 100.0,
     memory_gib: float = 32.0,
     progress: bool = False,
 ) -> Size:
-    """Measure a model on a sample of texts, and this machine, and reckon what an index needs.
-
-    A query reads the postings of its terms: the sum over terms of [term in query] df(term). The mean over queries is
-    documents × FLOPS, FLOPS = sum over terms of P(in query) P(in document) (Paria et al., arXiv 2004.05665). That is
-    exact, not a model: expectation is linear, however the terms of a text hang together. The sample's FLOPS has that
-    expectation as long as its queries and its documents are drawn independently from those to come.
+    """Size an index of ``documents`` documents.
 
     Args:
-        model: a sparse encoder or a masked LM: folder or hub id.
-        documents: of the index to come.
-        corpus: what ``iter_corpus`` reads; of it a random ``sample`` is encoded. Probe texts if None.
-        queries: of the kind to come, at most ``sample`` of them are encoded; if None, the corpus's, or else probe texts.
-        qps: queries a second that are wanted.
-        memory_gib: for the postings of one shard.
+        corpus: texts like those that will be indexed; of a collection its queries are used too. Everyday texts if None.
+        sample: documents, and queries, that are encoded.
+        qps: queries a second wanted.
+        memory_gib: of a machine, for postings.
 
     Raises:
-        OptionError: an impossible number, or no queries in ``queries``.
-        ModelError: as ``open_encoder``, or queries and documents share no term.
-        DataError: as ``iter_corpus``, or the corpus is empty.
+        OptionError: a number that is not above 0.
+        ModelError, DataError: as ``open_encoder`` and ``read_corpus`` do.
     """
-    if not isinstance(documents, int) or not 1 <= documents <= 10**15:
-        raise OptionError(f"documents is {documents}: it must be a whole number from 1 to 10^15")
-    if sample < 1:
-        raise OptionError(f"sample is {sample}: at least 1 document must be encoded")
-    for name, value in (("qps", qps), ("memory_gib", memory_gib)):
-        if not 0 < value < math.inf:
-            raise OptionError(f"{name} is {value}: it must be a finite number above 0")
-    if queries is not None and (isinstance(queries, str) or not queries):
-        raise OptionError("queries: give a list of at least one text, or leave it out")
-
+    if documents < 1 or sample < 1 or not 0 < qps < float("inf") or not 0 < memory_gib < float("inf"):
+        raise OptionError(f"documents {documents}, sample {sample}, qps {qps}, memory {memory_gib} GiB: all must be above 0")
     encoder = open_encoder(model)
-    chooser = random.Random(seed)
-    found, available, seen = _texts(corpus, sample, chooser, queries is None, progress)
-    queries_from = "given" if queries is not None else "corpus" if available else "probe texts"
-    asked = list(queries if queries is not None else available or PROBE_QUERIES)
-    asked = chooser.sample(asked, min(sample, len(asked)))
-    texts = [document.full_text for _, document in found]
-    encode(encoder, texts[:1], "document")  # the first call loads and compiles
+    texts, ids, questions, source = _sample(corpus, sample, seed)
     start = time.perf_counter()
     rows = encode(encoder, texts, "document", progress=progress)
     texts_per_second = len(texts) / (time.perf_counter() - start)
-    query_rows = encode(encoder, asked, "query", progress=progress)
-
-    in_document, in_query = _share(rows), _share(query_rows)
+    queries = encode(encoder, questions, "query", progress=progress)
+    in_document = np.bincount(rows.indices, minlength=rows.shape[1]) / rows.shape[0]
+    in_query = np.bincount(queries.indices, minlength=queries.shape[1]) / queries.shape[0]
     flops = float(in_query @ in_document)
-    if flops == 0:
-        raise ModelError(
-            f"{model}: no term is in a sampled query and in a sampled document, so a search reads nothing; "
-            "train the model, or take a larger sample"
-        )
-    speed = _time_search(query_rows, in_document, documents, seed)
-    bandwidth = _time_stream()
-    ns, floor = speed[0], _POSTING / bandwidth
-
-    vocabulary, active = rows.shape[1], rows.nnz / rows.shape[0]
-    id_bytes = _mean_bytes([id_ for id_, _ in found]) if corpus is not None else float(len(str(documents)))
-    offsets = 8 * (vocabulary + 1)
-    room = memory_gib * 2**30 - offsets
-    if room < _POSTING * active:
-        raise OptionError(f"memory_gib is {memory_gib}: the offsets of {vocabulary:,} terms and one document do not fit; give more")
-    postings = round(active * documents)
-    shards = max(math.ceil(_POSTING * postings / room), math.ceil(documents / _POSITIONS), 1)
-    text_bytes = _mean_bytes([document.title + document.text for _, document in found])
-    parts = {
-        "postings": _POSTING * postings,
-        "offsets": offsets * shards,
-        "vectors": _COPIES * _POSTING * postings,
-        "texts": round(text_bytes * documents),
-        "ids": round((2 * id_bytes + 8) * documents),  # in the row, in the unique index, and the engine's number
-    }
-    query_seconds = ns * flops * documents / 1e9
+    if not flops:
+        raise DataError(f"{model}: the sampled queries and documents share no term; the model collapsed, or take a larger --sample")
+    measured, floor = _speed(rows, queries)
+    postings = documents * rows.nnz / rows.shape[0]
+    index_bytes = _POSTING * postings + 8 * (rows.shape[1] + 1)
+    per_query = flops * documents
+    seconds = per_query * measured * 1e-9
+    stored = np.mean(
+        [
+            len(text.encode("utf-8", "surrogatepass")) + len(id_.encode("utf-8", "surrogatepass"))
+            for text, id_ in zip(texts, ids, strict=True)
+        ]
+    )
     return Size(
         model=str(model),
         documents=documents,
-        corpus=None if corpus is None else str(corpus),
-        sample=sample,
-        seed=seed,
         qps=qps,
         memory_gib=memory_gib,
-        documents_from="probe texts" if corpus is None else "corpus",
-        queries_from=queries_from,
-        corpus_documents=None if corpus is None else seen,
+        sampled_from=source,
         sampled_documents=len(texts),
-        sampled_queries=len(asked),
-        document_active_dims=_spread(rows),
-        query_active_dims=_spread(query_rows),
+        sampled_queries=len(questions),
+        document_active_dims=rows.nnz / rows.shape[0],
+        query_active_dims=queries.nnz / queries.shape[0],
         flops=flops,
-        flops_standard_error=_standard_error(rows @ in_query, query_rows @ in_document),
-        vocabulary=vocabulary,
-        text_bytes=text_bytes,
-        id_bytes=id_bytes,
         texts_per_second=texts_per_second,
-        device=str(encoder.device),
-        measured_documents=speed[1],
-        measured_postings=speed[2],
-        ns_per_posting=ns,
-        bandwidth_gb_per_second=bandwidth,
+        ns_per_posting=measured,
         floor_ns_per_posting=floor,
         postings=postings,
-        postings_per_query=flops * documents,
-        index_bytes=parts | {"total": sum(parts.values())},
-        shards=shards,
-        query_seconds=query_seconds,
-        floor_query_seconds=floor * flops * documents / 1e9,
-        qps_per_core=1 / query_seconds,
-        cores=math.ceil(qps * query_seconds),
-        encoding_seconds=documents / texts_per_second,
-        encoding_machine_hours=documents / texts_per_second / 3600,
-        assumptions=[],
-        provenance=provenance(),
+        postings_per_query=per_query,
+        index_bytes=index_bytes,
+        text_bytes=float(stored * documents),
+        disk_bytes=float(3 * _POSTING * postings + stored * documents),
+        seconds_per_query=seconds,
+        qps_per_core=1 / seconds,
+        cores=int(np.ceil(qps * seconds)),
+        shards=int(np.ceil(index_bytes / (memory_gib * 2**30))),
+        encoding_hours=documents / texts_per_second / 3600,
+        assumptions=[
+            f"texts and queries are like those sampled ({source})",
+            "a query reads all postings of its terms, whose length grows with the documents",
+            "a core of the server is like one of this machine, and its postings are in memory",
+            "an engine may be faster (it skips postings that cannot matter) or slower (filters, fetching of texts)",
+        ],
     )
+
+
+def parse_count(text: str) -> int:
+    """``100M``, ``2.5B``, ``1e8``, ``100,000`` as a number.
+
+    Raises:
+        OptionError: none of these, or below 1.
+    """
+    match = re.fullmatch(r"(\d[\d,_]*(?:\.\d+)?(?:e\d{1,2})?)([kmb]?)", text.strip().lower())
+    count = float(re.sub("[,_]", "", match[1])) * _SUFFIXES[match[2]] if match else 0.0
+    if not 1 <= count < 1e15:
+        raise OptionError(f"{text!r} is no number of documents; such as 250000, 100M or 2.5B")
+    return round(count)
+
+
+def _sample(corpus: str | Path | None, sample: int, seed: int) -> tuple[list[str], list[str], list[str], str]:
+    """Texts, ids, queries, and where they are from."""
+    if corpus is None:
+        texts = list(PROBE_DOCUMENTS)[:sample]
+        return texts, [f"document-{i}" for i in range(len(texts))], list(PROBE_QUERIES)[:sample], "everyday texts"
+    generator = random.Random(seed)
+    collection: Collection | None = None
+    if is_collection(str(corpus)):
+        try:
+            collection = load_collection(corpus)
+        except DataError:  # a corpus alone
+            collection = None
+    documents = read_corpus(corpus) if collection is None else collection.corpus
+    ids = generator.sample(list(documents), min(sample, len(documents)))
+    questions = list(PROBE_QUERIES) if collection is None else list(collection.queries.values())
+    asked = generator.sample(questions, min(sample, len(questions)))
+    source = f"{corpus}, {'everyday' if collection is None else 'its'} queries"
+    return [documents[id_].full_text for id_ in ids], ids, asked, source
+
+
+def _speed(rows: sparse.csr_matrix, queries: sparse.csr_matrix) -> tuple[float, float]:
+    """Nanoseconds a posting: of exact search over copies of the sample, and of reading 8 bytes from memory."""
+    copies = max(1, _POSTINGS // rows.nnz)
+    postings = Postings.from_documents(sparse.vstack([rows] * copies, format="csr"))
+    times: list[float] = []
+    deadline = time.perf_counter() + _SECONDS
+    while len(times) < 3 or time.perf_counter() < deadline:
+        row = len(times) % queries.shape[0]
+        span = slice(queries.indptr[row], queries.indptr[row + 1])
+        terms = queries.indices[span]
+        read = int((postings.indptr[terms + 1] - postings.indptr[terms]).sum())
+        start = time.perf_counter()
+        postings.top(terms, queries.data[span], 10)
+        times.append((time.perf_counter() - start) / max(1, read))
+    stream = np.ones(_STREAM)
+    passes = []
+    for _ in range(3):
+        start = time.perf_counter()
+        stream.sum()
+        passes.append(time.perf_counter() - start)
+    return 1e9 * float(np.median(times)), 1e9 * _POSTING * min(passes) / stream.nbytes

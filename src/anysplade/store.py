@@ -301,7 +301,7 @@ class Store:
 
     def _apply(self, rows: Sequence[tuple[int, str | None, bytes | None, bytes | None]]) -> None:
         """Positions with metadata, terms and weights into the engine; without terms, out of it."""
-        gone = [row[0] for row in rows if not row[2]]  # deleted, or without a term, and so without a match
+        gone: list[Any] = [row[0] for row in rows if not row[2]]  # deleted, or without a term, and so without a match
         points = [
             edge.Point(
                 position,
