@@ -9,7 +9,6 @@ from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 from anysplade import ModelError, OptionError, load_encoder
 from anysplade.encoder import fuse_pooling, masked_lm, open_encoder, unfuse_pooling
 from architectures import ARCHITECTURES
-from processes import run_on_two_processes
 from tiny import make_backbone
 
 TEXTS = ["kabel lodan mifil nugor", "pehan", "", "not a word of the vocabulary"]
@@ -142,18 +141,3 @@ def test_length(backbone):
     assert load_encoder(backbone, max_length=5).max_seq_length == 5
     with pytest.raises(OptionError, match="at least 3 tokens"):
         load_encoder(backbone, max_length=2)
-
-
-def test_the_trainer_on_two_processes(tmp_path):
-    """DistributedDataParallel over gloo: the processes stay alike, and fused training ends where stock training does."""
-    still = make_backbone("bert", tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    ends = []
-    for fused in (True, False):
-        meeting = tmp_path / f"meeting-{fused}"
-        run_on_two_processes("two_processes.py", still, meeting, int(fused), tmp_path / str(fused))
-        ends += [torch.load(tmp_path / f"{fused}-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    before = load_encoder(still, k=2, shift=0.5).state_dict()
-    assert any(not torch.equal(before[name], ends[0][name]) for name in before)
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in before)
-    for name in before:
-        torch.testing.assert_close(ends[0][name], ends[2][name], rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
