@@ -2,7 +2,6 @@ import gzip
 import json
 import shutil
 
-import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from anysplade import (
 from anysplade.datasets import collection_names, is_collection, load_python_docs
 from anysplade.python_docs import Docstring, split_entries
 from local_ir_datasets import Docs, Qrels, Queries, register
+from tiny import make_repository
 
 
 @pytest.fixture
@@ -145,7 +145,6 @@ def everywhere(collection_folder, tmp_path):
     (tmp_path / "trec" / "topics.txt").write_text("\n".join(topics))
     documents = [(id_, document.text) for id_, document in collection.corpus.items()]
     register("anysplade-tiny/test", Docs(documents), Queries(collection.queries), Qrels(collection.qrels))
-    hub = tmp_path / "hub"
     tables = {
         "corpus": [{"_id": id_, "text": text} for id_, text in documents],
         "queries": [{"_id": id_, "text": text} for id_, text in collection.queries.items()],
@@ -153,12 +152,7 @@ def everywhere(collection_folder, tmp_path):
             {"query-id": q, "corpus-id": d, "score": float(g)} for q, grades in collection.qrels.items() for d, g in grades.items()
         ],
     }
-    configs = []
-    for name, rows in tables.items():
-        (hub / name).mkdir(parents=True)
-        pandas.DataFrame(rows).to_parquet(hub / name / "test-00000-of-00001.parquet")
-        configs += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test-*"]
-    (hub / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
+    make_repository(tmp_path / "hub", tables, "test")
     names = {form: str(tmp_path / form) for form in ("gzipped", "tsv", "trec", "hub")}
     return names | {
         "folder": str(collection_folder),

@@ -3,37 +3,26 @@
 import json
 from pathlib import Path
 
-import pandas
 import pytest
 import yaml
 
 from anysplade.cli import main
-from tiny import WORDS
+from tiny import WORDS, make_repository
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 N = 24
-
-
-def repository(folder, tables):
-    """A dataset repository with a folder a config, as on the hub."""
-    configs = []
-    for name, table in tables.items():
-        (folder / name).mkdir(parents=True)
-        pandas.DataFrame(table).to_parquet(folder / name / "train-00000-of-00001.parquet")
-        configs += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/train-*"]
-    (folder / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
 
 
 @pytest.fixture
 def stand_ins(tmp_path):
     """By the name that the recipe has: texts, ids, and what mine and score write."""
     texts = [f"{WORDS[i]} {WORDS[i + 1]} {WORDS[i + 2]}" for i in range(2 * N)]
-    repository(
+    make_repository(
         tmp_path / "msmarco-bm25",
         {"triplet": {"query": WORDS[:N], "positive": texts[:N], "negative": texts[N:]}},
     )
     ids = [str(i) for i in range(2 * N)]
-    repository(
+    make_repository(
         tmp_path / "msmarco",
         {
             "queries": {"query_id": ids[:N], "query": WORDS[:N]},

@@ -9,6 +9,7 @@ from anysplade import Collection, DataError, Document, Pair, load_pairs, write_c
 from anysplade.cli import main
 from anysplade.training_data import StoredPairs
 from local_ir_datasets import Docs, Qrels, Queries, Triples, register
+from tiny import make_repository
 
 
 def write(path, *rows):
@@ -117,12 +118,7 @@ def test_a_dataset_repository(tmp_path):
         "triplets": {"query_id": [1, 2], "positive_id": [10, 20], "negative_id": [20, 10]},
         "texts": {"query": ["q"], "positive": ["p"], "negative": ["n"]},
     }
-    configs = []
-    for name, table in tables.items():
-        (tmp_path / "repo" / name).mkdir(parents=True)
-        pandas.DataFrame(table).to_parquet(tmp_path / "repo" / name / "train-00000-of-00001.parquet")
-        configs += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/train-*"]
-    (tmp_path / "repo" / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
+    make_repository(tmp_path / "repo", tables)
     repo = str(tmp_path / "repo")
     assert load_pairs(f"{repo}:texts") == [Pair("q", "p", ("n",))]
     assert load_pairs(f"{repo}:triplets") == [Pair("q1", "p10", ("p20",)), Pair("q2", "p20", ("p10",))]

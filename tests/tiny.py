@@ -2,6 +2,7 @@
 
 import random
 
+import pandas
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +33,16 @@ def make_backbone(architecture, folder, **overrides):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def make_repository(folder, tables, split="train"):
+    """A dataset repository as on the hub: a folder of Parquet for each config, named in README.md."""
+    configs = []
+    for name, table in tables.items():
+        (folder / name).mkdir(parents=True)
+        pandas.DataFrame(table).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+        configs += [f"- config_name: {name}", "  data_files:", f"  - split: {split}", f"    path: {name}/{split}-*"]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
 
 
 def make_collection(folder, documents=40):

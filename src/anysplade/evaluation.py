@@ -118,7 +118,7 @@ def evaluate(
         run = read_run(model)
         if not run.keys() & collection.qrels.keys():
             raise DataError(f"{model}: no query of {collection.name} in it")
-        itself = {}
+        itself = set()
     elif model == "bm25":
         rankings = BM25(texts).top(list(collection.queries.values()), depth + bool(itself))
         run = _as_run(rankings, list(collection.queries), ids, itself, depth)
@@ -136,7 +136,8 @@ def evaluate(
         terms = encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer)))
         seconds["encoding"] = time.perf_counter() - start
         start = time.perf_counter()
-        run = _as_run(_search(*vectors, depth + bool(itself)), list(collection.queries), ids, itself, depth)
+        rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(itself))
+        run = _as_run(rankings, list(collection.queries), ids, itself, depth)
         seconds["search"] = time.perf_counter() - start
         costs = cost(queries, documents) | {"texts_per_second": round((len(ids) + len(run)) / seconds["encoding"], 2)}
     if not isinstance(model, str | Path):
@@ -221,20 +222,26 @@ def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> 
     measures = parse_metrics(list(evaluation.metrics))
     queries, documents = evaluation.vectors
     ids, itself = list(collection.corpus), _self_matches(collection)
-    points: list[tuple[int | None, int | None]] = [(None, None)]
-    points += [(None, k) for k in CURVE_DOCUMENTS if k < np.diff(documents.indptr).max()]
-    points += [(k, None) for k in CURVE_QUERIES if k < np.diff(queries.indptr).max()]
+    whole = Postings.from_documents(documents)
     rows = []
-    for query_k, document_k in points:
-        pruned = (
-            queries if query_k is None else prune(queries, query_k),
-            documents if document_k is None else prune(documents, document_k),
-        )
-        run = _as_run(_search(*pruned, depth + bool(itself)), list(collection.queries), ids, itself, depth)
-        costs = cost(*pruned)
+
+    def add(query_k: int | None, document_k: int | None) -> None:
+        asked = queries if query_k is None else prune(queries, query_k)
+        held = documents if document_k is None else prune(documents, document_k)
+        postings = whole if document_k is None else Postings.from_documents(held)
+        run = _as_run(postings.top_rows(asked, depth + bool(itself)), list(collection.queries), ids, itself, depth)
+        costs = cost(asked, held)
         dims = {name: costs[name]["mean"] for name in ("query_active_dims", "document_active_dims")}
         values = measure(measures, collection.qrels, run)[0]
         rows.append({"query_top_k": query_k, "document_top_k": document_k} | values | dims | {"flops": costs["flops"]})
+
+    add(None, None)
+    for k in CURVE_DOCUMENTS:
+        if k < np.diff(documents.indptr).max():
+            add(None, k)
+    for k in CURVE_QUERIES:
+        if k < np.diff(queries.indptr).max():
+            add(k, None)
     return rows
 
 
@@ -316,28 +323,23 @@ def _require_trec_ids(collection: Collection) -> None:
 # ----------------------------------------------------------------------------------------- parts
 
 
-def _self_matches(collection: Collection) -> dict[str, str]:
+def _self_matches(collection: Collection) -> set[str]:
     """Queries that are documents themselves, by id and text."""
     return {
-        id_: id_
+        id_
         for id_, text in collection.queries.items()
         if id_ in collection.corpus and text.strip() in (collection.corpus[id_].text.strip(), collection.corpus[id_].full_text)
     }
 
 
-def _search(queries: sparse.csr_matrix, documents: sparse.csr_matrix, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    postings = Postings.from_documents(documents)
-    rows = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
-    return [postings.top(queries.indices[row], queries.data[row], depth) for row in rows]
-
-
 def _as_run(
-    rankings: Sequence[tuple[np.ndarray, np.ndarray]], query_ids: list[str], ids: list[str], itself: dict[str, str], depth: int
+    rankings: Sequence[tuple[np.ndarray, np.ndarray]], query_ids: list[str], ids: list[str], itself: set[str], depth: int
 ) -> Run:
     run: Run = {}
     for query_id, (found, scores) in zip(query_ids, rankings, strict=True):
         ranking = {ids[d]: s for d, s in zip(found.tolist(), scores.tolist(), strict=True)}
-        ranking.pop(itself.get(query_id, ""), None)
+        if query_id in itself:
+            ranking.pop(query_id, None)
         while len(ranking) > depth:
             ranking.popitem()
         run[query_id] = ranking

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
-from anysplade.datasets import Document, iter_corpus
+from anysplade.datasets import Document
 from anysplade.encoder import fingerprint, open_encoder
 from anysplade.encoding import encode, prune
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
@@ -20,8 +19,8 @@ from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision
 from anysplade.provenance import provenance
-from anysplade.records import Encoded, Filter, Hit, TermMatch
-from anysplade.shards import encode_corpus, read_shard
+from anysplade.records import Filter, Hit, TermMatch
+from anysplade.shards import as_encoded, encode_corpus, read_documents
 from anysplade.store import BATCH, Store
 
 FORMAT = 2
@@ -87,6 +86,7 @@ class Index:
             else:
                 encoder = open_encoder(source)
                 index = cls._begin(output, asked | {"vocabulary": encoder.get_embedding_dimension()})
+                index._encoder = encoder
                 index.add(corpus, progress=progress)
         except AnyspladeError:
             if new:  # a mistake leaves nothing behind; an interruption leaves what is done
@@ -114,16 +114,11 @@ class Index:
 
     def _take_in(self, manifest: dict[str, Any], corpus: str | Path, progress: bool) -> None:
         """The shards' vectors with the corpus's texts, a transaction each; those that are in are passed over."""
-        done = self.store.shards
-        texts = iter_corpus(corpus)
-        for shard in tqdm(manifest["shards"], desc="indexing", unit="shard", disable=not progress, leave=False):
-            documents = list(islice(texts, shard["documents"]))
-            if shard["number"] in done:
-                continue
-            ids, rows = read_shard(self.folder / "shards" / shard["file"])
-            if ids != [id_ for id_, _ in documents]:
-                raise DataError(f"{corpus}: changed while it was indexed; remove {self.folder} and start again")
-            self.store.put(as_encoded(ids, [document for _, document in documents], rows), shard["number"])
+        shards = read_documents(
+            self.folder / "shards", manifest, corpus, f"remove {self.folder} and start again", self.store.shards
+        )
+        for number, documents in tqdm(shards, desc="indexing", unit="shard", disable=not progress, leave=False):
+            self.store.put(documents, number)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":
@@ -273,9 +268,3 @@ def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
             f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name a new one with --out"
         )
     return about
-
-
-def as_encoded(ids: Sequence[str], documents: Sequence[Document], rows: sparse.csr_matrix) -> Iterator[Encoded]:
-    for i, (id_, document) in enumerate(zip(ids, documents, strict=True)):
-        row = slice(rows.indptr[i], rows.indptr[i + 1])
-        yield Encoded(id_, document, rows.indices[row], rows.data[row])

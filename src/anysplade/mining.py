@@ -4,6 +4,7 @@ Both write the JSONL that training reads. They work in blocks beside the output:
 they go on after the last whole block, and a finished output is not made twice.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -88,14 +89,15 @@ def mine(
     for pair in pairs:
         positives.setdefault(pair.query, set()).add(position[pair.positive])
     options = {"data": data, "miner": miner, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
-    search = _once(lambda: _searcher(miner, documents, progress))
+    search = functools.cache(lambda: _searcher(miner, documents, depth, progress))  # a finished output needs none
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
-        for pair, (found, scores, own) in zip(part, search()(part, depth, position), strict=True):
+        for pair, (found, scores) in zip(part, search()([pair.query for pair in part]), strict=True):
+            own = scores[found == position[pair.positive]]
+            # A positive that is not ranked tells nothing about the others: the miner missed it.
+            bound = (1 - margin) * own[0] if len(own) else np.inf
             keep = [
-                int(d)
-                for d, score in zip(found, scores, strict=True)
-                if int(d) not in positives[pair.query] and score <= (1 - margin) * own
+                int(d) for d, score in zip(found, scores, strict=True) if int(d) not in positives[pair.query] and score <= bound
             ]
             if len(keep) >= negatives:
                 yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in keep[:negatives]]}
@@ -130,7 +132,7 @@ def score(
         raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
     documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
     options = {"data": data, "teacher": teacher, "max_length": max_length}
-    judge = _once(lambda: _judge(teacher, documents, max_length, batch_size))
+    judge = functools.cache(lambda: _judge(teacher, documents, max_length, batch_size))
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
         for pair, scores in zip(part, judge()(part), strict=True):
@@ -144,32 +146,16 @@ def score(
 
 # ------------------------------------------------------------------------------ miners and teachers
 
-Ranked = tuple[np.ndarray, np.ndarray, float]  # positions, scores, and the score of the example's own positive
+Search = Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # queries to positions and scores, the best first
 
 
-def _searcher(miner: str, documents: list[str], progress: bool) -> Callable[..., Iterator[Ranked]]:
+def _searcher(miner: str, documents: list[str], depth: int, progress: bool) -> Search:
     if miner == "bm25":
         bm25 = BM25(documents)
-
-        def by_bm25(part: list[Pair], depth: int, position: dict[str, int]) -> Iterator[Ranked]:
-            for pair, (found, scores) in zip(part, bm25.top([pair.query for pair in part], depth), strict=True):
-                own = np.flatnonzero(found == position[pair.positive])
-                # A positive that is not ranked tells nothing about the others: the miner missed it.
-                yield found, scores, float(scores[own[0]]) if len(own) else np.inf
-
-        return by_bm25
+        return lambda queries: bm25.top(queries, depth)
     encoder = open_encoder(miner)
     postings = Postings.from_documents(encode(encoder, documents, "document", progress=progress))
-
-    def by_model(part: list[Pair], depth: int, position: dict[str, int]) -> Iterator[Ranked]:
-        queries = encode(encoder, [pair.query for pair in part], "query")
-        for i, pair in enumerate(part):
-            row = slice(queries.indptr[i], queries.indptr[i + 1])
-            found, scores = postings.top(queries.indices[row], queries.data[row], depth)
-            own = np.flatnonzero(found == position[pair.positive])
-            yield found, scores, float(scores[own[0]]) if len(own) else np.inf
-
-    return by_model
+    return lambda queries: postings.top_rows(encode(encoder, queries, "query"), depth)
 
 
 def _judge(
@@ -194,18 +180,6 @@ def _judge(
         return iter(np.asarray(scores).reshape(len(part), -1))
 
     return by_model
-
-
-def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Made when it is first needed: a finished output needs no model."""
-    made: list[Any] = []
-
-    def get() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get
 
 
 # --------------------------------------------------------------------------------------- in blocks

@@ -37,3 +37,8 @@ class Postings:
             candidates = np.flatnonzero(scores)
         best = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
         return best, scores[best]
+
+    def top_rows(self, queries: sparse.csr_matrix, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """``top`` for each row of a matrix of queries."""
+        rows = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
+        return [self.top(queries.indices[row], queries.data[row], k) for row in rows]

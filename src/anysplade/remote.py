@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SparseEncoder
 
-from anysplade.datasets import iter_corpus
 from anysplade.encoding import encode
 from anysplade.engines import open_engine
-from anysplade.errors import DataError, OptionError
+from anysplade.errors import OptionError
 from anysplade.head import resolve_model
-from anysplade.index import Index, as_encoded, describe_model, explain_score, open_same_model
+from anysplade.index import Index, describe_model, explain_score, open_same_model
 from anysplade.options import Precision
 from anysplade.records import Filter, Hit
-from anysplade.shards import encode_corpus, read_shard
+from anysplade.shards import encode_corpus, read_documents
 
 
 class RemoteIndex:
@@ -63,17 +62,8 @@ class RemoteIndex:
         folder = Path(work).expanduser() / "shards" / key
         manifest = encode_corpus(source, corpus, folder, **options)
         index.engine.create(about | {"vocabulary": manifest["vocabulary"]})
-        texts = iter_corpus(corpus)
-
-        def documents() -> Any:
-            for shard in manifest["shards"]:
-                ids, rows = read_shard(folder / shard["file"])
-                parts = list(islice(texts, len(ids)))
-                if ids != [id_ for id_, _ in parts]:
-                    raise DataError(f"{corpus}: changed while it was indexed; run the same command again")
-                yield from as_encoded(ids, [document for _, document in parts], rows)
-
-        index.engine.upload(documents(), progress=progress)
+        shards = read_documents(folder, manifest, corpus, "run the same command again")
+        index.engine.upload(chain.from_iterable(documents for _, documents in shards), progress=progress)
         return index
 
     @property

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision, WeightType
 from anysplade.provenance import provenance
+from anysplade.records import Encoded
 
 _SIZE = 1024  # documents of a shard
 _AHEAD = 2  # shards that wait for each worker
@@ -138,6 +139,34 @@ def read_shard(path: Path) -> tuple[list[str], sparse.csr_matrix]:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: the shard is damaged ({error}); remove it and encode again".replace("\n", " ")) from error
     return ids, rows
+
+
+def read_documents(
+    folder: Path, manifest: dict[str, Any], corpus: str | Path, mend: str, passed_over: Container[int] = ()
+) -> Iterator[tuple[int, Iterator[Encoded]]]:
+    """Numbers of shards, and their vectors with the corpus's texts.
+
+    Args:
+        mend: what to do if the corpus is not the one that was encoded.
+
+    Raises:
+        DataError: a damaged shard, or another corpus than that which was encoded.
+    """
+    texts = iter_corpus(corpus)
+    for shard in manifest["shards"]:
+        documents = list(islice(texts, shard["documents"]))
+        if shard["number"] in passed_over:
+            continue
+        ids, rows = read_shard(folder / shard["file"])
+        if ids != [id_ for id_, _ in documents]:
+            raise DataError(f"{corpus}: changed while it was indexed; {mend}")
+        yield shard["number"], as_encoded(ids, [document for _, document in documents], rows)
+
+
+def as_encoded(ids: Sequence[str], documents: Sequence[Document], rows: sparse.csr_matrix) -> Iterator[Encoded]:
+    for i, (id_, document) in enumerate(zip(ids, documents, strict=True)):
+        row = slice(rows.indptr[i], rows.indptr[i + 1])
+        yield Encoded(id_, document, rows.indices[row], rows.data[row])
 
 
 # ------------------------------------------------------------------------------------ one shard
