@@ -82,7 +82,7 @@ def test_mistakes(built, backbone, collection_folder, tmp_path):
     about = tmp_path / "index" / "index.json"
     said = json.loads(about.read_text())
     for changed, message in (
-        ({"format": 1}, "format 1, this version reads 2"),
+        ({"format": 1}, "format 1, this version reads 3"),
         ({"complete": False}, "was interrupted; run the same"),
     ):
         about.write_text(json.dumps(said | changed))

@@ -23,7 +23,7 @@ from anysplade.records import Filter, Hit, TermMatch
 from anysplade.shards import as_encoded, encode_corpus, read_documents
 from anysplade.store import BATCH, Store
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Index:

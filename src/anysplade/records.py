@@ -1,6 +1,6 @@
 """What goes into an index and what comes out of it, whatever engine holds it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +45,28 @@ def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: 
     if not (np.isfinite(weights) & (weights > 0)).all():
         raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
     return terms.astype(np.int32), weights
+
+
+def check_vectors(documents: Sequence[Encoded], vocabulary: int) -> None:
+    """``check_vector`` of every document, all at once.
+
+    Raises:
+        DataError: as ``check_vector`` does, of the first document that is wrong.
+    """
+    usual = all(
+        terms.dtype == np.int32 and weights.dtype == np.float32 and terms.ndim == 1 and terms.shape == weights.shape
+        for _, _, terms, weights in documents
+    )
+    if usual and documents:
+        terms = np.concatenate([document.terms for document in documents])
+        weights = np.concatenate([document.weights for document in documents])
+        begins = np.zeros(len(terms) + 1, bool)
+        begins[np.cumsum([len(document.terms) for document in documents])] = True
+        rising = (terms[1:] > terms[:-1]) | begins[1:-1]
+        if rising.all() and ((terms >= 0) & (terms < vocabulary) & np.isfinite(weights) & (weights > 0)).all():
+            return
+    for document in documents:
+        check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, vocabulary)
 
 
 def check_filter(filter: Filter | None) -> dict[str, list[Value]]:

@@ -26,22 +26,24 @@ from anysplade.datasets import Document
 from anysplade.errors import DataError, OutputError
 from anysplade.files import require_empty
 from anysplade.postings import Postings
-from anysplade.records import Encoded, Filter, Value, check_filter, check_vector
+from anysplade.records import Encoded, Filter, Value, check_filter, check_vector, check_vectors
 
 logger = logging.getLogger(__name__)
 
 BATCH = 1024  # documents of a transaction
-_FLUSH = 16 * BATCH  # changes after which the engine is made safe: it takes as long for one as for thousands
+_FLUSH = 32 * BATCH  # changes after which the engine is made safe: it takes as long for one as for thousands
 _VECTOR = "splade"
 _SCHEMA = """
-CREATE TABLE documents (
-    position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE, title NOT NULL, text NOT NULL,
-    metadata TEXT, terms BLOB NOT NULL, weights BLOB NOT NULL
+PRAGMA page_size = 8192;  -- a document takes about 1,500 bytes
+CREATE TABLE ids (position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE);  -- narrow: every search reads it
+CREATE TABLE contents (
+    position INTEGER PRIMARY KEY, title NOT NULL, text NOT NULL, metadata TEXT, terms BLOB NOT NULL, weights BLOB NOT NULL
 );
+CREATE VIEW documents AS SELECT position, id, title, text, metadata, terms, weights FROM ids JOIN contents USING (position);
 CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- in the truth, and perhaps not yet in the engine
 CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- of a build: taken in
 """
-_ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM documents"
+_ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
 
 Found = list[tuple[int, float]]  # positions and scores, best first
 
@@ -93,12 +95,12 @@ class Store:
             self._truth.close()
 
     def __len__(self) -> int:
-        return int(self._one("SELECT count(*) FROM documents"))
+        return int(self._one("SELECT count(*) FROM ids"))
 
     @property
     def postings(self) -> int:
         """Weights above 0 of all documents."""
-        return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM documents"))
+        return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
 
     @property
     def shards(self) -> set[int]:
@@ -122,10 +124,9 @@ class Store:
         """
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH) if shard is None else iterator):
-            for document in batch:
-                check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, self.vocabulary)
+            check_vectors(batch, self.vocabulary)
             with self._writing() as (cursor, rows):
-                rows += [_put(cursor, document) for document in batch]
+                rows += _put(cursor, batch)
                 if shard is not None:
                     cursor.execute("INSERT INTO shards VALUES (?)", (shard,))
 
@@ -137,8 +138,9 @@ class Store:
         """
         with self._writing() as (cursor, rows):
             for id_ in ids:
-                row = cursor.execute("DELETE FROM documents WHERE id = ? RETURNING position", (_sound(id_),)).fetchone()
+                row = cursor.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_sound(id_),)).fetchone()
                 if row is not None:
+                    cursor.execute("DELETE FROM contents WHERE position = ?", row)
                     rows.append((row[0], None, None, None))
         return len(rows)
 
@@ -203,7 +205,7 @@ class Store:
         version = (int(self._one("PRAGMA data_version")), self._truth.total_changes)
         exact = self._exact
         if exact is None or exact[0] != version:
-            rows = self._truth.execute("SELECT position, terms, weights FROM documents ORDER BY position").fetchall()
+            rows = self._truth.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
             indptr = np.concatenate([[0], np.cumsum([len(row[1]) // 4 for row in rows])]).astype(np.int64)
             columns = np.frombuffer(b"".join(row[1] for row in rows), np.int32)
             data = np.frombuffer(b"".join(row[2] for row in rows), np.float32)
@@ -215,26 +217,24 @@ class Store:
         found, scores = postings.top(terms, weights, postings.count if wanted else k)
         hits = [(int(positions[d]), float(s)) for d, s in zip(found, scores, strict=True)]
         if wanted:
-            tagged = self._truth.execute("SELECT position, metadata FROM documents WHERE metadata NOT NULL")
+            tagged = self._truth.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
             allowed = {position for position, metadata in tagged if _has(json.loads(metadata), wanted)}
             hits = [hit for hit in hits if hit[0] in allowed]
         return hits[:k]
 
     def ids(self, positions: Sequence[int]) -> list[str]:
         """Ids by position, in the order asked for."""
-        marks = ",".join("?" * len(positions))
-        rows = dict(self._truth.execute(f"SELECT position, id FROM documents WHERE position IN ({marks})", positions).fetchall())
+        rows = dict(_among(self._truth, "SELECT position, id FROM ids WHERE position", positions))
         return [_restored(rows[position]) for position in positions]
 
     def documents(self, positions: Sequence[int]) -> list[Encoded]:
         """Documents by position, in the order asked for."""
-        marks = ",".join("?" * len(positions))
-        rows = {row[0]: row[1:] for row in self._truth.execute(f"SELECT {_FIELDS} WHERE position IN ({marks})", positions)}
+        rows = {row[0]: row[1:] for row in _among(self._truth, "SELECT * FROM documents WHERE position", positions)}
         return [_encoded(*rows[position]) for position in positions]
 
     def items(self) -> Iterator[tuple[int, Encoded]]:
         """Every document with its position, in the order in which they were added."""
-        for row in self._truth.execute(f"SELECT {_FIELDS} ORDER BY position"):
+        for row in self._truth.execute("SELECT * FROM documents ORDER BY position"):
             yield row[0], _encoded(*row[1:])
 
     def __iter__(self) -> Iterator[Encoded]:
@@ -261,7 +261,7 @@ class Store:
             except BaseException:
                 cursor.execute("ROLLBACK")
                 raise
-            self._apply(list({row[0]: row for row in rows}.values()))  # of a document that came twice the last
+            self._apply(rows)
 
     def _open_engine(self) -> None:
         """Have the engine, up to date; none while another process holds it."""
@@ -291,7 +291,7 @@ class Store:
 
     def _catch_up(self) -> None:
         """Bring into the engine what the truth notes as changed: what a crash left undone, or all of a new engine."""
-        query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN documents USING (position)
+        query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)
                    WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
         last = -1
         while rows := self._truth.execute(query, (last, BATCH)).fetchall():
@@ -332,21 +332,29 @@ class Store:
 
 # ------------------------------------------------------------------------------------------- rows
 
-_FIELDS = "position, id, title, text, metadata, terms, weights FROM documents"
+
+def _among(truth: sqlite3.Connection | sqlite3.Cursor, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Rows of a query that ends in the name of a column, whose value is to be one of these."""
+    for start in range(0, len(values), BATCH):  # SQLite takes so many marks and no more
+        part = values[start : start + BATCH]
+        yield from truth.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
 
-def _put(cursor: sqlite3.Cursor, document: Encoded) -> tuple[int, str | None, bytes, bytes]:
-    """Into the truth; what the engine takes of it."""
-    content = document.document
-    metadata = None if content.metadata is None else json.dumps(content.metadata)
-    terms, weights = document.terms.astype(np.int32).tobytes(), document.weights.astype(np.float32).tobytes()
-    (position,) = cursor.execute(
-        """INSERT INTO documents (id, title, text, metadata, terms, weights) VALUES (?, ?, ?, ?, ?, ?)
-           ON CONFLICT (id) DO UPDATE SET title = excluded.title, text = excluded.text, metadata = excluded.metadata,
-           terms = excluded.terms, weights = excluded.weights RETURNING position""",
-        (_sound(document.id), _sound(content.title), _sound(content.text), metadata, terms, weights),
-    ).fetchone()
-    return position, metadata, terms, weights
+def _put(cursor: sqlite3.Cursor, documents: Sequence[Encoded]) -> list[tuple[int, str | None, bytes, bytes]]:
+    """Into the truth; what the engine takes of them."""
+    latest = {_sound(document.id): document for document in documents}  # of a document that comes twice, the last
+    known = {id_: position for position, id_ in _among(cursor, "SELECT position, id FROM ids WHERE id", list(latest))}
+    new = [id_ for id_ in latest if id_ not in known]
+    (last,) = cursor.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()  # the highest ever given
+    known |= {id_: last + i for i, id_ in enumerate(new, 1)}
+    cursor.executemany("INSERT INTO ids VALUES (?, ?)", [(known[id_], id_) for id_ in new])
+    rows = []
+    for id_, (_, content, terms, weights) in latest.items():
+        metadata = None if content.metadata is None else json.dumps(content.metadata)
+        vector = np.asarray(terms, np.int32).tobytes(), np.asarray(weights, np.float32).tobytes()
+        rows.append((known[id_], _sound(content.title), _sound(content.text), metadata, *vector))
+    cursor.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
+    return [(row[0], *row[3:]) for row in rows]
 
 
 def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> Encoded:
