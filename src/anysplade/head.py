@@ -8,7 +8,7 @@ nor, as softmax ignores a constant, their level; SPLADE depends on both. ``resca
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -397,21 +397,35 @@ def check_rescaling(k: float, shift: float, bias: str) -> None:
         raise OptionError(f"bias is {bias!r}: it must be 'scale' (divided by k, the default) or 'keep'")
 
 
-def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> Any:
-    """Change weight and bias; return what puts everything back."""
+def untie_head(model: PreTrainedModel) -> Callable[[], None]:
+    """Give the decoder, and whatever else is tied, weights of its own, in place; returns what ties them again.
+
+    The flag ``tie_word_embeddings`` governs every tie of the model, so each tied tensor becomes a copy of its own:
+    left to the flag alone, the reloaded checkpoint would draw some of them (biases above all) anew.
+    """
     tie = model.config.tie_word_embeddings
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    if k != 1:
-        # The flag governs every tie of the model, so each tied tensor becomes a copy of its own: left
-        # to the flag alone, the reloaded checkpoint would draw some of them (biases above all) anew.
-        for target in model.get_expanded_tied_weights_keys(all_submodels=True):
-            owner = model.get_submodule(target.rpartition(".")[0])
-            name = target.rpartition(".")[2]
-            tied: nn.Parameter = getattr(owner, name)
-            replaced.append((owner, name, tied))
-            setattr(owner, name, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
-        model.config.tie_word_embeddings = False
+    for target in model.get_expanded_tied_weights_keys(all_submodels=True):
+        owner = model.get_submodule(target.rpartition(".")[0])
+        name = target.rpartition(".")[2]
+        tied: nn.Parameter = getattr(owner, name)
+        replaced.append((owner, name, tied))
+        setattr(owner, name, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def undo() -> None:
+        for owner, name, tied in replaced:
+            setattr(owner, name, tied)
+        model.config.tie_word_embeddings = tie
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    return undo
+
+
+def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> Callable[[], None]:
+    """Change weight and bias; return what puts everything back."""
+    tie_again = untie_head(model) if k != 1 else lambda: None
     head = find_head(model)
     changed = [(t, t.detach().clone()) for t in (head.decoder.weight, *head.biases)]
     with torch.no_grad():
@@ -425,10 +439,7 @@ def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> 
         with torch.no_grad():
             for tensor, old in changed:
                 tensor.copy_(old)
-        for owner, name, tied in replaced:
-            setattr(owner, name, tied)
-        model.config.tie_word_embeddings = tie
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        tie_again()
 
     return undo
 

@@ -72,6 +72,7 @@ class TrainingConfig:
             second forward pass (gradient caching).
         gradient_accumulation: batches a step.
         learning_rate: peak of AdamW's, from where it falls to 0 in a straight line.
+        head_learning_rate: that of the decoder's weight and bias alone, where they are not tied; as the others' if None.
         warmup_ratio: share of the steps over which it rises from 0 to the peak.
         query_regularizer_weight: lambda of the queries' regularizer, reached after a third of the steps.
         document_regularizer_weight: lambda of the documents' regularizer, likewise.
@@ -116,6 +117,7 @@ class TrainingConfig:
     mini_batch_size: int | None = None
     gradient_accumulation: int = 1
     learning_rate: float = 2e-5
+    head_learning_rate: float | None = None
     warmup_ratio: float = 0.1
     query_regularizer_weight: float = 1e-3
     document_regularizer_weight: float = 1e-3
@@ -148,6 +150,7 @@ class TrainingConfig:
             ("gradient_accumulation", 1),
             ("epochs", 0),
             ("learning_rate", 0),
+            ("head_learning_rate", 0),
             ("query_regularizer_weight", 0),
             ("document_regularizer_weight", 0),
             ("query_active_dims", 1),

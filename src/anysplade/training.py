@@ -8,6 +8,7 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,15 +24,16 @@ import yaml
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import BatchSamplers
+from torch import nn
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.card import write_card
 from anysplade.datasets import Collection, Pair, load_collection
 from anysplade.encoder import build_encoder, masked_lm
 from anysplade.encoding import encode
-from anysplade.errors import CollapseError, OptionError, OutputError
+from anysplade.errors import CollapseError, ModelError, OptionError, OutputError
 from anysplade.evaluation import evaluate
 from anysplade.files import whole_folder, write_whole
 from anysplade.head import find_head, resolve_model
@@ -366,6 +368,8 @@ def _trainer(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
         enable({"use_reentrant": False})
     loss = make_loss(config, encoder)
+    if config.head_learning_rate is not None:
+        arguments.learning_rate_mapping = {_head_parameters(loss, masked_lm(encoder)): config.head_learning_rate}
     monitor = Monitor(
         loss.loss,
         encoder.get_embedding_dimension() or 0,
@@ -394,6 +398,22 @@ def _trainer(
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, which then get what it logs
     trainer.remove_callback(PrinterCallback)  # writes to standard output, which belongs to the result
     return trainer, monitor
+
+
+def _head_parameters(loss: nn.Module, model: PreTrainedModel) -> str:
+    """A pattern for the names of the decoder's weight and bias.
+
+    Raises:
+        ModelError: the weight is the input embeddings' too, so that it cannot have a learning rate of its own.
+    """
+    head = find_head(model)
+    if head.decoder.weight is model.get_input_embeddings().weight:
+        raise ModelError(
+            f"{type(model).__name__}: the decoder is tied to the input embeddings, so its learning rate is theirs; "
+            "choose a k other than 1, which unties it, or leave out --head-learning-rate"
+        )
+    wanted = {id(tensor) for tensor in (head.decoder.weight, *head.biases)}
+    return "|".join(f"^{re.escape(name)}$" for name, tensor in loss.named_parameters() if id(tensor) in wanted)
 
 
 class _DevEvaluator(BaseEvaluator):

@@ -42,6 +42,7 @@ from anysplade.python_docs import read_docstrings
 VOCABULARY = 8192
 BPE_VOCABULARY = 12_288
 WIDTH = 192
+LAYERS = 2
 LENGTH = 128  # tokens a training sequence
 MASKED = 0.2  # share of tokens to predict
 ARCHITECTURES = ("bert", "modernbert", "distilbert", "roberta")
