@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from anysplade.mining import Mined, mine, score
     from anysplade.options import TrainingConfig
     from anysplade.records import Hit, TermMatch
+    from anysplade.study import StudyConfig, StudyResult, run_study
     from anysplade.training import TrainingResult, train
     from anysplade.training_data import load_pairs, read_pairs
 
@@ -49,6 +50,8 @@ _HOME = {
     "OptionError": "errors",
     "OutputError": "errors",
     "Pair": "datasets",
+    "StudyConfig": "study",
+    "StudyResult": "study",
     "TermMatch": "records",
     "TrainingConfig": "options",
     "TrainingResult": "training",
@@ -65,6 +68,7 @@ _HOME = {
     "read_corpus": "datasets",
     "read_pairs": "training_data",
     "rescale_head": "head",
+    "run_study": "study",
     "score": "mining",
     "train": "training",
     "write_collection": "datasets",
@@ -89,6 +93,8 @@ __all__ = [
     "OptionError",
     "OutputError",
     "Pair",
+    "StudyConfig",
+    "StudyResult",
     "TermMatch",
     "TrainingConfig",
     "TrainingResult",
@@ -106,6 +112,7 @@ __all__ = [
     "read_corpus",
     "read_pairs",
     "rescale_head",
+    "run_study",
     "score",
     "train",
     "write_collection",

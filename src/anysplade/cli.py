@@ -413,6 +413,48 @@ def export(index: str, /, *, format: Literal["anserini", "ciff"], out: Out, quan
 
 
 @_command
+def study(
+    name: str,
+    /,
+    *,
+    out: Out,
+    backbones: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    data: str = "python-docs",
+    collections: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    seeds: int = 3,
+    k: float = 8.0,
+    training: Path | None = None,
+    workers: int | None = None,
+    json: Json = False,
+) -> _Shown:
+    """Run the paper's experiments with their controls and error bars; interrupted and started again, it goes on.
+
+    Args:
+        name: norm, tradeoff, dynamics, sensitivity, controls or main; all for all six.
+        out: folder of the cells and of the report.
+        backbones: masked LMs, folders or hub ids; the two bundled ones if none is given.
+        data: training examples, in any form that train takes.
+        collections: what is evaluated, the first one in-domain; python-docs if none is given.
+        seeds: trainings of every row.
+        k: the paper's; the main study also has its half and its double.
+        training: a YAML or TOML file with train's options for all cells; what suits the bundled backbones otherwise.
+        workers: cells at a time; one for every GPU, or for every core.
+    """
+    from anysplade import report
+    from anysplade.study import StudyConfig, run_study
+
+    options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
+    if backbones:
+        options["backbones"] = tuple(backbones)
+    if collections:
+        options["collections"] = tuple(collections)
+    if training is not None:
+        options["training"] = _read_options(training, "--training", apart=("backbone", "data", "output", "k", "shift", "seed"))
+    result = run_study(StudyConfig(name, **options), progress=_watched())
+    return _Shown(result.to_dict(), report.study_lines(result))
+
+
+@_command
 def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> _Shown:
     """Run all of it on bundled parts, offline: calibrate, train, evaluate, index, search.
 
@@ -444,22 +486,35 @@ def _config_file(arguments: Sequence[str]) -> list[Dict]:
         return []
     argument, following = arguments[named[-1]], arguments[named[-1] + 1 : named[-1] + 2]
     path = Path(argument.partition("=")[2] if "=" in argument else "".join(following)).expanduser()
-    known = {field.name: field.name.replace("_", "-") for field in fields(TrainingConfig) if field.name != "_"} | {"output": "out"}
+    options = _read_options(path, "--config")
+    given = {
+        "out" if name == "output" else name.replace("_", "-"): value for name, value in options.items() if value not in (None, [])
+    }
+    return [Dict(data=given, use_commands_as_keys=False, source=str(path))]
+
+
+def _read_options(path: Path, flag: str, apart: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of ``train`` by their names in Python, from a YAML or TOML file.
+
+    Raises:
+        OptionError: it cannot be read, or has an option that does not exist or is one of ``apart``.
+    """
+    known = {field.name for field in fields(TrainingConfig)} - {"_", *apart}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8")
         options = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config {path}: cannot be read: {error}") from error
+        raise OptionError(f"{flag} {path}: cannot be read: {error}") from error
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise OptionError(f"--config {path}: {error}") from error
+        raise OptionError(f"{flag} {path}: {error}") from error
     if not isinstance(options, dict) or not options:
-        raise OptionError(f"--config {path}: holds no options; each line is one, such as batch_size: 32")
+        raise OptionError(f"{flag} {path}: holds no options; each line is one, such as batch_size: 32")
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            raise OptionError(f"--config {path}: no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    given = {known[name]: value for name, value in options.items() if value is not None and value != []}
-    return [Dict(data=given, use_commands_as_keys=False, source=str(path))]
+            said = "is set by the command itself" if name in apart else f"did you mean {near[0]}?" if near else ""
+            raise OptionError(f"{flag} {path}: no option {name!r}" + (f"; {said}" if said else ""))
+    return options
 
 
 def _watched() -> bool:

@@ -26,7 +26,7 @@ def provenance() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["anysplade" if Path(sys.argv[0]).name == "anysplade" else sys.argv[0], *sys.argv[1:]]),
     }
 
 

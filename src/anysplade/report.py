@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anysplade.head import HeadReport
     from anysplade.records import Hit
     from anysplade.sizing import Size
+    from anysplade.study import StudyResult
     from anysplade.training import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
@@ -240,6 +241,16 @@ def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:
                 Text(f"    {shown}" + (f"  +{len(rest)} more={sum(t.product for t in rest):.2f}" if rest else ""), style="dim")
             )
     return lines
+
+
+def study_lines(result: "StudyResult") -> list[RenderableType]:
+    """What each study that was made says, and where the report is."""
+    parts: list[RenderableType] = []
+    for name, summary in result.studies.items():
+        parts += [Text(name, style="bold"), *(Text(f"- {line}") for line in summary["conclusions"]), ""]
+    if result.failed:
+        parts.append(f"{len(result.failed)} cells failed; the same command tries them again")
+    return [*parts, f"report: {result.report}"]
 
 
 def demo_parts(result: "DemoResult") -> list[RenderableType]:

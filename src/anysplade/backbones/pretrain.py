@@ -2,7 +2,8 @@
 
 Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is
 not one of vocabulary. ``--architectures`` makes two more, for experiments: DistilBERT, wider and deeper,
-and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level BPE.
+and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level BPE. ``--size small`` makes
+BERT and ModernBERT of another size: a third wider and twice as deep.
 
 The text is every docstring of the environment's packages; of the modules that the python-docs collection
 holds out, without the summary lines, which are its queries. Times and final losses stand in README.md.
@@ -41,8 +42,7 @@ from anysplade.python_docs import read_docstrings
 
 VOCABULARY = 8192
 BPE_VOCABULARY = 12_288
-WIDTH = 192
-LAYERS = 2
+SIZES = {"tiny": (192, 2, 3), "small": (256, 4, 4)}  # of BERT and ModernBERT: width, layers, attention heads
 LENGTH = 128  # tokens a training sequence
 MASKED = 0.2  # share of tokens to predict
 ARCHITECTURES = ("bert", "modernbert", "distilbert", "roberta")
@@ -83,8 +83,9 @@ def train_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build(architecture: str) -> PreTrainedModel:
+def build(architecture: str, size: str) -> PreTrainedModel:
     """The architecture with random weights."""
+    width, layers, heads = SIZES[size]
     if architecture == "distilbert":
         return DistilBertForMaskedLM(
             DistilBertConfig(
@@ -118,10 +119,10 @@ def build(architecture: str) -> PreTrainedModel:
         return BertForMaskedLM(
             BertConfig(
                 vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                intermediate_size=4 * WIDTH,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
                 max_position_embeddings=256,
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
@@ -130,10 +131,10 @@ def build(architecture: str) -> PreTrainedModel:
     return ModernBertForMaskedLM(
         ModernBertConfig(
             vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=2 * WIDTH,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=2 * width,
             max_position_embeddings=256,
             pad_token_id=0,
             cls_token_id=2,
@@ -167,8 +168,8 @@ def batches(sequences: list[list[int]], size: int, generator: random.Random) -> 
 
 def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
     set_seed(args.seed)
-    start = args.start and args.start / f"{architecture}-tiny"
-    model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture)
+    start = args.start and args.start / f"{architecture}-{args.size}"
+    model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture, args.size)
     model.train()
     sequences = [
         [2, *ids[i : i + LENGTH - 2], 3]
@@ -237,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--architectures", nargs="+", default=["bert", "modernbert"], choices=ARCHITECTURES)
+    parser.add_argument("--size", default="tiny", choices=SIZES, help="of bert and modernbert")
     parser.add_argument("--text", type=Path, help="text to pretrain on, a passage a line; the docstrings if left out")
     parser.add_argument("--start", type=Path, help="go on from the backbones in this folder, with their tokenizers")
     parser.add_argument("--steps", type=int, default=2500)
@@ -251,11 +253,11 @@ def main() -> None:
     print(f"{len(texts):,} texts, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     for architecture in args.architectures:
         if args.start:
-            tokenizer: Any = AutoTokenizer.from_pretrained(args.start / f"{architecture}-tiny")
+            tokenizer: Any = AutoTokenizer.from_pretrained(args.start / f"{architecture}-{args.size}")
         else:
             tokenizer = train_tokenizer(texts, "bpe" if architecture == "roberta" else "wordpiece")
         result = pretrain(architecture, texts, tokenizer, args)
-        folder = args.out / f"{architecture}-tiny"
+        folder = args.out / f"{architecture}-{args.size}"
         model = result["model"].half()  # stored in 16 bits to stay small; the config says float32, so it loads as that
         model.config.dtype = torch.float32
         model.save_pretrained(folder)
