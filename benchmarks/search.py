@@ -223,7 +223,9 @@ def main() -> None:
                 "active_dims": documents.nnz / documents.shape[0],
                 "query_active_dims": float(np.mean([len(terms) for terms, _ in queries])),
                 "build_seconds": {name: summary(values) for name, values in build.items()},
-                "build_over_bare": summary([ours / bare for ours, bare in zip(build["anysplade"], build["bare edge"], strict=True)]),
+                "build_over_bare": summary(
+                    [ours / bare for ours, bare in zip(build["anysplade"], build["bare edge"], strict=True)]
+                ),
                 "qps": qps,
                 "ids_over_bare": ten["anysplade, ids"]["median"] / ten["bare edge"]["median"],
                 "texts_over_bare": ten["anysplade, texts"]["median"] / ten["bare edge"]["median"],

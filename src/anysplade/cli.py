@@ -363,6 +363,32 @@ def search(
 
 
 @_command
+def serve(
+    index: str,
+    beside: str | None = None,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token: str | None = None,
+    json: Json = False,
+) -> _Shown:
+    """Serve a search page and an HTTP API over an index, until stopped.
+
+    Args:
+        index: an index's folder.
+        beside: another index's folder, or bm25, for the page that compares.
+        host: an address of this machine; one that others reach needs a token.
+        port: 0 for any that is free.
+        token: what every request must carry; ANYSPLADE_TOKEN, if that is set.
+    """
+    from anysplade import serve as server
+
+    served = server.serve(index, beside, host=host, port=port, token=token or os.environ.get("ANYSPLADE_TOKEN"))
+    return _Shown(served.to_dict(), [f"{served.requests:,} requests answered"])
+
+
+@_command
 def size(
     model: str,
     /,

@@ -213,9 +213,14 @@ class Index:
             OptionError: k is below 1.
             ModelError: the index's model is gone or was changed.
         """
+        return self.search_vector(encode(self.encoder, [query], "query"), k, explain, filter, exact)
+
+    def search_vector(
+        self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """``search`` for a query that was encoded before: one row, (1, vocabulary)."""
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
-        vector = encode(self.encoder, [query], "query")
         found = self.store.search(vector.indices, vector.data, k, filter, exact)
         documents = self.store.documents([position for position, _ in found])
         hits = []

@@ -234,6 +234,11 @@ class Store:
         rows = {row[0]: row[1:] for row in _among(self._truth, "SELECT * FROM documents WHERE position", positions)}
         return [_encoded(*rows[position]) for position in positions]
 
+    def find(self, id_: str) -> Encoded | None:
+        """A document by its id."""
+        row = self._truth.execute("SELECT * FROM documents WHERE id = ?", (_sound(id_),)).fetchone()
+        return None if row is None else _encoded(*row[1:])
+
     def items(self) -> Iterator[tuple[int, Encoded]]:
         """Every document with its position, in the order in which they were added."""
         for row in self._truth.execute("SELECT * FROM documents ORDER BY position"):

@@ -330,16 +330,17 @@ def _sensitivity_figures(rows: Sequence[dict[str, Any]], collection: str) -> Dra
         columns, levels = sorted({k for k, _ in grid}), sorted({level for _, level in grid}, reverse=True)
         figure, axes = _axes("k", "token logits above zero")
         axes.grid(visible=False)
-        axes.imshow([[grid[k, level][METRIC] for k in columns] for level in levels], aspect="auto", cmap="viridis", vmin=0)
+        axes.pcolormesh([[grid[k, level][METRIC] for k in columns] for level in levels], cmap="viridis", vmin=0)
         highest = max(f[METRIC] for f in grid.values())
         for (i, level), (j, k) in itertools.product(enumerate(levels), enumerate(columns)):
             f = grid[k, level]
             axes.text(
-                j, i, f"{f[METRIC]:.3f}\n{f['flops']:.1f}", ha="center", va="center", fontsize=9,
+                j + 0.5, i + 0.5, f"{f[METRIC]:.3f}\n{f['flops']:.1f}", ha="center", va="center", fontsize=9,
                 color="black" if f[METRIC] > 0.6 * highest else "white",
             )  # fmt: skip
-        axes.set_xticks(range(len(columns)), [f"{k:g}" for k in columns])
-        axes.set_yticks(range(len(levels)), [f"{level:.2%}" for level in levels])
+        axes.set_xticks([j + 0.5 for j in range(len(columns))], [f"{k:g}" for k in columns])
+        axes.set_yticks([i + 0.5 for i in range(len(levels))], [f"{level:.2%}" for level in levels])
+        axes.invert_yaxis()
         drawn.append((f"{backbone} map", f"{backbone}: {METRIC}, and FLOPS below it, for k and level; one seed.", figure))
     return drawn
 

@@ -1,0 +1,28 @@
+"""A server that runs in a thread, for tests that need real sockets."""
+
+import contextlib
+import threading
+import time
+
+import uvicorn
+
+from anysplade.searcher import Searcher
+from anysplade.serve import create_app
+
+
+@contextlib.contextmanager
+def running(index, beside=None, **options):
+    """The address of a server over an index."""
+    app = create_app(Searcher(index, beside), **options)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+    assert not thread.is_alive()

@@ -1,0 +1,165 @@
+import copy
+import json
+import shlex
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from anysplade import cells, evaluate
+from anysplade.cells import Cell, edited, read_cell, run_cell
+from anysplade.cli import main
+from anysplade.errors import ModelError, OptionError
+from anysplade.head import find_head
+from tiny import make_backbone, make_collection
+
+IDS = torch.arange(5, 29).reshape(2, 12)
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForMaskedLM.from_pretrained(folder).eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "roberta", "distilbert"])
+def test_edits(architecture, tmp_path):
+    backbone = make_backbone(architecture, tmp_path / "backbone")
+    raw = logits(backbone)
+
+    def head_of(*edits):
+        folder = edited(backbone, edits, tmp_path / "edited")
+        model = AutoModelForMaskedLM.from_pretrained(folder)
+        return logits(folder), find_head(model).decoder.weight, model.get_input_embeddings().weight
+
+    original = find_head(AutoModelForMaskedLM.from_pretrained(backbone)).decoder.weight
+    found, weight, embeddings = head_of(("untied", 1.0))
+    assert torch.equal(found, raw)
+    assert weight is not embeddings
+
+    found, weight, embeddings = head_of(("scaled", 4.0))
+    torch.testing.assert_close(found, raw / 4)
+    torch.testing.assert_close(embeddings, original)
+
+    found, weight, embeddings = head_of(("folded", 4.0))
+    torch.testing.assert_close(found, raw / 4)
+    assert weight is embeddings
+    torch.testing.assert_close(weight, original)
+
+    _, weight, embeddings = head_of(("tied", 4.0))
+    assert weight is embeddings
+    torch.testing.assert_close(weight, original / 4)
+
+    found, weight, _ = head_of(("scaled", 4.0), ("folded", 0.25))  # the raw function with a quarter of the norm
+    torch.testing.assert_close(found, raw)
+    torch.testing.assert_close(weight, original / 4)
+
+
+def test_edits_are_made_once_and_refused_where_they_cannot_be(tmp_path, monkeypatch):
+    backbone = make_backbone("bert", tmp_path / "backbone")
+    assert edited(backbone, (), tmp_path) == backbone
+    folder = edited(backbone, (("folded", 2.0),), tmp_path / "edited")
+    monkeypatch.setattr(cells, "_edit", None)  # a second making would need it
+    assert edited(backbone, (("folded", 2.0),), tmp_path / "edited") == folder
+    monkeypatch.undo()
+    with pytest.raises(OptionError, match="'bent' is no edit"):
+        edited(backbone, (("bent", 2.0),), tmp_path / "edited")
+    model = AutoModelForMaskedLM.from_pretrained(backbone)
+    model.cls.predictions.transform.LayerNorm = torch.nn.Identity()
+    with pytest.raises(ModelError, match="no LayerNorm before the decoder"):
+        cells._edit(model, "folded", 2.0)
+
+
+def test_a_runtime_scalar_is_a_learning_rate(tmp_path):
+    """W with 1/k behind it, under Adam, goes where W/k goes at a kth of the learning rate."""
+    torch.manual_seed(0)
+    k, rate = 8.0, 1e-2
+    hidden, goal = torch.randn(16, 6), torch.randn(16, 9)
+    scaled_at_run_time = torch.nn.Linear(6, 9)
+    folded = copy.deepcopy(scaled_at_run_time)
+    with torch.no_grad():
+        for tensor in folded.parameters():
+            tensor /= k
+    optimizers = [
+        torch.optim.AdamW(scaled_at_run_time.parameters(), lr=rate, eps=1e-12, weight_decay=0),
+        torch.optim.AdamW(folded.parameters(), lr=rate / k, eps=1e-12, weight_decay=0),
+    ]
+    for _ in range(20):
+        outputs = scaled_at_run_time(hidden) / k, folded(hidden)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            (output - goal).square().mean().backward()
+            optimizer.step()
+
+
+OPTIONS = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3, "k": 2.0, "shift": 0.0, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cells")
+    make_backbone("bert", folder / "backbone")
+    make_collection(folder / "collection")
+    return folder
+
+
+def test_what_makes_a_cell(place):
+    base = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
+    turned = dict(reversed(OPTIONS.items()))
+    assert Cell(base.backbone, base.data, turned).hash == base.hash
+    other = make_backbone("modernbert", place / "other")
+    others = [
+        Cell(other, base.data, OPTIONS),
+        Cell(base.backbone, base.data, OPTIONS | {"seed": 1}),
+        Cell(base.backbone, base.data, OPTIONS, edits=(("folded", 2.0),)),
+        Cell(base.backbone, base.data, OPTIONS, level=0.01),
+    ]
+    assert len({base.hash, *(cell.hash for cell in others)}) == 5
+
+
+def test_a_cell_is_run_once_and_its_commands_make_it_again(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    cell = Cell("backbone", "collection", OPTIONS | {"k": 1.0}, edits=(("folded", 2.0),), level=0.05, spread_of=2.0)
+    collections = ("collection",)
+    assert read_cell(place, cell, collections) is None
+    path = run_cell(cell, collections, place)
+    record = read_cell(place, cell, collections)
+    assert record["shift"] != 0
+    assert record["temperature"] > 1
+    assert record["after"]["positive_share"] == pytest.approx(0.05, abs=0.005)
+    assert len(record["results"]["collection"]["per_query"]) == record["results"]["collection"]["queries"] == 20
+    assert not list((place / "runs").iterdir())
+    written = path.read_bytes()
+    assert run_cell(cell, collections, place) == path
+    assert path.read_bytes() == written
+    assert read_cell(place, cell, ("collection", "another")) is None
+
+    make, train = record["commands"]
+    exec(shlex.split(make)[2])
+    assert main(shlex.split(train)[1:]) == 0
+    again = evaluate("run/model", "collection", ["nDCG@10"], depth=100)
+    assert again.metrics["nDCG@10"] == record["results"]["collection"]["nDCG@10"]
+    assert json.loads((place / "run" / "run.json").read_text())["calibration"]["shift"] == record["shift"]
+
+
+def test_a_learning_rate_for_the_head_alone(place, tmp_path, capsys):
+    options = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--max-length",
+        "16",
+        "--learning-rate",
+        "1e-12",
+        "--head-learning-rate",
+        "0.01",
+    ]
+    arguments = ["train", str(place / "backbone"), str(place / "collection"), *options, "--warmup-ratio", "0"]
+    assert main([*arguments, "--k", "2", "--shift", "0", "--out", str(tmp_path / "run")]) == 0
+    before, after = (AutoModelForMaskedLM.from_pretrained(folder) for folder in (place / "backbone", tmp_path / "run" / "model"))
+    assert not torch.allclose(find_head(after).decoder.weight, find_head(before).decoder.weight / 2, atol=1e-4)
+    torch.testing.assert_close(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    capsys.readouterr()
+    assert main([*arguments, "--k", "1", "--shift", "0", "--out", str(tmp_path / "tied")]) == 2
+    assert "tied to the input embeddings" in capsys.readouterr().err
