@@ -222,3 +222,31 @@ def test_a_full_folder_is_no_place_for_a_snapshot(store, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):
         store.snapshot(tmp_path / "full")
+
+
+ODD = {
+    "nan": float("nan"),
+    "infinite": float("inf"),
+    "large": 10**30,
+    "negative": -(2**63),
+    "none": None,
+    "nested": {"a": {"b": [1, True, "\ud800"]}},
+    "half \ud800": "\udfff",
+    "yes": True,
+    "one": 1,
+    "": "no name",
+    "a.b": 'quoted "text"',
+}
+
+
+def test_any_metadata_goes_in_and_is_matched_alike(store):
+    """What the engine cannot hold must not stand in the truth alone: no opening could bring the engine up to date."""
+    store.put([encoded("odd", {1: 1.0}, metadata=ODD), encoded("other", {1: 1.0}, metadata={"one": 2})])
+    (position,) = [position for position, document in store.items() if document.id == "odd"]
+    for name, value in ODD.items():
+        if name and isinstance(value, str | int):
+            for exact in (False, True):
+                assert store.search(np.array([1]), np.array([1.0]), 5, {name: value}, exact) == [(position, 1.0)], name
+                assert store.search(np.array([1]), np.array([1.0]), 5, {name: f"{value}!"}, exact) == []
+    held = store.documents([position])[0].document.metadata
+    assert {name: value for name, value in held.items() if name != "nan"} == {n: v for n, v in ODD.items() if n != "nan"}

@@ -77,7 +77,7 @@ def check_filter(filter: Filter | None) -> dict[str, list[Value]]:
     """
     checked = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in (filter or {}).items()}
     for name, values in checked.items():
-        if not name or '"' in name or not values or not all(isinstance(value, Value) for value in values):
+        if not name or '"' in name or "\\" in name or not values or not all(isinstance(value, Value) for value in values):
             raise OptionError(
                 f'filter {name!r}: {str(values)[:80]}; give {{"name": value}} or a list of values, each a text, an int or a bool'
             )

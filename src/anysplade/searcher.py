@@ -56,6 +56,7 @@ class Searcher:
         self.beside = beside
         self.index = Index.load(self.folder)
         _ = self.index.encoder
+        self.documents = len(self.index)  # nobody else writes while this process holds the index
         self.other: Index | None = None
         if beside not in (None, "bm25"):
             self.other = Index.load(str(beside))
@@ -147,7 +148,11 @@ class Searcher:
                 batch.append(self._jobs.get_nowait())
             wanted = [job for job in batch if not job.done.cancelled()]  # the others' clients are gone
             self.on_batch(len(wanted))
-            for job, (value, error) in zip(wanted, await loop.run_in_executor(self._thread, self._work, wanted), strict=True):
+            try:
+                results = await loop.run_in_executor(self._thread, self._work, wanted)
+            except Exception as failure:
+                results = [(None, failure)] * len(wanted)
+            for job, (value, error) in zip(wanted, results, strict=True):
                 if job.done.cancelled():
                     continue
                 if error is None:
@@ -197,10 +202,10 @@ class Searcher:
         try:
             fresh = Index.load(self.folder)
             _ = fresh.encoder
-        except AnyspladeError as error:
+        except Exception as error:  # whatever is wrong with it, the old one answers
             logger.warning("the index changed and cannot be opened yet: %s", error)
         else:
             self.index.close()
-            self.index, self._bm25 = fresh, None
-            logger.info("%s: opened anew, %d documents", self.folder, len(fresh))
+            self.index, self.documents, self._bm25 = fresh, len(fresh), None
+            logger.info("%s: opened anew, %d documents", self.folder, self.documents)
         self._stamp = stamp

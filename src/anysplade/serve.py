@@ -5,7 +5,9 @@ import contextlib
 import hmac
 import json
 import logging
+import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -97,7 +99,7 @@ _REQUESTS: dict[str, dict[str, Any]] = {
             "filter": {
                 "type": "object",
                 "description": "metadata that hits must have: a value, or a list for any of several",
-                "propertyNames": {"minLength": 1, "pattern": '^[^"]+$'},
+                "propertyNames": {"minLength": 1, "pattern": r'^[^"\\]+$'},
                 "additionalProperties": {"anyOf": [*_SCALAR["anyOf"], {"type": "array", "items": _SCALAR, "minItems": 1}]},
             },
         },
@@ -219,9 +221,8 @@ class _Site:
         waiting = Gauge("anysplade_waiting", "requests that wait", registry=self.registry)
         waiting.set_function(lambda: searcher.waiting)
         documents = Gauge("anysplade_documents", "documents in the index", registry=self.registry)
-        documents.set_function(lambda: self._documents)
+        documents.set_function(lambda: searcher.documents)
         searcher.on_batch = batches.observe
-        self._documents = len(searcher.index)
         self._measured: tuple[str, dict[str, Any], str] | None = None
         self._validators = {path: jsonschema.Draft202012Validator(schema) for path, schema in _REQUESTS.items()}
 
@@ -279,11 +280,11 @@ class _Site:
 
     async def health(self, request: Request) -> Response:
         about = self.searcher.index.about
-        self._documents = await self.searcher.call(lambda: len(self.searcher.index))
-        return _json({"status": "ok", "documents": self._documents, "model": _named(about["model"]), "version": __version__})
+        return _json(
+            {"status": "ok", "documents": self.searcher.documents, "model": _named(about["model"]), "version": __version__}
+        )
 
     async def metrics(self, request: Request) -> Response:
-        self._documents = await self.searcher.call(lambda: len(self.searcher.index))
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def description(self, request: Request) -> Response:
@@ -328,7 +329,7 @@ class _Site:
             "limit": MAX_TEXT,
             "index": searcher.folder.name,
             "model": _named(searcher.index.about["model"]),
-            "documents": self._documents,
+            "documents": searcher.documents,
             "beside": searcher.beside,
         }
         return self.templates.get_template(template).render(shared | more)
@@ -613,7 +614,7 @@ def serve(
         site = _Site(searcher, token)
         named = f"[{host}]" if ":" in host else host
         address = f"http://{named}:{bound.getsockname()[1]}"
-        logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, len(searcher.index), address)
+        logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, searcher.documents, address)
         config = uvicorn.Config(
             site.app(_LOOPBACK if host in _LOOPBACK else None),
             log_level="warning",
@@ -624,6 +625,8 @@ def serve(
             timeout_keep_alive=30,
             h11_max_incomplete_event_size=2**16,
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops on it, and sends it again afterwards
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[bound])
     counted = [sample for metric in site.requests.collect() for sample in metric.samples if sample.name.endswith("_total")]

@@ -90,7 +90,10 @@ class Store:
         """Let go of the engine, so that another process can have it."""
         with self._lock:
             if self._engine is not None:
-                self._flush()
+                try:
+                    self._flush()
+                except Exception as error:  # nothing is lost: the truth keeps note, and the next opening makes up for it
+                    logger.warning("%s: the engine was not closed in order: %s", self.folder, str(error).splitlines()[0])
                 self._engine.close()
                 self._engine = None
                 self._claim.release()
@@ -317,7 +320,7 @@ class Store:
                         np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights or b"", np.float32).tolist()
                     )
                 },
-                {"metadata": {name: _matched(value) for name, value in json.loads(metadata).items()}} if metadata else {},
+                {"metadata": _matched(json.loads(metadata))} if metadata else {},
             )
             for position, metadata, terms, weights in rows
             if terms
@@ -395,10 +398,25 @@ def _has(metadata: dict[str, Any], wanted: dict[str, list[Value]]) -> bool:
 
 
 def _matched(value: Any) -> Any:
-    """Metadata as the engine matches it: true is 1 to it, so truth values go in as texts that no other text is."""
+    """Metadata as the engine takes and matches it.
+
+    True is 1 to it, numbers are finite, integers have 64 bits and texts are UTF-8: what is otherwise goes in as a
+    text that no other text is.
+    """
     if isinstance(value, list):
         return [_matched(item) for item in value]
-    return f"\0{value}" if isinstance(value, bool) else value
+    if isinstance(value, dict):
+        return {_name(name): _matched(item) for name, item in value.items()}
+    odd_number = isinstance(value, int | float) and not -(2**63) <= value < 2**63  # NaN too
+    if isinstance(value, bool) or odd_number:
+        return f"\0{value}"
+    if isinstance(value, str) and isinstance(_sound(value), bytes):
+        return f"\0{value.encode('utf-8', 'surrogatepass').hex()}"
+    return value
+
+
+def _name(name: str) -> str:
+    return str(_matched(name))
 
 
 def _filter(wanted: dict[str, list[Value]]) -> Any:
@@ -408,7 +426,7 @@ def _filter(wanted: dict[str, list[Value]]) -> Any:
     for name, values in wanted.items():
         # Quoted, so that a dot in a name does not lead into an object; one condition a value, so that kinds may be mixed.
         any_of: list[Any] = [
-            edge.FieldCondition(key=f'metadata."{name}"', match=edge.MatchValue(_matched(value))) for value in values
+            edge.FieldCondition(key=f'metadata."{_name(name)}"', match=edge.MatchValue(_matched(value))) for value in values
         ]
         conditions.append(edge.Filter(should=any_of))
     return edge.Filter(must=conditions)

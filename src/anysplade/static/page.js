@@ -28,6 +28,7 @@ async function refresh() {
 }
 
 if (field && results) {
+  field.setSelectionRange(field.value.length, field.value.length); // to go on typing where the query ends
   field.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(refresh, 120);
