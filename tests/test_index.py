@@ -149,24 +149,24 @@ def _words(encoder, texts, role, **options):
     return sparse.csr_matrix((np.ones(indptr[-1], np.float32), np.concatenate(tokens), indptr), shape=(len(texts), 149))
 
 
-def test_killed_at_twenty_random_moments(backbone, tmp_path):
+@pytest.mark.parametrize("count, wanted", [(10_000, 5), pytest.param(50_000, 20, marks=pytest.mark.slow)])  # a minute
+def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
     """Each time the same call goes on; in the end nothing is lost, nothing is there twice, and searching is the same."""
     generator = random.Random(int(time.time()))
-    count = 50_000
     with open(tmp_path / "corpus.jsonl", "w") as file:
         for i in range(count):
             file.write(json.dumps({"_id": f"d{i}", "text": " ".join(generator.sample(WORDS, 3))}) + "\n")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["anysplade.index"])
     kills = 0
-    while kills < 20:
+    while kills < wanted:
         process = context.Process(target=_build, args=(backbone, tmp_path / "corpus.jsonl", tmp_path / "killed"))
         process.start()
         process.join(generator.uniform(0.3, 1.5))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
-        elif kills < 20:  # done before all kills: once more from the beginning
+        elif kills < wanted:  # done before all kills: once more from the beginning
             shutil.rmtree(tmp_path / "killed")
         process.join()
     for name in ("killed", "clean"):

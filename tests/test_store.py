@@ -98,7 +98,7 @@ class AgainstADictionary(RuleBasedStateMachine):
 
 
 class TestAgainstADictionary(AgainstADictionary.TestCase):
-    settings = settings(max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+    settings = settings(max_examples=12, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def _main(rows: Sequence[Row], tests: Sequence[dict[str, Any]], collections: Seq
         state = "collapses" if share < _COLLAPSED else "degrades" if share < _NEAR else "trains as well as the best"
         norm = arms["raw"]["before"]["mean_row_norm"] if "raw" in arms else float("nan")
         said.append(
-            f"{backbone} (mean row norm {norm:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {first}."
+            f"{backbone} (mean row norm {norm:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {Path(first).name}."
         )
     for test in tests:
         if test["against"] == "raw":
@@ -154,7 +155,7 @@ def _main(rows: Sequence[Row], tests: Sequence[dict[str, Any]], collections: Seq
             "auto is better than" if sure and better else "auto is worse than" if sure else "no difference shows between auto and"
         )
         said.append(
-            f"{test['backbone']} on {test['collection']}: {verdict} the best fixed k ({test['against']}), by {test['difference']:+.3f} "
+            f"{test['backbone']} on {Path(test['collection']).name}: {verdict} the best fixed k ({test['against']}), by {test['difference']:+.3f} "
             f"(p {test['p_corrected']:.2g}), at {cost:.2g} times its FLOPS" + ("." if cost <= 1 else ": a higher cost.")
         )
     return said
@@ -190,7 +191,7 @@ def _norm(rows: Sequence[Row], correlations: dict[str, dict[str, float]], collec
         strongest = max(found, key=lambda name: abs(found[name]))
         norm = found.get("mean_row_norm")
         said.append(
-            f"Over {count} {label}, {METRIC} on {collection} goes with the head's mean row norm at rank correlation "
+            f"Over {count} {label}, {METRIC} on {Path(collection).name} goes with the head's mean row norm at rank correlation "
             + ("that cannot be told" if norm is None else f"{norm:+.2f}")
             + f"; the strongest of what is known before training is {strongest.replace('_', ' ')}, at {found[strongest]:+.2f}."
         )

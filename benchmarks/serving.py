@@ -1,0 +1,134 @@
+"""Load on a server over loopback: latency at several numbers of clients, batching, overload, and memory over a soak.
+
+Starts `anysplade serve INDEX` and asks POST /search from threads of another process, each with a connection of its own
+that it keeps. One at a time is what a single client gets.
+"""
+
+import argparse
+import http.client
+import json
+import multiprocessing
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from anysplade import Index
+from harness import finish, parser
+
+
+def ask(port: int, queries: list[str], seconds: float, clients: int, offset: int, out: Any) -> None:
+    """Latencies and statuses of so many clients, for so long."""
+    latencies: list[float] = []
+    statuses: dict[int, int] = {}
+    lock = threading.Lock()
+    end = time.perf_counter() + seconds
+
+    def client(seed: int) -> None:
+        generator = random.Random(seed)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        mine: list[float] = []
+        seen: dict[int, int] = {}
+        while time.perf_counter() < end:
+            body = json.dumps({"query": generator.choice(queries), "k": 10})
+            start = time.perf_counter()
+            connection.request("POST", "/search", body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            mine.append(time.perf_counter() - start)
+            seen[answer.status] = seen.get(answer.status, 0) + 1
+        with lock:
+            latencies.extend(mine)
+            for status, count in seen.items():
+                statuses[status] = statuses.get(status, 0) + count
+
+    threads = [threading.Thread(target=client, args=(offset + i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    out.put((latencies, statuses))
+
+
+def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    out: Any = context.Queue()
+    process = context.Process(target=ask, args=(port, queries, seconds, clients, clients, out))
+    process.start()
+    latencies, statuses = out.get()
+    process.join()
+    latencies.sort()
+    return {
+        "clients": clients,
+        "requests": len(latencies),
+        "queries_per_second": len(latencies) / seconds,
+        "p50_ms": 1000 * latencies[len(latencies) // 2],
+        "p99_ms": 1000 * latencies[int(0.99 * len(latencies))],
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
+    }
+
+
+def memory(pid: int) -> float:
+    """MiB that a process holds."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise KeyError("VmRSS")
+
+
+def soak(process: "subprocess.Popen[str]", port: int, queries: list[str], seconds: float) -> list[float]:
+    """Memory, sampled, while eight clients ask."""
+    samples: list[float] = []
+    for _ in range(10):
+        load(port, queries, seconds / 10, 8)
+        samples.append(round(memory(process.pid), 1))
+    return samples
+
+
+def main() -> None:
+    arguments: argparse.ArgumentParser = parser(__doc__)
+    arguments.add_argument("--index", type=Path, required=True)
+    arguments.add_argument("--seconds", type=float, default=15, help="of each round of load")
+    arguments.add_argument("--soak", type=float, default=0, help="seconds of the soak; none if 0")
+    options = arguments.parse_args()
+    with Index.load(options.index) as index:
+        texts = [document.document.full_text.split() for document in index.store]
+    generator = random.Random(0)
+    queries = [" ".join(generator.choices(words, k=5)) for words in texts if len(words) > 5][:2000]
+    code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", str(options.index), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        port = next(int(found[1]) for line in process.stderr if (found := re.search(r"127\.0\.0\.1:(\d+)", line)))
+        load(port, queries, 3, 1)
+        rounds: dict[str, list[dict[str, Any]]] = {"1": [], "8": [], "64": []}
+        for _ in range(options.rounds):
+            for clients, found in rounds.items():
+                found.append(load(port, queries, options.seconds, int(clients)))
+        best = {clients: sorted(found, key=lambda f: f["queries_per_second"])[len(found) // 2] for clients, found in rounds.items()}
+        overload = load(port, queries, options.seconds, 600)
+        after = load(port, queries, 3, 1)
+        finish(
+            "serving",
+            options,
+            {
+                "documents": len(texts),
+                "load": best,
+                "eight_over_one": best["8"]["queries_per_second"] / best["1"]["queries_per_second"],
+                "overload": overload,
+                "after_overload": after,
+                "soak_mib": soak(process, port, queries, options.soak) if options.soak else None,
+            },
+        )
+    finally:
+        process.terminate()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()
