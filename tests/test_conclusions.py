@@ -86,7 +86,7 @@ def test_norm_needs_three_heads_for_a_correlation():
     few = made("norm", [("raw", {}, 0.1, 1.0), ("auto", {}, 0.2, 1.0)])
     assert few["correlations"] == {}
     rising = made("norm", [("raw", {}, 0.1, 1.0), ("k=8", {}, 0.2, 1.0), ("auto", {}, 0.3, 1.0)])
-    assert rising["correlations"]["all heads"]["mean_row_norm"] == pytest.approx(1.0)
+    assert rising["correlations"]["heads, raw and calibrated"]["mean_row_norm"] == pytest.approx(1.0)
 
 
 def test_tradeoff_and_sensitivity():

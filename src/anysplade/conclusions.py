@@ -169,7 +169,7 @@ _STATISTICS = ("mean_row_norm", "positive_share", "document_active_dims", "score
 def _correlations(rows: Sequence[Row], collection: str) -> dict[str, dict[str, float]]:
     """Spearman's, of what is known before the first step with effectiveness, over raw heads and over all."""
     found: dict[str, dict[str, float]] = {}
-    for label, of in (("raw heads", [row for row in rows if row["arm"] == "raw"]), ("all heads", list(rows))):
+    for label, of in (("raw heads", [row for row in rows if row["arm"] == "raw"]), ("heads, raw and calibrated", list(rows))):
         if len(of) < 3:
             continue
         values = [_value(row, collection) for row in of]
@@ -187,7 +187,7 @@ def _norm(rows: Sequence[Row], correlations: dict[str, dict[str, float]], collec
     for label, found in correlations.items():
         if not found:
             continue
-        count = sum(1 for row in rows if label == "all heads" or row["arm"] == "raw")
+        count = sum(1 for row in rows if label != "raw heads" or row["arm"] == "raw")
         strongest = max(found, key=lambda name: abs(found[name]))
         norm = found.get("mean_row_norm")
         said.append(
@@ -257,13 +257,17 @@ def _curves(row: Row, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     of = [records[hash_] for hash_ in row["cells"]]
     observed = ("query_active_dims", "document_active_dims", "score_std", "document_similarity")
     curves: dict[str, Any] = {
-        name: [[[seen["step"], seen[name]] for seen in record["observations"]] for record in of] for name in observed
+        name: [[[seen["step"], _digits(seen[name])] for seen in record["observations"]] for record in of] for name in observed
     }
-    curves["loss"] = [[[seen["step"], seen["loss"]] for seen in record["observations"]] for record in of]
+    curves["loss"] = [[[seen["step"], _digits(seen["loss"])] for seen in record["observations"]] for record in of]
     curves["gradient_norm"] = [
-        [[entry["step"], entry["grad_norm"]] for entry in record["log"] if "grad_norm" in entry] for record in of
+        [[entry["step"], _digits(entry["grad_norm"])] for entry in record["log"] if "grad_norm" in entry] for record in of
     ]
     return {"backbone": row["backbone"], "arm": row["arm"], "curves": curves}
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _dynamics(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collection: str) -> list[str]:

@@ -243,15 +243,15 @@ def _norm_figures(rows: Sequence[dict[str, Any]], collection: str) -> Drawn:
             norms, [f[METRIC] for f in found], [f[f"{METRIC} sd"] or 0 for f in found], fmt=_MARKERS.get(arm, "^"),
             color=_color(arm, arms), capsize=3, label=arm,
         )  # fmt: skip
-        if arm == "raw":
-            for row, x in zip(of, norms, strict=True):
-                axes.annotate(
-                    row["backbone"], (x, row["results"][collection][METRIC]), xytext=(5, 5), textcoords="offset points", fontsize=8
-                )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=3, frameon=False)
-    return [("norm", f"{METRIC} on {Path(collection).name} against the norm of the head that training started from.", figure)]
+    raw = sorted((row for row in rows if row["arm"] == "raw"), key=lambda row: row["after"]["mean_row_norm"])
+    caption = (
+        f"{METRIC} on {Path(collection).name} against the norm of the head that training started from. Raw heads from left to "
+        f"right: {', '.join(row['backbone'] for row in raw)}."
+    )
+    return [("norm", caption, figure)]
 
 
 def _tradeoff_figures(rows: Sequence[dict[str, Any]], collection: str) -> Drawn:
