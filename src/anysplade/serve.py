@@ -37,6 +37,7 @@ from anysplade.encoder import masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import OptionError, UsageError
 from anysplade.head import describe_head, measure_logits
+from anysplade.index import Index
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.records import Hit
 from anysplade.report import logit_figure
@@ -224,6 +225,7 @@ class _Site:
         documents.set_function(lambda: searcher.documents)
         searcher.on_batch = batches.observe
         self._measured: tuple[str, dict[str, Any], str] | None = None
+        self._counted: tuple[Index, dict[str, Any]] | None = None
         self._validators = {path: jsonschema.Draft202012Validator(schema) for path, schema in _REQUESTS.items()}
 
     def app(self, hosts: Sequence[str] | None) -> Starlette:
@@ -446,7 +448,10 @@ class _Site:
         return self._measured[1:]
 
     def _cost(self) -> dict[str, Any]:
+        """What the index costs; counted once, in a pass over all of it."""
         index = self.searcher.index
+        if self._counted is not None and self._counted[0] is index:
+            return self._counted[1]
         count, postings = len(index), index.store.postings
         size = sum(path.stat().st_size for path in index.folder.rglob("*") if path.is_file())
         queries = list(PROBE_QUERIES)
@@ -457,17 +462,23 @@ class _Site:
         touched = [int(frequency[vectors[i].indices].sum()) for i in range(len(queries))]
         order = np.argsort(-frequency, kind="stable")[:_SHOWN]
         names = index.encoder.tokenizer.convert_ids_to_tokens(order.tolist())
-        return {
-            "count": count,
-            "postings": postings,
-            "dims": postings / max(1, count),
-            "query_dims": vectors.nnz / len(queries),
-            "touched": float(np.mean(touched)),
-            "bytes": size,
-            "used": int((frequency > 0).sum()),
-            "vocabulary": len(frequency),
-            "frequent": [(name, int(frequency[i]) / max(1, count)) for name, i in zip(names, order, strict=True) if frequency[i]],
-        }
+        self._counted = (
+            index,
+            {
+                "count": count,
+                "postings": postings,
+                "dims": postings / max(1, count),
+                "query_dims": vectors.nnz / len(queries),
+                "touched": float(np.mean(touched)),
+                "bytes": size,
+                "used": int((frequency > 0).sum()),
+                "vocabulary": len(frequency),
+                "frequent": [
+                    (name, int(frequency[i]) / max(1, count)) for name, i in zip(names, order, strict=True) if frequency[i]
+                ],
+            },
+        )
+        return self._counted[1]
 
 
 # --------------------------------------------------------------------------------------------- helpers

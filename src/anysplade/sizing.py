@@ -3,6 +3,7 @@
 The method, and how far it can be off, stand in docs/sizing.md.
 """
 
+import logging
 import random
 import re
 import time
@@ -19,6 +20,8 @@ from anysplade.encoding import encode
 from anysplade.errors import DataError, OptionError
 from anysplade.postings import Postings
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+
+logger = logging.getLogger(__name__)
 
 _POSTING = 8  # bytes: a document id and a float32 weight
 _POSTINGS = 20_000_000  # measured over: more than a cache holds
@@ -164,8 +167,8 @@ def _sample(corpus: str | Path | None, sample: int, seed: int) -> tuple[list[str
     if is_collection(str(corpus)):
         try:
             collection = load_collection(corpus)
-        except DataError:  # a corpus alone
-            collection = None
+        except DataError as error:  # a corpus alone, or a collection with a mistake in it
+            logger.warning("no queries of its own, so everyday ones are taken: %s", error)
     documents = read_corpus(corpus) if collection is None else collection.corpus
     ids = generator.sample(list(documents), min(sample, len(documents)))
     questions = list(PROBE_QUERIES) if collection is None else list(collection.queries.values())
