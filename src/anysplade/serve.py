@@ -597,6 +597,19 @@ class Served:
         return asdict(self)
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    # Named as TCP, or asyncio leaves Nagle's algorithm on, and every answer waits 40 ms for the client's acknowledgement.
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(_CONNECTIONS)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
 def serve(
     index: str | Path, beside: str | None = None, *, host: str = "127.0.0.1", port: int = 8080, token: str | None = None
 ) -> Served:
@@ -616,12 +629,7 @@ def serve(
     if token is not None and (len(token) < 16 or not token.isascii()):
         raise OptionError("--token: at least 16 ASCII characters, or it can be guessed")
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Named as TCP, or asyncio leaves Nagle's algorithm on, and every answer waits 40 ms for the client's acknowledgement.
-        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen(_CONNECTIONS)
+        bound = _listen(host, port)
     except OSError as error:
         raise OptionError(f"--host {host} --port {port}: {error.strerror or error}; choose another --port") from error
     with bound:
