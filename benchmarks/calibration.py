@@ -30,16 +30,9 @@ from anysplade.files import whole_folder, write_whole
 from anysplade.head import RECORD, find_head, load_masked_lm, measure_logits, summarize_probe
 from anysplade.monitoring import Observation, diagnose
 from anysplade.provenance import provenance
+from anysplade.study import SMALL
 
-SETTINGS: dict[str, Any] = {
-    "steps": 90,
-    "batch_size": 16,
-    "learning_rate": 8e-4,
-    "query_regularizer_weight": 3e-4,
-    "document_regularizer_weight": 3e-4,
-    "max_length": 64,
-    "checkpoint_steps": 10**6,
-}
+SETTINGS: dict[str, Any] = SMALL | {"checkpoint_steps": 10**6}
 INFLATIONS = (0.25, 1, 4, 16)
 SHARES = (0.01, 0.003, 0.001, 0.0003)  # of the token logits above zero: the grid's levels
 SCALE_SHARE = 0.003  # of the token logits, whose mean excess over the lowest of them is a grid cell's scale

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from anysplade.evaluation import evaluate
 from anysplade.files import whole_folder, write_whole
 from anysplade.head import (
     Probe,
+    describe_head,
     find_head,
     load_masked_lm,
     measure_logits,
@@ -78,9 +79,6 @@ class Cell:
         rule = [ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY] if "auto" in self.options.values() else None
         parts = asdict(self) | {"backbone": _fingerprint(self.backbone), "data": _data_hash(self.data), "rule": rule}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def without_seed(self) -> "Cell":
-        return Cell(**{f.name: getattr(self, f.name) for f in fields(self)} | {"options": {**self.options, "seed": None}})
 
 
 @cache
@@ -165,7 +163,7 @@ def _resolve(cell: Cell, folder: str) -> tuple[dict[str, Any], Probe, float]:
         options["shift"] = float(np.quantile(probe.token_logits / options["k"], 1 - cell.level))
     if cell.spread_of is not None:
         options["temperature"] = _spread(probe) / _spread(probe.affine(cell.spread_of, 0.0, "scale"))
-    return options, probe, float(find_head(model).decoder.weight.detach().float().norm(dim=1).mean())
+    return options, probe, describe_head(model, None, folder).mean_row_norm
 
 
 def _spread(probe: Probe) -> float:

@@ -271,7 +271,8 @@ class _Site:
     async def encode(self, request: Request) -> Response:
         asked = await self.read(request)
         rows = await self.searcher.encode(asked["texts"], asked.get("role", "query"))
-        return _json({"vectors": [dict(self._terms(rows[i])) for i in range(rows.shape[0])]})
+        vectors = await self.searcher.call(lambda: [dict(self._terms(rows[i])) for i in range(rows.shape[0])])
+        return _json({"vectors": vectors})
 
     async def explain(self, request: Request) -> Response:
         asked = await self.read(request)
@@ -353,22 +354,23 @@ class _Site:
         start = time.perf_counter()
         hits, vector = await self.searcher.search_and_encode(query, k)
         seconds = time.perf_counter() - start
-        shown = await self.searcher.call(lambda: [self._shown(hit) for hit in hits])
-        return {"query": query, "k": k, "hits": shown, "seconds": seconds, "expansion": self._expansion(vector, query)}
+        shown, expansion = await self.searcher.call(lambda: ([self._shown(hit) for hit in hits], self._expansion(vector, query)))
+        return {"query": query, "k": k, "hits": shown, "seconds": seconds, "expansion": expansion}
 
     async def inspect(self, request: Request) -> Response:
         text = _asked_text(request, "text")
         role: Role = "document" if request.query_params.get("role") == "document" else "query"
         expansion = None
         if text.strip():
-            expansion = self._expansion(await self.searcher.encode([text], role), text, whole=True)
+            row = await self.searcher.encode([text], role)
+            expansion = await self.searcher.call(lambda: self._expansion(row, text, whole=True))
         return self.html("inspect.html", request, text=text, role=role, expansion=expansion)
 
     async def compare(self, request: Request) -> Response:
         if self.searcher.beside is None:
             raise HTTPException(404, "nothing to compare with: start the server with another index, or bm25, after the first")
         query = _asked_text(request, "q")
-        sides = None
+        sides, both = None, set[str]()
         if query.strip():
             (ours, _), theirs = await asyncio.gather(
                 self.searcher.search_and_encode(query, _PAGE_K), self.searcher.search_beside(query, _PAGE_K)
@@ -376,8 +378,7 @@ class _Site:
             both = {hit.id for hit in ours} & {hit.id for hit in theirs}
             columns = await self.searcher.call(lambda: [[self._shown(hit) for hit in hits] for hits in (ours, theirs)])
             sides = [(self.searcher.folder.name, columns[0]), (Path(self.searcher.beside).name, columns[1])]
-            return self.html("compare.html", request, query=query, sides=sides, both=both)
-        return self.html("compare.html", request, query=query, sides=None, both=set())
+        return self.html("compare.html", request, query=query, sides=sides, both=both)
 
     async def head(self, request: Request) -> Response:
         return self.html("head.html", request, **(await self.searcher.call(self._head))[0])

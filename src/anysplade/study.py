@@ -32,11 +32,11 @@ from anysplade.datasets import Collection, load_collection, load_python_docs, wr
 from anysplade.errors import AnyspladeError, OptionError, OutputError
 from anysplade.evaluation import evaluate
 from anysplade.files import write_whole
-from anysplade.head import find_head, load_masked_lm
+from anysplade.head import describe_head, load_masked_lm
 from anysplade.options import TrainingConfig
 from anysplade.provenance import provenance
 from anysplade.study_report import write_report
-from anysplade.training import train
+from anysplade.training import duration, train
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
 
 def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     loaded = {name: load_collection(name) for name in config.collections}
-    norms = {backbone: _mean_row_norm(backbone) for backbone in config.backbones}
+    norms = {name: describe_head(load_masked_lm(name)[0], None, name).mean_row_norm for name in config.backbones}
     asked = {key: value for key, value in asdict(config).items() if key not in ("name", "output", "workers")}
     made: dict[str, Any] = {"studies": {}, "cells": {}, "bm25": {}}
     if (out / "study.json").exists():
@@ -247,7 +247,7 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
             len(cells) - len(missing),
             len(missing),
             workers,
-            _duration(seconds / workers),
+            duration(seconds / workers),
         )
     failed = _run_cells(missing, config.collections, out, workers, progress)
     records = {hash_: record for hash_, cell in cells.items() if (record := read_cell(out, cell, config.collections))}
@@ -285,10 +285,6 @@ def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
         write_collection(folder, *load_python_docs())
     names = tuple(str(folder) if name == "python-docs" else name for name in (config.data, *config.collections))
     return StudyConfig(**{f: getattr(config, f) for f in vars(config)} | {"data": names[0], "collections": names[1:]})
-
-
-def _mean_row_norm(backbone: str) -> float:
-    return float(find_head(load_masked_lm(backbone)[0]).decoder.weight.detach().float().norm(dim=1).mean())
 
 
 def _run_cells(missing: Sequence[Cell], collections: tuple[str, ...], out: Path, workers: int, progress: bool) -> dict[str, str]:
@@ -363,10 +359,6 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
         steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
         seconds[backbone] = around + steps * trained.seconds / _REHEARSED + texts * found.seconds["encoding"] / (len(ids) + 1)
     return sum(seconds[cell.backbone] for cell in missing)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:

@@ -456,7 +456,7 @@ class _Estimate(TrainerCallback):
                 logger.info(
                     "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
                     step,
-                    _duration(left),
+                    duration(left),
                     f"{state.max_steps - state.global_step:,}",
                     f"{left * args.world_size / 3600:.2g} hours",
                     args.world_size,
@@ -464,7 +464,8 @@ class _Estimate(TrainerCallback):
                 )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours and minutes, for a person."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
