@@ -41,10 +41,10 @@ def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: 
     if terms[-1] >= vocabulary:
         raise DataError(f"{said}: a term id outside of the vocabulary of {vocabulary:,}; the vector is of another model")
     with np.errstate(over="ignore"):
-        weights = weights.astype(np.float32)
-    if not (np.isfinite(weights) & (weights > 0)).all():
+        weights = weights.astype(np.float32, copy=False)
+    if not (weights.min() > 0 and weights.max() < np.inf):  # NaN is neither
         raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
-    return terms.astype(np.int32), weights
+    return terms.astype(np.int32, copy=False), weights
 
 
 def check_vectors(documents: Sequence[Encoded], vocabulary: int) -> None:

@@ -46,6 +46,7 @@ CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- of a build: taken in
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
 
 Found = list[tuple[int, float]]  # positions and scores, best first
+_Row = tuple[int, str | None, np.ndarray | None, np.ndarray | None]  # position, metadata, terms, weights; no terms: deleted
 
 
 class Store:
@@ -70,7 +71,7 @@ class Store:
             self._truth.execute("PRAGMA journal_mode = WAL")
             self._truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
             self._truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
-            self._truth.execute("PRAGMA wal_autocheckpoint = 8192")  # 64 MiB too: pages that change often are moved less often
+            self._truth.execute("PRAGMA wal_autocheckpoint = 32768")  # 256 MiB: pages that change often are moved less often
             self._truth.execute("SELECT count(*) FROM changed, shards")
         except sqlite3.Error as error:
             raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
@@ -254,7 +255,7 @@ class Store:
     # ---------------------------------------------------------------------------- truth and engine
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[sqlite3.Cursor, list[Any]]]:
+    def _writing(self) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
         """A change of the truth, in one transaction, and then of the engine: the rows that are put into the list."""
         with self._lock:
             if self._engine is None:
@@ -263,7 +264,7 @@ class Store:
                 raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
             cursor = self._truth.cursor()
             cursor.execute("BEGIN IMMEDIATE")
-            rows: list[Any] = []
+            rows: list[_Row] = []
             try:
                 yield cursor, rows
                 cursor.executemany("INSERT OR REPLACE INTO changed VALUES (?)", [row[:1] for row in rows])
@@ -305,25 +306,21 @@ class Store:
                    WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
         last = -1
         while rows := self._truth.execute(query, (last, BATCH)).fetchall():
-            self._apply(rows)
+            self._apply([(row[0], row[1], _array(row[2], np.int32), _array(row[3], np.float32)) for row in rows])
             last = rows[-1][0]
         self._flush()
 
-    def _apply(self, rows: Sequence[tuple[int, str | None, bytes | None, bytes | None]]) -> None:
+    def _apply(self, rows: Sequence[_Row]) -> None:
         """Positions with metadata, terms and weights into the engine; without terms, out of it."""
-        gone: list[Any] = [row[0] for row in rows if not row[2]]  # deleted, or without a term, and so without a match
+        gone: list[Any] = [row[0] for row in rows if row[2] is None or not len(row[2])]  # without a term, and so without a match
         points = [
             edge.Point(
                 position,
-                {
-                    _VECTOR: edge.SparseVector(
-                        np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights or b"", np.float32).tolist()
-                    )
-                },
+                {_VECTOR: edge.SparseVector(terms.tolist(), weights.tolist())},
                 {"metadata": _matched(json.loads(metadata))} if metadata else {},
             )
             for position, metadata, terms, weights in rows
-            if terms
+            if terms is not None and weights is not None and len(terms)
         ]
         if gone:
             self._engine.update(edge.UpdateOperation.delete_points(gone))
@@ -350,7 +347,7 @@ def _among(truth: sqlite3.Connection | sqlite3.Cursor, query: str, values: Seque
         yield from truth.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
 
-def _put(cursor: sqlite3.Cursor, documents: Sequence[Encoded]) -> list[tuple[int, str | None, bytes, bytes]]:
+def _put(cursor: sqlite3.Cursor, documents: Sequence[Encoded]) -> list[_Row]:
     """Into the truth; what the engine takes of them."""
     latest = {_sound(document.id): document for document in documents}  # of a document that comes twice, the last
     known = {id_: position for position, id_ in _among(cursor, "SELECT position, id FROM ids WHERE id", list(latest))}
@@ -358,13 +355,19 @@ def _put(cursor: sqlite3.Cursor, documents: Sequence[Encoded]) -> list[tuple[int
     (last,) = cursor.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()  # the highest ever given
     known |= {id_: last + i for i, id_ in enumerate(new, 1)}
     cursor.executemany("INSERT INTO ids VALUES (?, ?)", [(known[id_], id_) for id_ in new])
-    rows = []
+    rows: list[_Row] = []
+    contents = []
     for id_, (_, content, terms, weights) in latest.items():
         metadata = None if content.metadata is None else json.dumps(content.metadata)
-        vector = np.asarray(terms, np.int32).tobytes(), np.asarray(weights, np.float32).tobytes()
-        rows.append((known[id_], _sound(content.title), _sound(content.text), metadata, *vector))
-    cursor.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
-    return [(row[0], *row[3:]) for row in rows]
+        row = known[id_], metadata, np.asarray(terms, np.int32), np.asarray(weights, np.float32)
+        rows.append(row)
+        contents.append((row[0], _sound(content.title), _sound(content.text), metadata, row[2].tobytes(), row[3].tobytes()))
+    cursor.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", contents)
+    return rows
+
+
+def _array(stored: bytes | None, kind: type[np.generic]) -> np.ndarray | None:
+    return None if stored is None else np.frombuffer(stored, kind)
 
 
 def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> Encoded:
