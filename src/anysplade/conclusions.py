@@ -1,5 +1,6 @@
 """What a study's cells say: means over seeds, tests, and sentences made from the numbers."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from anysplade.cells import COSTS, METRICS
 from anysplade.comparison import holm
 
 METRIC = METRICS[0]
-_SURE = 0.05
+_SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too
 _COLLAPSED = 0.25  # of the backbone's best row, below which a row is said to have collapsed
 _NEAR = 0.95  # of the best, above which a row is said to be as good
 
@@ -85,6 +86,12 @@ def _p(a: np.ndarray, b: np.ndarray) -> float:
     return 1.0 if np.allclose(a, b) else float(stats.ttest_rel(a, b).pvalue)
 
 
+def _noise(a: Row, b: Row, collection: str) -> float:
+    """Two standard errors, over seeds, of the difference of two rows' means; 0 of single runs, which do not tell."""
+    deviations = [(row["results"][collection][f"{METRIC} sd"] or 0.0, row["runs"]) for row in (a, b)]
+    return 2 * math.sqrt(sum(sd**2 / runs for sd, runs in deviations))
+
+
 def _by_backbone(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -124,6 +131,7 @@ def _tests(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collectio
                         "against": other["arm"],
                         "difference": float((ours - theirs).mean()),
                         "p": _p(ours, theirs),
+                        "noise": _noise(arms["auto"], other, collection),
                         "flops": costs[0],
                         "flops of the other": costs[1],
                     }
@@ -148,7 +156,7 @@ def _main(rows: Sequence[Row], tests: Sequence[dict[str, Any]], collections: Seq
     for test in tests:
         if test["against"] == "raw":
             continue
-        sure = test["p_corrected"] < _SURE
+        sure = test["p_corrected"] < _SURE and abs(test["difference"]) > test["noise"]
         better = test["difference"] > 0
         cost = test["flops"] / test["flops of the other"] if test["flops of the other"] else float("nan")
         verdict = (
@@ -334,15 +342,15 @@ def _controls(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collec
             ours, theirs = (_per_query(row, records, collection) for row in (a, b))
             found.append(
                 {"backbone": backbone, "about": about, "one": one, "other": other, "difference": _value(a, collection) - _value(b, collection),
-                 "p": _p(ours, theirs), "values": [_said(row, collection) for row in (a, b)],
+                 "p": _p(ours, theirs), "noise": _noise(a, b, collection), "values": [_said(row, collection) for row in (a, b)],
                  "flops": [_flops(row, collection) for row in (a, b)], "meanings": (helps, not_helps)}
             )  # fmt: skip
     for pair, p in zip(found, holm([pair["p"] for pair in found]), strict=True):
-        sure = p < _SURE
+        sure = p < _SURE and abs(pair["difference"]) > pair["noise"]
         helps, not_helps = pair.pop("meanings")
         meaning = helps if sure and pair["difference"] > 0 else not_helps
         if sure and pair["difference"] < 0:
-            meaning += ", it does harm" if "not help" in not_helps else ""
+            meaning += ", rather the reverse" if "not help" in not_helps else ""
         pair |= {
             "p_corrected": p,
             "said": f"{pair['backbone']}, {pair['about']}: {pair['one']} {pair['values'][0]} against {pair['other']} {pair['values'][1]} "

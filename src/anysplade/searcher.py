@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 32  # requests that are encoded together
 WAITING = 256  # requests at most; more are turned away
+PATIENCE = 0.005  # seconds at most for those to ask again that were answered together
 
 Role = Literal["query", "document"]
 
@@ -40,7 +41,8 @@ class Searcher:
     """Answers from an index; to be used on one event loop, between ``start`` and ``stop``.
 
     Model and engine are touched by one thread alone. While it works, requests gather, and it encodes them
-    together next: the busier, the larger the batches.
+    together next: the busier, the larger the batches. Clients that were answered together ask again one after the
+    other; the first of them waits for the rest, for a moment, so that they are encoded together again.
     """
 
     def __init__(self, folder: str | Path, beside: str | None = None) -> None:
@@ -142,12 +144,17 @@ class Searcher:
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
+        last = 1
         while True:
             batch = [await self._jobs.get()]
+            patient = loop.time() + PATIENCE
+            while 1 + self._jobs.qsize() < last and loop.time() < patient:
+                await asyncio.sleep(PATIENCE / 10)
             while len(batch) < BATCH and not self._jobs.empty():
                 batch.append(self._jobs.get_nowait())
             wanted = [job for job in batch if not job.done.cancelled()]  # the others' clients are gone
             self.on_batch(len(wanted))
+            last = len(batch)
             try:
                 results = await loop.run_in_executor(self._thread, self._work, wanted)
             except Exception as failure:
