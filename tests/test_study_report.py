@@ -48,6 +48,7 @@ def study():
         "collection": "docs",
         "against": "raw",
         "difference": 0.1,
+        "noise": 0.02,
         "p_corrected": 0.01,
         "flops": 1.0,
         "flops of the other": 2.0,
