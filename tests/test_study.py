@@ -119,6 +119,11 @@ def test_mistakes(place, tmp_path, capsys):
     given[given.index("--training") + 1] = str(tmp_path / "bad.yaml")
     assert main(given) == 2
     assert "'k'; is set by the command itself" in capsys.readouterr().err
+    given = arguments(place, "norm", out="mistake")
+    given[given.index("--data") + 1] = str(tmp_path / "nowhere")
+    assert main(given) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (place / "mistake").exists()
     for options, message in (
         ({"seeds": 0}, "seeds is 0"),
         ({"k": 1.0}, "must be above 1"),

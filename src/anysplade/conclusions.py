@@ -243,8 +243,9 @@ def _sensitivity(rows: Sequence[Row], collection: str) -> list[str]:
         best = max(line, key=lambda row: _value(row, collection))
         near = [row["axis"]["k"] for row in line if _value(row, collection) >= _NEAR * _value(best, collection)]
         text = (
-            f"{backbone}: of k alone {best['axis']['k']:g} is best ({_said(best, collection)}); k from {min(near):g} to {max(near):g} "
-            f"stays within {1 - _NEAR:.0%} of it."
+            f"{backbone}: of k alone {best['axis']['k']:g} is best ({_said(best, collection)}); "
+            + (f"k from {min(near):g} to {max(near):g} stays" if len(near) > 1 else "no other stays")
+            + f" within {1 - _NEAR:.0%} of it."
         )
         if grid:
             top = max(grid, key=lambda row: _value(row, collection))

@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -218,12 +219,17 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
         What ``train`` and ``evaluate`` raise, as far as it can be known before the first cell.
     """
     out = Path(config.output).expanduser()
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / "lock", timeout=0):
             return _run_study(_with_python_docs(config, out), out, progress)
     except Timeout:
         raise OutputError(f"{out}: another process runs a study there; wait for it, or choose another --out") from None
+    except AnyspladeError:
+        if new and not (out / "cells").exists():  # a mistake leaves nothing behind; an interruption leaves what is done
+            shutil.rmtree(out)
+        raise
 
 
 def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
