@@ -129,7 +129,7 @@ def test_the_inspector(browser, address):
     weights = [float(row.find_elements(By.TAG_NAME, "td")[1].text) for row in rows]
     assert weights == sorted(weights, reverse=True)
     kinds = {row.find_elements(By.TAG_NAME, "td")[3].text for row in rows}
-    assert kinds == {"added", "the text"}
+    assert kinds == {"added", "text"}
 
 
 def test_head_and_cost(browser, address):

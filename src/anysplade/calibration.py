@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade.datasets import Pair
 from anysplade.errors import ModelError
-from anysplade.head import Probe, ProbeReport, check_rescaling, measure_logits, summarize_probe
+from anysplade.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, summarize_probe
 from anysplade.options import BiasPolicy, Choice
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training_data import load_pairs
@@ -39,6 +39,10 @@ class Calibration:
     bias: BiasPolicy
     before: ProbeReport | None
     after: ProbeReport | None
+
+    @property
+    def formula(self) -> str:
+        return formula(self.k, self.shift)
 
     @property
     def verdicts(self) -> tuple[Verdict, Verdict] | None:

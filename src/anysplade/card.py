@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from anysplade.head import formula
+
 _BEFORE = "\n## Training Details\n"  # of sentence-transformers' card
 _FIGURE = "training.svg"
 
@@ -23,7 +25,7 @@ def write_card(folder: Path, result: dict[str, Any]) -> None:
 def _section(result: dict[str, Any]) -> str:
     config, calibration, made = result["config"], result["calibration"], result["provenance"]
     table = [
-        ("Calibration of the MLM head", f"logits / {calibration['k']:g} - {calibration['shift']:g}"),
+        ("Calibration of the MLM head", formula(calibration["k"], calibration["shift"])),
         ("Query active dims", f"{result['query_active_dims']:.0f} (training texts)"),
         ("Document active dims", f"{result['document_active_dims']:.0f} (training texts)"),
         ("Data", f"`{config['data']}`, {result['pairs']:,} examples, SHA-256 `{result['data_hash'][:16]}`"),

@@ -423,6 +423,11 @@ def untie_head(model: PreTrainedModel) -> Callable[[], None]:
     return undo
 
 
+def formula(k: float, shift: float) -> str:
+    """``logits / k - shift`` in numbers."""
+    return f"logits / {k:g} {'+' if shift < 0 else '-'} {abs(shift):g}"
+
+
 def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> Callable[[], None]:
     """Change weight and bias; return what puts everything back."""
     tie_again = untie_head(model) if k != 1 else lambda: None

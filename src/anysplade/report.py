@@ -71,7 +71,7 @@ def logit_figure(suggested: "Calibration") -> str:
     raw, calibrated = figure.subplots(2, 1, sharey=True)
     for axes, side, title in (
         (raw, before, "raw"),
-        (calibrated, after, f"logits / {suggested.k:g} - {suggested.shift:g}"),
+        (calibrated, after, suggested.formula),
     ):
         edges, shares = side.histogram["edges"], side.histogram["shares"]
         colors = ["#c2410c" if edge >= 0 else "#94a3b8" for edge in edges[:-1]]
@@ -95,7 +95,7 @@ def logit_figure(suggested: "Calibration") -> str:
 def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) -> list[RenderableType]:
     tied = "tied, the size unchanged" if report.tied else "not tied"
     return [
-        f"logits / {calibration.k:g} - {calibration.shift:g} (bias: {calibration.bias}), folded into {report.architecture}",
+        f"{calibration.formula} (bias: {calibration.bias}), folded into {report.architecture}",
         f"decoder {tied}",
         f"written to {out}; load it with AutoModelForMaskedLM.from_pretrained({str(out)!r})",
     ]
