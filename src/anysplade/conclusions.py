@@ -223,7 +223,7 @@ def _tradeoff(rows: Sequence[Row], collection: str) -> list[str]:
                 saved = _flops(best, collection) / max(_flops(least, collection), 1e-9)
                 said.append(
                     f"{backbone}: the best point of {arm} ({_said(best, collection)} at {_flops(best, collection):.2f} FLOPS) is reached "
-                    f"by auto with {_said(least, collection)} at {_flops(least, collection):.2f}, {saved:.2g} times fewer."
+                    f"by auto with {_said(least, collection)} at {_flops(least, collection):.2f}, {saved:,.{0 if saved >= 10 else 1}f} times fewer."
                 )
             else:
                 top = max(ours, key=lambda row: _value(row, collection))
