@@ -71,7 +71,7 @@ class Store:
             self._truth.execute("PRAGMA journal_mode = WAL")
             self._truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
             self._truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
-            self._truth.execute("PRAGMA wal_autocheckpoint = 32768")  # 256 MiB: pages that change often are moved less often
+            self._truth.execute("PRAGMA wal_autocheckpoint = 8192")  # 64 MiB too: pages that change often are moved less often
             self._truth.execute("SELECT count(*) FROM changed, shards")
         except sqlite3.Error as error:
             raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
