@@ -92,6 +92,11 @@ def _noise(a: Row, b: Row, collection: str) -> float:
     return 2 * math.sqrt(sum(sd**2 / runs for sd, runs in deviations))
 
 
+def _counts(found: Mapping[str, Any]) -> bool:
+    """A difference is above chance over queries, and above the noise of the seeds."""
+    return found["p_corrected"] < _SURE and abs(found["difference"]) > found["noise"]
+
+
 def _by_backbone(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -156,7 +161,7 @@ def _main(rows: Sequence[Row], tests: Sequence[dict[str, Any]], collections: Seq
     for test in tests:
         if test["against"] == "raw":
             continue
-        sure = test["p_corrected"] < _SURE and abs(test["difference"]) > test["noise"]
+        sure = _counts(test)
         better = test["difference"] > 0
         cost = test["flops"] / test["flops of the other"] if test["flops of the other"] else float("nan")
         verdict = (
@@ -347,14 +352,14 @@ def _controls(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collec
                  "flops": [_flops(row, collection) for row in (a, b)], "meanings": (helps, not_helps)}
             )  # fmt: skip
     for pair, p in zip(found, holm([pair["p"] for pair in found]), strict=True):
-        sure = p < _SURE and abs(pair["difference"]) > pair["noise"]
+        pair["p_corrected"] = p
+        sure = _counts(pair)
         helps, not_helps = pair.pop("meanings")
         meaning = helps if sure and pair["difference"] > 0 else not_helps
         if sure and pair["difference"] < 0:
             meaning += ", rather the reverse" if "not help" in not_helps else ""
-        pair |= {
-            "p_corrected": p,
-            "said": f"{pair['backbone']}, {pair['about']}: {pair['one']} {pair['values'][0]} against {pair['other']} {pair['values'][1]} "
-            f"({pair['difference']:+.3f}, p {p:.2g}; FLOPS {pair['flops'][0]:.2f} and {pair['flops'][1]:.2f}): {meaning}.",
-        }
+        pair["said"] = (
+            f"{pair['backbone']}, {pair['about']}: {pair['one']} {pair['values'][0]} against {pair['other']} {pair['values'][1]} "
+            f"({pair['difference']:+.3f}, p {p:.2g}; FLOPS {pair['flops'][0]:.2f} and {pair['flops'][1]:.2f}): {meaning}."
+        )
     return found
