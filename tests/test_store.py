@@ -1,3 +1,5 @@
+import multiprocessing
+import random
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+import anysplade.store
 from anysplade import DataError, Document, OptionError, OutputError
 from anysplade.records import Encoded
 from anysplade.store import Store
@@ -195,6 +198,53 @@ def test_what_a_crash_left_undone_is_done(store):
     again = Store(store.folder, VOCABULARY)
     assert again.ids([position for position, _ in again.search(np.array([3]), np.array([1.0], np.float32), 5)]) == ["a", "b"]
     again.close()
+
+
+def test_a_new_engine_gets_all_however_many(store, monkeypatch):
+    """More than are made safe at a time: once, the notes of all were taken away with the first of them."""
+    monkeypatch.setattr("anysplade.store.BATCH", 8)
+    monkeypatch.setattr("anysplade.store._FLUSH", 16)
+    store.put(encoded(f"d{i}", {3: 1.0 + i}) for i in range(100))
+    store.rebuild()
+    assert len(store.search(np.array([3]), np.array([1.0], np.float32), 200)) == 100
+
+
+def _change(folder, seed):
+    """Adds, replaces, empties and deletes, at times tidies, for as long as it lives."""
+    anysplade.store._FLUSH = 300
+    generator = random.Random(seed)
+    store = Store(folder, 200)
+    while True:
+        terms = [generator.sample(range(200), generator.choice([0, 3, 8])) for _ in range(generator.randint(1, 300))]
+        store.put(encoded(f"d{generator.randrange(6000)}", {term: generator.random() + 0.1 for term in some}) for some in terms)
+        store.delete([f"d{generator.randrange(6000)}" for _ in range(generator.randint(0, 150))])
+        tidy = generator.random()
+        if tidy < 0.1:
+            store.optimize()
+        elif tidy < 0.2:
+            store.rebuild()
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])  # a minute and a half
+def test_killed_while_documents_change(kills, tmp_path):
+    """At random moments; each time the engine has what the truth has, no more and no less."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["anysplade.store"])
+    Store.create(tmp_path / "store")
+    for _ in range(kills):
+        process = context.Process(target=_change, args=(tmp_path / "store", random.random()))
+        process.start()
+        process.join(random.uniform(0.3, 1.5))
+        assert process.exitcode is None
+        process.kill()
+        process.join()
+        store = Store(tmp_path / "store", 200)
+        every = np.arange(200), np.ones(200, np.float32), 10_000
+        found, exact = (dict(store.search(*every, exact=exact)) for exact in (False, True))
+        assert found == pytest.approx(exact, rel=1e-5)
+        assert len(exact) == sum(len(document.terms) > 0 for document in store)
+        store.close()
+    assert len(exact) > 100
 
 
 def test_a_damaged_engine_is_made_again(store, caplog):

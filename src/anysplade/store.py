@@ -34,7 +34,7 @@ BATCH = 1024  # documents of a transaction
 _FLUSH = 32 * BATCH  # changes after which the engine is made safe: it takes as long for one as for thousands
 _VECTOR = "splade"
 _SCHEMA = """
-PRAGMA page_size = 8192;  -- a document takes about 1,500 bytes
+PRAGMA page_size = 32768;  -- a document takes about 1,500 bytes
 CREATE TABLE ids (position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE);  -- narrow: every search reads it
 CREATE TABLE contents (
     position INTEGER PRIMARY KEY, title NOT NULL, text NOT NULL, metadata TEXT, terms BLOB NOT NULL, weights BLOB NOT NULL
@@ -71,7 +71,7 @@ class Store:
             self._truth.execute("PRAGMA journal_mode = WAL")
             self._truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
             self._truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
-            self._truth.execute("PRAGMA wal_autocheckpoint = 8192")  # 64 MiB too: pages that change often are moved less often
+            self._truth.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
             self._truth.execute("SELECT count(*) FROM changed, shards")
         except sqlite3.Error as error:
             raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
@@ -267,12 +267,16 @@ class Store:
             rows: list[_Row] = []
             try:
                 yield cursor, rows
-                cursor.executemany("INSERT OR REPLACE INTO changed VALUES (?)", [row[:1] for row in rows])
+                positions = json.dumps([row[0] for row in rows])
+                cursor.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))
                 cursor.execute("COMMIT")
             except BaseException:
                 cursor.execute("ROLLBACK")
                 raise
             self._apply(rows)
+            self._unsafe += len(rows)
+            if self._unsafe >= _FLUSH:
+                self._flush()
 
     def _open_engine(self) -> None:
         """Have the engine, up to date; none while another process holds it."""
@@ -326,12 +330,9 @@ class Store:
             self._engine.update(edge.UpdateOperation.delete_points(gone))
         if points:
             self._engine.update(edge.UpdateOperation.upsert_points(points))
-        self._unsafe += len(rows)
-        if self._unsafe >= _FLUSH:
-            self._flush()
 
     def _flush(self) -> None:
-        """Have the engine on disk; until then the truth keeps note of what it may lack."""
+        """Have the engine on disk, with all that is noted; until then the truth keeps note of what it may lack."""
         self._engine.flush()
         self._truth.execute("DELETE FROM changed")
         self._unsafe = 0
