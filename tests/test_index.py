@@ -202,3 +202,18 @@ def test_a_failed_build_leaves_nothing(backbone, tmp_path):
     with pytest.raises(DataError):
         Index.build(backbone, tmp_path / "bad.jsonl", tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("anysplade.shards._SIZE", 2)
+    good = [json.dumps({"_id": f"d{i}", "text": "kabel"}) for i in range(5)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join([*good, "{"]))
+    with pytest.raises(DataError, match="corpus.jsonl:6"):
+        Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index")
+    first = tmp_path / "index" / "shards" / "000000.npz"
+    made = first.stat().st_mtime_ns
+    (tmp_path / "corpus.jsonl").write_text("\n".join(good))
+    monkeypatch.setattr("anysplade.index.shutil.rmtree", lambda *_, **__: None)  # to look at the shards afterwards
+    with Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index") as index:
+        assert len(index) == 5
+    assert first.stat().st_mtime_ns == made

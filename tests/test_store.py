@@ -200,6 +200,45 @@ def test_what_a_crash_left_undone_is_done(store):
     again.close()
 
 
+class Failing:
+    """The store's engine, which fails at its next change."""
+
+    def __init__(self, engine, failure):
+        self.engine, self.failure = engine, failure
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def update(self, operation):
+        raise self.failure
+
+
+@pytest.mark.parametrize(
+    "failure, said", [(Exception("Service runtime error: No space left"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_a_change_that_the_engine_did_not_get_reaches_it_later(failure, said, store, monkeypatch):
+    monkeypatch.setattr("anysplade.store._FLUSH", 2)
+    store.put([encoded("a", {3: 3.0})])
+    store._engine = Failing(store._engine, failure)
+    with pytest.raises(said):
+        store.put([encoded("b", {3: 2.0})])
+    query = np.array([3]), np.array([1.0], np.float32), 5
+    assert store.search(*query) == [(1, 3.0), (2, 2.0)]  # from the truth
+    for i in range(4):  # and the notes of what is in the engine are taken away
+        store.put([encoded(f"c{i}", {4: 1.0})])
+    assert store._engine is not None
+    assert store.search(*query) == [(1, 3.0), (2, 2.0)]
+
+
+def test_a_disk_that_is_almost_full(store, monkeypatch):
+    store.put([encoded("a", {3: 3.0})])
+    monkeypatch.setattr("anysplade.store._ROOM", 2**60)
+    for change in (lambda: store.put([encoded("b", {3: 2.0})]), lambda: store.delete(["a"]), store.optimize, store.rebuild):
+        with pytest.raises(OutputError, match="make room"):
+            change()
+    assert store.search(np.array([3]), np.array([1.0], np.float32), 5) == [(1, 3.0)]
+
+
 def test_a_new_engine_gets_all_however_many(store, monkeypatch):
     """More than are made safe at a time: once, the notes of all were taken away with the first of them."""
     monkeypatch.setattr("anysplade.store.BATCH", 8)

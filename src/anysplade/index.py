@@ -89,7 +89,7 @@ class Index:
                 index._encoder = encoder
                 index.add(corpus, progress=progress)
         except AnyspladeError:
-            if new:  # a mistake leaves nothing behind; an interruption leaves what is done
+            if new and not any((output / "shards").glob("*.npz")):  # what was encoded is kept; it can have taken hours
                 shutil.rmtree(output, ignore_errors=True)
             raise
         index.store.optimize()

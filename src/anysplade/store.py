@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 1024  # documents of a transaction
 _FLUSH = 32 * BATCH  # changes after which the engine is made safe: it takes as long for one as for thousands
+_ROOM = 2**27  # bytes to be left on the disk: the engine maps its files, and where one cannot grow, the system ends the process
 _VECTOR = "splade"
 _SCHEMA = """
 PRAGMA page_size = 32768;  -- a document takes about 1,500 bytes
@@ -57,6 +58,7 @@ class Store:
 
         Raises:
             DataError: damaged.
+            OutputError: the disk is full, and the engine lacks something.
         """
         self.folder = folder
         self.vocabulary = vocabulary
@@ -75,7 +77,8 @@ class Store:
             self._truth.execute("SELECT count(*) FROM changed, shards")
         except sqlite3.Error as error:
             raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
-        self._open_engine()
+        with self._explained():
+            self._open_engine()
 
     @staticmethod
     def create(folder: Path) -> None:
@@ -95,9 +98,7 @@ class Store:
                     self._flush()
                 except Exception as error:  # nothing is lost: the truth keeps note, and the next opening makes up for it
                     logger.warning("%s: the engine was not closed in order: %s", self.folder, str(error).splitlines()[0])
-                self._engine.close()
-                self._engine = None
-                self._claim.release()
+                self._close_engine()
             self._truth.close()
 
     def __len__(self) -> int:
@@ -126,7 +127,7 @@ class Store:
 
         Raises:
             DataError: a vector that cannot be indexed; its transaction stays out.
-            OutputError: another process holds the store.
+            OutputError: another process holds the store, or the disk is full.
         """
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH) if shard is None else iterator):
@@ -140,7 +141,7 @@ class Store:
         """Remove documents; how many of them there were.
 
         Raises:
-            OutputError: another process holds the store.
+            OutputError: another process holds the store, or the disk is full.
         """
         with self._writing() as (cursor, rows):
             for id_ in ids:
@@ -154,11 +155,11 @@ class Store:
         """Make the engine anew from the truth.
 
         Raises:
-            OutputError: another process holds the store.
+            OutputError: another process holds the store, or the disk is full.
         """
         with self._lock, self._writing():  # which refuses where another process holds it
             self._truth.execute(_ALL_CHANGED)
-        with self._lock:
+        with self._lock, self._explained():
             self._engine.close()
             self._engine = None
             shutil.rmtree(self.folder / "engine")
@@ -167,8 +168,10 @@ class Store:
 
     def optimize(self) -> None:
         """Have the engine arrange what was added; searching is faster afterwards, and the same."""
-        with self._lock:
+        with self._lock, self._explained():
             if self._engine is not None:
+                engine = sum(path.stat().st_size for path in (self.folder / "engine").rglob("*"))
+                self._require_room(_ROOM + engine)  # it is written anew beside the old
                 self._engine.optimize()
                 self._flush()
 
@@ -257,11 +260,12 @@ class Store:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
         """A change of the truth, in one transaction, and then of the engine: the rows that are put into the list."""
-        with self._lock:
+        with self._lock, self._explained():
             if self._engine is None:
                 self._open_engine()  # the other process may be gone
             if self._engine is None:
                 raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
+            self._require_room(_ROOM)
             cursor = self._truth.cursor()
             cursor.execute("BEGIN IMMEDIATE")
             rows: list[_Row] = []
@@ -270,13 +274,16 @@ class Store:
                 positions = json.dumps([row[0] for row in rows])
                 cursor.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))
                 cursor.execute("COMMIT")
-            except BaseException:
-                cursor.execute("ROLLBACK")
+                self._apply(rows)
+                self._unsafe += len(rows)
+                if self._unsafe >= _FLUSH:
+                    self._flush()
+            except BaseException:  # an interruption too, and the engine's panics
+                if self._truth.in_transaction:
+                    cursor.execute("ROLLBACK")
+                else:  # it may lack some of what the truth notes; the next writing opens it anew, and that brings it up to date
+                    self._close_engine()
                 raise
-            self._apply(rows)
-            self._unsafe += len(rows)
-            if self._unsafe >= _FLUSH:
-                self._flush()
 
     def _open_engine(self) -> None:
         """Have the engine, up to date; none while another process holds it."""
@@ -290,25 +297,58 @@ class Store:
                 return
         try:
             if place.is_dir() and any(place.iterdir()):
-                self._engine = edge.EdgeShard.load(str(place))
-            else:
+                try:
+                    self._engine = edge.EdgeShard.load(str(place))
+                except Exception as error:
+                    # It is made from the truth, so that nothing is lost.
+                    logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
+                    shutil.rmtree(place)
+            if self._engine is None:
                 self._truth.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that looks complete
                 place.mkdir(exist_ok=True)
                 parameters = {_VECTOR: edge.EdgeSparseVectorParams()}
                 self._engine = edge.EdgeShard.create(str(place), edge.EdgeConfig(sparse_vectors=parameters))
+            self._catch_up()
+        except BaseException:
+            self._close_engine()
+            raise
+
+    def _require_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OutputError(
+                f"{self.folder}: the disk has {free >> 20:,} MiB left, this takes {needed >> 20:,}: make room, then try again"
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What SQLite and the engine have against the disk, in one line."""
+        try:
+            yield
         except Exception as error:
-            # It is made from the truth, so that nothing is lost.
-            logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
-            shutil.rmtree(place)
-            self._open_engine()
-            return
-        self._catch_up()
+            if isinstance(error, sqlite3.Error) or type(error) is Exception:  # the engine's have no class of their own
+                said = str(error).splitlines()[0]
+                raise OutputError(
+                    f"{self.folder}: cannot be written ({said}); what it had is kept: make room on the disk, then try again"
+                ) from error
+            raise
+
+    def _close_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        self._unsafe = 0
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            self._claim.release()
 
     def _catch_up(self) -> None:
         """Bring into the engine what the truth notes as changed: what a crash left undone, or all of a new engine."""
         query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)
                    WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
         last = -1
+        if self._one("SELECT count(*) FROM changed"):
+            self._require_room(_ROOM)
         while rows := self._truth.execute(query, (last, BATCH)).fetchall():
             self._apply([(row[0], row[1], _array(row[2], np.int32), _array(row[3], np.float32)) for row in rows])
             last = rows[-1][0]
