@@ -208,7 +208,7 @@ def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr("anysplade.shards._SIZE", 2)
     good = [json.dumps({"_id": f"d{i}", "text": "kabel"}) for i in range(5)]
     (tmp_path / "corpus.jsonl").write_text("\n".join([*good, "{"]))
-    with pytest.raises(DataError, match="corpus.jsonl:6"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:6"):
         Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index")
     first = tmp_path / "index" / "shards" / "000000.npz"
     made = first.stat().st_mtime_ns

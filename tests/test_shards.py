@@ -1,10 +1,11 @@
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 
-from anysplade import DataError, ModelError, OptionError, OutputError, load_collection, shards
+from anysplade import AnyspladeError, DataError, ModelError, OptionError, OutputError, load_collection, shards
 from anysplade.encoder import open_encoder
 from anysplade.encoding import encode, prune
 from anysplade.shards import encode_corpus, read_shard
@@ -45,6 +46,22 @@ def test_several_processes_write_the_same_bytes(backbone, collection_folder, tmp
     encode_corpus(backbone, collection_folder, tmp_path / "two", workers=2)
     assert len(content(tmp_path / "one")) == 3
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_a_worker_that_dies_is_said(backbone, collection_folder, tmp_path, monkeypatch):
+    kept = shards._kept
+
+    def kill_them(part, folder):
+        if part.number == 2:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return kept(part, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_kept", kill_them)
+        with pytest.raises(AnyspladeError, match="fewer --workers"):
+            encode_corpus(backbone, collection_folder, tmp_path / "shards", workers=2)
+    assert encode_corpus(backbone, collection_folder, tmp_path / "shards", workers=2)["documents"] == 40
 
 
 def test_resumed(backbone, collection_folder, tmp_path, monkeypatch):

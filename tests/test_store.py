@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import anysplade.store
-from anysplade import DataError, Document, OptionError, OutputError
+from anysplade import AnyspladeError, DataError, Document, OptionError, OutputError
 from anysplade.records import Encoded
 from anysplade.store import Store
 
@@ -214,7 +214,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    "failure, said", [(Exception("Service runtime error: No space left"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    "failure, said", [(Exception("Service runtime error: No space left"), AnyspladeError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
 def test_a_change_that_the_engine_did_not_get_reaches_it_later(failure, said, store, monkeypatch):
     monkeypatch.setattr("anysplade.store._FLUSH", 2)
@@ -234,7 +234,7 @@ def test_a_disk_that_is_almost_full(store, monkeypatch):
     store.put([encoded("a", {3: 3.0})])
     monkeypatch.setattr("anysplade.store._ROOM", 2**60)
     for change in (lambda: store.put([encoded("b", {3: 2.0})]), lambda: store.delete(["a"]), store.optimize, store.rebuild):
-        with pytest.raises(OutputError, match="make room"):
+        with pytest.raises(AnyspladeError, match="make room"):
             change()
     assert store.search(np.array([3]), np.array([1.0], np.float32), 5) == [(1, 3.0)]
 

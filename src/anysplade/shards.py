@@ -15,6 +15,7 @@ import zipfile
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from anysplade.datasets import Document, hash_texts, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder
 from anysplade.encoding import encode, prune, resolve_precision
-from anysplade.errors import DataError, OptionError, OutputError
+from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision, WeightType
@@ -88,6 +89,7 @@ def encode_corpus(
     Raises:
         OutputError: the folder holds shards that were made in another way.
         DataError, ModelError, OptionError: as the parts raise them.
+        AnyspladeError: a worker died.
     """
     if workers < 1 or (top_k is not None and top_k < 1):
         raise OptionError(f"workers {workers}, top k {top_k}: both are at least 1")
@@ -255,12 +257,17 @@ def _run(parts: Iterator[Part], options: Options, folder: Path, workers: int) ->
     context = multiprocessing.get_context("spawn")  # forked processes and the threads of torch do not go together
     with ProcessPoolExecutor(workers, context, _start_worker, (options, threads)) as pool:
         waiting: deque[Future[dict[str, Any]] | dict[str, Any]] = deque()
-        for part in parts:
-            waiting.append(_kept(part, folder) or pool.submit(_work, part, options, folder))
-            while len(waiting) > _AHEAD * workers:
+        try:
+            for part in parts:
+                waiting.append(_kept(part, folder) or pool.submit(_work, part, options, folder))
+                while len(waiting) > _AHEAD * workers:
+                    yield _result(waiting.popleft())
+            while waiting:
                 yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
+        except BrokenProcessPool as error:
+            raise AnyspladeError(
+                f"{folder}: a worker died, most likely for want of memory; run the same command with fewer --workers, it goes on"
+            ) from error
 
 
 def _result(made: Future[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:

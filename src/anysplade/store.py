@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from scipy import sparse
 
 from anysplade.datasets import Document
-from anysplade.errors import DataError, OutputError
+from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.files import require_empty
 from anysplade.postings import Postings
 from anysplade.records import Encoded, Filter, Value, check_filter, check_vector, check_vectors
@@ -58,7 +58,7 @@ class Store:
 
         Raises:
             DataError: damaged.
-            OutputError: the disk is full, and the engine lacks something.
+            AnyspladeError: the disk is full, and the engine lacks something.
         """
         self.folder = folder
         self.vocabulary = vocabulary
@@ -127,7 +127,8 @@ class Store:
 
         Raises:
             DataError: a vector that cannot be indexed; its transaction stays out.
-            OutputError: another process holds the store, or the disk is full.
+            OutputError: another process holds the store.
+            AnyspladeError: the disk is full.
         """
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH) if shard is None else iterator):
@@ -141,7 +142,8 @@ class Store:
         """Remove documents; how many of them there were.
 
         Raises:
-            OutputError: another process holds the store, or the disk is full.
+            OutputError: another process holds the store.
+            AnyspladeError: the disk is full.
         """
         with self._writing() as (cursor, rows):
             for id_ in ids:
@@ -155,7 +157,8 @@ class Store:
         """Make the engine anew from the truth.
 
         Raises:
-            OutputError: another process holds the store, or the disk is full.
+            OutputError: another process holds the store.
+            AnyspladeError: the disk is full.
         """
         with self._lock, self._writing():  # which refuses where another process holds it
             self._truth.execute(_ALL_CHANGED)
@@ -316,7 +319,7 @@ class Store:
     def _require_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise OutputError(
+            raise AnyspladeError(
                 f"{self.folder}: the disk has {free >> 20:,} MiB left, this takes {needed >> 20:,}: make room, then try again"
             )
 
@@ -328,7 +331,7 @@ class Store:
         except Exception as error:
             if isinstance(error, sqlite3.Error) or type(error) is Exception:  # the engine's have no class of their own
                 said = str(error).splitlines()[0]
-                raise OutputError(
+                raise AnyspladeError(
                     f"{self.folder}: cannot be written ({said}); what it had is kept: make room on the disk, then try again"
                 ) from error
             raise
