@@ -77,7 +77,7 @@ class Store:
             self._truth.execute("SELECT count(*) FROM changed, shards")
         except sqlite3.Error as error:
             raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
-        with self._explained():
+        with _explained(self.folder):
             self._open_engine()
 
     @staticmethod
@@ -162,7 +162,7 @@ class Store:
         """
         with self._lock, self._writing():  # which refuses where another process holds it
             self._truth.execute(_ALL_CHANGED)
-        with self._lock, self._explained():
+        with self._lock, _explained(self.folder):
             self._engine.close()
             self._engine = None
             shutil.rmtree(self.folder / "engine")
@@ -171,7 +171,7 @@ class Store:
 
     def optimize(self) -> None:
         """Have the engine arrange what was added; searching is faster afterwards, and the same."""
-        with self._lock, self._explained():
+        with self._lock, _explained(self.folder):
             if self._engine is not None:
                 engine = sum(path.stat().st_size for path in (self.folder / "engine").rglob("*"))
                 self._require_room(_ROOM + engine)  # it is written anew beside the old
@@ -183,11 +183,16 @@ class Store:
 
         Raises:
             OutputError: the folder is not empty.
+            AnyspladeError: the disk is full.
         """
         require_empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as copy, self._lock:
-            self._truth.backup(copy)
+        try:
+            with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as copy, self._lock, _explained(folder):
+                self._truth.backup(copy)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
 
     # -------------------------------------------------------------------------------------- search
 
@@ -263,7 +268,7 @@ class Store:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
         """A change of the truth, in one transaction, and then of the engine: the rows that are put into the list."""
-        with self._lock, self._explained():
+        with self._lock, _explained(self.folder):
             if self._engine is None:
                 self._open_engine()  # the other process may be gone
             if self._engine is None:
@@ -323,19 +328,6 @@ class Store:
                 f"{self.folder}: the disk has {free >> 20:,} MiB left, this takes {needed >> 20:,}: make room, then try again"
             )
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What SQLite and the engine have against the disk, in one line."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) or type(error) is Exception:  # the engine's have no class of their own
-                said = str(error).splitlines()[0]
-                raise AnyspladeError(
-                    f"{self.folder}: cannot be written ({said}); what it had is kept: make room on the disk, then try again"
-                ) from error
-            raise
-
     def _close_engine(self) -> None:
         engine, self._engine = self._engine, None
         self._unsafe = 0
@@ -379,6 +371,20 @@ class Store:
         self._engine.flush()
         self._truth.execute("DELETE FROM changed")
         self._unsafe = 0
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What SQLite and the engine have against the disk, in one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, sqlite3.Error) or type(error) is Exception:  # the engine's have no class of their own
+            said = str(error).splitlines()[0]
+            raise AnyspladeError(
+                f"{folder}: cannot be written ({said}); nothing that was there is lost: mend that (a full disk?), then try again"
+            ) from error
+        raise
 
 
 # ------------------------------------------------------------------------------------------- rows
