@@ -12,9 +12,18 @@ AnyspladeError                 something failed; exit code 1 on the command line
 Every message is one line: what is wrong, where, and how to mend it.
 """
 
+from pathlib import Path
+
 
 class AnyspladeError(Exception):
     """Base of everything that anysplade raises by itself."""
+
+
+def worker_died(folder: Path) -> AnyspladeError:
+    """What to raise for a ``BrokenProcessPool`` whose finished work is kept in a folder."""
+    return AnyspladeError(
+        f"{folder}: a worker died, most likely for want of memory; run the same command with fewer --workers, it goes on"
+    )
 
 
 class UsageError(AnyspladeError, ValueError):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from anysplade.datasets import Document, hash_texts, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder
 from anysplade.encoding import encode, prune, resolve_precision
-from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
+from anysplade.errors import DataError, OptionError, OutputError, worker_died
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision, WeightType
@@ -265,9 +265,7 @@ def _run(parts: Iterator[Part], options: Options, folder: Path, workers: int) ->
             while waiting:
                 yield _result(waiting.popleft())
         except BrokenProcessPool as error:
-            raise AnyspladeError(
-                f"{folder}: a worker died, most likely for want of memory; run the same command with fewer --workers, it goes on"
-            ) from error
+            raise worker_died(folder) from error
 
 
 def _result(made: Future[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:

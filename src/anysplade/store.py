@@ -342,9 +342,8 @@ class Store:
         query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)
                    WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
         last = -1
-        if self._one("SELECT count(*) FROM changed"):
-            self._require_room(_ROOM)
         while rows := self._truth.execute(query, (last, BATCH)).fetchall():
+            self._require_room(_ROOM)
             self._apply([(row[0], row[1], _array(row[2], np.int32), _array(row[3], np.float32)) for row in rows])
             last = rows[-1][0]
         self._flush()

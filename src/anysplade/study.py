@@ -30,7 +30,7 @@ from anysplade.backbones import BUNDLED
 from anysplade.cells import METRICS, Cell, read_cell, run_cell
 from anysplade.conclusions import summarize
 from anysplade.datasets import Collection, load_collection, load_python_docs, write_collection
-from anysplade.errors import AnyspladeError, OptionError, OutputError
+from anysplade.errors import AnyspladeError, OptionError, OutputError, worker_died
 from anysplade.evaluation import evaluate
 from anysplade.files import write_whole
 from anysplade.head import describe_head, load_masked_lm
@@ -308,9 +308,7 @@ def _run_cells(missing: Sequence[Cell], collections: tuple[str, ...], out: Path,
             try:
                 future.result()
             except BrokenProcessPool as error:
-                raise AnyspladeError(
-                    f"{out}: a worker died, most likely for want of memory; run the same command with fewer --workers, it goes on"
-                ) from error
+                raise worker_died(out) from error
             except AnyspladeError as error:
                 failed[futures[future].hash] = str(error)
                 logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
