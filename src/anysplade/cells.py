@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -200,17 +201,15 @@ def edited(backbone: str, edits: tuple[tuple[Edit, float], ...], out: str | Path
     if not edits:
         return backbone
     target = Path(out) / _edited_name(backbone, edits)
-    if not target.exists():
-        model, tokenizer = load_masked_lm(backbone)
-        for edit, value in edits:
-            _edit(model, edit, value)
-        try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):  # cells that run beside this one may want the same
+        if not target.exists():
+            model, tokenizer = load_masked_lm(backbone)
+            for edit, value in edits:
+                _edit(model, edit, value)
             with whole_folder(target) as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-        except OSError:
-            if not target.exists():  # otherwise another process was first
-                raise
     return str(target)
 
 
