@@ -1,6 +1,8 @@
+import math
+
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch.nn.functional import linear
@@ -104,6 +106,34 @@ def test_screening_in_bfloat16_loses_nothing(batch, length, width, vocabulary, s
     # What float32 rounds in a product of such vectors; the level takes most of it away again.
     rounding = 2**-22 * (hidden.norm(dim=-1).max() * weight.norm(dim=-1).max()).item()
     torch.testing.assert_close(screened.double(), expected, rtol=1e-5, atol=max(1e-5, rounding))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.sampled_from([1, 2, 3, 16, 64, 384, 768]),
+    exponents=st.lists(st.integers(-6, 6), min_size=1, max_size=8),
+    scale=st.floats(0.05, 20),
+    above=st.floats(0.02, 0.5),
+    seed=st.integers(0, 2**16),
+)
+@example(width=64, exponents=[0], scale=1 / 8, above=0.03, seed=0)
+def test_screening_loses_nothing_where_every_rounding_goes_the_same_way(width, exponents, scale, above, seed):
+    """Numbers a little below the middle of two bfloat16 ones, parallel vectors: the bound of Cauchy and Schwarz is met."""
+    torch.manual_seed(seed)
+    powers = torch.tensor([2.0 ** exponents[i % len(exponents)] for i in range(width)])
+    signs = torch.randint(0, 2, (width,)) * 2.0 - 1
+    power_of_two = 2.0 ** math.floor(math.log2(scale))  # scaling by it leaves the roundings as they are
+    hidden = (signs * powers * power_of_two * (1 + 2**-8 - 1e-5)).reshape(1, 1, width)
+    weight = torch.zeros(200, width)
+    weight[0] = hidden[0, 0]
+    exact = float(weight[0].double() @ hidden[0, 0].double())
+    bias = torch.full((200,), -exact)
+    bias[0] = -exact * (1 - above * 2**-7)  # above zero by less than the factors' rounding takes away
+    positive = exact + float(bias[0].double())
+    screened = _screened_max(hidden, weight, bias, torch.ones(1, 1), False)
+    assert screened is not None
+    assert screened[0, 0].item() == pytest.approx(math.log1p(positive), rel=1e-3, abs=1e-5 * exact)
+    assert not screened[0, 1:].any()
 
 
 def test_screening_gives_way_where_much_is_active():

@@ -26,10 +26,8 @@ from torch.nn.functional import embedding_bag
 
 _TILE_BYTES = 8 * 2**20  # of logits at a time: they are reduced while they lie in the cache
 _SCREENED_SHARE = 0.05  # of the entries: where more may be above zero, screening costs more than it saves
-# Rounding both factors to bfloat16 (unit roundoff u = 2**-9) changes a product by at most (2u + u²)|w||h|
-# by Cauchy and Schwarz, and summing in float32 by less than the rest; rounding the result, by u of it.
-_FACTOR_ERROR = 2**-8 * 1.05
-_RESULT_ERROR = 2**-9 * 1.05
+_BFLOAT16 = 2.0**-8  # unit roundoff: half of torch.finfo(torch.bfloat16).eps, which is the distance of 1 from the next number
+_FLOAT32 = 2.0**-24
 
 
 # Inside a compiled model it runs as it is: how many entries backward has depends on the data.
@@ -170,18 +168,21 @@ class _SumPool(torch.autograd.Function):
 def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool) -> Tensor | None:
     """Max pooling in float32 by way of bfloat16; None if too many entries may be above zero.
 
-    An entry is computed in float32 unless its bfloat16 value lies below zero by more than the error can be.
+    An entry is computed in float32 unless its bfloat16 value lies below zero by more than the error can be; see
+    ``_screening_errors``.
     """
-    batch, length, _ = hidden.shape
+    batch, length, width = hidden.shape
+    of_factors, of_result = _screening_errors(width)
     tokens, _ = _fill_padding(hidden, mask)
     longest = tokens.norm(dim=1).view(batch, length).amax(dim=1)  # (batch,)
     rows, terms = [], []
     most = int(_SCREENED_SHARE * batch * len(weight))
     for start, end, logits in _tiles(weight, tokens.bfloat16()):
         rough = logits.view(end - start, batch, length).amax(dim=2).float()
-        error = _FACTOR_ERROR * weight[start:end].norm(dim=1, keepdim=True) * longest + _RESULT_ERROR * rough.abs()
+        error = of_factors * weight[start:end].norm(dim=1, keepdim=True) * longest + of_result * rough.abs()
         if bias is not None:
             rough += bias[start:end].unsqueeze(1)
+            error += 2 * _FLOAT32 * bias[start:end].abs().unsqueeze(1)  # the sum is rounded, here and in float32
         term, row = (~(rough + error <= 0)).nonzero(as_tuple=True)  # NaN too, which must be seen
         most -= len(term)
         if most < 0:
@@ -198,6 +199,20 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
             values += bias[chosen]
         result[i, chosen] = values.relu_().log1p_()
     return result.log1p_() if double_log else result
+
+
+def _screening_errors(width: int) -> tuple[float, float]:
+    """How far a bfloat16 logit can lie from the float32 one: the first times |w||h|, plus the second times the logit itself.
+
+    With u = 2⁻⁸, rounding the factors makes of each product w·h one of at most (1 + u)²|w·h|, so by Cauchy and Schwarz the
+    sum changes by at most ((1 + u)² - 1)|w||h|. The products of two bfloat16 numbers are exact in float32; summing ``width``
+    of them there, in any order, errs by γ = width·2⁻²⁴ / (1 - width·2⁻²⁴) of the sum of their sizes (Higham, Accuracy and
+    Stability of Numerical Algorithms, §3.1), and so do the float32 logit and each of the norms. Rounding the result to
+    bfloat16 changes it by at most u of the exact sum, which is u / (1 - u) of what is seen.
+    """
+    u = _BFLOAT16
+    gamma = width * _FLOAT32 / (1 - width * _FLOAT32)
+    return ((1 + u) ** 2 * (1 + gamma) - 1 + gamma) * (1 + gamma) ** 2, u / (1 - u) + 2 * _FLOAT32
 
 
 @functools.cache
