@@ -47,8 +47,66 @@ def test_calibrating_twice_changes_nothing(backbone):
     first = calibrate(model, tokenizer, *TEXTS)
     rescale_head(model, first.k, first.shift)
     second = calibrate(model, tokenizer, *TEXTS)
-    assert second.k == pytest.approx(1, rel=1e-3)
-    assert second.shift == pytest.approx(0, abs=5e-4 * first.shift)  # shifts are rounded to four digits
+    assert (second.k, second.shift) == (1, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(0.01, 100), seed=st.integers(0, 20), bias=st.floats(-30, 30))
+def test_a_calibrated_head_asks_for_no_change_at_all(factor, seed, bias):
+    raw = probe(seed, factor).affine(1.0, bias, "scale")
+    raw = Probe(raw.token_logits, raw.query_logits, raw.document_logits, np.zeros(500, np.float32))
+    first = choose(raw)
+    after = raw.affine(first.k, first.shift, "scale")
+    second = choose(Probe(after.token_logits, after.query_logits, after.document_logits, np.zeros(500, np.float32)))
+    assert (second.k, second.shift) == (1, 0)
+
+
+def sparse_probe(level):
+    """Ten queries and their documents over 2,000 terms: of each token, its own term alone is above zero."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(-6, 0.3, (200, 2000)).astype(np.float32)
+    own = generator.choice(2000, (10, 10), replace=False)
+    for i in range(10):
+        logits[10 * i + np.arange(10), own[i]] = level  # the query's tokens
+        logits[100 + 10 * i + np.arange(10), own[i]] = level
+    pooled = logits.reshape(20, 10, 2000).max(axis=1)
+    return Probe(logits, pooled[:10], pooled[10:], np.zeros(2000, np.float32))
+
+
+def test_a_sparse_head_that_retrieves_stays_as_it_is():
+    kept = choose(sparse_probe(3.0))
+    assert (kept.k, kept.shift) == (1, 0)
+    assert kept.after == kept.before
+    assert kept.declined is not None
+    assert kept.declined[1] < 0
+    assert "k={:g}, shift={:g}".format(*kept.declined) in kept.explanation
+    assert choose(sparse_probe(3.0), k=2.0, shift=0.5).declined is None  # numbers are applied
+    assert choose(sparse_probe(3.0), strength=1).declined is None  # it collapsed in training
+
+
+def test_a_sparse_head_that_finds_nothing_is_calibrated():
+    measured = sparse_probe(3.0)
+    shuffled = Probe(measured.token_logits, measured.query_logits[::-1], measured.document_logits, measured.bias)
+    assert choose(shuffled).declined is None
+    assert choose(sparse_probe(-1.0)).declined is None  # nothing is above zero
+
+
+def test_what_is_known_to_be_trained_stays_as_it_is():
+    assert choose(probe()).declined is None
+    assert choose(probe(), trained=True).declined is not None
+
+
+@pytest.mark.parametrize("vocabulary", [5, 25, 200])
+def test_texts_keep_terms_of_a_small_vocabulary(vocabulary):
+    logits = np.random.default_rng(0).normal(-3, 2, (200, vocabulary)).astype(np.float32)
+    pooled = logits.reshape(20, 10, vocabulary).max(axis=1)
+    chosen = choose(Probe(logits, pooled[:10], pooled[10:], np.zeros(vocabulary, np.float32)))
+    assert chosen.after.query_active_dims >= 3
+    assert chosen.after.document_active_dims >= 3
+
+
+def test_texts_without_a_term_do_not_train():
+    assert choose(probe(), k=1.0, shift=1000.0).verdicts[1] == "collapses"
 
 
 def test_it_is_deterministic(backbone):

@@ -1,15 +1,17 @@
 import pytest
 import torch
-from sentence_transformers import SparseEncoder
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from anysplade import ModelError, OptionError, load_encoder
-from anysplade.encoder import fuse_pooling, masked_lm, open_encoder, unfuse_pooling
+from anysplade.encoder import build_encoder, fuse_pooling, is_splade, masked_lm, open_encoder, open_masked_lm, unfuse_pooling
 from architectures import ARCHITECTURES
-from tiny import make_backbone
+from tiny import make_backbone, make_lexical
 
 TEXTS = ["kabel lodan mifil nugor", "pehan", "", "not a word of the vocabulary"]
 
@@ -132,9 +134,79 @@ def test_what_is_no_masked_lm_is_refused(tmp_path):
             load(tmp_path)
 
 
-def test_half_precision_checkpoints_train_in_single(tmp_path):
-    folder = make_backbone("bert", tmp_path, dtype=torch.bfloat16)
-    assert masked_lm(load_encoder(folder)).dtype == torch.float32
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoints_are_opened_in_single(stored, backbone, tmp_path):
+    """Backbones and saved encoders, for training and for encoding."""
+    half = load_encoder(backbone).to(stored)
+    half.save_pretrained(str(tmp_path / "encoder"))
+    masked_lm(half).save_pretrained(tmp_path / "backbone")
+    half.tokenizer.save_pretrained(tmp_path / "backbone")
+    static = build_encoder(backbone, query_encoder="static", idf_texts=["kabel lodan"])[0].to(stored)
+    static.save_pretrained(str(tmp_path / "static"))
+    for folder in ("encoder", "backbone", "static"):
+        for load in (load_encoder, open_encoder):
+            assert {p.dtype for p in load(tmp_path / folder).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_half_precision_encoders_are_fused_too(dtype, backbone):
+    encoder = load_encoder(backbone, k=1, shift=0, fused=False).to(dtype)
+    assert fuse_pooling(encoder)
+
+
+@pytest.fixture(scope="module")
+def dense_folder(backbone, tmp_path_factory):
+    """A SentenceTransformer on the body of a masked LM."""
+    folder = tmp_path_factory.mktemp("dense")
+    body = Transformer(backbone)
+    SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())]).save_pretrained(str(folder))
+    return folder
+
+
+def test_a_dense_model_is_called_what_it_is(dense_folder):
+    for load in (load_encoder, open_encoder, open_masked_lm):
+        with pytest.raises(ModelError, match=r"saved as a SentenceTransformer \(a dense embedding model\); it has no MLM head"):
+            load(dense_folder)
+
+
+def test_a_body_without_a_head_is_refused(backbone, tmp_path):
+    model = masked_lm(load_encoder(backbone))
+    model.base_model.save_pretrained(tmp_path)
+    load_encoder(backbone).tokenizer.save_pretrained(tmp_path)
+    for load in (load_encoder, open_encoder, open_masked_lm):
+        with pytest.raises(ModelError, match="no trained MLM head"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("query_encoder", ["mlm", "static"])
+def test_a_saved_encoder_without_its_head_is_refused(query_encoder, backbone, tmp_path):
+    build_encoder(backbone, query_encoder=query_encoder, idf_texts=["kabel lodan"])[0].save_pretrained(str(tmp_path))
+    [weights] = [path for path in tmp_path.rglob("model.safetensors") if "Static" not in str(path)]
+    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("cls.")}
+    save_file(kept, weights, metadata={"format": "pt"})
+    for load in (load_encoder, open_encoder, open_masked_lm):
+        with pytest.raises(ModelError, match="no trained MLM head"):
+            load(tmp_path)
+
+
+def test_sparse_encoders_that_are_not_splade_are_named(dense_folder, tmp_path):
+    SparseEncoder(str(dense_folder)).save_pretrained(str(tmp_path))
+    assert not is_splade(open_encoder(tmp_path))
+    for load in (load_encoder, open_masked_lm):
+        with pytest.raises(ModelError, match=r"another kind \(Transformer, Pooling, SparseAutoEncoder\): only SPLADE"):
+            load(tmp_path)
+
+
+def test_a_sparse_head_in_a_plain_folder_stays_as_it_is(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = make_lexical(tmp_path)
+    texts = {"queries": ["kabel lodan", "mifil nugor"], "documents": ["kabel rajim lodan sobel", "mifil tucor nugor pehan"]}
+    encoder = load_encoder(folder, **texts)
+    assert not hasattr(masked_lm(encoder).config, "anysplade")
+    torch.testing.assert_close(dense(encoder), dense(open_encoder(folder)))
+    assert "is sparse already" in caplog.text
+    assert "k=1.4" in caplog.text  # what changes it all the same
+    assert masked_lm(load_encoder(folder, k=2, shift=0.5)).config.anysplade["k"] == 2
 
 
 def test_length(backbone):

@@ -3,6 +3,7 @@
 import random
 
 import pandas
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +31,27 @@ def make_backbone(architecture, folder, **overrides):
     """Save a small random masked LM with its tokenizer; returns the folder as a string."""
     tokenizer = make_tokenizer()
     model = small_model(architecture, vocab_size=len(tokenizer), **overrides)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_lexical(folder):
+    """Save a masked LM that is a trained SPLADE in effect: each token gives its own term and no other; returns the folder."""
+    size = len(SPECIAL + WORDS) + 3  # the width holds a direction for each term
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": size + size % 2, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
+    model = small_model("bert", vocab_size=len(tokenizer), **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.fill_(1)
+        model.bert.embeddings.word_embeddings.weight.copy_(torch.eye(len(tokenizer), model.config.hidden_size))
+        model.cls.predictions.transform.dense.weight.copy_(torch.eye(model.config.hidden_size))
+        model.cls.predictions.bias.fill_(-4)
+        model.cls.predictions.bias[: len(SPECIAL)] = -100
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -1,6 +1,7 @@
 """Choose k and shift for a head from texts alone, without labels."""
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +24,14 @@ _PROBE_PAIRS = 64
 ACTIVE_SHARE = 0.001  # of the token logits are above zero at the start: the level
 MEAN_EXCESS = 2.0  # and lie this far above it on average: the scale
 MEAN_EXCESS_SCALE_ONLY = 0.4  # the scale where the level may not change: more terms are active, so each must weigh less
+FEWEST_TERMS = 4  # active in the median text, whatever the level: 0.1 % of a small vocabulary is less than one term
+_RESOLUTION = 1e-3  # of k, and of shift as a part of the mean excess: below it probe texts say nothing
+# A raw head starts above guessing, and so does a calibrated one; a trained SPLADE starts below it with few logits above zero.
+_RETRIEVES = 0.9  # times the loss of guessing
 # Where the runs behind docs/calibration.md went wrong: documents alike, and a softmax that is sure of the wrong one.
 _ALIKE = 0.65  # cosine between documents
 _SATURATED = 10.0  # times the loss of guessing
+_EMPTY = 0.5  # active dims of a text
 
 Verdict = Literal["collapses", "degrades", "trains"]
 
@@ -39,10 +45,22 @@ class Calibration:
     bias: BiasPolicy
     before: ProbeReport | None
     after: ProbeReport | None
+    declined: tuple[float, float] | None = None  # the k and shift of a raw head like this one, where it is sparse already
 
     @property
     def formula(self) -> str:
         return formula(self.k, self.shift)
+
+    @property
+    def explanation(self) -> str | None:
+        """Why the head stays as it is, and what changes it all the same; None if it was calibrated."""
+        if self.declined is None or self.before is None:
+            return None
+        return (
+            f"the head is sparse already ({self.before.positive_share:.2%} of the token logits above zero, "
+            f"{self.before.document_active_dims:,.0f} active dims a document) and stays as it is; a raw head like it would get "
+            f"k={self.declined[0]:g}, shift={self.declined[1]:g}, and numbers for k and shift are always applied"
+        )
 
     @property
     def verdicts(self) -> tuple[Verdict, Verdict] | None:
@@ -70,35 +88,87 @@ def calibrate(
     Each unit of ``strength`` leaves a third as many token logits above zero, for heads that collapse.
     """
     if k == "auto" or shift == "auto":
-        return choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias, strength)
+        chosen = choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias, strength)
+        if chosen.explanation:
+            logger.info("%s", chosen.explanation)
+        return chosen
     check_rescaling(k, shift, bias)
     return Calibration(float(k), float(shift), bias, None, None)
 
 
-def choose(probe: Probe, k: Choice = "auto", shift: Choice = "auto", bias: BiasPolicy = "scale", strength: int = 0) -> Calibration:
+def choose(
+    probe: Probe,
+    k: Choice = "auto",
+    shift: Choice = "auto",
+    bias: BiasPolicy = "scale",
+    strength: int = 0,
+    trained: bool = False,
+) -> Calibration:
     """The calibration that a measured head wants.
 
     The scale of a head is the mean excess of its highest 0.1 % of token logits over the lowest of
     them. ``k`` brings that to a fixed value; ``shift`` then lowers the logits until those 0.1 % alone
-    are above zero. Both are rounded to four digits, below which probe texts say nothing.
+    are above zero. Both are rounded to a thousandth, ``shift`` to one of that scale: below it probe texts say nothing. Of a
+    small vocabulary more than 0.1 % stay above zero, so that the median text keeps four terms.
+
+    A head that is sparse already (``is_sparse``) would lose what it learned: there "auto" means no change.
+
+    Args:
+        trained: the head is known to be a trained SPLADE's, whatever the probe shows.
 
     Raises:
         ModelError: the logits have no spread, or are not finite.
         OptionError: an impossible k or shift.
     """
+    wanted = _choose(probe, k, shift, bias, strength)
+    if "auto" not in (k, shift) or strength or not (trained or is_sparse(wanted)):
+        return wanted
+    k, shift = (1.0 if k == "auto" else float(k)), (0.0 if shift == "auto" else float(shift))
+    return Calibration(k, shift, bias, wanted.before, summarize_probe(probe.affine(k, shift, bias)), (wanted.k, wanted.shift))
+
+
+def _choose(probe: Probe, k: Choice, shift: Choice, bias: BiasPolicy, strength: int) -> Calibration:
     if shift == "auto" and probe.bias is None:
         logger.warning("this head has no bias, so its level stays as it is; k alone is chosen")
         shift = 0.0
-    share = ACTIVE_SHARE / 3**strength
+    share = _share(probe, strength)
+    excess = mean_excess(probe.token_logits, share)
+    free = k == "auto"
     if k == "auto":
-        excess = mean_excess(probe.token_logits, share)
         if not (np.isfinite(excess) and excess > 0):
             raise ModelError("the head's logits are all alike or not finite on the probe texts; was the checkpoint saved whole?")
         k = _round(excess / (MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY))
     check_rescaling(k, 0.0 if shift == "auto" else shift, bias)
     if shift == "auto":
-        shift = _round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share)))
+        digits = 3 - math.floor(math.log10(excess / k)) if excess > 0 else 3
+        shift = float(np.round(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share), digits))
+        if free and abs(k - 1) <= _RESOLUTION and abs(shift) <= _RESOLUTION * excess:
+            k, shift = 1.0, 0.0  # calibrated already: untying a head for nothing would grow its checkpoint
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
+
+
+def _share(probe: Probe, strength: int) -> float:
+    """Of the token logits that are to be above zero."""
+    share = ACTIVE_SHARE / 3**strength
+    fewest = max(1, round(FEWEST_TERMS / 3**strength))
+    for pooled in (probe.query_logits, probe.document_logits):  # (texts, vocabulary)
+        if fewest < pooled.shape[1]:
+            lowest = np.median(np.partition(pooled, -fewest, axis=1)[:, -fewest])
+            share = max(share, float((probe.token_logits >= lowest).mean()))
+    return share
+
+
+def is_sparse(calibration: Calibration) -> bool:
+    """Whether a head is a trained SPLADE's: few token logits are above zero, and queries find their documents.
+
+    That is: at most as many as ``auto`` leaves there, and a loss below 0.9 times that of guessing. Raw heads start far above
+    guessing, calibrated ones above it. Needs probe texts in which query i goes with document i.
+    """
+    before, after = calibration.before, calibration.after
+    if before is None or after is None or before.start_loss is None:
+        return False
+    few = before.positive_share <= after.positive_share and before.document_active_dims >= _EMPTY
+    return few and before.start_loss < _RETRIEVES * before.chance
 
 
 def mean_excess(logits: np.ndarray, share: float) -> float:
@@ -112,8 +182,10 @@ def foresee(start: ProbeReport) -> Verdict:
     """What SPLADE training will do from where a head starts: an estimate, made before the first step.
 
     Documents that are alike (cosine above 0.65) and a loss that begins more than ten times above guessing
-    together mean collapse, one of the two a weak model.
+    together mean collapse, one of the two a weak model. Texts without an active term give no gradient: collapse too.
     """
+    if min(start.query_active_dims, start.document_active_dims) < _EMPTY:
+        return "collapses"
     alike = start.document_similarity > _ALIKE
     saturated = start.start_loss is not None and start.start_loss > _SATURATED * start.chance
     return "collapses" if alike and saturated else "degrades" if alike or saturated else "trains"

@@ -72,17 +72,17 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     """Measure a masked LM's head: what its scale will do, and the k and shift it wants.
 
     Args:
-        model: a masked LM's folder or hub id.
+        model: a masked LM's or sparse encoder's folder or hub id.
         data: training pairs to probe with (BEIR folder, JSONL, python-docs); everyday texts otherwise.
         svg: a file for a picture of the logits before and after.
     """
-    from anysplade import calibration, files, head, report
+    from anysplade import calibration, encoder, files, head, report
 
-    loaded, tokenizer = head.load_masked_lm(model)
+    loaded, tokenizer, trained = encoder.open_masked_lm(model)
     queries, documents = calibration.probe_texts(data, progress=_watched())
     probe = head.measure_logits(loaded, tokenizer, queries, documents)
     measured = head.describe_head(loaded, probe, model)
-    suggested = calibration.choose(probe)
+    suggested = calibration.choose(probe, trained=trained)
     verdict = dict(zip(("raw", "calibrated"), suggested.verdicts or (None, None), strict=True))
     if svg is not None:
         files.write_whole(svg, report.logit_figure(suggested))
@@ -116,7 +116,7 @@ def rescale(
     from anysplade import calibration, files, head, report
 
     files.require_empty(out)
-    loaded, tokenizer = head.load_masked_lm(model)
+    loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
     texts = calibration.probe_texts(data, progress=_watched()) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
     head.rescale_head(loaded, chosen.k, chosen.shift, bias)

@@ -1,6 +1,7 @@
 """Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -15,11 +16,21 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade.calibration import Calibration, calibrate
 from anysplade.errors import ModelError, OptionError
-from anysplade.head import check_masked_lm, find_head, load_masked_lm, rescale_head, resolve_model
+from anysplade.head import (
+    check_masked_lm,
+    check_weights,
+    find_head,
+    first_line,
+    fit_tokenizer,
+    has_remote_code,
+    load_masked_lm,
+    rescale_head,
+    resolve_model,
+)
 from anysplade.options import BiasPolicy, Choice, Pooling, QueryEncoder
 from anysplade.pooling import splade_pool
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
@@ -40,8 +51,8 @@ def load_encoder(
 ) -> SparseEncoder:
     """A stock ``SparseEncoder`` (max pooling, dot product) on a backbone whose head is calibrated.
 
-    With ``k=1, shift=0`` the head is untouched. A folder that was saved as a ``SparseEncoder`` has
-    its calibration already: there, ``"auto"`` means no change.
+    With ``k=1, shift=0`` the head is untouched. What is a sparse encoder already stays as it is with ``"auto"``: a folder
+    that was saved as a ``SparseEncoder``, or a masked LM whose head retrieves with few active terms (``is_sparse``).
 
     Args:
         path: a masked LM's folder or hub id, or a saved SparseEncoder.
@@ -86,14 +97,12 @@ def build_encoder(
         attention: transformers' name of an attention implementation.
     """
     source = resolve_model(path)
-    if is_sparse_encoder(source):
-        logger.info("%s is a sparse encoder already: its head stays as it is unless k or shift is a number", source)
-        k, shift = (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
-        encoder = SparseEncoder(source)
+    if is_saved_encoder(source):
+        k, shift = auto_choices(source, k, shift)
+        encoder = _load_saved(source, attention)
         if (pooling, double_log, query_encoder) != ("max", False, "mlm"):
             raise OptionError(f"{source}: a sparse encoder already, whose pooling and query encoder stay as they are")
     else:
-        load_masked_lm(source)  # refuses what Transformer would take: a checkpoint without a trained head
         encoder = _with_splade_pooling(source, pooling, double_log, attention)
         if query_encoder != "mlm":
             encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
@@ -120,17 +129,23 @@ def open_encoder(path: str | Path, fused: bool = True) -> SparseEncoder:
             builds an untrained autoencoder for a checkpoint that is not a masked LM.)
     """
     source = resolve_model(path)
-    if is_sparse_encoder(source):
-        try:
-            encoder = SparseEncoder(source)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{source}: cannot be loaded as a SparseEncoder: {error}".splitlines()[0]) from error
-    else:
-        check_masked_lm(source)
-        encoder = _with_splade_pooling(source)
-    if fused and isinstance(splade_modules(encoder)[1], SpladePooling):
+    encoder = _load_saved(source) if is_saved_encoder(source) else _with_splade_pooling(source)
+    if fused and is_splade(encoder):
         fuse_pooling(encoder)
     return encoder
+
+
+def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """The masked LM and tokenizer of a checkpoint or of a saved SPLADE encoder, and whether it was the latter.
+
+    Raises:
+        ModelError: neither of the two.
+    """
+    source = resolve_model(path)
+    if not is_saved_encoder(source):
+        return *load_masked_lm(source), False
+    encoder = _load_saved(source)
+    return masked_lm(encoder), splade_modules(encoder)[0].tokenizer, True
 
 
 def fingerprint(source: str) -> str | None:
@@ -154,9 +169,76 @@ def fingerprint(source: str) -> str | None:
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
-def is_sparse_encoder(source: str) -> bool:
-    """Whether a folder or hub id was saved by sentence-transformers."""
-    return load_file_path(source, "modules.json") is not None
+def is_saved_encoder(source: str) -> bool:
+    """Whether a folder or hub id was saved as a ``SparseEncoder`` of sentence-transformers.
+
+    Raises:
+        ModelError: it was saved as another of its models, such as a dense one.
+    """
+    if load_file_path(source, "modules.json") is None:
+        return False
+    kind = (_saved_json(source, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
+    if kind != "SparseEncoder":
+        # SparseEncoder(name) takes it too, and puts an untrained autoencoder on top.
+        dense = " (a dense embedding model)" if kind == "SentenceTransformer" else ""
+        raise ModelError(f"{source}: was saved as a {kind}{dense}; it has no MLM head, so give a masked LM or a SparseEncoder")
+    return True
+
+
+def auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice]:
+    """What "auto" means for the head of a saved SparseEncoder: no change."""
+    if "auto" in (k, shift):
+        logger.info("%s: a sparse encoder already, so its head stays as it is; numbers for k and shift change it", source)
+    return (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
+
+
+def _saved_json(source: str, name: str) -> Any:
+    """A JSON file of a saved encoder; None if there is no such file."""
+    path = load_file_path(source, name)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def is_splade(encoder: SparseEncoder) -> bool:
+    """Whether documents go through an MLM head, so that a dimension is a term of its vocabulary."""
+    first, last = splade_modules(encoder)
+    return isinstance(first, Transformer) and first.transformer_task == "fill-mask" and isinstance(last, SpladePooling)
+
+
+def is_routed(encoder: SparseEncoder) -> bool:
+    """Whether queries and documents go through modules of their own, such as a weight a token for queries."""
+    return isinstance(encoder[0], Router)
+
+
+def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
+    """A saved SparseEncoder of any kind in float32, its weights and tokenizer checked.
+
+    Half-precision weights do not train, and make another result on each kind of processor.
+    """
+    try:
+        encoder = SparseEncoder(source, model_kwargs={"attn_implementation": attention} if attention else None)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(
+            has_remote_code(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
+        ) from error
+    transformers = [module for module in encoder.modules() if isinstance(module, Transformer)]
+    for module, folder in zip(transformers, _transformer_folders(source), strict=True):
+        model: Any = module.model
+        if getattr(model, "peft_config", None) is None:  # an adapter's folder has no weights but its own
+            check_weights(type(model), source, folder)
+        fit_tokenizer(module.tokenizer, model, source)
+    return encoder.float()
+
+
+def _transformer_folders(source: str) -> list[str]:
+    """Where a saved encoder has its transformers: sub-folders, or "" for its own."""
+    folders = []
+    for entry in _saved_json(source, "modules.json"):
+        if entry["type"].endswith(".Router"):
+            inside = _saved_json(source, str(Path(entry["path"], "router_config.json")))["types"]
+            folders += [str(Path(entry["path"], name)) for name, kind in inside.items() if kind.endswith("Transformer")]
+        elif entry["type"].endswith("Transformer"):
+            folders.append(entry["path"])
+    return folders
 
 
 def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
@@ -174,13 +256,15 @@ def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
     """
     first = splade_modules(encoder)[0]
     if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
-        raise ModelError(f"{type(first).__name__} is this encoder's first module; only SPLADE encoders have an MLM head")
+        modules = ", ".join(type(module).__name__ for module in encoder.children())
+        raise ModelError(f"a SparseEncoder of another kind ({modules}): only SPLADE has an MLM head")
     return first.model
 
 
 def _with_splade_pooling(
     source: str, pooling: Pooling = "max", double_log: bool = False, attention: str | None = None
 ) -> SparseEncoder:
+    check_masked_lm(source)
     # float32 whatever the checkpoint is stored in: half-precision weights do not train.
     options = {"dtype": torch.float32} | ({"attn_implementation": attention} if attention else {})
     try:
@@ -189,6 +273,7 @@ def _with_splade_pooling(
         if attention:
             raise OptionError(f"attention {attention!r}: {str(error).splitlines()[0]}") from error
         raise
+    fit_tokenizer(transformer.tokenizer, transformer.model, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
     modules = [transformer, SpladePooling(pooling, activation_function=activation)]
     return SparseEncoder(modules=modules, similarity_fn_name="dot")
@@ -238,19 +323,10 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     if not isinstance(head.decoder, nn.Linear) or (head.decoder.bias is None and head.biases):
         return _not_fused(f"{type(model).__name__} adds a bias outside its decoder")
     unfuse_pooling(encoder)
-    features = {"input_ids": torch.arange(16, device=model.device).reshape(2, 8)}
-    features["attention_mask"] = torch.ones_like(features["input_ids"])
-    was_training = encoder.training
-    encoder.eval()
-    with torch.no_grad():
-        stock = encoder(dict(features))["sentence_embedding"]
-        transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
-        pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
-        fused = encoder(dict(features))["sentence_embedding"]
-    encoder.train(was_training)
-    if fused.shape != stock.shape or not torch.allclose(fused, stock, rtol=1e-2 if stock.dtype.itemsize < 4 else 1e-4, atol=1e-3):
-        unfuse_pooling(encoder)
+    if not _logits_are_the_decoders(model, head.decoder):
         return _not_fused(f"{type(model).__name__} changes its logits after the decoder")
+    transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
+    pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
     return True
 
 
@@ -258,6 +334,23 @@ def unfuse_pooling(encoder: SparseEncoder) -> None:
     """Back to the modules' own forward."""
     for module in splade_modules(encoder):
         module.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def _logits_are_the_decoders(model: PreTrainedModel, decoder: nn.Module) -> bool:
+    """Whether nothing follows the decoder, to the last bit, so that the type of the weights does not matter."""
+    seen: list[Tensor] = []
+    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    was_training = model.training
+    try:
+        ids = torch.arange(16, device=model.device).reshape(2, 8)
+        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return (
+        len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape).to(logits.dtype), logits)
+    )
 
 
 def _not_fused(reason: str) -> bool:

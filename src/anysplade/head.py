@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from scipy.special import logsumexp
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import __version__
 from anysplade.backbones import BUNDLED
@@ -35,6 +35,7 @@ _BINS = 80  # of the logits' histogram
 _SAMPLED_LOGITS = 2**24  # token logits kept for percentiles: 64 MB in float32
 _LOGITS_A_BATCH = 2**26  # logits computed at a time: 256 MB in float32
 _PROBE_LENGTH = 256
+_PADDED_ROWS = 1024  # of an embedding table, beyond the tokenizer's tokens: 898 in mDeBERTa, 88 in ModernBERT
 
 
 # ------------------------------------------------------------------------------------- finding
@@ -97,44 +98,134 @@ def _require_on_hub(name: str) -> None:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
     except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
-        raise ModelError(f"{name}: no such folder here, and not to be had from the hub: {_first_line(error)}") from error
+        raise ModelError(f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}") from error
 
 
-def load_masked_lm(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_masked_lm(
+    name: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The masked LM and tokenizer at a folder or hub id, in evaluation mode.
 
+    Args:
+        dtype: of the weights; "auto" is what they are stored in.
+
     Raises:
-        ModelError: not found, not a masked LM, or a checkpoint whose weights lack the MLM head.
+        ModelError: not found, not a masked LM, weights or a tokenizer that are missing or do not go together.
     """
     source = resolve_model(name)
     check_masked_lm(source)
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForMaskedLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as a masked LM: {_first_line(error)}") from error
-    prefix = f"{model.base_model_prefix}."
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(prefix))
-    if missing:  # transformers fills these with random numbers and goes on
-        raise ModelError(
-            f"{source}: the checkpoint has no trained MLM head ({missing[0]} is missing); SPLADE needs a masked LM's own head"
-        )
+        raise ModelError(f"{source}: cannot be loaded as a masked LM: {first_line(error)}") from error
+    fit_tokenizer(tokenizer, model, source)
     return model.eval(), tokenizer
 
 
 def check_masked_lm(source: str) -> None:
-    """Raise ModelError unless the config at ``source`` is one that ``AutoModelForMaskedLM`` loads."""
+    """Refuse a checkpoint that is no masked LM with all of its weights. Reads names and shapes, not the weights.
+
+    Raises:
+        ModelError: there is no readable config, or it is of another kind of model or of one with code of its own; or weights
+            are missing, which transformers would fill with random numbers, new at every load.
+    """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
-    if type(config) not in AutoModelForMaskedLM._model_mapping and "AutoModelForMaskedLM" not in getattr(config, "auto_map", {}):
+        raise ModelError(has_remote_code(source) or f"{source}: its config.json cannot be read: {first_line(error)}") from error
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
         raise ModelError(
-            f"{source}: {config.model_type!r} is not a masked LM, so it has no MLM head; use a backbone such as BERT or ModernBERT"
+            has_remote_code(source)
+            or f"{source}: {config.model_type!r} is not a masked LM, so it has no MLM head; use one such as BERT or ModernBERT"
         )
+    check_weights(AutoModelForMaskedLM._model_mapping[type(config)], source)
 
 
-def _first_line(error: BaseException) -> str:
+def check_weights(model_class: Any, source: str, folder: str = "") -> None:
+    """Refuse a checkpoint that lacks weights: transformers fills them with random numbers, new at every load, and goes on.
+
+    Args:
+        model_class: of transformers.
+        folder: below the source, where the checkpoint lies in it.
+
+    Raises:
+        ModelError: weights are missing or of another shape than the config says; only names and shapes are read.
+    """
+    options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
+    try:
+        _, info = model_class.from_pretrained(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{source}: its weights cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if not missing:
+        return
+    if any(key.startswith(f"{model_class.base_model_prefix}.") for key in missing):
+        raise ModelError(f"{source}: the checkpoint lacks weights ({missing[0]} is one of {len(missing)}); was it saved whole?")
+    raise ModelError(
+        f"{source}: the checkpoint has no trained MLM head ({missing[0]} is missing); SPLADE needs a masked LM's own head"
+    )
+
+
+def has_remote_code(source: str) -> str | None:
+    """What to say of a checkpoint that brings its own code; None if it does not.
+
+    What anysplade trains must load anywhere without such code, so it does not run any.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):
+        return None
+    if "auto_map" not in config:
+        return None
+    return (
+        f"{source}: this model brings code of its own (auto_map in its config.json), which anysplade does not run; "
+        "use a backbone whose architecture is part of transformers"
+    )
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
+    """Make a tokenizer cut texts to what the model can read and pad them; refuse one that is not the model's.
+
+    Raises:
+        ModelError: there are no tokenizer files, or they are of another vocabulary.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows, known = embeddings.weight.shape[0], len(tokenizer)
+    if known <= len({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):
+        # transformers makes a tokenizer of special tokens alone where there are no files, and every word is unknown to it.
+        raise ModelError(f"{source}: no tokenizer in it (only {known} special tokens); save the model's tokenizer there too")
+    if known > rows or rows - known > _PADDED_ROWS:
+        raise ModelError(
+            f"{source}: its tokenizer has {known:,} tokens and the model {rows:,}: it is another model's; save the right one there"
+        )
+    positions = usable_positions(model)
+    if positions is not None and positions < tokenizer.model_max_length:
+        tokenizer.model_max_length = positions
+    if tokenizer.pad_token_id is None:
+        own = model.config.pad_token_id
+        token = tokenizer.convert_ids_to_tokens(own) if own is not None and 0 <= own < known else None
+        token = token or tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+        if token is None:
+            raise ModelError(f"{source}: its tokenizer has no token to pad with; set pad_token in its tokenizer_config.json")
+        tokenizer.pad_token = token
+        logger.warning("%s: its tokenizer has no pad token, %s is used", source, token)
+
+
+def usable_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that fit the model's table of positions; None if nothing limits them.
+
+    RoBERTa and its kin number positions from ``padding_idx + 1``, so that 514 rows hold 512 tokens.
+    """
+    rows = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(rows, int) or rows < 1:
+        return None
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return rows - max(skipped, default=0)
+
+
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -103,12 +103,14 @@ class Finding:
 
 
 _WINDOW = 5  # observations that must agree: one odd batch is no finding
+_EMPTY = 0.5  # active dims of a text
 _ALIKE = 0.8  # cosine within queries and within documents above which vectors may be the same
 _FLAT = 0.1  # of their mean: scores that spread by less say the same of every document
 _SATURATED = 3.0  # times the loss of guessing
 _SETTLED = 10  # observations after which a loss far above guessing is no longer the start
 _CALIBRATE = "calibrate the head (--k auto --shift auto, the default), or more strongly with --on-collapse recalibrate"
 _LIGHTER = "lower the regularizer weights or raise the target of active dims"
+_RAISE = "the head starts with no term above zero, whatever the regularizer: lower --shift, or leave it to auto"
 _SLOWER = "lower the learning rate, and calibrate the head (--k auto --shift auto)"
 
 
@@ -146,8 +148,9 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
         found.append(Finding(name, now.step, evidence, mend, collapse))
 
     for role in ("query", "document"):
-        if all_of(f"{role}_active_dims", high=0.5):
-            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", _LIGHTER, True)
+        if all_of(f"{role}_active_dims", high=_EMPTY):
+            mend = _RAISE if getattr(observations[0], f"{role}_active_dims") <= _EMPTY else _LIGHTER
+            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", mend, True)
     if not found and alike and all(seen.score_std < _FLAT * seen.score_mean for seen in window):
         evidence = (
             f"cosine {now.query_similarity:.2f} between queries and {now.document_similarity:.2f} between documents of a batch; "

@@ -54,6 +54,8 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
         table.add_row(label, *("–" if value is None else format(value, form) for value in values))
     for percentile, value in before.logit_percentiles.items():
         table.add_row(f"logits, percentile {percentile}", f"{value:.2f}", f"{after.logit_percentiles[percentile]:.2f}")
+    if suggested.explanation:
+        return [about, table, Text(suggested.explanation, style="bold")]
     raw, calibrated = suggested.verdicts or ("", "")
     verdict = f"SPLADE training from the raw head {raw}; from k={suggested.k:g}, shift={suggested.shift:g} it {calibrated}"
     return [about, table, Text(verdict, style="bold")]
