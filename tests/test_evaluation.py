@@ -14,9 +14,10 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
-from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection
+from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.encoding import prune
-from anysplade.evaluation import parse_metrics
+from anysplade.errors import OptionError
+from anysplade.evaluation import curve, parse_metrics, read_run, write_run
 
 
 def test_effectiveness_and_cost_by_hand(backbone, collection_folder, tmp_path):
@@ -96,10 +97,17 @@ def test_a_misspelt_metric_gets_a_suggestion(name, hint):
         parse_metrics([name])
 
 
-def theirs(collection, run_file):
-    """trec_eval's own measures, from the files as they were written."""
+def test_a_metric_that_nothing_computes_is_refused_before_the_work():
+    with pytest.raises(MeasureError, match="metric 'RBP@10': no installed library computes it"):
+        parse_metrics(["nDCG@10", "RBP@10"])
+
+
+def theirs(collection, run_file, tied):
+    """trec_eval's own measures, from the files as they were written; with ties, which it breaks by id, from the ranks in them."""
     with open(run_file) as file:
         run = pytrec_eval.parse_run(file)
+    if tied:
+        run = {q: dict(zip(ranking, range(len(ranking), 0, -1), strict=True)) for q, ranking in run.items()}
     evaluator = pytrec_eval.RelevanceEvaluator(collection.qrels, {"ndcg_cut_10", "recall_100", "recall_1000", "P_5", "map"})
     values = evaluator.evaluate(run)
     means = {
@@ -120,7 +128,7 @@ def test_trec_eval_agrees_to_the_last_digit(model, backbone, collection_folder, 
     ours = evaluate(
         backbone if model == "model" else model, collection, ["nDCG@10", "R@100", "P@5", "AP", "RR@10"], output=tmp_path / "out"
     ).metrics
-    reference = theirs(collection, tmp_path / "out" / "run.trec")
+    reference = theirs(collection, tmp_path / "out" / "run.trec", tied=model == "bm25")
     names = {"nDCG@10": "ndcg_cut_10", "R@100": "recall_100", "P@5": "P_5", "AP": "map", "RR@10": "recip_rank"}
     for name, their_name in names.items():
         assert ours[name] == pytest.approx(reference[their_name], abs=1e-9), name
@@ -136,12 +144,79 @@ def test_a_run_file_read_again_measures_the_same(backbone, collection_folder, tm
     assert again.query_active_dims is None
 
 
+TIED = ["nDCG@10", "nDCG", "RR@10", "RR", "AP", "AP@10", "P@5", "R@5", "R@100", "R@1000", "Success@1", "Success@5", "Rprec"]
+TIED += ["Judged@5"]
+
+
+def by_rank(rank):
+    """What each of TIED gives for one relevant document at this rank."""
+    gain = 1 / math.log2(rank + 1)
+    within = {f"R@{k}": float(rank <= k) for k in (5, 100, 1000)}
+    first_ten = {"nDCG@10": gain, "RR@10": 1 / rank, "AP@10": 1 / rank}
+    return (
+        within
+        | {name: value * (rank <= 10) for name, value in first_ten.items()}
+        | {"nDCG": gain, "RR": 1 / rank, "AP": 1 / rank, "P@5": (rank <= 5) / 5, "Judged@5": (rank <= 5) / 5}
+        | {"Success@1": float(rank == 1), "Success@5": float(rank <= 5), "Rprec": float(rank == 1)}
+    )
+
+
+@pytest.mark.parametrize("model", ["bm25", "model", "written"])
+@pytest.mark.parametrize("step", [1, -1], ids=["ids rise", "ids fall"])
+@pytest.mark.parametrize("place", [0, 2, 7, 30])
+def test_documents_of_equal_scores_are_ranked_as_in_the_corpus(model, step, place, backbone, tmp_path):
+    ids = [f"d{i:02}" for i in range(40)][::step]
+    corpus = dict.fromkeys(ids, Document("", "kabel lodan"))
+    collection = Collection("tied", corpus, {"q": "kabel"}, {"q": {ids[place]: 1}})
+    found = evaluate("bm25" if model == "bm25" else backbone, collection, TIED, output=tmp_path)
+    if model == "written":
+        found = evaluate(tmp_path / "run.trec", collection, TIED)
+    assert list(found.run["q"]) == ids
+    assert found.metrics == pytest.approx(by_rank(place + 1))
+
+
+def test_the_first_of_equal_documents_are_kept_at_the_depth(backbone):
+    corpus = {f"d{i}": Document("", "kabel lodan") for i in range(60)} | {"other": Document("", "rajim")}
+    collection = Collection("tied", corpus, {"q": "kabel"}, {"q": {"d3": 1}})
+    for model in ("bm25", backbone):
+        assert list(evaluate(model, collection, depth=5).run["q"]) == [f"d{i}" for i in range(5)]
+
+
+def test_scores_that_differ_by_less_than_float32_do_not_tie(tmp_path):
+    """trec_eval compares in float32; what ranked the documents is float64."""
+    collection = Collection("c", {"a": Document("", "x"), "b": Document("", "y")}, {"q": "x"}, {"q": {"a": 1}})
+    write_run(tmp_path / "a.run", {"q": {"a": 1 + 1e-12, "b": 1.0}})
+    assert set(evaluate(tmp_path / "a.run", collection, TIED).metrics.items()) >= {("nDCG@10", 1.0), ("RR@10", 1.0), ("AP", 1.0)}
+
+
+def test_a_run_file_is_ordered_by_score_and_then_by_rank(tmp_path):
+    (tmp_path / "a.run").write_text("q Q0 low 1 0.5 x\nq Q0 third 4 2 x\nq Q0 second 3 2 x\nq Q0 first 9 3 x\nq Q0 fourth 4 2 x\n")
+    assert list(read_run(tmp_path / "a.run")["q"]) == ["first", "second", "third", "fourth", "low"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rankings=st.dictionaries(
+        st.sampled_from("qrs"),
+        st.dictionaries(st.sampled_from("abcdefgh"), st.sampled_from([0.5, 1.0, 1.0 + 1e-9, 2.0]), min_size=1),
+        min_size=1,
+    )
+)
+def test_a_run_with_ties_written_and_read_is_the_same(rankings, tmp_path_factory):
+    run = {q: dict(sorted(ranking.items(), key=lambda item: -item[1])) for q, ranking in rankings.items()}
+    path = tmp_path_factory.mktemp("run") / "a.run"
+    write_run(path, run)
+    assert [(q, list(ranking.items())) for q, ranking in read_run(path).items()] == [(q, list(r.items())) for q, r in run.items()]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         ("", "an empty run"),
         ("q0 Q0 d0 1\n", "run:1: 4 columns"),
         ("q0 Q0 d0 1 high x\n", "run:1: the score 'high' is no number"),
+        ("q0 Q0 d0 1 nan x\n", "run:1: the score 'nan' is no number"),
+        ("q0 Q0 d0 first 1 x\n", "run:1: the rank 'first' is no number"),
         ("q0 Q0 d0 1 2 x\nq0 Q0 d0 2 1 x\n", "run:2: the document 'd0' stands twice"),
         ("other Q0 d0 1 2 x\n", "no query of tiny in it"),
     ],
@@ -168,6 +243,43 @@ def test_ids_that_a_run_file_cannot_hold(backbone, tmp_path):
     with pytest.raises(OutputError, match="document id 'a b': white space"):
         evaluate("bm25", collection, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_extremes_give_no_nan(backbone, tmp_path):
+    """An empty query, a query whose relevant document is not there, a ranking deeper than the corpus, a model of no terms."""
+    corpus = {"a": Document("", "kabel"), "b": Document("", "lodan")}
+    queries = {"empty": "", "lost": "kabel", "none": "lodan", "found": "kabel"}
+    qrels = {"empty": {"a": 1}, "lost": {"gone": 1}, "none": {"a": 0, "b": -1}, "found": {"a": 1}}
+    collection = Collection("c", corpus, queries, qrels)
+    dead = load_encoder(backbone, k=1.0, shift=1e6)
+    for number, model in enumerate(("bm25", backbone, dead)):
+        found = evaluate(model, collection, TIED, depth=1000, output=tmp_path / str(number))
+        values = [value for of in found.per_query.values() for value in of.values()]
+        assert len(values) == 4 * len(TIED)
+        for path in (tmp_path / str(number)).glob("*.json"):
+            json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found.document_active_dims == found.query_active_dims == found.flops == 0
+    assert set(found.metrics.values()) == {0.0}
+    assert not found.run["found"]
+    for point in curve(found, collection):
+        assert point["flops"] == 0
+    with pytest.raises(OptionError, match="depth is 0"):
+        evaluate("bm25", collection, depth=0)
+    with pytest.raises(DataError, match="nobody: needs at least one document, one query and one judgement"):
+        evaluate("bm25", Collection("nobody", corpus, {}, {}))
+
+
+def test_the_record_says_what_was_done(backbone, collection_folder, tmp_path):
+    first = evaluate(backbone, collection_folder, ["RR@10"], cache=tmp_path / "cache")
+    assert first.cost["texts_per_second"] > 0
+    again = evaluate(backbone, collection_folder, ["RR@10"], cache=tmp_path / "cache")
+    assert again.cost["texts_per_second"] is None  # its vectors were read, not encoded
+    assert first.precision == again.precision == "float32"
+    half = SparseEncoder(backbone).bfloat16()
+    half.model_card_data.base_model = "the-backbone"
+    found = evaluate(half, collection_folder, ["RR@10"])
+    assert found.precision == "bfloat16"  # the weights are, whatever was asked for
+    assert found.model == "a loaded SparseEncoder, base model the-backbone"
 
 
 def test_costs_by_hand(backbone, collection_folder):

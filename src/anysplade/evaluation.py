@@ -1,9 +1,11 @@
 """How good a model is on a collection, and at what cost."""
 
+import contextlib
 import difflib
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ from anysplade.errors import DataError, MeasureError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision
-from anysplade.postings import Postings
+from anysplade.postings import Postings, highest
 from anysplade.provenance import provenance
 from anysplade.sources import lines
 
@@ -50,7 +52,7 @@ class Evaluation:
     document_active_dims: float | None
     flops: float | None  # expected products a (query, document) pair: sum over terms of P(in query) P(in document)
     cost: dict[str, Any] | None  # the rest of it; see ``cost``
-    precision: Precision | None  # of encoding: "bfloat16" is an approximation; None for BM25 and for run files
+    precision: str | None  # of encoding: what is below float32 is an approximation; None for BM25 and for run files
     queries: int
     documents: int
     self_matches: int  # queries that are documents of the corpus too and were not counted as their own hit
@@ -83,15 +85,15 @@ def evaluate(
 ) -> Evaluation:
     """Rank the collection's documents for its queries and measure the ranking.
 
-    Scores are exact dot products; ties go to the document that comes first in the corpus. A query that stands
-    in the corpus itself, by id and text (ArguAna, Quora), is not its own hit, as BEIR has it.
+    Scores are exact dot products; ties go to the document that comes first in the corpus, for every measure alike.
+    A query that stands in the corpus itself, by id and text (ArguAna, Quora), is not its own hit, as BEIR has it.
 
     Args:
         model: a sparse encoder or its path or hub id, a masked LM (as it is, without training), ``"bm25"``, or a
             TREC run file.
         collection: a ``Collection``, or what ``load_collection`` takes.
         metrics: names of ir-measures.
-        depth: documents that a query's ranking holds.
+        depth: documents that a query's ranking holds, at least 1.
         precision: of encoding; see ``anysplade.encoding.encode``.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         cache: a folder where vectors are kept by the content of model and texts; what is there is not encoded
@@ -103,8 +105,12 @@ def evaluate(
         ModelError, DataError: as ``open_encoder`` and ``load_collection`` do.
     """
     measures = parse_metrics(metrics)
+    if depth < 1:
+        raise OptionError(f"depth is {depth}: a ranking holds at least 1 document")
     if not isinstance(collection, Collection):
         collection = load_collection(collection, split, progress=progress)
+    if not collection.corpus or not collection.queries or not collection.qrels:
+        raise DataError(f"{collection.name}: needs at least one document, one query and one judgement")
     if output is not None:
         _require_trec_ids(collection)
     ids = list(collection.corpus)
@@ -112,7 +118,8 @@ def evaluate(
     itself = _self_matches(collection)
     seconds: dict[str, float] = {}
     costs: dict[str, Any] | None = None
-    vectors = used = terms = None
+    vectors = terms = None
+    used: str | None = None
     start = time.perf_counter()
     if isinstance(model, str | Path) and is_run_file(model):
         run = read_run(model)
@@ -120,17 +127,19 @@ def evaluate(
             raise DataError(f"{model}: no query of {collection.name} in it")
         itself = set()
     elif model == "bm25":
-        rankings = BM25(texts).top(list(collection.queries.values()), depth + bool(itself))
+        bm25, everything = BM25(texts), np.arange(len(texts))
+        rankings = [highest(bm25.score(query, everything), depth + bool(itself)) for query in collection.queries.values()]
         run = _as_run(rankings, list(collection.queries), ids, itself, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model)
-        used = resolve_precision(precision, encoder.device)
-        folders = _cache_folders(model, cache, used, {"document": texts, "query": list(collection.queries.values())})
+        asked = resolve_precision(precision, encoder.device)
+        folders = _cache_folders(model, cache, asked, {"document": texts, "query": list(collection.queries.values())})
+        cached = any(folder is not None and folder.exists() for folder in folders.values())
         start = time.perf_counter()
-        documents = encode(encoder, texts, "document", precision=used, cache=folders["document"], progress=progress)
+        documents = encode(encoder, texts, "document", precision=asked, cache=folders["document"], progress=progress)
         queries = encode(
-            encoder, list(collection.queries.values()), "query", precision=used, cache=folders["query"], progress=progress
+            encoder, list(collection.queries.values()), "query", precision=asked, cache=folders["query"], progress=progress
         )
         vectors = (queries, documents)
         terms = encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer)))
@@ -139,9 +148,12 @@ def evaluate(
         rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(itself))
         run = _as_run(rankings, list(collection.queries), ids, itself, depth)
         seconds["search"] = time.perf_counter() - start
-        costs = cost(queries, documents) | {"texts_per_second": round((len(ids) + len(run)) / seconds["encoding"], 2)}
+        rate = None if cached else round((len(ids) + len(run)) / seconds["encoding"], 2)
+        costs = cost(queries, documents) | {"texts_per_second": rate}
+        used = "bfloat16" if asked == "bfloat16" else str(encoder.dtype).removeprefix("torch.")  # that of the weights
     if not isinstance(model, str | Path):
-        model = model.model_card_data.base_model or "a loaded SparseEncoder"
+        base = model.model_card_data.base_model
+        model = "a loaded SparseEncoder" + (f", base model {base}" if base else "")
     values, per_query = measure(measures, collection.qrels, run)
     evaluation = Evaluation(
         model=str(model),
@@ -155,7 +167,7 @@ def evaluate(
         queries=len(collection.queries),
         documents=len(ids),
         self_matches=len(itself),
-        data_hash=hash_texts([*ids, *texts, *collection.queries.values(), json.dumps(collection.qrels)]),
+        data_hash=data_hash(collection),
         seconds=seconds,
         provenance=provenance(),
         per_query=per_query,
@@ -171,13 +183,27 @@ def evaluate(
     return evaluation
 
 
+def data_hash(collection: Collection) -> str:
+    """Of all that decides what is measured: documents, queries and judgements."""
+    texts = (document.full_text for document in collection.corpus.values())
+    return hash_texts([*collection.corpus, *texts, *collection.queries.values(), json.dumps(collection.qrels)])
+
+
 def measure(
     measures: dict[str, Any], qrels: dict[str, dict[str, int]], run: Run
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Means over all judged queries, and the value of each; a query without a ranking counts as 0."""
+    """Means over all judged queries, and the value of each; a query without a ranking counts as 0.
+
+    A query's documents are ranked as they stand in the run. ir-measures' providers sort by score themselves, break
+    ties by id in opposite directions, and some compare in float32. So they get scores that fall by 1 a rank. Some
+    divide by the length of a ranking, so they do not get empty ones.
+    """
     found: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in measures}
     names = {value: name for name, value in measures.items()}
-    for value in ir_measures.iter_calc(list(measures.values()), qrels, run):
+    ranks = {
+        id_: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True)) for id_, ranking in run.items() if ranking
+    }
+    for value in ir_measures.iter_calc(list(measures.values()), qrels, ranks):
         found[names[value.measure]][value.query_id] = float(value.value)
     return {name: float(np.mean(list(values.values()))) for name, values in found.items()}, found
 
@@ -249,7 +275,7 @@ def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
     """ir-measures by the names they were asked for.
 
     Raises:
-        MeasureError: a name that ir-measures does not know.
+        MeasureError: a name that ir-measures does not know, or that no installed library computes.
     """
     if not names:
         raise OptionError(f"no metric named; for example {' '.join(METRICS)}")
@@ -265,6 +291,8 @@ def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
                 f"did you mean {known[near[0]]}{at}{cutoff or '10' if at else ''}?" if near else f"for example {', '.join(METRICS)}"
             )
             raise MeasureError(f"unknown metric {name!r}: {hint}") from None
+        if not ir_measures.DefaultPipeline.supports(measures[name]):
+            raise MeasureError(f"metric {name!r}: no installed library computes it; for example {', '.join(METRICS)}")
     return measures
 
 
@@ -279,11 +307,13 @@ def is_run_file(name: str | Path) -> bool:
 def read_run(path: str | Path) -> Run:
     """A TREC run file, gzipped or not: query, Q0, document, rank, score, tag.
 
+    Documents are ordered by score; those of equal score by the rank column, and then as they stand in the file.
+
     Raises:
         DataError: a line that is none; it is named.
     """
     path = Path(path).expanduser()
-    run: Run = {}
+    read: dict[str, dict[str, tuple[float, float]]] = {}  # -score and rank
     with lines(path) as numbered:
         for number, line in numbered:
             parts = line.split()
@@ -291,20 +321,28 @@ def read_run(path: str | Path) -> Run:
                 continue
             if len(parts) != 6:
                 raise DataError(f"{path}:{number}: {len(parts)} columns; a run has query, Q0, document, rank, score, tag")
-            ranking = run.setdefault(parts[0], {})
+            ranking = read.setdefault(parts[0], {})
             if parts[2] in ranking:
                 raise DataError(f"{path}:{number}: the document {parts[2]!r} stands twice in the ranking of {parts[0]!r}")
-            try:
-                ranking[parts[2]] = float(parts[4])
-            except ValueError:
-                raise DataError(f"{path}:{number}: the score {parts[4][:40]!r} is no number") from None
-    if not run:
+            rank, score = (_number(path, number, what, text) for what, text in (("rank", parts[3]), ("score", parts[4])))
+            ranking[parts[2]] = (-score, rank)
+    if not read:
         raise DataError(f"{path}: an empty run; each line is query, Q0, document, rank, score, tag")
-    return run
+    return {
+        query_id: {id_: -negative for id_, (negative, _) in sorted(ranking.items(), key=lambda item: item[1])}
+        for query_id, ranking in read.items()
+    }
+
+
+def _number(path: Path, line: int, what: str, text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if not math.isnan(value := float(text)):
+            return value
+    raise DataError(f"{path}:{line}: the {what} {text[:40]!r} is no number")
 
 
 def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
-    """Write a TREC run file; scores to the last digit, so that it measures the same."""
+    """Write a TREC run file; scores to the last digit and ranks for those that tie, so that it measures the same."""
     rows = [
         f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
         for query_id, ranking in run.items()

@@ -6,6 +6,17 @@ import numpy as np
 from scipy import sparse
 
 
+def highest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of the k highest scores above 0, and those scores; ties by position."""
+    if k < len(scores):
+        bound = np.partition(scores, len(scores) - k)[len(scores) - k]
+        candidates = np.flatnonzero((scores >= bound) & (scores > 0))
+    else:
+        candidates = np.flatnonzero(scores > 0)
+    best = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
+    return best, scores[best]
+
+
 @dataclass(frozen=True)
 class Postings:
     """Documents by term, as a CSC matrix: exact dot products, one term at a time."""
@@ -30,13 +41,7 @@ class Postings:
         for term, weight in zip(terms, weights, strict=True):
             span = slice(self.indptr[term], self.indptr[term + 1])
             scores[self.documents[span]] += np.multiply(self.weights[span], weight, dtype=np.float64)
-        if k < self.count:
-            bound = np.partition(scores, self.count - k)[self.count - k]
-            candidates = np.flatnonzero(scores >= max(bound, np.nextafter(0, 1)))
-        else:
-            candidates = np.flatnonzero(scores)
-        best = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
-        return best, scores[best]
+        return highest(scores, k)
 
     def top_rows(self, queries: sparse.csr_matrix, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """``top`` for each row of a matrix of queries."""
