@@ -1,11 +1,15 @@
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from anysplade import DataError, OptionError, compare, evaluate, evaluate_all, load_collection
-from anysplade.comparison import holm, interval
+from anysplade.cli import main
+from anysplade.comparison import distinct_names, holm, interval
 from anysplade.evaluation import write_run
 
 
@@ -100,3 +104,103 @@ def test_names_without_a_model(collection_folder):
         evaluate_all([str(collection_folder)])
     with pytest.raises(OptionError, match="nothing: name"):
         evaluate_all([])
+
+
+@pytest.fixture
+def namesakes(collection_folder, tmp_path):
+    """a/docs and b/docs with the same ids of queries, b's judgements moved by one."""
+    for name in ("a", "b"):
+        shutil.copytree(collection_folder, tmp_path / name / "docs")
+    qrels = tmp_path / "b" / "docs" / "qrels" / "test.tsv"
+    head, *rows = qrels.read_text().splitlines()
+    moved = [f"q{i}\td{(i + 1) % len(rows)}\t1" for i in range(len(rows))]
+    qrels.write_text("\n".join([head, *moved, ""]))
+    return [str(tmp_path / name / "docs") for name in ("a", "b")]
+
+
+def test_collections_of_one_name_are_told_apart(backbone, namesakes, tmp_path, capsys):
+    found = evaluate_all(["bm25", backbone, *namesakes], ["nDCG@10"], output=tmp_path / "out")
+    assert [e.collection for e in found.evaluations] == ["a/docs", "a/docs", "b/docs", "b/docs"]
+    apart = [evaluate_all(["bm25", backbone, name], ["nDCG@10"]) for name in namesakes]
+    assert [e.metrics for e in found.evaluations] == [e.metrics for one in apart for e in one.evaluations]
+    assert [c.difference for c in found.comparisons] == [one.comparisons[0].difference for one in apart]
+    assert [(c.collection, c.baseline, c.model) for c in found.comparisons] == [(n, "bm25", backbone) for n in ("a/docs", "b/docs")]
+    written = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").rglob("evaluation.json"))]
+    assert [one["nDCG@10"] for one in written] == [e.metrics["nDCG@10"] for e in found.evaluations]
+    assert main(["evaluate", "bm25", backbone, *namesakes]) == 0
+    assert "a/docs" in (shown := capsys.readouterr().out)
+    assert "b/docs" in shown
+
+
+def test_a_collection_named_twice_is_one(namesakes, tmp_path):
+    (tmp_path / "link").symlink_to(namesakes[0])
+    again = [namesakes[0], f"{namesakes[0]}/", str(tmp_path / "link"), str(Path(namesakes[0]) / ".." / "docs")]
+    found = evaluate_all(["bm25", *again], ["nDCG@10"])
+    assert [e.collection for e in found.evaluations] == ["docs"]
+
+
+def test_a_model_named_twice_has_means_of_its_own(backbone, namesakes):
+    found = evaluate_all(["bm25", "bm25", *namesakes], ["nDCG@10"])
+    assert [row["collection"] for row in found.means] == ["mean of 2", "mean of 2"]
+
+
+@pytest.mark.parametrize(
+    "names, paths, expected",
+    [
+        (["docs", "docs"], ["/x/a/docs", "/x/b/docs"], ["a/docs", "b/docs"]),
+        (["docs", "docs", "docs"], ["/x/a/docs", "/y/a/docs", "/y/b/docs"], ["x/a/docs", "y/a/docs", "b/docs"]),
+        (["docs", "docs"], ["/x/docs", "/x/docs.zip"], ["docs", "docs.zip"]),
+        (["a/docs", "docs", "docs"], [None, "/x/a/docs", "/x/b/docs"], ["a/docs", "x/a/docs", "b/docs"]),
+        (["docs", "other"], ["/x/a/docs", "/x/b/other"], ["docs", "other"]),
+    ],
+)
+def test_the_shortest_names_that_differ(names, paths, expected):
+    assert distinct_names(names, [path and Path(path) for path in paths]) == expected
+
+
+def test_output_folders_do_not_meet(namesakes, tmp_path):
+    """a/docs and a-docs would be one folder."""
+    third = tmp_path / "a-docs"
+    shutil.copytree(namesakes[1], third)
+    evaluate_all(["bm25", *namesakes, str(third)], ["nDCG@10"], output=tmp_path / "out")
+    found = [json.loads(path.read_text())["collection"] for path in (tmp_path / "out").rglob("evaluation.json")]
+    assert sorted(found) == ["a-docs", "a/docs", "b/docs"]
+
+
+def test_evaluations_of_namesakes_are_not_compared(namesakes):
+    one, other = (evaluate("bm25", name, ["nDCG@10"]) for name in namesakes)
+    with pytest.raises(DataError, match="different collections that are both called docs"):
+        compare([one, other])
+    assert compare([one, replace(other, collection="other")]) == []
+
+
+def test_one_query_tells_nothing(collection_folder):
+    collection = load_collection(collection_folder)
+    one = replace(collection, queries={"q0": "nothing known"}, qrels={"q0": {"d0": 1}})
+    base = evaluate("bm25", one, ["nDCG@10"])
+    better = replace(base, model="better", per_query={"nDCG@10": {"q0": 1.0}})
+    (found,) = compare([base, better])
+    assert (found.difference, found.p, found.p_corrected) == (1.0, 1.0, 1.0)
+
+
+def test_the_changed_queries_name_the_models_and_cannot_be_misread(backbone, tmp_path, capsys):
+    """Every model against the first one; a document's id that is a number does not look like a count."""
+    folder = tmp_path / "numbers"
+    (folder / "qrels").mkdir(parents=True)
+    words = ("kabel", "lodan", "mifil")
+    rows = [{"_id": f"121511{i}", "text": word} for i, word in enumerate(words)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"_id": f"q{i}", "text": word} for i, word in enumerate(words)]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t121511{i}\t1\n" for i in range(3)))
+    (tmp_path / "bad.run").write_text("q0 Q0 1215111 1 2 x\nq0 Q0 1215110 2 1 x\nq1 Q0 1215111 1 1 x\n")
+    (tmp_path / "worse.run").write_text("q0 Q0 1215111 1 2 x\n")
+    names = ["bm25", str(tmp_path / "bad.run"), str(tmp_path / "worse.run")]
+    assert main(["evaluate", *names, str(folder), "--metrics", "RR@10"]) == 0
+    shown = capsys.readouterr().out
+    assert " of 121511" not in shown
+    for name in names[1:]:
+        assert f"changed most in RR@10, from bm25 to {name}:" in shown
+    assert "\n    bm25: document 1215110 at rank 1\n" in shown
+    assert f"\n    {names[1]}: document 1215110 at rank 2\n" in shown
+    assert f"\n    {names[2]}: document 1215110 not found\n" in shown

@@ -2,8 +2,9 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def evaluate_all(
         curves: effectiveness against cost by pruning; see ``curve``.
         output: a folder; with several evaluations one for each in it.
 
+    A collection named twice is evaluated once. Collections of the same name are told apart by as much of their paths as
+    it takes.
+
     Raises:
         OptionError: no model or no collection among the names.
         What ``evaluate`` raises.
@@ -90,13 +94,16 @@ def evaluate_all(
     models = [name for name in names if name not in collections]
     if not models:
         raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
-    loaded = [load_collection(name, split, progress=progress) for source in collections for name in collection_names(source)]
+    loaded = _load(collections, split, progress)
     single = len(models) * len(loaded) == 1
     folder = None if output is None else Path(output).expanduser()
+    places = [_as_name(collection.name) for collection in loaded]
+    if len({place.lower() for place in places}) < len(places):
+        places = [f"{i}-{place}" for i, place in enumerate(places, 1)]
     evaluations, drawn = [], []
-    for collection in loaded:
+    for within, collection in zip(places, loaded, strict=True):
         for i, model in enumerate(models, 1):
-            place = folder if folder is None or single else folder / _as_name(collection.name) / f"{i}-{_as_name(model)}"
+            place = folder if folder is None or single else folder / within / f"{i}-{_as_name(model)}"
             options: Any = {"output": place, "precision": precision, "cache": cache, "progress": progress}
             found = evaluate(model, collection, metrics, **options)
             if curves and found.vectors is not None:
@@ -104,13 +111,40 @@ def evaluate_all(
                 drawn.append({"model": found.model, "collection": found.collection, "points": points})
             evaluations.append(found)
     comparisons = compare(evaluations, {collection.name: collection for collection in loaded})
-    means = (_over_seeds(evaluations, metrics) if seeds else []) + (
-        _over_collections(evaluations, metrics) if len(loaded) > 1 else []
-    )
+    means = _over_seeds(evaluations, metrics) if seeds else []
+    if len(loaded) > 1:
+        means += [_over_collections(evaluations[i :: len(models)], metrics) for i in range(len(models))]
     result = Evaluations(evaluations, comparisons, means, drawn)
     if folder is not None and (not single or curves):
         write_whole(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def _load(sources: Sequence[str], split: str, progress: bool) -> list[Collection]:
+    """Every collection once, under a name that no other has."""
+    found: dict[Path | str, str] = {}  # what was asked for, by its path or id
+    for name in (name for source in sources for name in collection_names(source)):
+        path = Path(name).expanduser()
+        found.setdefault(path.resolve() if path.exists() else name, name)
+    loaded = [load_collection(name, split, progress=progress) for name in found.values()]
+    names = distinct_names([collection.name for collection in loaded], [at if isinstance(at, Path) else None for at in found])
+    return [replace(collection, name=name) for collection, name in zip(loaded, names, strict=True)]
+
+
+def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
+    """The names, those that occur twice replaced by the shortest tail of their path that tells them apart.
+
+    Args:
+        paths: where each is, no two the same; None if the name is one of its own, such as an id.
+    """
+    made = list(names)
+    for length in range(1, max((len(path.parts) for path in paths if path is not None), default=0) + 1):
+        count = Counter(made)
+        made = [
+            name if path is None or count[name] == 1 else "/".join(path.parts[-length:])
+            for name, path in zip(made, paths, strict=True)
+        ]
+    return made
 
 
 def _as_name(text: str) -> str:
@@ -133,15 +167,12 @@ def _over_seeds(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> li
     return rows
 
 
-def _over_collections(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    rows = []
-    for model in dict.fromkeys(evaluation.model for evaluation in evaluations):
-        of = [e.to_dict() for e in evaluations if e.model == model]
-        row: dict[str, Any] = {"model": model, "collection": f"mean of {len(of)}"}
-        row |= {key: float(np.mean([each[key] for each in of])) for key in metrics}
-        row |= {key: None if of[0][key] is None else float(np.mean([each[key] for each in of])) for key in _COSTS}
-        rows.append(row)
-    return rows
+def _over_collections(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> dict[str, Any]:
+    """Of one model's evaluations."""
+    of = [evaluation.to_dict() for evaluation in evaluations]
+    row: dict[str, Any] = {"model": of[0]["model"], "collection": f"mean of {len(of)}"}
+    row |= {key: float(np.mean([each[key] for each in of])) for key in metrics}
+    return row | {key: None if of[0][key] is None else float(np.mean([each[key] for each in of])) for key in _COSTS}
 
 
 def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection] | None = None) -> list[Comparison]:
@@ -152,7 +183,7 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
             sparse models, with the terms that made the score of a relevant document.
 
     Raises:
-        DataError: two evaluations of a collection are of different queries.
+        DataError: two evaluations of a collection are of different queries, or of different collections of one name.
     """
     made = []
     for i, other in enumerate(evaluations):
@@ -163,6 +194,12 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
             a, b = base.per_query[metric], other.per_query[metric]
             if a.keys() != b.keys():
                 raise DataError(f"{other.model} and {base.model}: evaluated on different queries of {other.collection}")
+        if base.data_hash != other.data_hash:
+            raise DataError(
+                f"{other.model} and {base.model}: evaluated on different collections that are both called {other.collection}; "
+                "load each with load_collection and give it a name of its own with dataclasses.replace"
+            )
+        for metric in other.metrics:
             made.append(_compare(base, other, metric, (collections or {}).get(other.collection)))
     corrected = holm([comparison.p for comparison in made])
     return [Comparison(**vars(comparison) | {"p_corrected": p}) for comparison, p in zip(made, corrected, strict=True)]
@@ -173,8 +210,7 @@ def _compare(base: Evaluation, other: Evaluation, metric: str, collection: Colle
     before = np.array([base.per_query[metric][id_] for id_ in ids])
     after = np.array([other.per_query[metric][id_] for id_ in ids])
     difference = after - before
-    constant = np.ptp(difference) < _SAME
-    p = (1.0 if abs(difference.mean()) < _SAME else 0.0) if constant else float(stats.ttest_rel(after, before).pvalue)
+    p = paired_p(before, after)
     order = np.argsort(-np.abs(difference), kind="stable")[:_CHANGED]
     changed = [
         {"query_id": ids[i], "before": before[i].item(), "after": after[i].item()}
@@ -196,6 +232,14 @@ def _compare(base: Evaluation, other: Evaluation, metric: str, collection: Colle
         losses=int((difference < -_SAME).sum()),
         changed=changed,
     )
+
+
+def paired_p(before: np.ndarray, after: np.ndarray) -> float:
+    """Of a paired t-test over queries, two-sided; 1 of a single query, which tells nothing."""
+    difference = after - before
+    if len(difference) < 2 or np.abs(difference).max() < _SAME:
+        return 1.0
+    return 0.0 if np.ptp(difference) < _SAME else float(stats.ttest_rel(after, before).pvalue)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from anysplade.errors import OptionError
 
 if TYPE_CHECKING:
     from anysplade.calibration import Calibration
-    from anysplade.comparison import Evaluations
+    from anysplade.comparison import Comparison, Evaluations
     from anysplade.demo import DemoResult
     from anysplade.head import HeadReport
     from anysplade.records import Hit
@@ -134,12 +134,8 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     rows = [evaluation.to_dict() for evaluation in found.evaluations]
     several = len({row["collection"] for row in rows}) > 1
     parts = evaluation_table([*rows, *found.means], metrics, ("model", "collection") if several else ("model",))
-    for row in rows:
-        if row["self_matches"]:
-            parts.append(
-                f"{row['collection']}: {row['self_matches']} queries are documents themselves and not counted as their hits"
-            )
-            break
+    for collection, count in {row["collection"]: row["self_matches"] for row in reversed(rows) if row["self_matches"]}.items():
+        parts.append(Text(f"{collection}: {count} queries are documents themselves and not counted as their hits"))
     if found.comparisons:
         table = _table(
             "against the first", *(("collection",) if several else ()), "metric", "difference", "95 %", "p", "wins / ties / losses"
@@ -158,10 +154,14 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
             )
         parts += ["", table, "p: paired t-test, corrected for all of these by Holm; 95 %: bootstrap over queries"]
         first = found.comparisons[0]
-        for change in first.changed:
-            parts.append(Text(_changed_line(change, first.metric)))
+        for c in found.comparisons:
+            if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
+                place = f" on {c.collection}" if several else ""
+                parts.append(Text(f"\nchanged most in {c.metric}{place}, from {c.baseline} to {c.model}:"))
+                parts += [Text(_changed_line(change, c)) for change in c.changed]
     for drawn in found.curves:
-        table = _table(f"pruned, {drawn['collection']}", *metrics, "query active dims", "document active dims", "FLOPS")
+        title = escape(f"{drawn['model']} pruned" + (f", {drawn['collection']}" if several else ""))
+        table = _table(title, *metrics, "query active dims", "document active dims", "FLOPS")
         for point in drawn["points"]:
             kept = [f"{side}s to {point[f'{side}_top_k']}" for side in ("query", "document") if point[f"{side}_top_k"] is not None]
             dims = (f"{point[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops"))
@@ -171,13 +171,14 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     return parts
 
 
-def _changed_line(change: dict[str, Any], metric: str) -> str:
-    line = f"{metric} {change['before']:.3f} → {change['after']:.3f}  {change.get('query', change['query_id'])[:_SNIPPET]}"
-    for side in ("before", "after"):
-        terms = change.get(f"terms_{side}")
-        if terms:
-            line += f"\n    {side}: rank {change[f'rank_{side}'] or '–'} of {change['document_id']}: "
-            line += "  ".join(f"{term} {product:.2f}" for term, product in terms.items())
+def _changed_line(change: dict[str, Any], comparison: "Comparison") -> str:
+    line = f"{change['before']:.3f} → {change['after']:.3f}  {change.get('query', change['query_id'])[:_SNIPPET]}"
+    for side, model in (("before", comparison.baseline), ("after", comparison.model)):
+        if f"rank_{side}" not in change:
+            continue
+        rank, terms = change[f"rank_{side}"], change.get(f"terms_{side}", {})
+        line += f"\n    {model}: document {change['document_id']} {'not found' if rank is None else f'at rank {rank}'}"
+        line += "".join(f"  {term} {product:.2f}" for term, product in terms.items())
     return line
 
 
