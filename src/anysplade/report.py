@@ -156,8 +156,8 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         first = found.comparisons[0]
         for c in found.comparisons:
             if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
-                place = f" on {c.collection}" if several else ""
-                parts.append(Text(f"\nchanged most in {c.metric}{place}, from {c.baseline} to {c.model}:"))
+                where = f" on {c.collection}" if several else ""
+                parts.append(Text(f"\nchanged most in {c.metric}{where}, from {c.baseline} to {c.model}:"))
                 parts += [Text(_changed_line(change, c)) for change in c.changed]
     for drawn in found.curves:
         title = escape(f"{drawn['model']} pruned" + (f", {drawn['collection']}" if several else ""))
