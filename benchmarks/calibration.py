@@ -366,10 +366,12 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = parser.parse_args()
+    backbones = {Path(folder).name: str(Path(folder).resolve()) for folder in options.backbones}
+    if len(backbones) < len(options.backbones):  # what is made of them is kept by name
+        parser.error("two backbones have the same name; rename a folder")
     out = options.out.resolve()
     if not (out / "collection").exists():
         write_collection(out / "collection", *load_python_docs())
-    backbones = {Path(folder).name: str(Path(folder).resolve()) for folder in options.backbones}
     for stage, make in (
         ("grid", grid),
         ("paper", paper),

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from anysplade import TrainingConfig, evaluate, load_pairs, mine, score, train
+from anysplade.comparison import distinct_names
 from anysplade.files import write_whole
 from anysplade.provenance import provenance
 
@@ -214,7 +215,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    backbones = {Path(folder).name: folder for folder in options.backbones}
+    paths = [Path(folder).resolve() for folder in options.backbones]
+    backbones = dict(zip(distinct_names([path.name for path in paths], paths), options.backbones, strict=True))
     if options.experiment == "transfer":
         rows, settings = transfer(backbones, options.data, options.out, options.workers), SETTINGS
     else:

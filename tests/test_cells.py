@@ -4,13 +4,16 @@ import shlex
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForMaskedLM
 
 from anysplade import cells, evaluate
-from anysplade.cells import Cell, edited, read_cell, run_cell
-from anysplade.cli import main
+from anysplade.cells import Cell, commands, edited, read_cell, run_cell
+from anysplade.cli import app, main
 from anysplade.errors import ModelError, OptionError
 from anysplade.head import find_head
+from anysplade.options import TrainingConfig
 from tiny import make_backbone, make_collection
 
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -119,7 +122,8 @@ def test_what_makes_a_cell(place):
 
 def test_a_cell_is_run_once_and_its_commands_make_it_again(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    cell = Cell("backbone", "collection", OPTIONS | {"k": 1.0}, edits=(("folded", 2.0),), level=0.05, spread_of=2.0)
+    odd = {"k": 1.0, "fused": False, "max_length": None, "texts": None, "query_prompt": "- it's $HOME: ", "report_to": ()}
+    cell = Cell("backbone", "collection", OPTIONS | odd, edits=(("folded", 2.0),), level=0.05, spread_of=2.0)
     collections = ("collection",)
     assert read_cell(place, cell, collections) is None
     path = run_cell(cell, collections, place)
@@ -140,6 +144,74 @@ def test_a_cell_is_run_once_and_its_commands_make_it_again(place, monkeypatch, c
     again = evaluate("run/model", "collection", ["nDCG@10"], depth=100)
     assert again.metrics["nDCG@10"] == record["results"]["collection"]["nDCG@10"]
     assert json.loads((place / "run" / "run.json").read_text())["calibration"]["shift"] == record["shift"]
+
+
+WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+NUMBER = st.floats(1e-6, 1e6)
+OPTION = {
+    "texts": st.none() | WORD,
+    "negatives": st.none() | st.integers(0, 9),
+    "objective": st.sampled_from(["contrastive", "kl + 0.05*margin-mse", "kl+1e-3*contrastive"]),
+    "temperature": NUMBER,
+    "teacher_temperature": st.none() | NUMBER,
+    "k": st.just("auto") | NUMBER,
+    "shift": st.just("auto") | st.floats(-1e6, 1e6),
+    "bias": st.sampled_from(["scale", "keep"]),
+    "double_log": st.booleans(),
+    "query_prompt": WORD,
+    "document_prompt": WORD,
+    "steps": st.none() | st.integers(1, 10**6),
+    "epochs": NUMBER,
+    "head_learning_rate": st.none() | NUMBER,
+    "query_regularizer_weight": NUMBER,
+    "regularizer": st.sampled_from(["flops", "df-flops", "l1"]),
+    "max_length": st.none() | st.integers(1, 512),
+    "seed": st.integers(0, 10**6),
+    "dev": st.none() | WORD,
+    "gradient_checkpointing": st.booleans(),
+    "attention": st.none() | WORD,
+    "report_to": st.lists(WORD, max_size=3).map(tuple),
+    "fused": st.booleans(),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(options=st.fixed_dictionaries({}, optional=OPTION), data=WORD.filter(lambda text: text and not text.startswith("-")))
+def test_the_command_of_any_options_is_read_as_the_same_options(options, data):
+    (command,) = commands(Cell("a backbone", data, options), options)
+    program, *tokens = shlex.split(command)
+    _, bound, *_ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    assert program == "anysplade"
+    assert bound.arguments["options"] == TrainingConfig("a backbone", data, output="run", **options)
+
+
+def test_every_option_has_a_command_that_is_tested():
+    apart = {"backbone", "data", "_", "output"}
+    kinds = {name: field.type for name, field in TrainingConfig.__dataclass_fields__.items() if name not in apart}
+    tested = {kinds[name] for name in OPTION}
+    assert {name for name, kind in kinds.items() if kind not in tested} <= {"pooling", "query_encoder", "on_collapse", "precision"}
+
+
+def test_the_command_of_an_edited_backbone_is_quoted(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    backbone = make_backbone("bert", tmp_path / 'it\'s "$HOME"')
+    make, _ = commands(Cell(backbone, "pairs", {}, edits=(("folded", 2.0),)), {})
+    exec(shlex.split(make)[2])
+    assert (tmp_path / capsys.readouterr().out.strip() / "config.json").exists()
+
+
+def test_a_cell_is_not_read_for_a_collection_that_changed(place, tmp_path):
+    collection = make_collection(tmp_path / "collection")
+    cell = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
+    record = {"results": {str(collection): {"data_hash": cells.collection_hash(str(collection))}}}
+    path = cells.cell_file(tmp_path, cell)
+    path.parent.mkdir()
+    path.write_text(json.dumps(record))
+    assert read_cell(tmp_path, cell, (str(collection),)) == record
+    with open(collection / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "new", "text": "kabel"}\n')
+    cells.read_anew()
+    assert read_cell(tmp_path, cell, (str(collection),)) is None
 
 
 def test_a_learning_rate_for_the_head_alone(place, tmp_path, capsys):

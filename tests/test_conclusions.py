@@ -1,7 +1,11 @@
+import json
+
 import pytest
 
+from anysplade.arms import Arm, label
 from anysplade.cells import COSTS, METRICS
-from anysplade.conclusions import summarize
+from anysplade.conclusions import _PAIRS, summarize
+from anysplade.study import STUDIES, StudyConfig, plan
 
 QUERIES = [f"q{i}" for i in range(40)]
 
@@ -34,14 +38,28 @@ def record(value, seed, flops=1.0, k=1.0, start=1.0, wobble=0.02):
     }
 
 
-def made(name, table, backbone="bert"):
-    """table: (arm, axis, value, flops) each."""
+def planned(arm, axis, hashes, failed=()):
+    """A row, its key found by its label at k = 8 or, of k alone and of the map, by its axis."""
+    keys = {label(key, 8.0, 0.01): key for key in Arm}
+    key = keys.get(arm) or (Arm.LEVEL if "level" in axis else Arm.FIXED)
+    return {"backbone": "bert", "key": key, "arm": arm, "axis": axis, "cells": hashes, "failed": list(failed)}
+
+
+def lost(*arms):
+    """Rows none of whose trainings could be run."""
+    return [planned(label(key, 8.0, 0.01), {}, [], ["out of memory"]) for key in arms]
+
+
+def made(name, table):
+    """table: (arm, axis, value, flops) each; other rows that the study needs could not be run."""
     records, rows = {}, []
     for i, (arm, axis, value, flops) in enumerate(table):
         hashes = [f"{i}-{seed}" for seed in (0, 1)]
         records |= {hash_: record(value + 0.01 * seed, seed, flops, start=i + 1) for seed, hash_ in enumerate(hashes)}
-        rows.append({"backbone": backbone, "arm": arm, "axis": axis, "cells": hashes})
-    return summarize(name, rows, records, ["docs"], 8.0)
+        rows.append(planned(arm, axis, hashes))
+    if name == "controls":
+        rows += lost(*({*Arm} - {row["key"] for row in rows}))
+    return summarize(name, rows, records, ["docs"])
 
 
 def test_means_and_deviations():
@@ -83,14 +101,15 @@ def test_controls_say_what_follows():
 
 
 def test_a_difference_within_the_noise_of_the_seeds_is_none():
-    rows = [{"backbone": "bert", "arm": arm, "axis": {}, "cells": [f"{arm}-0", f"{arm}-1"]} for arm in ("raw", "k=8", "auto")]
+    rows = [planned(arm, {}, [f"{arm}-0", f"{arm}-1"]) for arm in ("raw", "k=8", "auto")]
     values = {"raw": (0.05, 0.05), "k=8": (0.2, 0.4), "auto": (0.35, 0.36)}
     records = {f"{arm}-{seed}": record(value, seed) for arm, of in values.items() for seed, value in enumerate(of)}
-    main = summarize("main", rows, records, ["docs"], 8.0)
+    main = summarize("main", rows, records, ["docs"])
+    rows += lost(*({*Arm} - {row["key"] for row in rows}))
     against = {test["against"]: test for test in main["tests"]}
     assert against["k=8"]["p_corrected"] < 1e-6  # over queries, whose values hardly differ
     assert "no difference shows between auto and the best fixed k" in main["conclusions"][1]
-    said = {pair["about"]: pair["said"] for pair in summarize("controls", rows, records, ["docs"], 8.0)["pairs"]}
+    said = {pair["about"]: pair["said"] for pair in summarize("controls", rows, records, ["docs"])["pairs"]}
     assert said["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps as the paper has it.")
 
 
@@ -118,3 +137,62 @@ def test_dynamics_keeps_every_seed():
     found = made("dynamics", [("raw", {}, 0.1, 1.0)])
     assert found["curves"][0]["curves"]["loss"] == [[[0, 2.0], [1, 1.0]]] * 2
     assert "ranking loss 2 at first, 1 at last" in found["conclusions"][0]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_conclusions_and_plan_have_the_same_arms(name):
+    """An arm that is planned under another key, or not at all, is an error; no control is planned that nothing is said of."""
+    config = StudyConfig(name, output="out", backbones=("bert-tiny", "modernbert-tiny"), seeds=2)
+    rows = [
+        {"backbone": row.backbone, "key": row.key, "arm": row.arm, "axis": row.axis, "failed": [], "cells": [f"{i}-0", f"{i}-1"]}
+        for i, row in enumerate(plan(name, config, {"bert-tiny": 1.0, "modernbert-tiny": 3.0}))
+    ]
+    records = {hash_: record(0.1 + i / 100, i % 2) for i, hash_ in enumerate(h for row in rows for h in row["cells"])}
+    summary = summarize(name, rows, records, ["docs"])
+    assert summary["conclusions"]
+    if name == "controls":
+        assert len(summary["pairs"]) == 2 * len(_PAIRS) - 2  # each backbone has the other's norm alone
+        assert {row["key"] for row in rows} == {arm for _, one, other, *_ in _PAIRS for arm in (one, other)}
+    for key in {"controls": [Arm.TEMPERATURE], "dynamics": [], "norm": [Arm.RAW]}.get(name, [Arm.AUTO]):
+        with pytest.raises(ValueError, match=f"{name}, bert-tiny: the plan lacks {key}"):
+            summarize(name, [row for row in rows if row["key"] != key], records, ["docs"])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("arm", Arm)
+def test_rows_that_failed_are_said(name, arm):
+    """None is skipped in silence, and nothing is said of what was not trained."""
+    config = StudyConfig(name, output="out", backbones=("bert-tiny",), seeds=2)
+    rows = [
+        {"backbone": row.backbone, "key": row.key, "arm": row.arm, "axis": row.axis}
+        | ({"cells": [], "failed": ["it broke"] * 2} if row.key == arm else {"cells": [f"{i}-0", f"{i}-1"], "failed": []})
+        for i, row in enumerate(plan(name, config, {"bert-tiny": 1.0}))
+    ]
+    records = {hash_: record(0.1 + i / 100, i % 2) for i, hash_ in enumerate(h for row in rows for h in row["cells"])}
+    summary = summarize(name, rows, records, ["docs"])
+    gone = [row for row in rows if row["failed"]]
+    said = [line for line in summary["conclusions"] if "2 of 2 trainings failed (it broke); nothing follows about it" in line]
+    assert len(said) == len(gone)
+    assert all(row["arm"] in line for row, line in zip(gone, said, strict=True))
+    assert not any("nan" in line for line in summary["conclusions"])
+    if arm == Arm.RAW:
+        assert not any("the raw head" in line for line in summary["conclusions"])
+
+
+def test_a_row_that_lost_a_training_says_so():
+    records = {hash_: record(0.2, 0) for hash_ in ("raw", "k", "auto")}
+    rows = [planned("raw", {}, ["raw"], ["it broke"]), planned("k=8", {}, ["k"]), planned("auto", {}, ["auto"])]
+    said = summarize("main", rows, records, ["docs"])["conclusions"]
+    assert said[0] == "bert, raw: 1 of 2 trainings failed (it broke); its means are of the other 1."
+
+
+def test_no_value_is_nan():
+    """Rows that are all alike, of a single query, and of no products."""
+    alike = [("raw", {}, 0.0, 0.0), ("k=8", {}, 0.0, 0.0), ("auto", {}, 0.0, 0.0)]
+    for name in ("main", "norm", "controls"):
+        assert "NaN" not in json.dumps(made(name, alike))
+    records = {arm: record(value, 0) for arm, value in (("raw", 0.1), ("k=8", 0.2), ("auto", 0.3))}
+    for one in records.values():
+        one["results"]["docs"]["per_query"] = {"q0": one["results"]["docs"]["nDCG@10"]}
+    summary = summarize("main", [planned(arm, {}, [arm]) for arm in records], records, ["docs"])
+    assert [test["p_corrected"] for test in summary["tests"]] == [1.0, 1.0]

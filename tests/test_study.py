@@ -111,6 +111,24 @@ def test_a_cell_that_cannot_be_run_is_said_and_the_others_go_on(place, tmp_path)
     assert read_cell(tmp_path, fine, (str(place / "collection"),))
 
 
+def test_a_failed_arm_is_said(place, tmp_path, monkeypatch):
+    broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
+    monkeypatch.setattr("anysplade.study.LEVELS", (0.01,))
+    given = arguments(place, "sensitivity", "failed")
+    given[given.index("--backbones") + 1] = broken
+    assert main(given) == 0
+    study = json.loads((place / "failed" / "study.json").read_text())
+    said = study["studies"]["sensitivity"]["conclusions"]
+    for line, k in zip(said, (1, 2, 4, 8), strict=False):
+        assert line.startswith(f"no-bias, k={k}, level 1.00%: 1 of 1 trainings failed (")
+        assert "no bias" in line
+    assert "of k alone" in said[4]
+    assert "trainings failed" in (place / "failed" / "report.md").read_text()
+    study["studies"]["sensitivity"]["rows"][0].pop("key")
+    (place / "failed" / "study.json").write_text(json.dumps(study))
+    assert main(given) == 2
+
+
 def test_mistakes(place, tmp_path, capsys):
     assert main(arguments(place, "everything")) == 2
     assert "is no study; choose of norm" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import html5lib
 import pytest
 
+from anysplade.arms import Arm
 from anysplade.study_report import write_report
 
 METRICS = ("nDCG@10", "RR@10", "R@100")
@@ -17,6 +18,7 @@ def row(backbone, arm, value, axis=None):
     start = {"mean_row_norm": 1 + value}
     return {
         "backbone": backbone,
+        "key": {"raw": Arm.RAW, "auto": Arm.AUTO}.get(arm, Arm.LEVEL if "level" in (axis or {}) else Arm.FIXED),
         "arm": arm,
         "axis": axis or {},
         "cells": [f"{backbone}{arm}{axis}".encode().hex()[-12:]],
@@ -42,7 +44,10 @@ def study():
     line = [row("a", f"k={k}", k / 10, {"k": float(k)}) for k in (1, 2, 4)]
     grid = [row("a", f"k={k}, {level}", k / 10, {"k": float(k), "level": level}) for k in (1, 2) for level in (0.1, 0.01)]
     names = ("loss", "document_active_dims", "gradient_norm", "score_std")
-    curves = [{"backbone": "a", "arm": arm, "curves": {name: [[[0, 2.0], [1, 1.0]]] for name in names}} for arm in ("raw", "auto")]
+    curves = [
+        {"backbone": "a", "key": arm, "arm": arm, "curves": {name: [[[0, 2.0], [1, 1.0]]] for name in names}}
+        for arm in ("raw", "auto")
+    ]
     test = {
         "backbone": "a",
         "collection": "docs",
@@ -145,3 +150,14 @@ def test_opens_in_a_browser_without_a_word(out):
     )
     assert "What the numbers say" in shown.stdout
     assert "CONSOLE" not in shown.stderr
+
+
+def test_rows_that_failed_leave_holes(tmp_path):
+    """A map without one of its cells, a backbone without its line, the first backbone without a row of the legend."""
+    content = study()
+    rows = content["studies"]["sensitivity"]["rows"]
+    content["studies"]["sensitivity"]["rows"] = [row for row in rows if row["axis"] not in ({"k": 1.0, "level": 0.1}, {"k": 2.0})]
+    content["studies"]["main"]["rows"] = [row for row in content["studies"]["main"]["rows"] if row["key"] != Arm.RAW]
+    content["studies"]["dynamics"]["curves"].pop()
+    write_report(content, tmp_path)
+    assert (tmp_path / "report.html").exists()

@@ -6,6 +6,7 @@ a cell: the backbone's files, the training data, what was done to the head, and 
 
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_O
 from anysplade.datasets import Collection, Pair, hash_texts, load_collection
 from anysplade.encoder import fingerprint
 from anysplade.errors import ModelError, OptionError
-from anysplade.evaluation import evaluate
+from anysplade.evaluation import data_hash, evaluate
 from anysplade.files import whole_folder, write_whole
 from anysplade.head import (
     Probe,
@@ -98,8 +99,19 @@ def _data_hash(data: str) -> str:
 
 
 @cache
-def _collection(name: str) -> Collection:
+def read_collection(name: str) -> Collection:
     return load_collection(name)
+
+
+@cache
+def collection_hash(name: str) -> str:
+    return data_hash(read_collection(name))
+
+
+def read_anew() -> None:
+    """Forget what was read of backbones, data and collections; they may have changed since."""
+    for kept in (_fingerprint, _pairs, _data_hash, read_collection, collection_hash):
+        kept.cache_clear()
 
 
 def cell_file(out: Path, cell: Cell) -> Path:
@@ -107,12 +119,14 @@ def cell_file(out: Path, cell: Cell) -> Path:
 
 
 def read_cell(out: Path, cell: Cell, collections: tuple[str, ...]) -> dict[str, Any] | None:
-    """A cell's record, if it is there and was evaluated on all of these."""
+    """A cell's record, if it is there and was evaluated on all of these, as they are now."""
     try:
         record = json.loads(cell_file(out, cell).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return record if set(collections) <= record["results"].keys() else None
+    results = record["results"]
+    same = all(name in results and results[name]["data_hash"] == collection_hash(name) for name in collections)
+    return record if same else None
 
 
 def run_cell(cell: Cell, collections: tuple[str, ...], out: Path) -> Path:
@@ -127,7 +141,7 @@ def run_cell(cell: Cell, collections: tuple[str, ...], out: Path) -> Path:
     trained = train(config)
     results = {}
     for name in collections:
-        found = evaluate(trained.model, _collection(name), METRICS, depth=100)
+        found = evaluate(trained.model, read_collection(name), METRICS, depth=100)
         values = {key: found.to_dict()[key] for key in (*METRICS, *COSTS, "queries", "documents", "data_hash")}
         results[name] = values | {"per_query": {id_: round(v, 6) for id_, v in found.per_query[METRICS[0]].items()}}
     k, shift = trained.calibration["k"], trained.calibration["shift"]
@@ -182,10 +196,22 @@ def commands(cell: Cell, options: Mapping[str, Any]) -> list[str]:
     made = []
     if cell.edits:
         call = f"from anysplade.cells import edited; print(edited({backbone!r}, {cell.edits!r}, 'backbones'))"
-        made.append(f'{Path(sys.executable).name} -c "{call}"')
+        made.append(shlex.join([Path(sys.executable).name, "-c", call]))
         backbone = f"backbones/{_edited_name(backbone, cell.edits)}"
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
-    return [*made, f"anysplade train {backbone} {cell.data} --out run {flags}"]
+    flags = [flag for name, value in options.items() for flag in _flags(name, value)]
+    return [*made, shlex.join(["anysplade", "train", backbone, cell.data, "--out", "run", *flags])]
+
+
+def _flags(name: str, value: Any) -> list[str]:
+    """An option of ``TrainingConfig`` as the command line takes it; a value that starts with a dash stays one."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list | tuple):
+        return [f"{flag}={one}" for one in value]
+    if value is None:
+        return [] if getattr(TrainingConfig, name) is None else [f"{flag}=none"]
+    return [f"{flag}={value}"]
 
 
 # ------------------------------------------------------------------------------------- edited heads

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from anysplade.arms import Arm
 from anysplade.cells import COSTS, METRICS
-from anysplade.comparison import holm
+from anysplade.comparison import holm, paired_p
 
 METRIC = METRICS[0]
 _SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too
@@ -20,23 +21,25 @@ _NEAR = 0.95  # of the best, above which a row is said to be as good
 Row = dict[str, Any]
 
 
-def summarize(
-    name: str, rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collections: Sequence[str], k: float
-) -> dict[str, Any]:
+def summarize(name: str, rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collections: Sequence[str]) -> dict[str, Any]:
     """A study's rows with their means, and what follows from them.
 
     Args:
-        rows: ``backbone``, ``arm``, ``axis`` and ``cells``, the hashes of its records, each.
-        k: the paper's.
+        rows: all that were planned: ``backbone``, ``key``, ``arm``, ``axis``, ``cells`` (the hashes of its records) and
+            ``failed`` (the messages of its other trainings) each.
+
+    Raises:
+        ValueError: a row that the conclusions rest on was not planned.
     """
-    made = [_row(row, records, collections) for row in rows]
+    made = [_row(row, records, collections) for row in rows if row["cells"]]
     summary: dict[str, Any] = {"rows": made}
     first = collections[0]
+    _require_planned(name, rows)
     if name == "main":
         tests = _tests(made, records, collections)
         summary |= {"tests": tests, "conclusions": _main(made, tests, collections)}
     elif name == "controls":
-        pairs = _controls(made, records, first, k)
+        pairs = _controls(made, records, first)
         summary |= {"pairs": pairs, "conclusions": [pair["said"] for pair in pairs]}
     elif name == "norm":
         correlations = _correlations(made, first)
@@ -47,7 +50,35 @@ def summarize(
         summary["conclusions"] = _tradeoff(made, first)
     else:
         summary["conclusions"] = _sensitivity(made, first)
+    summary["conclusions"] = [_failure(row) for row in rows if row["failed"]] + summary["conclusions"]
     return summary
+
+
+# What the conclusions refer to, besides the controls' pairs.
+_NEEDED = {
+    "main": {Arm.RAW, Arm.FIXED, Arm.AUTO},
+    "norm": {Arm.RAW},
+    "tradeoff": {Arm.AUTO},
+    "sensitivity": {Arm.LEVEL, Arm.AUTO},
+}
+_NOT_OF_ALL = {Arm.LOWEST_NORM, Arm.HIGHEST_NORM}  # a backbone that has this norm itself has no such row
+
+
+def _require_planned(name: str, rows: Sequence[Row]) -> None:
+    paired = {arm for _, one, other, *_ in _PAIRS for arm in (one, other)} - _NOT_OF_ALL
+    needed = paired if name == "controls" else _NEEDED.get(name, set())
+    for backbone, of in _by_backbone(rows).items():
+        missing = needed - {row["key"] for row in of}
+        if missing:
+            raise ValueError(f"{name}, {backbone}: the plan lacks {', '.join(sorted(missing))}, which the conclusions refer to")
+
+
+def _failure(row: Row) -> str:
+    """What is said of a row that has not all of its trainings."""
+    runs = len(row["cells"]) + len(row["failed"])
+    rest = f"its means are of the other {len(row['cells'])}" if row["cells"] else "nothing follows about it"
+    weight = f", weight {row['axis']['weight']:g}" if "weight" in row["axis"] else ""
+    return f"{row['backbone']}, {row['arm']}{weight}: {len(row['failed'])} of {runs} trainings failed ({row['failed'][0]}); {rest}."
 
 
 def _row(row: Row, records: Mapping[str, dict[str, Any]], collections: Sequence[str]) -> Row:
@@ -81,11 +112,6 @@ def _per_query(row: Row, records: Mapping[str, dict[str, Any]], collection: str)
     return np.array([[values[id_] for id_ in of[0]] for values in of]).mean(axis=0)
 
 
-def _p(a: np.ndarray, b: np.ndarray) -> float:
-    """Of a paired t-test over queries, two-sided."""
-    return 1.0 if np.allclose(a, b) else float(stats.ttest_rel(a, b).pvalue)
-
-
 def _noise(a: Row, b: Row, collection: str) -> float:
     """Two standard errors, over seeds, of the difference of two rows' means; 0 of single runs, which do not tell."""
     deviations = [(row["results"][collection][f"{METRIC} sd"] or 0.0, row["runs"]) for row in (a, b)]
@@ -95,6 +121,10 @@ def _noise(a: Row, b: Row, collection: str) -> float:
 def _counts(found: Mapping[str, Any]) -> bool:
     """A difference is above chance over queries, and above the noise of the seeds."""
     return found["p_corrected"] < _SURE and abs(found["difference"]) > found["noise"]
+
+
+def _by_arm(rows: Sequence[Row]) -> dict[Arm, Row]:
+    return {row["key"]: row for row in rows}
 
 
 def _by_backbone(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -120,23 +150,24 @@ def _tests(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collectio
     """``auto`` against raw and against the fixed k that is best on each collection; Holm over all of them."""
     tests = []
     for backbone, of in _by_backbone(rows).items():
-        arms = {row["arm"]: row for row in of}
-        fixed = [row for row in of if row["arm"] not in ("raw", "auto")]
+        arms = _by_arm(of)
+        fixed = [row for row in of if row["key"] == Arm.FIXED]
         for collection in collections:
-            others = [arms.get("raw"), max(fixed, key=lambda row: _value(row, collection), default=None)]
+            others = [arms.get(Arm.RAW), max(fixed, key=lambda row: _value(row, collection), default=None)]
             for other in others:
-                if other is None or "auto" not in arms:
+                if other is None or Arm.AUTO not in arms:  # they failed
                     continue
-                ours, theirs = (_per_query(row, records, collection) for row in (arms["auto"], other))
-                costs = [_flops(row, collection) for row in (arms["auto"], other)]
+                ours, theirs = (_per_query(row, records, collection) for row in (arms[Arm.AUTO], other))
+                costs = [_flops(row, collection) for row in (arms[Arm.AUTO], other)]
                 tests.append(
                     {
                         "backbone": backbone,
                         "collection": collection,
                         "against": other["arm"],
+                        "key": other["key"],
                         "difference": float((ours - theirs).mean()),
-                        "p": _p(ours, theirs),
-                        "noise": _noise(arms["auto"], other, collection),
+                        "p": paired_p(theirs, ours),
+                        "noise": _noise(arms[Arm.AUTO], other, collection),
                         "flops": costs[0],
                         "flops of the other": costs[1],
                     }
@@ -149,27 +180,33 @@ def _tests(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collectio
 def _main(rows: Sequence[Row], tests: Sequence[dict[str, Any]], collections: Sequence[str]) -> list[str]:
     said = []
     for backbone, of in _by_backbone(rows).items():
-        arms = {row["arm"]: row for row in of}
+        raw = _by_arm(of).get(Arm.RAW)
+        if raw is None:  # it failed
+            continue
         first = collections[0]
         best = max(_value(row, first) for row in of)
-        share = _value(arms["raw"], first) / best if "raw" in arms and best else 1.0
+        share = _value(raw, first) / best if best else 1.0
         state = "collapses" if share < _COLLAPSED else "degrades" if share < _NEAR else "trains as well as the best"
-        norm = arms["raw"]["before"]["mean_row_norm"] if "raw" in arms else float("nan")
         said.append(
-            f"{backbone} (mean row norm {norm:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {Path(first).name}."
+            f"{backbone} (mean row norm {raw['before']['mean_row_norm']:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {Path(first).name}."
         )
     for test in tests:
-        if test["against"] == "raw":
+        if test["key"] == Arm.RAW:
             continue
         sure = _counts(test)
         better = test["difference"] > 0
-        cost = test["flops"] / test["flops of the other"] if test["flops of the other"] else float("nan")
+        ratio = test["flops"] / test["flops of the other"] if test["flops of the other"] else None
+        cost = (
+            f"{test['flops']:.2f} FLOPS against 0."
+            if ratio is None
+            else f"{ratio:.2g} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
+        )
         verdict = (
             "auto is better than" if sure and better else "auto is worse than" if sure else "no difference shows between auto and"
         )
         said.append(
             f"{test['backbone']} on {Path(test['collection']).name}: {verdict} the best fixed k ({test['against']}), by {test['difference']:+.3f} "
-            f"(p {test['p_corrected']:.2g}), at {cost:.2g} times its FLOPS" + ("." if cost <= 1 else ": a higher cost.")
+            f"(p {test['p_corrected']:.2g}), at {cost}"
         )
     return said
 
@@ -182,10 +219,10 @@ _STATISTICS = ("mean_row_norm", "positive_share", "document_active_dims", "score
 def _correlations(rows: Sequence[Row], collection: str) -> dict[str, dict[str, float]]:
     """Spearman's, of what is known before the first step with effectiveness, over raw heads and over all."""
     found: dict[str, dict[str, float]] = {}
-    for label, of in (("raw heads", [row for row in rows if row["arm"] == "raw"]), ("heads, raw and calibrated", list(rows))):
-        if len(of) < 3:
-            continue
+    for label, of in (("raw heads", [row for row in rows if row["key"] == Arm.RAW]), ("heads, raw and calibrated", list(rows))):
         values = [_value(row, collection) for row in of]
+        if len(of) < 3 or not np.ptp(values):
+            continue
         known = {name: [row["after"][name] for row in of] for name in _STATISTICS}
         found[label] = {
             name: float(stats.spearmanr(column, values)[0])
@@ -200,7 +237,7 @@ def _norm(rows: Sequence[Row], correlations: dict[str, dict[str, float]], collec
     for label, found in correlations.items():
         if not found:
             continue
-        count = sum(1 for row in rows if label != "raw heads" or row["arm"] == "raw")
+        count = sum(1 for row in rows if label != "raw heads" or row["key"] == Arm.RAW)
         strongest = max(found, key=lambda name: abs(found[name]))
         norm = found.get("mean_row_norm")
         said.append(
@@ -208,7 +245,7 @@ def _norm(rows: Sequence[Row], correlations: dict[str, dict[str, float]], collec
             + ("that cannot be told" if norm is None else f"{norm:+.2f}")
             + f"; the strongest of what is known before training is {strongest.replace('_', ' ')}, at {found[strongest]:+.2f}."
         )
-    raw = sorted((row for row in rows if row["arm"] == "raw"), key=lambda row: row["before"]["mean_row_norm"])
+    raw = sorted((row for row in rows if row["key"] == Arm.RAW), key=lambda row: row["before"]["mean_row_norm"])
     if len(raw) > 1:
         listed = "; ".join(f"{row['backbone']} {row['before']['mean_row_norm']:.2f}: {_said(row, collection)}" for row in raw)
         said.append(f"Raw heads by norm: {listed}.")
@@ -218,8 +255,10 @@ def _norm(rows: Sequence[Row], correlations: dict[str, dict[str, float]], collec
 def _tradeoff(rows: Sequence[Row], collection: str) -> list[str]:
     said = []
     for backbone, of in _by_backbone(rows).items():
-        ours = [row for row in of if row["arm"] == "auto"]
-        for arm in dict.fromkeys(row["arm"] for row in of if row["arm"] != "auto"):
+        ours = [row for row in of if row["key"] == Arm.AUTO]
+        if not ours:  # they failed
+            continue
+        for arm in dict.fromkeys(row["arm"] for row in of if row["key"] != Arm.AUTO):
             theirs = [row for row in of if row["arm"] == arm]
             best = max(theirs, key=lambda row: _value(row, collection))
             match = [row for row in ours if _value(row, collection) >= _value(best, collection)]
@@ -243,8 +282,10 @@ def _sensitivity(rows: Sequence[Row], collection: str) -> list[str]:
     said = []
     for backbone, of in _by_backbone(rows).items():
         line = [row for row in of if row["axis"].keys() == {"k"}]
-        grid = [row for row in of if "level" in row["axis"]]
-        auto = next((row for row in of if row["arm"] == "auto"), None)
+        grid = [row for row in of if row["key"] == Arm.LEVEL]
+        auto = _by_arm(of).get(Arm.AUTO)
+        if not line:  # they failed
+            continue
         best = max(line, key=lambda row: _value(row, collection))
         near = [row["axis"]["k"] for row in line if _value(row, collection) >= _NEAR * _value(best, collection)]
         text = (
@@ -261,7 +302,7 @@ def _sensitivity(rows: Sequence[Row], collection: str) -> list[str]:
                 f"{_flops(best, collection):.2f}."
             )
             if auto is not None:
-                text += f" auto has {_said(auto, collection)}, {_value(auto, collection) / _value(top, collection):.2f} of the map's best."
+                text += f" auto has {_said(auto, collection)}, {_value(auto, collection) / max(_value(top, collection), 1e-9):.2f} of the map's best."
         said.append(text)
     return said
 
@@ -277,7 +318,7 @@ def _curves(row: Row, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     curves["gradient_norm"] = [
         [[entry["step"], _digits(entry["grad_norm"])] for entry in record["log"] if "grad_norm" in entry] for record in of
     ]
-    return {"backbone": row["backbone"], "arm": row["arm"], "curves": curves}
+    return {"backbone": row["backbone"], "key": row["key"], "arm": row["arm"], "curves": curves}
 
 
 def _digits(value: float) -> float:
@@ -302,53 +343,55 @@ def _dynamics(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collec
 # ---------------------------------------------------------------------------------------- controls
 
 
-def _controls(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collection: str, k: float) -> list[dict[str, Any]]:
+# What two arms differ in, the two, and what it says when the first one is better and when it is not.
+_PAIRS = [
+    ("scale, with the step size that Adam gives it", Arm.FIXED, Arm.RAW, "dividing W and b by k helps as the paper has it",
+     "dividing W and b by k does not help"),
+    ("scale of the scores alone", Arm.RUNTIME_SCALAR, Arm.RAW, "smaller scores help even at unchanged relative steps",
+     "smaller scores alone do not help"),
+    ("relative step size alone", Arm.LARGER_STEPS, Arm.UNTIED,
+     "larger relative steps of the head help without any scale", "larger relative steps of the head alone do not help"),
+    ("relative step size, given the scale", Arm.FIXED, Arm.RUNTIME_SCALAR,
+     "of what W/k gives, this part is Adam's k times larger relative steps on W, not the scale",
+     "the larger relative steps that W/k takes are not what helps"),
+    ("where the scale sits (same function at the start)", Arm.FIXED, Arm.FOLDED,
+     "the same function at the start ends better with W/k than with the LayerNorm scaled and the tie kept",
+     "W/k is no better than the same scale in the LayerNorm"),
+    ("norm of W without the scale", Arm.SMALL_NORM, Arm.RAW,
+     "a small norm of W helps although the function at the start is the raw one",
+     "a small norm of W by itself does not help: it is not the norm"),
+    ("untying alone", Arm.UNTIED, Arm.RAW, "untying helps by itself", "untying by itself does not help"),
+    ("tie under W/k", Arm.FIXED, Arm.LEFT_TIED, "leaving the tie loses: the input embeddings shrink too",
+     "leaving the tie does no harm here"),
+    ("bias", Arm.BIAS_KEPT, Arm.FIXED, "keeping the bias is better than dividing it", "keeping the bias is no better"),
+    ("temperature", Arm.TEMPERATURE, Arm.RAW, "a temperature in the loss helps",
+     "a temperature in the loss does not do what the scale does"),
+    ("temperature against scale", Arm.FIXED, Arm.TEMPERATURE,
+     "the scale does more than a temperature of the same spread of scores", "the scale does no more than a temperature"),
+    ("level alone", Arm.SHIFT_ALONE, Arm.RAW, "lowering the level helps, at the raw head's norm", "lowering the level alone does not help"),
+    ("level against scale", Arm.SHIFT_ALONE, Arm.FIXED, "the level does more than the paper's scale",
+     "the level does no more than the paper's scale"),
+    ("scale after level", Arm.AUTO, Arm.SHIFT_ALONE, "choosing the scale too adds to the level",
+     "choosing the scale adds nothing to the level here"),
+    ("level after scale", Arm.AUTO, Arm.SCALE_ALONE, "lowering the level adds to a chosen scale", "lowering the level adds nothing to a scale"),
+    ("another backbone's higher norm", Arm.HIGHEST_NORM, Arm.RAW, "a larger norm helps", "a larger norm does not help"),
+    ("another backbone's lower norm", Arm.LOWEST_NORM, Arm.RAW, "a smaller norm helps", "a smaller norm does not help"),
+]  # fmt: skip
+
+
+def _controls(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collection: str) -> list[dict[str, Any]]:
     """Pairs of rows that differ in one thing, and what it says when one is better."""
-    scaled, fold, runtime = f"k={k:g}", f"1/{k:g} folded into the LayerNorm, tied", f"runtime scalar 1/{k:g}"
-    pairs = [
-        ("scale, with the step size that Adam gives it", scaled, "raw", "dividing W and b by k helps as the paper has it",
-         "dividing W and b by k does not help"),
-        ("scale of the scores alone", runtime, "raw", "smaller scores help even at unchanged relative steps",
-         "smaller scores alone do not help"),
-        ("relative step size alone", f"head's learning rate x{k:g}, not scaled", "untied, not scaled",
-         "larger relative steps of the head help without any scale", "larger relative steps of the head alone do not help"),
-        ("relative step size, given the scale", scaled, runtime,
-         "of what W/k gives, this part is Adam's k times larger relative steps on W, not the scale",
-         "the larger relative steps that W/k takes are not what helps"),
-        ("where the scale sits (same function at the start)", scaled, fold,
-         "the same function at the start ends better with W/k than with the LayerNorm scaled and the tie kept",
-         "W/k is no better than the same scale in the LayerNorm"),
-        ("norm of W without the scale", f"W/{k:g}, LayerNorm x{k:g}", "raw",
-         "a small norm of W helps although the function at the start is the raw one",
-         "a small norm of W by itself does not help: it is not the norm"),
-        ("untying alone", "untied, not scaled", "raw", "untying helps by itself", "untying by itself does not help"),
-        ("tie under W/k", scaled, f"k={k:g}, left tied", "leaving the tie loses: the input embeddings shrink too",
-         "leaving the tie does no harm here"),
-        ("bias", f"k={k:g}, bias kept", scaled, "keeping the bias is better than dividing it", "keeping the bias is no better"),
-        ("temperature", f"temperature for the spread of k={k:g}", "raw", "a temperature in the loss helps",
-         "a temperature in the loss does not do what the scale does"),
-        ("temperature against scale", scaled, f"temperature for the spread of k={k:g}",
-         "the scale does more than a temperature of the same spread of scores", "the scale does no more than a temperature"),
-        ("level alone", "shift alone", "raw", "lowering the level helps, at the raw head's norm", "lowering the level alone does not help"),
-        ("level against scale", "shift alone", scaled, "the level does more than the paper's scale",
-         "the level does no more than the paper's scale"),
-        ("scale after level", "auto", "shift alone", "choosing the scale too adds to the level",
-         "choosing the scale adds nothing to the level here"),
-        ("level after scale", "auto", "scale alone", "lowering the level adds to a chosen scale", "lowering the level adds nothing to a scale"),
-        ("another backbone's higher norm", "norm of the highest backbone", "raw", "a larger norm helps", "a larger norm does not help"),
-        ("another backbone's lower norm", "norm of the lowest backbone", "raw", "a smaller norm helps", "a smaller norm does not help"),
-    ]  # fmt: skip
     found: list[dict[str, Any]] = []
     for backbone, of in _by_backbone(rows).items():
-        arms = {row["arm"]: row for row in of}
-        for about, one, other, helps, not_helps in pairs:
-            if one not in arms or other not in arms:
+        arms = _by_arm(of)
+        for about, one, other, helps, not_helps in _PAIRS:
+            if one not in arms or other not in arms:  # it failed, or is not of this backbone
                 continue
             a, b = arms[one], arms[other]
             ours, theirs = (_per_query(row, records, collection) for row in (a, b))
             found.append(
-                {"backbone": backbone, "about": about, "one": one, "other": other, "difference": _value(a, collection) - _value(b, collection),
-                 "p": _p(ours, theirs), "noise": _noise(a, b, collection), "values": [_said(row, collection) for row in (a, b)],
+                {"backbone": backbone, "about": about, "one": a["arm"], "other": b["arm"], "difference": _value(a, collection) - _value(b, collection),
+                 "p": paired_p(theirs, ours), "noise": _noise(a, b, collection), "values": [_said(row, collection) for row in (a, b)],
                  "flops": [_flops(row, collection) for row in (a, b)], "meanings": (helps, not_helps)}
             )  # fmt: skip
     for pair, p in zip(found, holm([pair["p"] for pair in found]), strict=True):

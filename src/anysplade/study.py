@@ -26,10 +26,12 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from anysplade.arms import Arm, label
 from anysplade.backbones import BUNDLED
-from anysplade.cells import METRICS, Cell, read_cell, run_cell
+from anysplade.cells import METRICS, Cell, collection_hash, read_anew, read_cell, read_collection, run_cell
 from anysplade.conclusions import summarize
-from anysplade.datasets import Collection, load_collection, load_python_docs, write_collection
+from anysplade.datasets import Collection, load_python_docs, write_collection
+from anysplade.devices import assigned_device
 from anysplade.errors import AnyspladeError, OptionError, OutputError, worker_died
 from anysplade.evaluation import evaluate
 from anysplade.files import write_whole
@@ -111,7 +113,8 @@ class Row:
     """One line of a study: the same training with several seeds."""
 
     backbone: str  # as the report names it
-    arm: str
+    key: Arm
+    arm: str  # its label
     cells: tuple[Cell, ...]  # by seed
     axis: dict[str, float] = field(default_factory=dict)
 
@@ -128,11 +131,11 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Ro
     rows = []
     for backbone in config.backbones:
         arm = partial(_row, config, backbone)
-        raw, scaled, auto = arm("raw"), arm(f"k={config.k:g}", k=config.k), arm("auto", k="auto", shift="auto")
+        raw, scaled, auto = arm(Arm.RAW), arm(Arm.FIXED, k=config.k), arm(Arm.AUTO, k="auto", shift="auto")
         if name in ("norm", "dynamics"):
             rows += [raw, scaled, auto]
         elif name == "main":
-            rows += [raw, *(arm(f"k={k:g}", k=k) for k in (config.k / 2, config.k, config.k * 2)), auto]
+            rows += [raw, *(arm(Arm.FIXED, k=k) for k in (config.k / 2, config.k, config.k * 2)), auto]
         elif name == "tradeoff":
             for weight in WEIGHTS:
                 weights = {
@@ -140,16 +143,16 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Ro
                     for side in ("query_regularizer_weight", "document_regularizer_weight")
                 }
                 point = {"weight": weights["document_regularizer_weight"]}
-                rows.append(arm("raw", axis=point, **weights))
-                rows.append(arm(f"k={config.k:g}", axis=point, k=config.k, **weights))
-                rows.append(arm("auto", axis=point, k="auto", shift="auto", **weights))
+                rows.append(arm(Arm.RAW, axis=point, **weights))
+                rows.append(arm(Arm.FIXED, axis=point, k=config.k, **weights))
+                rows.append(arm(Arm.AUTO, axis=point, k="auto", shift="auto", **weights))
         elif name == "sensitivity":
             powers = [2.0**power for power in range(6)]
-            rows += [arm(f"k={k:g}" if k > 1 else "raw", axis={"k": k}, k=k) for k in powers]
+            rows += [arm(Arm.FIXED if k > 1 else Arm.RAW, axis={"k": k}, k=k) for k in powers]
             rows.append(auto)
             for k in powers[:4]:
                 for level in LEVELS:
-                    rows.append(arm(f"k={k:g}, level {level:.2%}", axis={"k": k, "level": level}, seeds=1, level=level, k=k))
+                    rows.append(arm(Arm.LEVEL, axis={"k": k, "level": level}, seeds=1, level=level, k=k))
         else:
             rows += [raw, scaled, auto, *_controls(config, arm, norms, backbone)]
     return rows
@@ -160,35 +163,36 @@ def _controls(config: StudyConfig, arm: Any, norms: Mapping[str, float], backbon
     k = config.k
     rate = config.training.get("learning_rate", TrainingConfig.learning_rate)
     rows = [
-        arm(f"k={k:g}, bias kept", k=k, bias="keep"),
-        arm(f"k={k:g}, left tied", edits=(("tied", k),)),
-        arm(f"1/{k:g} folded into the LayerNorm, tied", edits=(("folded", k),)),
+        arm(Arm.BIAS_KEPT, k=k, bias="keep"),
+        arm(Arm.LEFT_TIED, edits=(("tied", k),)),
+        arm(Arm.FOLDED, edits=(("folded", k),)),
         # Adam's steps do not change with the scale of a gradient, so W with a scalar 1/k behind it moves as W/k does
         # at a kth of the learning rate.
-        arm(f"runtime scalar 1/{k:g}", k=k, head_learning_rate=rate / k),
-        arm("untied, not scaled", edits=(("untied", 1.0),)),
-        arm(f"head's learning rate x{k:g}, not scaled", edits=(("untied", 1.0),), head_learning_rate=rate * k),
-        arm(f"W/{k:g}, LayerNorm x{k:g}", edits=(("scaled", k), ("folded", 1 / k))),
-        arm(f"temperature for the spread of k={k:g}", spread_of=k),
-        arm("shift alone", shift="auto"),
-        arm("scale alone", k="auto"),
+        arm(Arm.RUNTIME_SCALAR, k=k, head_learning_rate=rate / k),
+        arm(Arm.UNTIED, edits=(("untied", 1.0),)),
+        arm(Arm.LARGER_STEPS, edits=(("untied", 1.0),), head_learning_rate=rate * k),
+        arm(Arm.SMALL_NORM, edits=(("scaled", k), ("folded", 1 / k))),
+        arm(Arm.TEMPERATURE, spread_of=k),
+        arm(Arm.SHIFT_ALONE, shift="auto"),
+        arm(Arm.SCALE_ALONE, k="auto"),
     ]
     low, high = min(norms.values()), max(norms.values())
-    for name, norm in (("lowest", low), ("highest", high)):
+    for key, norm in ((Arm.LOWEST_NORM, low), (Arm.HIGHEST_NORM, high)):
         if abs(norms[backbone] / norm - 1) > 0.01:  # otherwise it is the raw head
-            rows.append(arm(f"norm of the {name} backbone", edits=(("scaled", norms[backbone] / norm),)))
+            rows.append(arm(key, edits=(("scaled", norms[backbone] / norm),)))
     return rows
 
 
 def _row(
-    config: StudyConfig, backbone: str, arm: str, *, axis: dict[str, float] | None = None, seeds: int | None = None, **changes: Any
+    config: StudyConfig, backbone: str, key: Arm, *, axis: dict[str, float] | None = None, seeds: int | None = None, **changes: Any
 ) -> Row:
     apart = {name: changes.pop(name) for name in ("edits", "level", "spread_of") if name in changes}
     options = {"k": 1.0, "shift": 0.0} | dict(config.training) | changes
     cells = tuple(
         Cell(backbone, config.data, options | {"seed": seed}, **apart) for seed in range(min(seeds or config.seeds, config.seeds))
     )
-    return Row(Path(backbone).name, arm, cells, axis or {})
+    k = options["k"] if key in (Arm.FIXED, Arm.LEVEL) else config.k
+    return Row(Path(backbone).name, key, label(key, k, apart.get("level")), cells, axis or {})
 
 
 # --------------------------------------------------------------------------------------- the runs
@@ -233,12 +237,15 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
 
 
 def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
-    loaded = {name: load_collection(name) for name in config.collections}
+    read_anew()
+    loaded = {name: read_collection(name) for name in config.collections}
     norms = {name: describe_head(load_masked_lm(name)[0], None, name).mean_row_norm for name in config.backbones}
     asked = {key: value for key, value in asdict(config).items() if key not in ("name", "output", "workers")}
     made: dict[str, Any] = {"studies": {}, "cells": {}, "bm25": {}}
     if (out / "study.json").exists():
         made = json.loads((out / "study.json").read_text(encoding="utf-8"))
+        if not all("key" in row for study in made["studies"].values() for row in study["rows"]):
+            raise OutputError(f"{out}/study.json: made by an older version; remove it (the cells stay, and are used again)")
 
     rows = {name: plan(name, config, norms) for name in config.names}
     cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
@@ -261,14 +268,19 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
         raise AnyspladeError(f"{out}: no cell could be run; the first one: {next(iter(failed.values()))}")
     studies = {}
     for name, study in rows.items():
-        there = [(asdict(row) | {"cells": [cell.hash for cell in row.cells if cell.hash in records]}) for row in study]
-        summary = summarize(name, [row for row in there if row["cells"]], records, config.collections, config.k)
+        there = [
+            asdict(row)
+            | {"cells": [cell.hash for cell in row.cells if cell.hash in records]}
+            | {"failed": [failed[cell.hash] for cell in row.cells if cell.hash in failed]}
+            for row in study
+        ]
+        summary = summarize(name, there, records, config.collections)
         studies[name] = {"settings": asked, **summary, "provenance": provenance()}
-    baselines = {
-        name: evaluate("bm25", collection, METRICS, depth=100).metrics
-        for name, collection in loaded.items()
-        if name not in made["bm25"]
-    }
+    baselines = {}
+    for source, collection in loaded.items():
+        if made["bm25"].get(source, {}).get("data_hash") != collection_hash(source):
+            found = evaluate("bm25", collection, METRICS, depth=100)
+            baselines[source] = found.metrics | {"data_hash": found.data_hash}
     result = StudyResult(
         studies=dict(sorted((made["studies"] | studies).items(), key=lambda item: STUDIES.index(item[0]))),
         cells=made["cells"] | {hash_: _short(record) for hash_, record in records.items()},
@@ -299,7 +311,7 @@ def _run_cells(missing: Sequence[Cell], collections: tuple[str, ...], out: Path,
     context = multiprocessing.get_context("spawn")
     devices: Any = context.Queue()
     for worker in range(workers):
-        devices.put(worker % torch.cuda.device_count() if torch.cuda.device_count() else None)
+        devices.put(assigned_device(worker, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")))
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(min(workers, max(1, len(missing))), context, _begin_worker, (devices, threads)) as pool:
         futures = {pool.submit(run_cell, cell, collections, out): cell for cell in missing}
@@ -321,7 +333,7 @@ def _run_cells(missing: Sequence[Cell], collections: tuple[str, ...], out: Path,
 def _begin_worker(devices: Any, threads: int) -> None:
     device = devices.get()
     if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", FutureWarning)
     for library in ("sentence_transformers", "anysplade"):  # of so many trainings; the findings are in the cells

@@ -9,13 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from anysplade.arms import Arm
 from anysplade.files import write_whole
 
 METRIC = "nDCG@10"
 _INK = "#010203"  # stands for the text's colour, whatever that is where the figure is shown
-_COLORS = {"raw": "#d1495b", "auto": "#2a9d8f"}
+_COLORS = {Arm.RAW: "#d1495b", Arm.AUTO: "#2a9d8f"}
 _OTHERS = ("#e9a23b", "#7b6fd0", "#4c8bd6", "#9a9a9a")
-_MARKERS = {"raw": "s", "auto": "o"}
+_MARKERS = {Arm.RAW: "s", Arm.AUTO: "o"}
 
 TITLES = {
     "norm": "Head norm against effectiveness",
@@ -224,9 +225,14 @@ def _axes(x: str, y: str, height: float = 3.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _color(arm: str, arms: Sequence[str]) -> str:
-    others = [name for name in arms if name not in _COLORS]
-    return _COLORS.get(arm) or _OTHERS[others.index(arm) % len(_OTHERS)]
+def _arms(rows: Sequence[dict[str, Any]]) -> dict[str, Arm]:
+    """Keys by label, in the order of the rows."""
+    return {row["arm"]: Arm(row["key"]) for row in rows}
+
+
+def _color(arm: str, arms: dict[str, Arm]) -> str:
+    others = [name for name, key in arms.items() if key not in _COLORS]
+    return _COLORS.get(arms[arm]) or _OTHERS[others.index(arm) % len(_OTHERS)]
 
 
 def _backbones(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -236,19 +242,19 @@ def _backbones(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str,
 
 def _norm_figures(rows: Sequence[dict[str, Any]], collection: str) -> Drawn:
     figure, axes = _axes("mean row norm of the decoder, as trained", METRIC)
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    arms = _arms(rows)
     for arm in arms:
         of = [row for row in rows if row["arm"] == arm]
         norms = [row["after"]["mean_row_norm"] for row in of]
         found = [row["results"][collection] for row in of]
         axes.errorbar(
-            norms, [f[METRIC] for f in found], [f[f"{METRIC} sd"] or 0 for f in found], fmt=_MARKERS.get(arm, "^"),
+            norms, [f[METRIC] for f in found], [f[f"{METRIC} sd"] or 0 for f in found], fmt=_MARKERS.get(arms[arm], "^"),
             color=_color(arm, arms), capsize=3, label=arm,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=3, frameon=False)
-    raw = sorted((row for row in rows if row["arm"] == "raw"), key=lambda row: row["after"]["mean_row_norm"])
+    raw = sorted((row for row in rows if row["key"] == Arm.RAW), key=lambda row: row["after"]["mean_row_norm"])
     caption = (
         f"{METRIC} on {Path(collection).name} against the norm of the head that training started from. Raw heads from left to "
         f"right: {', '.join(row['backbone'] for row in raw)}."
@@ -260,12 +266,12 @@ def _tradeoff_figures(rows: Sequence[dict[str, Any]], collection: str) -> Drawn:
     drawn = []
     for backbone, of in _backbones(rows):
         figure, axes = _axes("FLOPS", METRIC)
-        arms = list(dict.fromkeys(row["arm"] for row in of))
+        arms = _arms(of)
         for arm in arms:
             found = sorted((row["results"][collection] for row in of if row["arm"] == arm), key=lambda f: f["flops"])
             axes.errorbar(
                 [f["flops"] for f in found], [f[METRIC] for f in found], [f[f"{METRIC} sd"] or 0 for f in found],
-                fmt=f"{_MARKERS.get(arm, '^')}-", color=_color(arm, arms), capsize=3, label=arm,
+                fmt=f"{_MARKERS.get(arms[arm], '^')}-", color=_color(arm, arms), capsize=3, label=arm,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_ylim(bottom=0)
@@ -287,7 +293,7 @@ _QUANTITIES = {
 def _dynamics_figures(curves: Sequence[dict[str, Any]]) -> Drawn:
     drawn = []
     for backbone, of in _backbones(curves):
-        arms = [part["arm"] for part in of]
+        arms = _arms(of)
         for name, label in _QUANTITIES.items():
             figure, axes = _axes("step", label)
             for part in of:
@@ -318,23 +324,26 @@ def _sensitivity_figures(rows: Sequence[dict[str, Any]], collection: str) -> Dra
             color=_OTHERS[0], alpha=0.2, linewidth=0,
         )  # fmt: skip
         for row in of:
-            if row["arm"] == "auto":
-                axes.axhline(row["results"][collection][METRIC], color=_COLORS["auto"], linestyle="--", label="auto")
+            if row["key"] == Arm.AUTO:
+                axes.axhline(row["results"][collection][METRIC], color=_COLORS[Arm.AUTO], linestyle="--", label=row["arm"])
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [f"{k:g}" for k in ks])
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2, frameon=False)
         drawn.append((f"{backbone} k", f"{backbone}: k alone, the level left as it is; auto for comparison.", figure))
 
-        grid = {(row["axis"]["k"], row["axis"]["level"]): row["results"][collection] for row in of if "level" in row["axis"]}
+        grid = {(row["axis"]["k"], row["axis"]["level"]): row["results"][collection] for row in of if row["key"] == Arm.LEVEL}
         if not grid:
             continue
         columns, levels = sorted({k for k, _ in grid}), sorted({level for _, level in grid}, reverse=True)
         figure, axes = _axes("k", "token logits above zero")
         axes.grid(visible=False)
-        axes.pcolormesh([[grid[k, level][METRIC] for k in columns] for level in levels], cmap="viridis", vmin=0)
+        values = [[grid[k, level][METRIC] if (k, level) in grid else float("nan") for k in columns] for level in levels]
+        axes.pcolormesh(values, cmap="viridis", vmin=0)
         highest = max(f[METRIC] for f in grid.values())
         for (i, level), (j, k) in itertools.product(enumerate(levels), enumerate(columns)):
+            if (k, level) not in grid:  # it failed
+                continue
             f = grid[k, level]
             axes.text(
                 j + 0.5, i + 0.5, f"{f[METRIC]:.3f}\n{f['flops']:.1f}", ha="center", va="center", fontsize=9,
@@ -353,7 +362,7 @@ def _controls_figures(rows: Sequence[dict[str, Any]], collection: str) -> Drawn:
         figure, axes = _axes(METRIC, "", height=0.5 + 0.4 * len(of))
         for i, row in enumerate(of):
             found = row["results"][collection]
-            color = _COLORS.get(row["arm"], _OTHERS[2])
+            color = _COLORS.get(row["key"], _OTHERS[2])
             axes.barh(i + 0.18, found[METRIC], 0.36, xerr=found[f"{METRIC} sd"] or 0, color=color, capsize=3, ecolor=_INK)
             axes.text(0, i - 0.04, row["arm"], va="bottom", ha="left", fontsize=9)
         axes.set_ylim(len(of) - 0.5, -0.6)
@@ -368,7 +377,8 @@ def _controls_figures(rows: Sequence[dict[str, Any]], collection: str) -> Drawn:
 
 def _main_figures(rows: Sequence[dict[str, Any]], collections: Sequence[str], bm25: dict[str, Any]) -> Drawn:
     drawn = []
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    arms = _arms(rows)
+    named = {row["arm"]: row for row in reversed(rows)}  # the first of each has its name in the legend
     groups = _backbones(rows)
     for collection in collections:
         figure, axes = _axes(METRIC, "", height=1.0 + 0.75 * len(groups))
@@ -376,10 +386,10 @@ def _main_figures(rows: Sequence[dict[str, Any]], collections: Sequence[str], bm
             axes.text(0, i - 0.3, backbone, va="bottom", ha="left", fontsize=9)
             for row in of:
                 found = row["results"][collection]
-                y = i - 0.2 + 0.55 * arms.index(row["arm"]) / max(1, len(arms) - 1)
+                y = i - 0.2 + 0.55 * list(arms).index(row["arm"]) / max(1, len(arms) - 1)
                 axes.errorbar(
-                    found[METRIC], y, xerr=found[f"{METRIC} sd"] or 0, fmt=_MARKERS.get(row["arm"], "^"), color=_color(row["arm"], arms),
-                    capsize=3, label=row["arm"] if i == 0 else None,
+                    found[METRIC], y, xerr=found[f"{METRIC} sd"] or 0, fmt=_MARKERS.get(row["key"], "^"), color=_color(row["arm"], arms),
+                    capsize=3, label=row["arm"] if row is named[row["arm"]] else None,
                 )  # fmt: skip
         axes.axvline(bm25[collection][METRIC], color=_INK, linestyle=":", label="BM25")
         axes.set_ylim(len(groups) - 0.4, -0.6)
