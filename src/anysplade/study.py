@@ -31,7 +31,6 @@ from anysplade.backbones import BUNDLED
 from anysplade.cells import METRICS, Cell, collection_hash, read_anew, read_cell, read_collection, run_cell
 from anysplade.conclusions import summarize
 from anysplade.datasets import Collection, load_python_docs, write_collection
-from anysplade.devices import assigned_device
 from anysplade.errors import AnyspladeError, OptionError, OutputError, worker_died
 from anysplade.evaluation import evaluate
 from anysplade.files import write_whole
@@ -40,6 +39,7 @@ from anysplade.options import TrainingConfig
 from anysplade.provenance import provenance
 from anysplade.study_report import write_report
 from anysplade.training import duration, train
+from anysplade.workers import devices_of_workers, take_device
 
 logger = logging.getLogger(__name__)
 
@@ -309,9 +309,7 @@ def _run_cells(missing: Sequence[Cell], collections: tuple[str, ...], out: Path,
     """Run cells, several at a time; messages of those that failed."""
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    devices: Any = context.Queue()
-    for worker in range(workers):
-        devices.put(assigned_device(worker, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+    devices = devices_of_workers(context, workers)
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(min(workers, max(1, len(missing))), context, _begin_worker, (devices, threads)) as pool:
         futures = {pool.submit(run_cell, cell, collections, out): cell for cell in missing}
@@ -331,9 +329,7 @@ def _run_cells(missing: Sequence[Cell], collections: tuple[str, ...], out: Path,
 
 
 def _begin_worker(devices: Any, threads: int) -> None:
-    device = devices.get()
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    take_device(devices)
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", FutureWarning)
     for library in ("sentence_transformers", "anysplade"):  # of so many trainings; the findings are in the cells
