@@ -130,6 +130,24 @@ def test_killed_and_started_again(collection_folder, tmp_path, monkeypatch):
     assert not parts.exists()
 
 
+def test_a_miner_that_finds_nothing_at_all_is_not_asked_for_fewer(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"query": "?!", "positive": "kabel lodan"}\n')
+    with pytest.raises(
+        DataError, match="bm25 finds no document for any query, they have no words in common; try another"
+    ) as caught:
+        mine(str(tmp_path / "pairs.jsonl"), tmp_path / "a.jsonl", negatives=1)
+    assert "fewer" not in str(caught.value)
+    (tmp_path / "pairs.jsonl").write_text('{"query": "kabel", "positive": "kabel lodan"}\n')
+    with pytest.raises(DataError, match="no example has enough negatives; ask for fewer"):
+        mine(str(tmp_path / "pairs.jsonl"), tmp_path / "a.jsonl", negatives=1)
+
+
+def test_chinese(tmp_path):
+    rows = [("信息检索", "信息检索是一个分支"), ("首都北京", "北京是首都"), ("检索北京的信息", "在北京检索信息")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"query": q, "positive": p}) + "\n" for q, p in rows))
+    assert mine(str(tmp_path / "pairs.jsonl"), tmp_path / "mined.jsonl", negatives=1, margin=0).examples == 3
+
+
 def test_faults(backbone, collection_folder, tmp_path, cross_encoder):
     with pytest.raises(OptionError, match="negatives 0"):
         mine(str(collection_folder), tmp_path / "a.jsonl", negatives=0)

@@ -1,7 +1,13 @@
-"""BM25 as Lucene does it (k1 0.9, b 0.4), with English stop words and Porter's stemmer, by bm25s."""
+"""BM25 as Lucene does it (k1 0.9, b 0.4), with English stop words and Porter's stemmer, by bm25s.
+
+Scripts that put no spaces between words, and Korean, become overlapping pairs of characters, as in Lucene's CJK analyzer.
+"""
 
 import logging
+import re
+import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import bm25s
@@ -9,6 +15,22 @@ import numpy as np
 import Stemmer
 
 bm25s.logger.setLevel(logging.ERROR)  # importing it sets DEBUG
+
+# Letters and marks of these scripts, without their digits and punctuation, which end a run as they end a word.
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ece"  # Lao
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa76\uaa7a-\uaa7f"  # Myanmar
+    "\u1780-\u17d3\u17dc\u17dd"  # Khmer
+    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u3041-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Hiragana, Katakana
+    "\u3105-\u312f\u31a0-\u31bf"  # Bopomofo
+    "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb\uffa0-\uffdc"  # Hangul
+)
+_CHARACTER = rf"[{_UNSPACED}](?<=\w)(?:[{_UNSPACED}](?<!\w))*"  # a letter with its marks, which are not in \w
+_CHARACTERS = re.compile(_CHARACTER)
+_RUN = re.compile(rf"{_CHARACTER}(?:\u200b?{_CHARACTER})*")  # some texts mark words by spaces of no width, most do not
+_TOKEN = rf"(?u)[{_UNSPACED}]+|\b\w\w+\b"  # the second half is the default of bm25s
 
 
 class BM25:
@@ -25,7 +47,13 @@ class BM25:
             self._retriever.index(tokens, show_progress=False)
 
     def _tokens(self, texts: list[str]) -> Any:
-        return bm25s.tokenize(texts, stopwords="english", stemmer=self._stemmer, show_progress=False)
+        return bm25s.tokenize(
+            [_RUN.sub(_in_pairs, text) for text in texts],
+            token_pattern=_TOKEN,
+            stopwords="english",
+            stemmer=self._stemmer,
+            show_progress=False,
+        )
 
     def top(self, queries: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each query up to ``k`` documents of a score above 0, and the scores, the highest first."""
@@ -44,3 +72,9 @@ class BM25:
         if not tokens:
             return np.zeros(len(documents))
         return self._retriever.get_scores(tokens)[documents]
+
+
+def _in_pairs(run: re.Match[str]) -> str:
+    """Overlapping pairs of characters with spaces between; a character alone is a token too."""
+    characters = _CHARACTERS.findall(unicodedata.normalize("NFKC", run[0]))  # NFKC: half width is full width
+    return f" {' '.join(map(''.join, pairwise(characters))) or characters[0]} "

@@ -129,6 +129,8 @@ def evaluate(
     elif model == "bm25":
         bm25, everything = BM25(texts), np.arange(len(texts))
         rankings = [highest(bm25.score(query, everything), depth + bool(itself)) for query in collection.queries.values()]
+        if not any(len(found) for found, _ in rankings):
+            logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", collection.name)
         run = _as_run(rankings, list(collection.queries), ids, itself, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:

@@ -91,8 +91,12 @@ def mine(
     options = {"data": data, "miner": miner, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
     search = functools.cache(lambda: _searcher(miner, documents, depth, progress))  # a finished output needs none
 
+    found_any = False
+
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
+        nonlocal found_any
         for pair, (found, scores) in zip(part, search()([pair.query for pair in part]), strict=True):
+            found_any = found_any or len(found) > 0
             own = scores[found == position[pair.positive]]
             # A positive that is not ranked tells nothing about the others: the miner missed it.
             bound = (1 - margin) * own[0] if len(own) else np.inf
@@ -102,7 +106,18 @@ def mine(
             if len(keep) >= negatives:
                 yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in keep[:negatives]]}
 
-    return _in_blocks(Path(output).expanduser(), options, pairs, documents, block, progress, "mining")
+    mined = _in_blocks(Path(output).expanduser(), options, pairs, documents, block, progress, "mining")
+    if mined is None:
+        terms = "words" if miner == "bm25" else "active dims"
+        raise DataError(
+            f"{data}: no example has enough negatives"
+            + (
+                "; ask for fewer, look deeper, or give a larger --corpus"
+                if found_any
+                else f": {miner} finds no document for any query, they have no {terms} in common; try another --miner or --corpus"
+            )
+        )
+    return mined
 
 
 def score(
@@ -141,7 +156,9 @@ def score(
             row = {"query": pair.query, "positive": pair.positive, "negatives": pair.negatives}
             yield row | {"scores": [round(float(value), 5) for value in scores]}
 
-    return _in_blocks(Path(output).expanduser(), options, pairs, documents, block, progress, "scoring")
+    scored = _in_blocks(Path(output).expanduser(), options, pairs, documents, block, progress, "scoring")
+    assert scored is not None  # each example has its scores
+    return scored
 
 
 # ------------------------------------------------------------------------------ miners and teachers
@@ -193,7 +210,8 @@ def _in_blocks(
     block: Callable[[list[Pair]], Iterator[dict[str, Any]]],
     progress: bool,
     said: str,
-) -> Mined:
+) -> Mined | None:
+    """The result, which is on disk then; None, and nothing on disk, if no block gave a row."""
     record, parts = output.with_name(f"{output.name}.json"), output.with_name(f"{output.name}.parts")
     digest = hashlib.sha256(json.dumps([list(pairs), list(documents)]).encode()).hexdigest()
     about = options | {"data_hash": digest}
@@ -217,9 +235,7 @@ def _in_blocks(
     count = lines.count("\n")
     if not count:
         shutil.rmtree(parts)
-        raise DataError(
-            f"{options['data']}: no example has enough negatives; ask for fewer, look deeper, or give a larger --corpus"
-        )
+        return None
     mined = Mined(count, len(pairs) - count, about | {"provenance": provenance()})
     write_whole(output, lines)
     write_whole(record, json.dumps(mined.to_dict(), indent=2) + "\n")

@@ -1,0 +1,81 @@
+import re
+import unicodedata
+
+import bm25s
+import pytest
+import Stemmer
+
+from anysplade import Collection, Document, evaluate
+from anysplade import bm25 as module
+
+
+def tokens(text):
+    found = module.BM25([text])._tokens([text])
+    names = {i: token for token, i in found.vocab.items()}
+    return [names[i] for i in found.ids[0]]
+
+
+SPACED = [
+    "The quick brown foxes are jumping over 2 lazy dogs; e-mail: a.b@example.com, x_1 C++ 3.14 AT&T don't",
+    "Größe naïve Übermäßigkeit, Œuvre, ΑΘΗΝΑΙ, Москва́ и деревни, İstanbul, שלום עולם, مرحبا بالعالم, नमस्ते दुनिया, བོད་ཡིག",
+    "tabs\tand\nlines\u200band\u00a0other\u3000spaces, ＦＵＬＬ ｗｉｄｔｈ, 😀 🐍",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", SPACED)
+def test_tokens_of_scripts_with_spaces_are_those_of_bm25s(text):
+    plain = bm25s.tokenize([text], stopwords="english", stemmer=Stemmer.Stemmer("porter"), show_progress=False)
+    names = {i: token for token, i in plain.vocab.items()}
+    assert tokens(text) == [names[i] for i in plain.ids[0]]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("信息检索。北京", ["信息", "息检", "检索", "北京"]),
+        ("我, 3月", ["我", "月"]),  # one character alone
+        ("Python编程 iPhone手机", ["python", "编程", "iphon", "手机"]),
+        ("東京に住む・カタカナ", ["東京", "京に", "に住", "住む", "カタ", "タカ", "カナ"]),
+        ("ﾊﾟｿｺﾝ", ["パソ", "ソコ", "コン"]),  # half width
+        ("한국어 정보", ["한국", "국어", "정보"]),
+        (unicodedata.normalize("NFD", "한국어 がか"), ["한국", "국어", "がか"]),
+        ("𠮷野家", ["𠮷野", "野家"]),  # beyond 16 bits
+        ("กินข้าว", ["กิน", "นข้", "ข้า", "าว"]),  # marks stay with their letters
+        ("ພາສາ", ["ພາ", "າສ", "ສາ"]),
+        ("ភាសា\u200bខ្មែរ", ["ភាសា", "សាខ្", "ខ្មែ", "មែរ"]),  # a space of no width is none
+        ("မြန်မာ။", ["မြန်", "န်မာ"]),
+    ],
+)
+def test_tokens_of_scripts_without_spaces(text, expected):
+    assert tokens(text) == expected
+
+
+def test_a_run_is_of_letters_and_marks():
+    """Digits and punctuation end it, and no code point of another kind is in the ranges."""
+    of_runs = [chr(i) for i in range(0x110000) if re.fullmatch(f"[{module._UNSPACED}]", chr(i))]
+    assert {unicodedata.category(c)[0] for c in of_runs} <= {"L", "M", "N", "C"}
+    assert {unicodedata.category(c) for c in of_runs if unicodedata.category(c)[0] == "N"} == {"Nl"}  # such as 〇
+
+
+def collection(documents, queries):
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(len(queries))}
+    return Collection(
+        "c",
+        {f"d{i}": Document("", text) for i, text in enumerate(documents)},
+        {f"q{i}": text for i, text in enumerate(queries)},
+        qrels,
+    )
+
+
+def test_chinese_is_found(caplog):
+    documents = ["信息检索是计算机科学的一个分支。", "北京是中华人民共和国的首都。", "熊猫喜欢吃竹子。"]
+    found = evaluate("bm25", collection(documents, ["什么是信息检索", "中国首都北京", "熊猫吃什么"]), ["RR@10"])
+    assert found.metrics["RR@10"] == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("documents, queries", [(["🐍", "..."], ["a word"]), (["two words"], ["?", "的"])])
+def test_no_word_in_common_is_said(documents, queries, caplog):
+    assert evaluate("bm25", collection(documents, queries[: len(documents)]), ["RR@10"]).metrics["RR@10"] == 0
+    assert "bm25: no query of c has a word in common with a document, so every measure is 0" in caplog.text
