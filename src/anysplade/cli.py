@@ -24,7 +24,7 @@ from cyclopts.config import Dict
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
-from anysplade.errors import AnyspladeError, OptionError, UsageError
+from anysplade.errors import AnyspladeError, OptionError, OutputError, UsageError
 from anysplade.options import BiasPolicy, Choice, Precision, TrainingConfig
 
 app = App(
@@ -313,7 +313,10 @@ def index(
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
     options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray, "progress": _watched()}
     if to is not None:
-        sent = RemoteIndex.build(model, corpus, to, default_cache(), **options)
+        work = default_cache()
+        if work is None:
+            raise OutputError(f"--to {to}: the encoded corpus needs a folder on the way; set ANYSPLADE_CACHE to one")
+        sent = RemoteIndex.build(model, corpus, to, work, **options)
         found = {"documents": len(sent), "index": to}
         return _Shown(sent.about | found, [f"{len(sent):,} documents, at {to}", f'next: anysplade search {to} "your query"'])
     assert out is not None

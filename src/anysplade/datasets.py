@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ir_datasets
-
 from anysplade import python_docs
 from anysplade.errors import DataError, OutputError
 from anysplade.files import whole_folder
-from anysplade.sources import Place, hub_dataset, ir_dataset, is_hub_id, json_lines, lines, zip_folder
+from anysplade.sources import Place, hub_dataset, ir_dataset, ir_names, is_hub_id, json_lines, lines, zip_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +79,7 @@ def collection_names(source: str) -> list[str]:
     """The collections that a name stands for: itself, or with ``"nanobeir"`` its thirteen."""
     if source.lower() != NANO_BEIR:
         return [source]
-    names = (name for name in ir_datasets.registry if name.startswith("nano-beir/"))
-    return sorted(names)
+    return sorted(name for name in ir_names() if name.startswith("nano-beir/"))
 
 
 def load_collection(source: str | Path, split: str = "test", progress: bool = False) -> Collection:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -386,10 +387,20 @@ def _as_run(
     return run
 
 
-def default_cache() -> Path:
-    """Where the command keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder."""
-    folder = os.environ.get("ANYSPLADE_CACHE")
-    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anysplade"
+def default_cache() -> Path | None:
+    """Where the command keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
+
+    None, and a warning, if that cannot be written: a result needs no cache.
+    """
+    try:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home at all
+        logger.warning("vectors are not kept (%s); set ANYSPLADE_CACHE to a folder that can be written", error)
+        return None
+    return folder
 
 
 def _cache_folders(

@@ -25,6 +25,7 @@ from anysplade.backbones import BUNDLED
 from anysplade.errors import ModelError, OptionError
 from anysplade.options import BiasPolicy
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.sources import hub_advice
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ def _require_on_hub(name: str) -> None:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
     except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
-        raise ModelError(f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}") from error
+        said = f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}{hub_advice(error)}"
+        raise ModelError(said) from error
 
 
 def load_masked_lm(

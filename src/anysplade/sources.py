@@ -1,10 +1,13 @@
 """Files plain, gzipped and in zip archives; ir_datasets; datasets of the hub: opened, with faults in one line."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
+import os
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
-import ir_datasets
+from huggingface_hub.constants import HF_HOME
 
 from anysplade.errors import DataError
 
@@ -80,11 +83,54 @@ def zip_folder(path: Path) -> zipfile.Path:
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else root
 
 
+@functools.cache
+def _ir_datasets() -> tuple[Any, str]:
+    """The library, and why it has no folder for data, if so.
+
+    Importing it makes that folder. Where that fails, it is imported with one that is gone afterwards, so that it
+    still knows its ids: names of other things are then resolved as ever.
+    """
+    try:
+        home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
+        home.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home at all
+        fault = str(error)
+    else:
+        import ir_datasets
+
+        return ir_datasets, ""
+    before = {name: os.environ.get(name) for name in ("HOME", "IR_DATASETS_HOME")}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(dict.fromkeys(before, folder))
+        try:
+            import ir_datasets
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                os.environ.update({name: value} if value is not None else {})
+    return ir_datasets, fault
+
+
 def ir_dataset(name: str) -> Any:
-    """An ir_datasets dataset, or None if it knows no such id."""
+    """An ir_datasets dataset, or None if it knows no such id.
+
+    Raises:
+        DataError: it knows the id, but its folder for data cannot be made.
+    """
+    library, fault = _ir_datasets()
     with contextlib.suppress(KeyError):
-        return ir_datasets.load(name)
+        found = library.load(name)
+        if fault:
+            raise DataError(
+                f"{name}: ir_datasets has no folder for data ({fault}); set IR_DATASETS_HOME to one that can be written"
+            )
+        return found
     return None
+
+
+def ir_names() -> list[str]:
+    """The ids that ir_datasets knows."""
+    return list(_ir_datasets()[0].registry)
 
 
 def is_hub_id(name: str) -> bool:
@@ -109,5 +155,12 @@ def one_line(source: str | Path) -> Iterator[None]:
     except (DataError, GeneratorExit, KeyboardInterrupt):
         raise
     except Exception as error:
-        said = str(error.__cause__ or error).strip().splitlines()
-        raise DataError(f"{source}: cannot be read: {said[0] if said else type(error).__name__}") from error
+        cause = error.__cause__ or error
+        said = str(cause).strip().splitlines()
+        raise DataError(f"{source}: cannot be read: {said[0] if said else type(error).__name__}{hub_advice(cause)}") from error
+
+
+def hub_advice(error: BaseException) -> str:
+    """What to do about an error of the hub's libraries, if it is that their folder cannot be written."""
+    place = error.filename if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
+    return "; set HF_HOME to a folder that can be written" if place and str(place).startswith(HF_HOME) else ""
