@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -6,6 +8,7 @@ import pytest
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
+from anysplade import Document, Index
 from anysplade.cli import main
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
@@ -29,6 +32,50 @@ def call_json(call):
         return json.loads(out)
 
     return run
+
+
+def test_half_characters_stop_nothing(backbone, collection_folder, call, call_json, tmp_path, caplog):
+    """JSON and a command line can hold lone surrogates: in texts, ids and what is asked."""
+    folder = tmp_path / "c"
+    shutil.copytree(collection_folder, folder)
+    with open(folder / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "x\\ud83d", "title": "\\ud83d", "text": "kabel \\udc00"}\n')
+    queries = (folder / "queries.jsonl").read_text().replace('"text": "', '"text": "\\udfff ')
+    (folder / "queries.jsonl").write_text(queries)
+    with open(folder / "pairs.jsonl", "a") as file:
+        file.write('{"query": "lodan \\ud800", "positive": "\\ud800 kabel"}\n')
+    call_json("inspect", backbone, "--data", folder)
+    call_json("train", backbone, folder, "--out", tmp_path / "run", "--k", 1, "--shift", 0, *OPTIONS)
+    for model in (tmp_path / "run", "bm25"):
+        call_json("evaluate", model, folder, "--out", tmp_path / f"scores-{model == 'bm25'}")
+    caplog.clear()
+    call_json("index", tmp_path / "run", folder, "--out", tmp_path / "index")
+    assert caplog.text.count("half a character") == 1  # though the file is read twice
+    found = call_json("search", tmp_path / "index", "kabel \udcff", "--k", 41)
+    assert found["query"] == "kabel \udcff"
+    assert "x\ufffd" in {hit["id"] for hit in found["hits"]}
+    mined = tmp_path / "mined.jsonl"
+    assert call("mine", folder, "--corpus", folder, "--out", mined, "--negatives", 1, "--margin", 0)[0] == 0
+
+
+def test_half_characters_from_python_are_shown(backbone, call, call_json, tmp_path):
+    """An index keeps them; JSON has them escaped, and so has what a person reads."""
+    Index.build(backbone, {"x\ud83d": Document("", "kabel \udc00")}, tmp_path / "index").close()
+    found = call_json("search", tmp_path / "index", "kabel")
+    assert (found["hits"][0]["id"], found["hits"][0]["text"]) == ("x\ud83d", "kabel \udc00")
+    code, out, _ = call("search", tmp_path / "index", "kabel")
+    assert code == 0
+    assert "x\\ud83d" in out
+
+
+def test_output_in_an_encoding_without_these_characters(backbone, tmp_path):
+    """Escaped instead of a traceback; what is JSON stays JSON."""
+    Index.build(backbone, {"é中😀": Document("", "kabel é中😀")}, tmp_path / "index").close()
+    command = [sys.executable, "-m", "anysplade", "search", str(tmp_path / "index"), "kabel"]
+    options = {"capture_output": True, "env": os.environ | {"PYTHONIOENCODING": "ascii"}, "timeout": 120}
+    found = json.loads(subprocess.run([*command, "--json"], check=True, **options).stdout)
+    assert found["hits"][0]["id"] == "é中😀"
+    assert b"kabel" in subprocess.run(command, check=True, **options).stdout
 
 
 def test_from_backbone_to_search(backbone, collection_folder, call, call_json, tmp_path):

@@ -2,6 +2,7 @@ import gzip
 import json
 import shutil
 
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,9 +84,10 @@ def test_writing_into_a_full_folder_is_refused(folder):
         ("corpus.jsonl", "\n\n", "the corpus is empty"),
         ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', r"jsonl:2: the id 'a' stands already in line 1"),
         ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b"', r"jsonl:2: not valid JSON"),
-        ("corpus.jsonl", '{"_id": "a", "content": "x"}\n', r'jsonl:1: "text" is missing or no text \(the line has _id, content\)'),
+        ("corpus.jsonl", '{"_id": "a", "txt": "x"}\n', r'jsonl:1: "text" is missing or no text \(the line has _id, txt\)'),
         ("corpus.jsonl", '{"text": "x"}\n', r'jsonl:1: no "_id"'),
         ("corpus.jsonl", "[1]\n", r"jsonl:1: not a JSON object"),
+        ("queries.jsonl", "\n", r"queries\.jsonl: no query in it"),
         ("queries.jsonl", '{"_id": "q", "text": NaN}\n', r'queries\.jsonl:1: "text" is missing'),
         ("qrels/test.tsv", "", "no judgement"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tnope\t1\n", r"test\.tsv:2: the document 'nope' is not in corpus\.jsonl"),
@@ -174,6 +176,120 @@ def test_every_form_holds_the_same_collection(everywhere, backbone):
         assert is_collection(everywhere[form].removesuffix("/test"))
     assert not is_collection(backbone)
     assert read_corpus(everywhere["zip"]) == read_corpus("anysplade-tiny/test") == first.corpus
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "tsv with names", "parquet", "hub", "zip", "ir_datasets without the split"])
+def test_what_can_be_evaluated_can_be_read_as_a_corpus(form, everywhere, tmp_path):
+    first = load_collection(everywhere["folder"])
+    if form in everywhere:
+        assert read_corpus(everywhere[form]) == first.corpus
+        return
+    folder = tmp_path / "tables"
+    shutil.copytree(everywhere["folder"], folder)
+    kind = form.partition(" ")[0]
+    for name in ("corpus", "queries"):
+        frame = pandas.read_json(folder / f"{name}.jsonl", lines=True, dtype=False)
+        (folder / f"{name}.jsonl").unlink()
+        path = folder / f"{name}.{kind}"
+        if kind == "parquet":
+            frame.to_parquet(path)
+        else:
+            frame[["_id", "text"]].to_csv(path, index=False, sep="," if kind == "csv" else "\t", header=form != "tsv")
+    assert load_collection(folder).corpus == read_corpus(folder) == read_corpus(folder / f"corpus.{kind}") == first.corpus
+    assert load_collection(folder).queries == first.queries
+
+
+@pytest.mark.parametrize("names", [("pid", "passage"), ("docid", "contents"), ("id", "content"), ("doc_id", "abstract")])
+def test_common_names_of_columns(names, tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps(dict(zip(names, (7, "x"), strict=True))) + "\n")
+    assert read_corpus(tmp_path / "c.jsonl") == {"7": Document("", "x")}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("c.csv", "", "the corpus is empty"),
+        ("c.csv", "_id,text\n", "the corpus is empty"),
+        ("c.tsv", "_id\ttext\n", "the corpus is empty"),
+        ("c.csv", "_id,body text\n1,x\n", r'csv:2: "text" is missing or no text \(the line has _id, body text\)'),
+        ("c.csv", "name,text\n1,x\n", 'csv:2: no "_id"'),
+        ("c.tsv", "docid\tsentence\n1\tx\n", 'tsv:2: "text" is missing'),
+        ("c.csv", "_id,text\n,x\n", 'csv:2: no "_id"'),
+        ("c.csv", "_id,text\n1,x\n1,y\n", "csv:3: the id '1' stands already in line 2"),
+        ("c.jsonl", '{"_id": 1, "text": "x"}\n{"_id": "1", "text": "y"}\n', "jsonl:2: the id '1' stands already in line 1"),
+        ("c.jsonl", '{"_id": 1.5, "text": "x"}\n', r'jsonl:1: no "_id".*found: 1\.5'),
+        ("c.jsonl", '{"_id": "1", "contents": ["x"]}\n', 'jsonl:1: "contents" is missing or no text'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "title": ["a"]}\n', r'jsonl:1: "title" is \["a"\], no text'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "title": NaN}\n', 'jsonl:1: "title" is NaN, no text'),
+    ],
+)
+def test_faults_of_a_corpus_name_the_row(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_corpus(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_in_a_parquet_file(tmp_path):
+    pandas.DataFrame({"_id": ["a", "b"], "text": ["x", None]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r'c\.parquet:2: "text" is missing or no text'):
+        read_corpus(tmp_path / "c.parquet")
+    pandas.DataFrame({"_id": [1.0, None], "text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r'c\.parquet:1: no "_id".*found: 1\.0'):
+        read_corpus(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("form", ["beir", "trec"])
+def test_grades_that_are_whole_floats(form, folder):
+    path = folder / "qrels" / "test.tsv" if form == "beir" else folder / "qrels.txt"
+    line = "q\t{}\t{}\n" if form == "beir" else "q 0 {} {}\n"
+    if form == "trec":
+        shutil.rmtree(folder / "qrels")
+    path.write_text(line.format("a", "1.0") + line.format("b", "2e0") + line.format("a", "1"))
+    assert load_collection(folder).qrels == {"q": {"a": 1, "b": 2}}
+    for grade in ("1.5", "nan", "inf"):
+        path.write_text(line.format("a", grade))
+        with pytest.raises(DataError, match=rf":1: the score '{grade}' is not a whole number"):
+            load_collection(folder)
+    path.write_text(line.format("a", "1") + line.format("a", "0"))
+    with pytest.raises(DataError, match=r":2: 'a' is judged 0 for the query 'q', and 1 before; keep one"):
+        load_collection(folder)
+
+
+@pytest.mark.parametrize(
+    "judged, message",
+    [
+        ([{"query-id": "q", "corpus-id": "a", "score": 1.5}], "judgement 1: the score '1.5' is not a whole number"),
+        ([{"query": "q", "document": "a", "score": 1}], "judgement 1: no query-id and corpus-id"),
+    ],
+)
+def test_judgements_of_a_hub_dataset(judged, message, tmp_path):
+    tables = {"corpus": [{"_id": "a", "text": "x"}], "queries": [{"_id": "q", "text": "x"}], "qrels": judged}
+    make_repository(tmp_path / "hub", tables, "test")
+    with pytest.raises(DataError, match=message):
+        load_collection(tmp_path / "hub")
+
+
+def test_a_hub_folder_that_changed_or_has_the_name_of_another(tmp_path):
+    """The datasets library keeps rows of a folder under its last name alone."""
+    for folder, text in ((tmp_path / "a" / "hub", "one"), (tmp_path / "b" / "hub", "two")):
+        make_repository(folder, {"corpus": [{"_id": "d", "text": text}]})
+        assert read_corpus(folder) == {"d": Document("", text)}
+    shutil.rmtree(folder)
+    make_repository(folder, {"corpus": [{"_id": "d", "text": "three"}]})
+    assert read_corpus(folder) == {"d": Document("", "three")}
+
+
+def test_half_characters_in_a_collection_of_python(tmp_path):
+    """Texts are written as JSON has them; ids, which qrels would hold, cannot be."""
+    collection = Collection("c", {"a": Document("", "x \ud83d")}, {"q": "x"}, {"q": {"a": 1}})
+    write_collection(tmp_path / "c", collection)
+    assert load_collection(tmp_path / "c").corpus == {"a": Document("", "x \ufffd")}
+    odd = Collection("c", {"a\ud83d": Document("", "x")}, {"q": "x"}, {"q": {"a\ud83d": 1}})
+    with pytest.raises(OutputError, match="lone surrogate cannot stand in qrels"):
+        write_collection(tmp_path / "d", odd)
+    with pytest.raises(OutputError, match="a lone surrogate cannot stand in a run file"):
+        evaluate("bm25", odd, output=tmp_path / "scores")
 
 
 def test_nanobeir_is_thirteen_collections():

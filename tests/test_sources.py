@@ -1,7 +1,14 @@
+import gzip
 import json
 import os
 import subprocess
 import sys
+
+import pandas
+import pytest
+
+from anysplade import DataError
+from anysplade.sources import rows
 
 COMMANDS = """
 import json, sys
@@ -47,3 +54,57 @@ def test_a_home_that_cannot_be_written(backbone, collection_folder, tmp_path):
         error = [line for line in err.splitlines() if line.startswith("anysplade: ")]
         assert len(error) == 1
         assert f"set {variable} to" in error[0]
+
+
+def test_rows_of_tables_are_those_of_json(tmp_path):
+    """Cells of CSV and TSV are texts, whatever they look like; the number is that of a row's first line."""
+    texts = ["None", "NA", "null", "nan", "007", "1e5", "true", ' "quoted", with a comma', "two\nlines", "a\ttab", "x" * 200_000]
+    found = [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)]
+    frame = pandas.DataFrame(found)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name in ("a.jsonl", "a.csv", "a.csv.gz", "a.tsv", "a.parquet"):
+        assert [row for _, row in rows(tmp_path / name)] == found, name
+    assert [number for number, _ in rows(tmp_path / "a.csv")] == [*range(2, 11), 12, 13]
+
+
+def test_a_tsv_without_names_is_read_as_trec_has_it(tmp_path):
+    path = tmp_path / "c.tsv"
+    path.write_text('1\t"a mark that nobody closes\n\n2\tb\n')
+    assert list(rows(path, ["id"])) == [(1, {"_id": "1", "text": '"a mark that nobody closes'}), (3, {"_id": "2", "text": "b"})]
+    path.write_text("ID\ttext\n1\tb\n")
+    assert list(rows(path, ["id"])) == [(2, {"ID": "1", "text": "b"})]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('id,text\n1,"never closed\n2,b\n', ":2: not a valid table"),
+        ('id,text\n1,"closed" early\n', ":2: not a valid table"),
+        ("id,text\n1,a\n\n2,b,c\n", ":4: 3 columns, and the first line names 2"),
+        ("id,text\n1\n", ":2: 1 columns, and the first line names 2"),
+        ("id,text,text\n1,a,b\n", ":1: two columns have the same name"),
+    ],
+)
+def test_a_damaged_table_is_one_line(content, message, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(rows(tmp_path / "a.csv"))
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_is_replaced_and_said_once(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"_id": "whole \\ud83d\\ude00"}\n{"_id": "cut \\ud83d", "metadata": {"\\udc00": ["\\uDFFF"]}}\n{"_id": "\\ud83d"}\n'
+    )
+    assert [row for _, row in rows(path)] == [
+        {"_id": "whole 😀"},
+        {"_id": "cut \ufffd", "metadata": {"\ufffd": ["\ufffd"]}},
+        {"_id": "\ufffd"},
+    ]
+    assert len(caplog.records) == 1
+    assert "a.jsonl:2: half a character in it (a lone surrogate), read as U+FFFD; there are 2 such rows" in caplog.text

@@ -48,12 +48,59 @@ PAIR = {"query": "q", "positive": "p"}
             },
             [Pair("q", "T p", ("n",))],
         ),
+        (
+            {"query": "q", "pos": ["p"], "neg": ["n"], "pos_id": ["1"], "neg_id": ["2"], "prompt": "", "type": "normal"},
+            [Pair("q", "p", ("n",))],
+        ),
+        ({"query": "q", "pos": ["p"], "negs": ["n"]}, [Pair("q", "p", ("n",))]),
+        (
+            {
+                "question": "q",
+                "answers": ["a"],
+                "positive_ctxs": [{"title": "T", "text": "p"}],
+                "hard_negative_ctxs": [{"text": "n"}],
+            },
+            [Pair("q", "T p", ("n",))],
+        ),
+        (
+            {
+                "query": "q",
+                "query_id": 7,
+                "answers": ["a"],
+                "passages": {"is_selected": [0, 1, 0], "passage_text": ["n", "p", "m"], "url": ["", "", ""]},
+            },
+            [Pair("q", "p", ("n", "m"))],
+        ),
+        (
+            {"query": "q", "passages": [{"is_selected": 1, "passage_text": "p"}, {"is_selected": 0, "passage_text": "n"}]},
+            [Pair("q", "p", ("n",))],
+        ),
         ({"query": "😀😀", "positive": "🐍"}, [Pair("😀😀", "🐍")]),
         ({"query": "q " * 100_000, "positive": "p"}, [Pair("q " * 100_000, "p")]),
     ],
 )
 def test_layouts_of_a_row(row, pairs, tmp_path):
     assert load_pairs(write(tmp_path / "data.jsonl", row)) == pairs
+
+
+def test_a_query_without_a_selected_passage(tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    answered, unanswered = (
+        {"query": "q", "passages": [{"is_selected": s, "passage_text": t} for s, t in ((first, "p"), (0, "n"))]} for first in (1, 0)
+    )
+    path = write(tmp_path / "data.jsonl", unanswered, answered, unanswered)
+    assert load_pairs(path) == [Pair("q", "p", ("n",))]
+    assert "2 queries without a selected passage are left out" in caplog.text
+    with pytest.raises(DataError, match="no training pair in it"):
+        load_pairs(write(path, unanswered))
+
+
+def test_texts_and_scores_of_a_csv(tmp_path):
+    """A cell that looks like a number, or like none, is a text in a column of texts."""
+    path = write(tmp_path / "data.csv", "query,positive,negative,score", "2024,NA,null,1.5", "None,007,1e5,-2")
+    assert load_pairs(path) == [Pair("2024", "NA", ("null",), (1.5,)), Pair("None", "007", ("1e5",), (-2.0,))]
+    with pytest.raises(DataError, match=r'csv:2: "score" has "high", which is no finite number'):
+        load_pairs(write(path, "query,positive,negative,score", "q,p,n,high"))
 
 
 def test_columns_are_echoed(tmp_path, caplog):
@@ -105,6 +152,11 @@ def test_ids_with_their_texts_elsewhere(folder, tmp_path):
     assert load_pairs(path, texts=str(folder)) == [Pair("query", "T one", ("two",), (1.0, 0.0))]
     with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; say with --texts"):
         load_pairs(path)
+    for row in ({"query_id": "q", "positive": "d1"}, {"query": "q", "positive_id": "d1"}):  # else trained on as they stand
+        with pytest.raises(DataError, match=r'ids\.jsonl:1: "(positive|query)" is \'(d1|q)\', an id of --texts; name the column'):
+            load_pairs(write(path, row), texts=str(folder))
+    write(tmp_path / "ids.csv", "query_id,positive_id", "q,d1")
+    assert load_pairs(tmp_path / "ids.csv", texts=str(folder)) == [Pair("query", "T one")]
     write(path, {"query_id": "q", "positive_id": "d9"})
     with pytest.raises(DataError, match=r"ids\.jsonl:1: the document 'd9' is not in "):
         load_pairs(path, texts=str(folder))
@@ -122,6 +174,11 @@ def test_a_dataset_repository(tmp_path):
     repo = str(tmp_path / "repo")
     assert load_pairs(f"{repo}:texts") == [Pair("q", "p", ("n",))]
     assert load_pairs(f"{repo}:triplets") == [Pair("q1", "p10", ("p20",)), Pair("q2", "p20", ("p10",))]
+    make_repository(
+        tmp_path / "beir", {"queries": [{"_id": "q", "text": "query"}], "corpus": [{"_id": "a", "text": "p", "title": "T"}]}
+    )
+    path = write(tmp_path / "ids.jsonl", {"query_id": "q", "positive_id": "a"})
+    assert load_pairs(path, texts=str(tmp_path / "beir")) == [Pair("query", "T p")]  # by name, whatever their order
     with pytest.raises(DataError, match=r"cannot be read: .*nothing-such"):
         load_pairs(f"{repo}:nothing-such")
 

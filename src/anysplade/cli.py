@@ -7,6 +7,7 @@ mistake of the user's (one line says what and how to mend it), 1 a failure.
 import contextlib
 import difflib
 import functools
+import io
 import json as jsonlib
 import logging
 import os
@@ -56,8 +57,10 @@ def _command(function: Callable[..., _Shown]) -> Callable[..., None]:
             shown = function(*args, json=json, **kwargs)
         if not _first_process():
             return
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # half characters, and what a terminal's encoding lacks
         if json:
-            print(jsonlib.dumps(shown.data, indent=2, ensure_ascii=False))
+            print(_as_json(shown.data))
         else:
             console = Console(soft_wrap=True)
             for part in shown.text:
@@ -65,6 +68,16 @@ def _command(function: Callable[..., _Shown]) -> Callable[..., None]:
 
     app.command(run)
     return run
+
+
+def _as_json(data: dict[str, Any]) -> str:
+    """JSON in the characters that standard output can take: as they are, or else escaped."""
+    text = jsonlib.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return jsonlib.dumps(data, indent=2)
+    return text
 
 
 @_command
@@ -297,7 +310,7 @@ def index(
 
     Args:
         model: a sparse encoder's folder or hub id.
-        corpus: a JSONL or TSV file, a BEIR folder or zip, an ir_datasets id or python-docs.
+        corpus: a file (JSONL, CSV, TSV, Parquet), or any collection that evaluate takes.
         out: the index's folder.
         to: a server instead: qdrant://host:6333/name or opensearch://host:9200/name.
         precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.

@@ -8,6 +8,7 @@ layout: ``corpus.jsonl`` (``_id``, ``title``, ``text``), ``queries.jsonl`` (``_i
 import hashlib
 import json
 import logging
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from anysplade import python_docs
 from anysplade.errors import DataError, OutputError
 from anysplade.files import whole_folder
-from anysplade.sources import Place, hub_dataset, ir_dataset, ir_names, is_hub_id, json_lines, lines, zip_folder
+from anysplade.sources import Place, Row, hub_dataset, ir_dataset, ir_names, is_hub_id, lines, rows, whole_characters, zip_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,18 @@ class Collection:
 # ------------------------------------------------------------------------------------- loading
 
 NANO_BEIR = "nanobeir"  # thirteen collections at once
-_ID = ("_id", "id", "doc_id", "docid", "docno")
-_TEXT = ("text", "contents", "body")
+
+# The names a column may have; the first found is taken.
+ID_NAMES = ("_id", "id", "doc_id", "docid", "docno", "pid", "passage_id", "query_id", "qid")
+TEXT_NAMES = ("text", "contents", "content", "body", "passage", "abstract")
+QUERY_NAMES = ("text", "query", "question", "contents", "body")
 
 
 def is_collection(name: str) -> bool:
     """Whether a name is that of a collection rather than of a model or a run file."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return _found(path, _CORPUS) is not None or not any((path / f).exists() for f in ("config.json", "modules.json", "model"))
+        return has_corpus(path) or not any((path / f).exists() for f in ("config.json", "modules.json", "model"))
     if path.suffix == ".zip" or name.lower() in (PYTHON_DOCS, NANO_BEIR):
         return True
     return not path.exists() and any(ir_dataset(known) is not None for known in (name, f"{name}/test"))
@@ -86,8 +90,8 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
     """A collection, from whatever holds one.
 
     - a BEIR folder, or a zip of one: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``; files may be gzipped
-    - a TREC folder: a corpus (``corpus`` or ``collection`` or ``docs``, ``.jsonl`` or ``.tsv``), topics (``topics`` or
-      ``queries``, ``.tsv`` or TREC's ``<top>``) and qrels (``qrels*``, four columns)
+    - a TREC folder: a corpus (``corpus`` or ``collection`` or ``docs``, ``.jsonl``, ``.tsv``, ``.csv`` or ``.parquet``),
+      topics (``topics`` or ``queries``, likewise or TREC's ``<top>``) and qrels (``qrels*``, four columns)
     - an ir_datasets id (``msmarco-passage/trec-dl-2019/judged``; ``beir/scifact`` takes the split as its last part)
     - a dataset of the hub with the configs ``corpus``, ``queries`` and ``qrels`` or ``default``
     - ``"python-docs"``
@@ -121,7 +125,7 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
     if path.is_file() and path.suffix != ".zip":
         raise DataError(f"{path}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
     folder = zip_folder(path) if path.is_file() else path
-    if path.is_dir() and (path / "README.md").is_file() and not _found(path, _CORPUS):
+    if _is_hub_folder(path):
         return _hub_collection(str(path), split)
     corpus = read_corpus(folder)
     queries = read_queries(folder)
@@ -158,16 +162,16 @@ def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> di
     """
     corpus = dict(iter_corpus(source, progress=progress))
     if not corpus:
-        raise DataError(f"{source}: the corpus is empty; it needs one JSON object a line, with _id and text")
+        raise DataError(f"{source}: the corpus is empty; each row needs _id and text")
     return corpus
 
 
 def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> Iterator[tuple[str, Document]]:
-    """Ids and documents one after the other: of a JSONL or TSV file, of a folder or zip that holds a collection, of an
-    ir_datasets id, or of ``"python-docs"``. Of what was read only the ids stay in memory, to find one that stands twice.
+    """Ids and documents one after the other: of a file (JSONL, CSV, TSV or Parquet) or of whatever holds a collection, as
+    ``load_collection`` has it. Of what was read only the ids stay in memory, to find one that stands twice.
 
     Raises:
-        DataError: no such file, or a malformed line, which is named.
+        DataError: no such file, or a malformed row, which is named.
     """
     if isinstance(source, zipfile.Path):
         path: Place = source
@@ -177,32 +181,49 @@ def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> It
     else:
         path = Path(source).expanduser()
         if not path.exists():
-            known = ir_dataset(str(source))
-            if known is None:
-                raise DataError(f"{source}: no such corpus; give a BEIR folder, a JSONL file, an ir_datasets id or {PYTHON_DOCS!r}")
-            yield from _ir_corpus(known)
+            known = ir_dataset(str(source)) or ir_dataset(f"{source}/test")
+            if known is None and not is_hub_id(str(source)):
+                raise DataError(
+                    f"{source}: no such corpus; give a file, a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
+                )
+            yield from _hub_corpus(str(source)) if known is None else _ir_corpus(known)
+            return
+        if _is_hub_folder(path):
+            yield from _hub_corpus(str(path))
             return
         if path.is_file() and path.suffix == ".zip":
             path = zip_folder(path)
     file = _part(path, _CORPUS, "corpus.jsonl") if path.is_dir() else path
-    for id_, title, text, metadata in _texts_by_id(file):
-        yield id_, Document(title, text, metadata)
+    yield from _by_id(rows(file, ID_NAMES), file, TEXT_NAMES)
 
 
 def read_queries(folder: Place) -> dict[str, str]:
     """Texts by id, of a folder that holds a collection."""
     file = _part(folder, _QUERIES, "queries.jsonl")
-    with lines(file) as numbered:
-        sgml = next((line for _, line in numbered if line.strip()), "").lstrip().startswith("<")
-    if sgml:
+    text = ""
+    if file.name.removesuffix(".gz").endswith((".trec", ".txt")):
         with lines(file) as numbered:
-            return dict(_topics("\n".join(line for _, line in numbered), file))
-    return {id_: text for id_, _, text, _ in _texts_by_id(file)}
+            text = "\n".join(line for _, line in numbered)
+    sgml = text.lstrip().startswith("<")
+    queries = dict(_topics(text, file) if sgml else _query_texts(rows(file, ID_NAMES), file))
+    if not queries:
+        raise DataError(f"{file}: no query in it; each row needs _id and text")
+    return queries
+
+
+def _query_texts(numbered: Iterable[Row], source: object) -> Iterator[tuple[str, str]]:
+    return ((id_, document.text) for id_, document in _by_id(numbered, source, QUERY_NAMES))
 
 
 # In a folder: BEIR's names first, then those that TREC collections have.
-_CORPUS = ("corpus.jsonl", "corpus.tsv", "collection.jsonl", "collection.tsv", "docs.jsonl", "docs.tsv")
-_QUERIES = ("queries.jsonl", "queries.tsv", "topics.jsonl", "topics.tsv", "topics.trec", "topics.txt")
+_FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
+_CORPUS = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs") for form in _FORMS)
+_QUERIES = (*(f"{name}{form}" for name in ("queries", "topics") for form in _FORMS), "topics.trec", "topics.txt")
+
+
+def has_corpus(folder: Path) -> bool:
+    """Whether a folder holds a corpus."""
+    return _found(folder, _CORPUS) is not None
 
 
 def _found(folder: Place, names: Sequence[str]) -> Place | None:
@@ -217,40 +238,39 @@ def _part(folder: Place, names: Sequence[str], said: str) -> Place:
     return path
 
 
-def _texts_by_id(path: Place) -> Iterator[tuple[str, str, str, dict[str, Any] | None]]:
-    """Id, title, text and metadata of each line, in JSON or separated by tabs (id, text or id, title, text)."""
+def _is_hub_folder(path: Place) -> bool:
+    return path.is_dir() and (path / "README.md").is_file() and _found(path, _CORPUS) is None
+
+
+def _by_id(numbered: Iterable[Row], source: object, texts: Sequence[str]) -> Iterator[tuple[str, Document]]:
+    """The documents, or queries, of rows.
+
+    Args:
+        texts: names that the column of texts may have.
+
+    Raises:
+        DataError: a row without id or text, or an id that stands twice.
+    """
     seen: dict[str, int] = {}
-    for number, id_, title, text, metadata in _tab_rows(path) if ".tsv" in path.name else _json_rows(path):
+    for number, row in numbered:
+        place = f"{source}:{number}"
+        found = next((row[name] for name in ID_NAMES if row.get(name) is not None), None)
+        if not isinstance(found, str | int) or isinstance(found, bool) or found == "":
+            said = "" if found is None else f" (found: {json.dumps(found, default=str)[:40]}, no text and no whole number)"
+            raise DataError(f'{place}: no "_id"; each row needs _id and text{said}')
+        id_ = str(found)
         if id_ in seen:
-            raise DataError(f"{path}:{number}: the id {id_[:80]!r} stands already in line {seen[id_]}; ids must be unique")
+            raise DataError(f"{place}: the id {id_[:80]!r} stands already in line {seen[id_]}; ids must be unique")
         seen[id_] = number
-        yield id_, title, text, metadata
-
-
-Line = tuple[int, str, str, str, dict[str, Any] | None]
-
-
-def _json_rows(path: Place) -> Iterator[Line]:
-    for number, row in json_lines(path):
-        id_ = next((row[name] for name in _ID if name in row), None)
-        if not isinstance(id_, str | int) or isinstance(id_, bool) or id_ == "":
-            raise DataError(f'{path}:{number}: no "_id"; each line needs _id and text')
-        name = next((name for name in _TEXT if name in row), "text")
-        metadata = row.get("metadata") or None
-        if metadata is not None and not isinstance(metadata, dict):
-            raise DataError(f'{path}:{number}: "metadata" is no object; give names and values')
-        yield number, str(id_), str(row.get("title") or ""), _text(row, path, number, name), metadata
-
-
-def _tab_rows(path: Place) -> Iterator[Line]:
-    with lines(path) as numbered:
-        for number, line in numbered:
-            parts = line.split("\t")
-            if not line.strip():
-                continue
-            if not 2 <= len(parts) <= 3 or not parts[0]:
-                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, with a tab between")
-            yield number, parts[0], parts[1] if len(parts) == 3 else "", parts[-1], None
+        name = next((name for name in texts if name in row), "text")
+        text, title, metadata = row.get(name), row.get("title"), row.get("metadata") or None
+        if not isinstance(text, str):
+            raise DataError(f'{place}: "{name}" is missing or no text (the line has {", ".join(row) or "nothing"})')
+        if not isinstance(title, str | None):
+            raise DataError(f'{place}: "title" is {json.dumps(title, default=str)[:40]}, no text; give a text or leave it away')
+        if not isinstance(metadata, dict | None):
+            raise DataError(f'{place}: "metadata" is no object; give names and values')
+        yield id_, Document(title or "", text, metadata)
 
 
 def _topics(text: str, path: Place) -> Iterator[tuple[str, str]]:
@@ -281,19 +301,35 @@ def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict
             if len(parts) != (3 if beir else 4):
                 form = "query-id, corpus-id, score, with tabs between" if beir else "query, iteration, document, grade"
                 raise DataError(f"{path}:{number}: {len(parts)} columns; a line is {form}")
-            query_id, document_id, grade = parts[0], parts[-2], parts[-1].strip()
+            query_id, document_id = parts[0], parts[-2]
             for what, id_, known, file in (("query", query_id, queries, "queries"), ("document", document_id, corpus, "corpus")):
                 if beir and id_ not in known:
                     raise DataError(
                         f"{path}:{number}: the {what} {id_[:80]!r} is not in {file}.jsonl; add it there or remove the line"
                     )
-            try:
-                qrels.setdefault(query_id, {})[document_id] = int(grade)
-            except ValueError:
-                raise DataError(f"{path}:{number}: the score {grade[:40]!r} is not a whole number") from None
+            _judge(qrels, query_id, document_id, parts[-1].strip(), f"{path}:{number}")
     if not qrels:
         raise DataError(f"{path}: no judgement in it; each line is query-id, corpus-id, score")
     return qrels
+
+
+def _judge(qrels: dict[str, dict[str, int]], query_id: str, document_id: str, grade: Any, place: str) -> None:
+    """Add a judgement; ``1.0`` is 1.
+
+    Raises:
+        DataError: the grade is no whole number, or another than before.
+    """
+    try:
+        value = float(grade)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not value.is_integer():
+        raise DataError(f"{place}: the score {str(grade)[:40]!r} is not a whole number")
+    before = qrels.setdefault(query_id, {}).setdefault(document_id, int(value))
+    if before != value:
+        raise DataError(
+            f"{place}: {document_id[:80]!r} is judged {value:g} for the query {query_id[:80]!r}, and {before} before; keep one"
+        )
 
 
 def _ir_corpus(dataset: Any) -> Iterator[tuple[str, Document]]:
@@ -315,22 +351,29 @@ def _ir_qrels(dataset: Any) -> dict[str, dict[str, int]]:
 
 def _hub_collection(name: str, split: str) -> Collection:
     """Configs corpus and queries, of one split each; judgements in the config qrels or default."""
-    parts = {}
-    for side in ("corpus", "queries"):
-        splits = hub_dataset(name, side, split=None)
-        parts[side] = {str(row[next(c for c in _ID if c in row)]): row for row in next(iter(splits.values()))}
+    corpus, queries = dict(_hub_corpus(name)), dict(_query_texts(_hub_rows(name, "queries"), f"{name}:queries"))
     try:
         judged = hub_dataset(name, "qrels", split=None)
     except DataError:
         judged = hub_dataset(name, "default", split=None)
-    rows = judged[split] if split in judged else next(iter(judged.values())) if len(judged) == 1 else None
-    if rows is None:
+    found = judged[split] if split in judged else next(iter(judged.values())) if len(judged) == 1 else None
+    if found is None:
         raise DataError(f"{name}: no split {split!r} (splits found: {', '.join(judged)}); choose one with --split")
     qrels: dict[str, dict[str, int]] = {}
-    for row in rows:
-        qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row.get("score", 1))
-    corpus = {id_: Document(row.get("title") or "", row["text"]) for id_, row in parts["corpus"].items()}
-    return _checked(name.rstrip("/").rpartition("/")[2], corpus, {id_: row["text"] for id_, row in parts["queries"].items()}, qrels)
+    for number, row in enumerate(found, 1):
+        place = f"{name}, judgement {number}"
+        if not {"query-id", "corpus-id"} <= row.keys():
+            raise DataError(f"{place}: no query-id and corpus-id (found: {', '.join(row)}); its columns must have these names")
+        _judge(qrels, str(row["query-id"]), str(row["corpus-id"]), row.get("score", 1), place)
+    return _checked(name.rstrip("/").rpartition("/")[2], corpus, queries, qrels)
+
+
+def _hub_rows(name: str, side: str) -> Iterator[Row]:
+    return enumerate(next(iter(hub_dataset(name, side, split=None).values())), 1)
+
+
+def _hub_corpus(name: str) -> Iterator[tuple[str, Document]]:
+    return _by_id(_hub_rows(name, "corpus"), f"{name}:corpus", TEXT_NAMES)
 
 
 def load_python_docs(packages: Iterable[str] = python_docs.PACKAGES, progress: bool = False) -> tuple[Collection, list[Pair]]:
@@ -371,18 +414,18 @@ def write_collection(folder: str | Path, collection: Collection, pairs: Iterable
             file.write("query-id\tcorpus-id\tscore\n")
             for query_id, grades in collection.qrels.items():
                 for document_id, grade in grades.items():
-                    if {"\t", "\n", "\r"} & set(query_id + document_id):
-                        raise OutputError(
-                            f"ids {query_id!r}, {document_id!r}: a tab or line break cannot stand in qrels; rename them"
-                        )
+                    joined = query_id + document_id
+                    if {"\t", "\n", "\r"} & set(joined) or joined != whole_characters(joined):
+                        fault = "a tab, line break or lone surrogate cannot stand in qrels"
+                        raise OutputError(f"ids {query_id!r}, {document_id!r}: {fault}; rename them")
                     file.write(f"{query_id}\t{document_id}\t{grade}\n")
-        rows = [{key: value for key, value in pair._asdict().items() if value} for pair in pairs]
-        if rows:
-            _write_jsonl(work / "pairs.jsonl", rows)
+        examples = [{key: value for key, value in pair._asdict().items() if value} for pair in pairs]
+        if examples:
+            _write_jsonl(work / "pairs.jsonl", examples)
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate is escaped as in JSON
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -393,11 +436,3 @@ def hash_texts(texts: Iterable[str]) -> str:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def _text(row: dict[str, Any], path: Place, number: int, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        found = ", ".join(row) or "nothing"
-        raise DataError(f'{path}:{number}: "{key}" is missing or no text (the line has {found})')
-    return value

@@ -19,6 +19,7 @@ from anysplade.errors import ModelError
 from anysplade.files import write_whole
 from anysplade.options import Precision
 from anysplade.pooling import native_bfloat16
+from anysplade.sources import whole_characters
 
 _CHUNK = 4096  # texts that are sorted by length among themselves
 _SHARD = 1024  # the same, where each such part is a file
@@ -57,7 +58,7 @@ def encode(
     size = _CHUNK if cache is None else _SHARD
     with tqdm(total=len(texts), desc=f"encoding {role} texts", unit="text", disable=not progress, leave=False) as bar:
         for start in range(0, len(texts), size):
-            chunk = list(texts[start : start + size])
+            chunk = [whole_characters(text) for text in texts[start : start + size]]  # tokenizers take no others
             kept = cache and cache / f"{start:012}.npz"
             block = kept and _read_block(kept)
             if block is not None:

@@ -29,7 +29,7 @@ from anysplade.head import resolve_model
 from anysplade.options import Precision
 from anysplade.postings import Postings, highest
 from anysplade.provenance import provenance
-from anysplade.sources import lines
+from anysplade.sources import lines, whole_characters
 
 logger = logging.getLogger(__name__)
 
@@ -357,8 +357,9 @@ def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
 def _require_trec_ids(collection: Collection) -> None:
     for what, ids in (("query", collection.queries), ("document", collection.corpus)):
         for id_ in ids:
-            if len(id_.split()) != 1 or id_.split()[0] != id_:
-                raise OutputError(f"{what} id {id_[:80]!r}: white space cannot stand in a run file; rename it, or leave --out away")
+            if id_.split() != [id_] or id_ != whole_characters(id_):
+                fault = "white space" if id_.split() != [id_] else "a lone surrogate"
+                raise OutputError(f"{what} id {id_[:80]!r}: {fault} cannot stand in a run file; rename it, or leave --out away")
 
 
 # ----------------------------------------------------------------------------------------- parts

@@ -114,7 +114,7 @@ def encode_corpus(
             shards.append(shard)
             bar.update(shard["documents"])
     if not shards:
-        raise DataError(f"{corpus}: the corpus is empty; it needs one JSON object a line, with _id and text")
+        raise DataError(f"{corpus}: the corpus is empty; each row needs _id and text")
     shards.sort(key=lambda shard: shard["number"])
     manifest = about | {
         "documents": sum(shard["documents"] for shard in shards),

@@ -1,16 +1,19 @@
-"""Files plain, gzipped and in zip archives; ir_datasets; datasets of the hub: opened, with faults in one line."""
+"""Rows of files, plain, gzipped and in zip archives; ir_datasets; datasets of the hub: read, with faults in one line."""
 
 import contextlib
+import csv
 import functools
 import gzip
+import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +22,14 @@ from huggingface_hub.constants import HF_HOME
 
 from anysplade.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 Place = Path | zipfile.Path
+Row = tuple[int, dict[str, Any]]  # its number, from 1, and its columns
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, and documents are longer
 
 
 def open_text(path: Place) -> TextIO:
@@ -52,8 +62,82 @@ def lines(path: Place) -> Iterator[Iterator[tuple[int, str]]]:
         raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut off; fetch it again") from None
 
 
-def json_lines(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects; blank lines are passed over."""
+def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
+    """The rows of a JSONL file or, by its name, of a CSV, TSV or Parquet table. The number is that of a row's first line.
+
+    Cells of CSV and TSV are texts, and the first line names the columns. TREC's TSV files have no such line: given the
+    names that a column of ids may have, a TSV without any of them at its top is id and text or id, title and text,
+    and quotation marks in it mean nothing.
+
+    Raises:
+        DataError: a row that cannot be read.
+    """
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+    elif name.endswith(".csv"):
+        yield from _table_rows(path, ",")
+    elif name.endswith(".tsv"):
+        with lines(path) as numbered:
+            first = next((line for _, line in numbered if line.strip()), "")
+        named = not ids or any(cell.strip(' "').lower() in ids for cell in first.split("\t"))
+        yield from _table_rows(path, "\t") if named else _trec_rows(path)
+    else:
+        yield from _json_rows(path)
+
+
+def _parquet_rows(path: Place) -> Iterator[Row]:
+    if not isinstance(path, Path):
+        raise DataError(f"{path}: Parquet in a zip archive cannot be read; unpack the archive")
+    with one_line(path):
+        yield from enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1)
+
+
+def _table_rows(path: Place, delimiter: str) -> Iterator[Row]:
+    with lines(path) as numbered:
+        reader = csv.reader((f"{line}\n" for _, line in numbered), delimiter=delimiter, strict=True)
+        names: list[str] = []
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}:{number}: not a valid table ({error}); close each quotation mark, double those inside"
+                ) from None
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if not names:
+                names = [cell.strip() for cell in cells]
+                if len(set(names)) < len(names):
+                    raise DataError(f"{path}:{number}: two columns have the same name; the first line must name each column")
+                continue
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{path}:{number}: {len(cells)} columns, and the first line names {len(names)}; give each row as many"
+                )
+            yield number, dict(zip(names, cells, strict=True))
+
+
+def _trec_rows(path: Place) -> Iterator[Row]:
+    with lines(path) as numbered:
+        for number, line in numbered:
+            parts = line.split("\t")
+            if not line.strip():
+                continue
+            if not 2 <= len(parts) <= 3:
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, with a tab between")
+            yield number, dict(zip(("_id", "title", "text") if len(parts) == 3 else ("_id", "text"), parts, strict=True))
+
+
+def _json_rows(path: Place) -> Iterator[Row]:
+    """Line numbers and objects; blank lines are passed over.
+
+    JSON can hold half a character, a lone surrogate, which no tokenizer and no file of UTF-8 takes; it becomes U+FFFD.
+    """
+    halved: list[int] = []
     with lines(path) as numbered:
         for number, line in numbered:
             if not line.strip():
@@ -66,7 +150,21 @@ def json_lines(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise DataError(f"{path}:{number}: JSON that cannot be read: a number too long, or nested too deep") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: not a JSON object; each line must be one")
+            if "\\u" in line:
+                content = json.dumps(row, ensure_ascii=False)
+                if content != (whole := whole_characters(content)):
+                    row = json.loads(whole)
+                    halved.append(number)
             yield number, row
+    if halved:
+        logger.warning(
+            "%s:%d: half a character in it (a lone surrogate), read as U+FFFD; there are %d such rows", path, halved[0], len(halved)
+        )
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 def zip_folder(path: Path) -> zipfile.Path:
@@ -144,7 +242,18 @@ def hub_dataset(name: str, config: str | None, split: str | None = "train", stre
         DataError: whatever the datasets library has against it.
     """
     with one_line(f"{name}:{config}" if config else name):
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        cache = _folder_cache(Path(name)) if Path(name).is_dir() else None
+        return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache)
+
+
+def _folder_cache(folder: Path) -> str:
+    """Where the rows of a folder are kept, by its path and files.
+
+    The datasets library tells folders apart by their last name alone: another one, or changed files, gave the old rows.
+    """
+    files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
+    key = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in files])
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / hashlib.sha256(key.encode()).hexdigest()[:32])
 
 
 @contextlib.contextmanager

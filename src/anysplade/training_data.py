@@ -8,6 +8,9 @@ by their names, in any of these forms; a line of JSON is a row, and so is a row 
 - scored: ``scores`` of the positive and then of each negative, or ``score``, the margin of the one negative
 - lists: ``query``, ``documents``, ``scores``; the document of the highest score is the positive
 - ids instead of texts: ``query_id``, ``positive_id``, ``negative_ids``, ``doc_ids``, with the texts elsewhere
+- MS MARCO's: ``query`` and ``passages`` with ``passage_text`` and ``is_selected``, which tells positives from negatives
+
+So rows of FlagEmbedding, sentence-transformers, Tevatron and DPR are read as they are.
 """
 
 import functools
@@ -24,23 +27,36 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from anysplade.datasets import PYTHON_DOCS, Pair, load_collection, load_python_docs, read_corpus, read_queries
+from anysplade.datasets import (
+    ID_NAMES,
+    PYTHON_DOCS,
+    QUERY_NAMES,
+    TEXT_NAMES,
+    Document,
+    Pair,
+    has_corpus,
+    load_collection,
+    load_python_docs,
+    read_corpus,
+    read_queries,
+)
 from anysplade.errors import DataError
 from anysplade.files import write_whole
-from anysplade.sources import hub_dataset, ir_dataset, is_hub_id, json_lines, one_line
+from anysplade.sources import hub_dataset, ir_dataset, is_hub_id, one_line, rows, whole_characters
 
 logger = logging.getLogger(__name__)
 
-_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}  # by datasets' loaders
-
 # The names a column may have; the first found is taken. "id" stands for ids whose texts lie elsewhere.
 _NAMES = {
-    "query": ("query", "anchor", "question"),
+    "query": ("query", "anchor", "question", "query_text"),
     "query id": ("query_id", "qid"),
-    "positive": ("positive", "positives", "pos", "positive_passages", "document", "passage", "answer", "response"),
-    "positive id": ("positive_id", "positive_ids", "pos_id", "doc_id"),
-    "negative": ("negative", "negatives", "neg", "negative_passages"),
-    "negative id": ("negative_id", "negative_ids", "neg_ids"),
+    "positive": (
+        *("positive", "positives", "pos", "positive_passages", "positive_ctxs"),
+        *("document", "passage", "answer", "response"),
+    ),
+    "positive id": ("positive_id", "positive_ids", "pos_id", "positive_document_ids", "doc_id"),
+    "negative": ("negative", "negatives", "neg", "negs", "negative_passages", "hard_negative_ctxs", "negative_ctxs"),
+    "negative id": ("negative_id", "negative_ids", "neg_id", "neg_ids", "negative_document_ids"),
     "documents": ("documents", "passages"),
     "documents id": ("doc_ids", "document_ids", "passage_ids"),
     "scores": ("scores", "score", "labels", "label"),
@@ -75,13 +91,17 @@ def read_pairs(
     Raises:
         DataError: nothing to train on, or a row that cannot be used; the message names file and line.
     """
-    rows, own_texts = _open(str(source), progress)
+    found, own_texts = _open(str(source), progress)
     lookup = _Lookup(functools.partial(_texts, texts) if texts else own_texts, bool(texts))
     columns: dict[str, Any] = {}
     named: set[str] = set()
     expected = None
-    for place, given in rows:
-        row = {name: value for name, value in given.items() if value is not None}
+    unanswered = 0
+    for place, given in found:
+        row = _by_selection({name: value for name, value in given.items() if value is not None})
+        if row is None:
+            unanswered += 1
+            continue
         if not columns:
             columns = _find_columns(row, place)
             named = _known(row)
@@ -96,8 +116,27 @@ def read_pairs(
                     f"{place}: {_describe(_shape(pair))}, the rows before have {_describe(expected)}; {_mend(negatives)}"
                 )
             yield pair
+    if unanswered:
+        logger.info("%s: %d queries without a selected passage are left out", source, unanswered)
     if expected is None:
         raise DataError(f"{source}: no training pair in it; each row needs query and positive")
+
+
+def _by_selection(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row of MS MARCO as one of positives and negatives, None if it has no positive; any other row as it is."""
+    passages = row.get("passages")
+    if isinstance(passages, dict):  # a list for each column
+        found, selected = passages.get("passage_text"), passages.get("is_selected")
+        if not isinstance(found, list) or not isinstance(selected, list) or len(found) != len(selected):
+            return row
+        passages = [{"passage_text": text, "is_selected": chosen} for text, chosen in zip(found, selected, strict=True)]
+    if not isinstance(passages, list) or not passages or not all(isinstance(p, dict) and "is_selected" in p for p in passages):
+        return row
+    texts: dict[bool, list[Any]] = {True: [], False: []}
+    for passage in passages:
+        texts[bool(passage["is_selected"])].append(passage.get("passage_text"))
+    rest = {name: value for name, value in row.items() if name != "passages"}
+    return rest | {"positive": texts[True], "negative": texts[False]} if texts[True] else None
 
 
 def _known(row: dict[str, Any]) -> set[str]:
@@ -278,15 +317,22 @@ def _text(value: Any, role: str, name: str, lookup: "_Lookup", place: str) -> st
         raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need --texts to be looked up in')
     if not value.strip():
         raise DataError(f'{place}: "{name}" is an empty text; remove the row or give it one')
-    return value
+    if lookup.given and lookup.has(role, value):
+        raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of --texts; name the column "{_NAMES[f"{role} id"][0]}"')
+    return whole_characters(value)
 
 
 def _scores(row: dict[str, Any], name: str, place: str) -> list[float]:
     values = _listed(row[name])
+    scores = []
     for value in values:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        try:
+            scores.append(math.nan if isinstance(value, bool) else float(value))  # a cell of a table is a text
+        except (TypeError, ValueError, OverflowError):
+            scores.append(math.nan)
+        if not math.isfinite(scores[-1]):
             raise DataError(f'{place}: "{name}" has {json.dumps(value, default=str)[:40]}, which is no finite number')
-    return [float(value) for value in values]
+    return scores
 
 
 # ----------------------------------------------------------------------------------- texts of ids
@@ -318,12 +364,16 @@ class _Lookup:
             raise DataError(f"{place}: the {what} {str(id_)!r} is not in {texts.name}") from None
         if not text.strip():
             raise DataError(f"{place}: the {what} {str(id_)!r} has an empty text in {texts.name}")
-        return text
+        return whole_characters(text)
+
+    def has(self, role: str, id_: str) -> bool:
+        texts = self._open()
+        return texts is not None and id_ in (texts.queries if role == "query" else texts.documents)
 
 
 def _texts(source: str) -> _Texts:
     path = Path(source).expanduser()
-    if (path / "corpus.jsonl").is_file():
+    if has_corpus(path):
         return _beir_texts(path)
     known = ir_dataset(source)
     if known is not None:
@@ -336,15 +386,21 @@ def _beir_texts(folder: Path) -> _Texts:
 
 
 class _Stored(Mapping[str, str]):
-    """Texts in a memory-mapped table, found by a dictionary from id to row."""
+    """Texts, with their titles, in a memory-mapped table, found by a dictionary from id to row.
 
-    def __init__(self, table: Any) -> None:
-        id_column, text_column = table.column_names[0], table.column_names[-1]
-        self._texts = table[text_column]
-        self._rows = {str(id_): i for i, id_ in enumerate(table[id_column])}
+    Columns without a known name: ids are the first, texts the last.
+    """
+
+    def __init__(self, table: Any, names: Sequence[str]) -> None:
+        columns = table.column_names
+        self._table = table
+        self._text = next((name for name in names if name in columns), columns[-1])
+        ids = table[next((name for name in ID_NAMES if name in columns), columns[0])]
+        self._rows = {str(id_): i for i, id_ in enumerate(ids)}
 
     def __getitem__(self, id_: str) -> str:
-        return self._texts[self._rows[id_]]
+        row = self._table[self._rows[id_]]
+        return Document(row.get("title") or "", row[self._text]).full_text
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -355,7 +411,9 @@ class _Stored(Mapping[str, str]):
 
 def _hub_texts(source: str) -> _Texts:
     name = _hub_name(source)[0]
-    return _Texts(source, _Stored(_hub_rows(name, "queries", False)), _Stored(_hub_rows(name, "corpus", False)))
+    return _Texts(
+        source, _Stored(_hub_rows(name, "queries", False), QUERY_NAMES), _Stored(_hub_rows(name, "corpus", False), TEXT_NAMES)
+    )
 
 
 class _Documents(Mapping[str, str]):
@@ -387,15 +445,13 @@ def _open(source: str, progress: bool) -> tuple[Iterable[Row], Callable[[], _Tex
     if source == PYTHON_DOCS:
         pairs = load_python_docs(progress=progress)[1]
         return ((f"{source}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), _nowhere
-    if path.is_file() and path.suffix in _TABLES:
-        return _table_rows(path), _nowhere
     if path.is_file():
-        return _json_rows(path), functools.partial(_beside, path.parent)
+        return _file_rows(path), functools.partial(_beside, path.parent)
     if (path / "pairs.jsonl").is_file():
-        return _json_rows(path / "pairs.jsonl"), functools.partial(_beside, path)
+        return _file_rows(path / "pairs.jsonl"), functools.partial(_beside, path)
     if (path / "qrels" / "train.tsv").is_file():
         return _qrels_rows(path), _nowhere
-    if (path / "corpus.jsonl").is_file() or (path.is_dir() and not any(path.rglob("*.*"))):
+    if has_corpus(path) or (path.is_dir() and not any(path.rglob("*.*"))):
         raise DataError(f"{path}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
     known = None if path.exists() else ir_dataset(source)
     if known is not None:
@@ -409,18 +465,11 @@ def _nowhere() -> None:
 
 
 def _beside(folder: Path) -> _Texts | None:
-    return _beir_texts(folder) if (folder / "corpus.jsonl").is_file() else None
+    return _beir_texts(folder) if has_corpus(folder) else None
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    return ((f"{path}:{number}", row) for number, row in json_lines(path))
-
-
-def _table_rows(path: Path) -> Iterator[Row]:
-    options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-    with one_line(path):
-        table = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True, **options)
-    return _numbered(str(path), table)
+def _file_rows(path: Path) -> Iterator[Row]:
+    return ((f"{path}:{number}", row) for number, row in rows(path))
 
 
 def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
