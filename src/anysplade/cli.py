@@ -529,9 +529,7 @@ def _config_file(arguments: Sequence[str]) -> list[Dict]:
     argument, following = arguments[named[-1]], arguments[named[-1] + 1 : named[-1] + 2]
     path = Path(argument.partition("=")[2] if "=" in argument else "".join(following)).expanduser()
     options = _read_options(path, "--config")
-    given = {
-        "out" if name == "output" else name.replace("_", "-"): value for name, value in options.items() if value not in (None, [])
-    }
+    given = {"out" if name == "output" else name.replace("_", "-"): value for name, value in options.items()}
     return [Dict(data=given, use_commands_as_keys=False, source=str(path))]
 
 
