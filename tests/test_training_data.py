@@ -33,6 +33,24 @@ PAIR = {"query": "q", "positive": "p"}
         (PAIR | {"negative": "n", "score": 3}, [Pair("q", "p", ("n",), (3.0,))]),
         (PAIR | {"negatives": ["n", "m"], "scores": [3, 1.5, 1]}, [Pair("q", "p", ("n", "m"), (3.0, 1.5, 1.0))]),
         ({"query": "q", "documents": ["a", "b", "c"], "scores": [0.1, 3, 2]}, [Pair("q", "b", ("c", "a"), (3.0, 2.0, 0.1))]),
+        # a teacher's scores may be negative; two positives and a negative may have one each
+        ({"query": "q", "documents": ["a", "b"], "scores": [-3, -2]}, [Pair("q", "b", ("a",), (-2.0, -3.0))]),
+        (PAIR | {"negative": "n", "label": -1.5}, [Pair("q", "p", ("n",), (-1.5,))]),
+        (
+            {"query": "q", "pos": ["p", "r"], "neg": ["n"], "scores": [3, 4, 1]},
+            [Pair("q", "p", ("n",), (3.0, 1.0)), Pair("q", "r", ("n",), (4.0, 1.0))],
+        ),
+        # labels say which documents are answers
+        (PAIR | {"label": 1}, [Pair("q", "p")]),
+        ({"query": "q", "positives": ["p", "r", "s"], "labels": [2, 0, 1]}, [Pair("q", "p"), Pair("q", "s")]),
+        (
+            {"query": "q", "documents": ["a", "b", "c"], "labels": [1, 0, 2]},
+            [Pair("q", "c", ("b",), (2.0, 0.0)), Pair("q", "a", ("b",), (1.0, 0.0))],
+        ),
+        (
+            {"query": "q", "documents": ["a", "b", "c"], "labels": [1, 0, 0], "scores": [7, 8, 9]},
+            [Pair("q", "a", ("c", "b"), (7.0, 9.0, 8.0))],
+        ),
         # FlagEmbedding's and Tevatron's layouts
         ({"query": "q", "pos": ["p", "r"], "neg": ["n"]}, [Pair("q", "p", ("n",)), Pair("q", "r", ("n",))]),
         (
@@ -69,11 +87,11 @@ PAIR = {"query": "q", "positive": "p"}
                 "answers": ["a"],
                 "passages": {"is_selected": [0, 1, 0], "passage_text": ["n", "p", "m"], "url": ["", "", ""]},
             },
-            [Pair("q", "p", ("n", "m"))],
+            [Pair("q", "p", ("n", "m"), (1.0, 0.0, 0.0))],
         ),
         (
             {"query": "q", "passages": [{"is_selected": 1, "passage_text": "p"}, {"is_selected": 0, "passage_text": "n"}]},
-            [Pair("q", "p", ("n",))],
+            [Pair("q", "p", ("n",), (1.0, 0.0))],
         ),
         ({"query": "😀😀", "positive": "🐍"}, [Pair("😀😀", "🐍")]),
         ({"query": "q " * 100_000, "positive": "p"}, [Pair("q " * 100_000, "p")]),
@@ -89,8 +107,8 @@ def test_a_query_without_a_selected_passage(tmp_path, caplog):
         {"query": "q", "passages": [{"is_selected": s, "passage_text": t} for s, t in ((first, "p"), (0, "n"))]} for first in (1, 0)
     )
     path = write(tmp_path / "data.jsonl", unanswered, answered, unanswered)
-    assert load_pairs(path) == [Pair("q", "p", ("n",))]
-    assert "2 queries without a selected passage are left out" in caplog.text
+    assert load_pairs(path) == [Pair("q", "p", ("n",), (1.0, 0.0))]
+    assert "2 of 3 rows left out: their labels are 0 or below" in caplog.text
     with pytest.raises(DataError, match="no training pair in it"):
         load_pairs(write(path, unanswered))
 
@@ -103,10 +121,46 @@ def test_texts_and_scores_of_a_csv(tmp_path):
         load_pairs(write(path, "query,positive,negative,score", "q,p,n,high"))
 
 
+@pytest.mark.parametrize(
+    "relevant, irrelevant",
+    [
+        (PAIR | {"label": 1}, PAIR | {"label": 0}),
+        (PAIR | {"label": 1}, PAIR | {"label": -1}),
+        (PAIR | {"score": 0.5}, PAIR | {"score": 0.0}),
+        (PAIR | {"score": 0.5, "label": 1}, PAIR | {"score": 0.5, "label": 0}),
+        ({"query": "q", "positives": ["p"], "labels": [1]}, {"query": "q", "positives": ["a", "b"], "labels": [0, 0]}),
+        (
+            {"query": "q", "positives": ["p"], "negatives": [], "label": 1},
+            {"query": "q", "positives": ["p"], "negatives": [], "label": 0},
+        ),
+        ({"query": "q", "documents": ["p"], "labels": [1]}, {"query": "q", "documents": ["a", "b"], "labels": [0, -1]}),
+        ({"query": "q", "documents": ["p"], "labels": [1]}, {"query": "q", "documents": ["a", "b"], "labels": [0, 0]}),
+    ],
+)
+def test_a_document_that_is_labelled_no_answer_is_no_positive(relevant, irrelevant, tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    path = write(tmp_path / "data.jsonl", irrelevant, relevant, irrelevant)
+    assert load_pairs(path) == [Pair("q", "p")]
+    assert f"{path}: 2 of 3 rows left out: their labels are 0 or below" in caplog.text
+    with pytest.raises(DataError, match="no training pair in it; a row needs a document with a label above 0"):
+        load_pairs(write(path, irrelevant))
+
+
+def test_judgements_of_a_beir_folder(folder, tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t2\nq\td2\t0\nq\td3\t-1\n")
+    assert load_pairs(folder) == [Pair("query", "T one")]
+    assert "2 of 3 rows left out" in caplog.text
+
+
 def test_columns_are_echoed(tmp_path, caplog):
     caplog.set_level("INFO", "anysplade")
     load_pairs(write(tmp_path / "data.jsonl", {"question": "q", "pos": ["p"], "neg": ["n"], "source": "web"}))
     assert 'columns: query from "question", positive from "pos", negative from "neg"; not used: source' in caplog.text
+    load_pairs(write(tmp_path / "data.jsonl", PAIR | {"label": 1, "pos_scores": [3]}))
+    assert "columns: query, positive, label; not used: pos_scores" in caplog.text
+    load_pairs(write(tmp_path / "data.jsonl", PAIR | {"negative": "n", "label": 1, "score": 2}))
+    assert 'columns: query, positive, negative, scores from "score"; not used: label' in caplog.text
 
 
 def test_the_first_negatives(tmp_path):
@@ -222,6 +276,16 @@ MALFORMED = {
     "NaN score": (['{"query": "q", "positive": "p", "negative": "n", "score": NaN}'], [], r':1: "score" has NaN'),
     "score that is a text": ([PAIR | {"negative": "n", "score": "high"}], [], r':1: "score" has "high"'),
     "too few scores": ([PAIR | {"negatives": ["a", "b", "c"], "scores": [1]}], [], ":1: 1 scores for one positive and 3 negatives"),
+    "labels that are not one each": (
+        [{"query": "q", "pos": ["a", "b", "c"], "labels": [1, 0]}],
+        [],
+        ":1: 2 labels for 3 positives",
+    ),
+    "scores that fit no document": (
+        [{"query": "q", "pos": ["a", "b"], "neg": ["c"], "scores": [1]}],
+        [],
+        ":1: 1 scores for 2 positives and 1 negatives",
+    ),
     "truncated line": ([PAIR, '{"query": "q", "posit'], [], ":2: not valid JSON"),
     "not an object": ([PAIR, '["q", "p"]'], [], ":2: not a JSON object"),
     "wrong encoding": (["é".encode("latin-1")], [], ":1: not UTF-8"),

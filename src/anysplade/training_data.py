@@ -5,8 +5,10 @@ by their names, in any of these forms; a line of JSON is a row, and so is a row 
 
 - pairs and triples: ``query``, ``positive``, ``negative``; several negatives are ``negative_1``, ``negative_2``, ...
   or a list; several positives in a list make an example each
-- scored: ``scores`` of the positive and then of each negative, or ``score``, the margin of the one negative
-- lists: ``query``, ``documents``, ``scores``; the document of the highest score is the positive
+- judged: ``query``, ``document``, ``label``; 0 or below says that the document is no answer, and the row is left out
+- scored: ``scores`` of the positives and then of each negative, or ``score``, the margin of the one negative
+- lists: ``query``, ``documents``, ``scores``; the document of the highest score is the positive. With ``labels``, each
+  document above 0 is a positive and those at 0 or below are the negatives
 - ids instead of texts: ``query_id``, ``positive_id``, ``negative_ids``, ``doc_ids``, with the texts elsewhere
 - MS MARCO's: ``query`` and ``passages`` with ``passage_text`` and ``is_selected``, which tells positives from negatives
 
@@ -59,7 +61,8 @@ _NAMES = {
     "negative id": ("negative_id", "negative_ids", "neg_id", "neg_ids", "negative_document_ids"),
     "documents": ("documents", "passages"),
     "documents id": ("doc_ids", "document_ids", "passage_ids"),
-    "scores": ("scores", "score", "labels", "label"),
+    "scores": ("scores", "score"),
+    "label": ("labels", "label"),
     "positive scores": ("positive_scores", "pos_scores"),
     "negative scores": ("negative_scores", "neg_scores"),
 }
@@ -82,7 +85,7 @@ def read_pairs(
 
     Args:
         source: a file (JSONL, gzipped or not; CSV, TSV, Parquet); a BEIR folder, which gives its ``pairs.jsonl``
-            or else its ``qrels/train.tsv`` (grades above 0); an ir_datasets id; a folder or hub id of a
+            or else its ``qrels/train.tsv``, whose grades are labels; an ir_datasets id; a folder or hub id of a
             dataset, as ``id`` or ``id:config``; or ``"python-docs"``.
         texts: where the texts of ids are: a BEIR folder, an ir_datasets id, a hub dataset with the configs
             ``queries`` and ``corpus``. None: where the source is.
@@ -96,19 +99,18 @@ def read_pairs(
     columns: dict[str, Any] = {}
     named: set[str] = set()
     expected = None
-    unanswered = 0
+    used = irrelevant = 0  # rows
     for place, given in found:
         row = _by_selection({name: value for name, value in given.items() if value is not None})
-        if row is None:
-            unanswered += 1
-            continue
         if not columns:
             columns = _find_columns(row, place)
             named = _known(row)
             logger.info("%s: %s", source, _echo(columns, row))
         elif _known(row) != named:
             raise DataError(f"{place}: {_difference(_known(row), named)}; give every row the same columns")
+        relevant = False
         for pair in _examples(row, columns, lookup, place, negatives):
+            relevant = True
             if expected is None:
                 expected = _shape(pair)
             elif _shape(pair) != expected:
@@ -116,27 +118,29 @@ def read_pairs(
                     f"{place}: {_describe(_shape(pair))}, the rows before have {_describe(expected)}; {_mend(negatives)}"
                 )
             yield pair
-    if unanswered:
-        logger.info("%s: %d queries without a selected passage are left out", source, unanswered)
+        used += relevant
+        irrelevant += not relevant
+    if irrelevant:
+        logger.info("%s: %s of %s rows left out: their labels are 0 or below", source, f"{irrelevant:,}", f"{used + irrelevant:,}")
     if expected is None:
-        raise DataError(f"{source}: no training pair in it; each row needs query and positive")
+        raise DataError(
+            f"{source}: no training pair in it; "
+            + ("a row needs a document with a label above 0" if irrelevant else "each row needs query and positive")
+        )
 
 
-def _by_selection(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row of MS MARCO as one of positives and negatives, None if it has no positive; any other row as it is."""
+def _by_selection(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of MS MARCO as a labelled list; any other row as it is."""
     passages = row.get("passages")
     if isinstance(passages, dict):  # a list for each column
-        found, selected = passages.get("passage_text"), passages.get("is_selected")
-        if not isinstance(found, list) or not isinstance(selected, list) or len(found) != len(selected):
-            return row
-        passages = [{"passage_text": text, "is_selected": chosen} for text, chosen in zip(found, selected, strict=True)]
-    if not isinstance(passages, list) or not passages or not all(isinstance(p, dict) and "is_selected" in p for p in passages):
+        texts, labels = passages.get("passage_text"), passages.get("is_selected")
+    elif isinstance(passages, list) and passages and all(isinstance(p, dict) and "is_selected" in p for p in passages):
+        texts, labels = [p.get("passage_text") for p in passages], [p["is_selected"] for p in passages]
+    else:
         return row
-    texts: dict[bool, list[Any]] = {True: [], False: []}
-    for passage in passages:
-        texts[bool(passage["is_selected"])].append(passage.get("passage_text"))
-    rest = {name: value for name, value in row.items() if name != "passages"}
-    return rest | {"positive": texts[True], "negative": texts[False]} if texts[True] else None
+    if texts is None or labels is None:
+        return row
+    return {name: value for name, value in row.items() if name != "passages"} | {"documents": texts, "labels": labels}
 
 
 def _known(row: dict[str, Any]) -> set[str]:
@@ -234,13 +238,23 @@ def _find_columns(row: dict[str, Any], place: str) -> dict[str, Any]:
         raise _lacks("query", row, place)
     if not {"positive", "positive id", "documents", "documents id"} & columns.keys():
         raise _lacks("positive", row, place)
-    if {"documents", "documents id"} & columns.keys() and "scores" not in columns:
-        raise _lacks("scores", row, place)
+    if {"documents", "documents id"} & columns.keys():
+        if not {"scores", "label"} & columns.keys():
+            raise _lacks("scores", row, place)
+    elif {"negative", "negative id"} & columns.keys():  # a label beside negatives is sentence-transformers' name for scores
+        label = columns.pop("label", None)
+        if label:
+            columns.setdefault("scores", label)
+    elif "scores" in columns:  # of one document, so that there is nothing to compare it with: whether it is an answer
+        score = columns.pop("scores")
+        columns.setdefault("label", score)
+    if len({"positive scores", "negative scores"} & columns.keys()) == 1:  # of no use without the other
+        columns = {role: name for role, name in columns.items() if role not in ("positive scores", "negative scores")}
     return columns
 
 
 def _lacks(role: str, row: dict[str, Any], place: str) -> DataError:
-    names = ", ".join(_NAMES[role])
+    names = ", ".join(_NAMES[role] + (_NAMES["label"] if role == "scores" else ()))
     ids = f" (or, for ids, {', '.join(_NAMES[f'{role} id'])})" if f"{role} id" in _NAMES else ""
     return DataError(f"{place}: no column for the {role}: name one of {names}{ids}; found: {', '.join(row) or 'nothing'}")
 
@@ -267,39 +281,58 @@ def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", p
     queries = read("query") or []
     if len(queries) != 1:
         raise DataError(f"{place}: {len(queries)} queries; a row has one")
+    scores, labels, *split = (
+        _scores(row, columns[role], place) if role in columns else None
+        for role in ("scores", "label", "positive scores", "negative scores")
+    )
+    if labels and max(labels) <= 0:
+        return
     documents = read("documents")
-    scores = _scores(row, columns["scores"], place) if "scores" in columns else None
     if documents is not None:
-        assert scores is not None  # _find_columns saw to it
-        if len(scores) != len(documents) or not documents:
-            raise DataError(f"{place}: {len(documents)} documents and {len(scores)} scores; give each document one")
-        ranked = sorted(zip(scores, documents, strict=True), key=lambda scored: -scored[0])
-        scores = [value for value, _ in ranked]
-        positives, negatives = [ranked[0][1]], [text for _, text in ranked[1:]]
+        values = labels if scores is None else scores
+        assert values is not None  # _find_columns saw to it
+        if not documents or any(given is not None and len(given) != len(documents) for given in (scores, labels)):
+            raise DataError(f"{place}: {len(documents)} documents and {len(values)} scores; give each document one")
+        ranked = sorted(range(len(documents)), key=lambda i: -values[i])
+        relevant = set(ranked[:1]) if labels is None else {i for i in ranked if labels[i] > 0}
+        sides = [i for i in ranked if i in relevant], [i for i in ranked if i not in relevant]
+        positives, negatives = ([documents[i] for i in side] for side in sides)
+        split = [[values[i] for i in side] for side in sides]
+        scores = None
     else:
         positives, negatives = read("positive") or [], read("negative") or []
     if not positives:
         raise DataError(f"{place}: no positive; a row needs at least one")
-    split = [_scores(row, columns[role], place) if role in columns else None for role in ("positive scores", "negative scores")]
+    if documents is None and not negatives:
+        labels, scores = scores if labels is None else labels, None
+        if labels is not None:
+            if len(labels) not in (1, len(positives)):
+                raise DataError(f"{place}: {len(labels)} labels for {len(positives)} positives; give each one")
+            each = labels * len(positives) if len(labels) == 1 else labels
+            positives = [text for text, label in zip(positives, each, strict=True) if label > 0]
+    margins = None
     if split[0] is not None and split[1] is not None:
         if len(split[0]) != len(positives) or len(split[1]) != len(negatives):
             raise DataError(
                 f"{place}: {len(split[0])} and {len(split[1])} scores for {len(positives)} positives and {len(negatives)} negatives"
             )
-    elif scores is not None and len(positives) == 1 and negatives and len(scores) not in (len(negatives), len(negatives) + 1):
+    elif scores is not None and len(scores) == len(positives) + len(negatives):
+        split = [scores[: len(positives)], scores[len(positives) :]]
+    elif scores is not None and len(positives) == 1 and len(scores) == len(negatives):
+        margins = scores
+    elif scores is not None:
+        which = "one positive" if len(positives) == 1 else f"{len(positives)} positives"
         raise DataError(
-            f"{place}: {len(scores)} scores for one positive and {len(negatives)} negatives; give one each, the positive's "
+            f"{place}: {len(scores)} scores for {which} and {len(negatives)} negatives; give one each, the positive's "
             "first, or the margin of each negative"
         )
     count = len(negatives) if most is None else most
     if len(negatives) < count:
         raise DataError(f"{place}: {len(negatives)} negatives, --negatives asks for {count}")
     for i, positive in enumerate(positives):
-        own = None
+        own = None if margins is None else tuple(margins[:count])
         if split[0] is not None and split[1] is not None:
             own = (split[0][i], *split[1][:count])
-        elif scores is not None and len(positives) == 1 and negatives:
-            own = tuple(scores[: count + len(scores) - len(negatives)])
         yield Pair(queries[0], positive, tuple(negatives[:count]), own if count else None)
 
 
@@ -482,21 +515,20 @@ def _qrels_rows(folder: Path) -> Iterator[Row]:
     collection = load_collection(folder, "train")
     for query_id, grades in collection.qrels.items():
         for document_id, grade in grades.items():
-            if grade > 0 and document_id in collection.corpus:
-                row = {"query": collection.queries[query_id], "positive": collection.corpus[document_id].full_text}
+            if document_id in collection.corpus:
+                row = {"query": collection.queries[query_id], "positive": collection.corpus[document_id].full_text, "label": grade}
                 yield f"{folder}/qrels/train.tsv, query {query_id!r}", row
 
 
 def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
-    """Triples of ids if there are any, else judgements above 0."""
+    """Triples of ids if there are any, else judgements."""
     if dataset.has_docpairs():
         for number, triple in enumerate(dataset.docpairs_iter(), 1):
             ids = {"query_id": triple.query_id, "positive_id": triple.doc_id_a, "negative_id": triple.doc_id_b}
             yield f"{source}:{number}", ids
     elif dataset.has_qrels():
         for number, judged in enumerate(dataset.qrels_iter(), 1):
-            if judged.relevance > 0:
-                yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id}
+            yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id, "label": judged.relevance}
     else:
         raise DataError(f"{source}: this ir_datasets id has neither triples nor judgements; name one that has, such as its /train")
 
