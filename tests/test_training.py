@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM
 
 from anysplade import CollapseError, OptionError, OutputError, Pair, TrainingConfig, evaluate, load_encoder, train, write_collection
 from anysplade.datasets import load_python_docs
+from anysplade.encoder import build_encoder
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training import _active_dims, _last_checkpoint, _trim_level
 from processes import run_on_two_processes
@@ -180,6 +181,30 @@ def test_the_level_corrects_what_the_weights_left(change):
     assert max(abs(after[0] / queries - 1), abs(after[1] / documents - 1)) < max(
         abs(both[0] / queries - 1), abs(both[1] / documents - 1)
     )
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+@pytest.mark.parametrize("double_log", [False, True])
+def test_the_level_is_corrected_for_every_activation(pooling, double_log):
+    encoder = build_encoder("bert-tiny", max_length=32, pooling=pooling, double_log=double_log)[0]
+    pairs = [Pair(q, d) for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)][:16]
+    start = _active_dims(encoder, pairs)
+    for targets in ((None, 0.9 * start[1]), start):
+        _trim_level(encoder, pairs, targets)
+        after = _active_dims(encoder, pairs)
+        assert all(target is None or n == pytest.approx(target, rel=0.02) for n, target in zip(after, targets, strict=True))
+
+
+def test_two_targets_share_the_error():
+    """More of queries and fewer of documents, which no shift gives: both end equally far from what is wanted."""
+    encoder = load_encoder("bert-tiny", max_length=32)
+    pairs = [Pair(q, d) for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)]
+    queries, documents = _active_dims(encoder, pairs)
+    targets = 1.3 * queries, 0.9 * documents
+    _trim_level(encoder, pairs, targets)
+    few, many = (n / target for n, target in zip(_active_dims(encoder, pairs), targets, strict=True))
+    assert few < 1 < many
+    assert few * many == pytest.approx(1, abs=0.02)
 
 
 def test_a_target_that_is_missed_is_said(config, caplog):

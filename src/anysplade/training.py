@@ -7,6 +7,7 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 _DATA = "data"  # the folder of the training examples while a run goes on
 _COMPLETE = "complete"  # marks a checkpoint whose files are all there
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
+_TRIM_STEP = 0.005  # of the shift that corrects active dims after training
 _SAMPLE = 200  # training pairs whose active dims are counted at the end
 _CHECKED = 1000  # examples that are looked at before the others are read
 _TIMED = 5  # steps
@@ -252,31 +254,33 @@ def _trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[fl
     """Shift the decoder's bias by at most 1 so that a sample of the training texts meets the targets of active dims.
 
     The regularizer's weight loses its force as the learning rate falls to 0; one constant corrects what is
-    left. Of two targets it makes the larger error, on a logarithmic scale, as small as it can be.
+    left. Of two targets it makes the larger error, on a logarithmic scale, as small as it can be. Active dims are
+    counted, so that any pooling and activation will do: nine encodings of the sample, 400 texts each.
     """
     biases = find_head(masked_lm(encoder)).biases
     if targets == (None, None) or not biases:
         return 0.0
-    sample = _sample(pairs)
-    _lower(biases, -1.0)  # so that what lies up to 1 below zero is seen too
-    shifts = np.linspace(-1, 1, 401)
-    errors = []
-    roles: tuple[Literal["query", "document"], ...] = ("query", "document")
-    for role, target in zip(roles, targets, strict=True):
-        if target is not None:
-            texts = [pair.query if role == "query" else pair.positive for pair in sample]
-            logits = np.sort(np.expm1(encode(encoder, texts, role).data)) - 1
-            active = (len(logits) - np.searchsorted(logits, shifts, side="right")) / len(sample)
-            errors.append(np.abs(np.log(np.maximum(active, 1e-3) / target)))
-    shift = float(shifts[np.max(errors, axis=0).argmin()])
-    _lower(biases, 1.0 + shift)
-    return shift
+    before = [bias.detach().clone() for bias in biases]
+    errors: dict[float, list[float]] = {}  # by shift, of each target
+    low, high = -1.0, 1.0
+    while high - low > _TRIM_STEP:
+        shift = (low + high) / 2  # 0 first: the result is never worse than no shift
+        _shift(biases, before, shift)
+        dims = _active_dims(encoder, pairs)
+        errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
+        if max(errors[shift]) + min(errors[shift]) > 0:  # fewer dims with each shift, so this changes its sign once
+            low = shift
+        else:
+            high = shift
+    best = min(errors, key=lambda shift: max(map(abs, errors[shift])))
+    _shift(biases, before, best)
+    return best
 
 
 @torch.no_grad()
-def _lower(biases: Iterable[torch.Tensor], by: float) -> None:
-    for bias in biases:
-        bias -= by
+def _shift(biases: Iterable[torch.Tensor], before: Iterable[torch.Tensor], by: float) -> None:
+    for bias, value in zip(biases, before, strict=True):
+        bias.copy_(value - by)
 
 
 def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
