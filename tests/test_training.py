@@ -15,10 +15,11 @@ from transformers import AutoModelForMaskedLM
 from anysplade import CollapseError, OptionError, OutputError, Pair, TrainingConfig, evaluate, load_encoder, train, write_collection
 from anysplade.datasets import load_python_docs
 from anysplade.encoder import build_encoder
+from anysplade.errors import AnyspladeError
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training import _active_dims, _last_checkpoint, _trim_level
 from processes import run_on_two_processes
-from tiny import make_backbone
+from tiny import WORDS, make_backbone
 
 
 @pytest.fixture
@@ -116,6 +117,53 @@ def test_one_pair_is_too_few(config, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"query": "kabel", "positive": "lodan"}\n')
     with pytest.raises(OptionError, match="too few"):
         train(config(data=str(tmp_path / "one.jsonl")))
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """200 queries with 5 documents."""
+    rows = [{"query": f"kabel {WORDS[i % 140]} {WORDS[i // 2]}", "positive": f"lodan {WORDS[i % 5]}"} for i in range(200)]
+    (tmp_path / "repeated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "repeated.jsonl")
+
+
+def test_a_batch_that_cannot_be_filled(config, repeated, tmp_path):
+    with pytest.raises(OptionError, match=r"repeated.jsonl: a batch needs 8 .* 5 distinct positives give 5; use --batch-size 5"):
+        train(config(data=repeated, batch_size=8))
+    assert not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, steps", [({"steps": 50}, 50), ({"steps": None, "epochs": 1.25}, 50), ({"steps": 50, "batch_size": 4}, 50)]
+)
+def test_as_many_steps_as_asked_for_on_few_documents(options, steps, config, repeated):
+    result = train(config(data=repeated, **{"batch_size": 5, "checkpoint_steps": 100} | options))
+    assert result.steps == len(result.monitoring["observations"]) == steps
+
+
+def test_batches_that_run_out_are_an_error(config, monkeypatch, tmp_path):
+    monkeypatch.setattr("anysplade.training.DistinctBatches.__iter__", lambda self: iter(()))
+    with pytest.raises(AnyspladeError, match="ended at step 0 of 8"):
+        train(config())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_two_processes_on_few_documents(backbone, repeated, tmp_path):
+    options = {
+        "backbone": backbone,
+        "data": repeated,
+        "steps": 60,
+        "batch_size": 4,
+        "max_length": 16,
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 60
+    (tmp_path / "options.json").write_text(json.dumps(options | {"batch_size": 8, "output": str(tmp_path / "other")}))
+    with pytest.raises(AssertionError, match="give 5; use --batch-size 4") as refused:
+        run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "second-meeting")
+    assert "the first process could not prepare the examples" in str(refused.value)
 
 
 def test_hard_negatives(config, tmp_path):

@@ -24,16 +24,15 @@ def write_card(folder: Path, result: dict[str, Any]) -> None:
 
 def _section(result: dict[str, Any]) -> str:
     config, calibration, made = result["config"], result["calibration"], result["provenance"]
+    accumulated = f"{config['gradient_accumulation']} × " if config["gradient_accumulation"] > 1 else ""
+    steps = f"{result['steps']:,} of {accumulated}{config['batch_size']} queries"
     table = [
         ("Calibration of the MLM head", formula(calibration["k"], calibration["shift"])),
         ("Query active dims", f"{result['query_active_dims']:.0f} (training texts)"),
         ("Document active dims", f"{result['document_active_dims']:.0f} (training texts)"),
         ("Data", f"`{config['data']}`, {result['pairs']:,} examples, SHA-256 `{result['data_hash'][:16]}`"),
         ("Objective", f"{config['objective']}, {config['regularizer']} regularizer"),
-        (
-            "Steps",
-            f"{result['steps']:,} of {config['batch_size']} queries, seed {config['seed']}, {result['processes']} process(es)",
-        ),
+        ("Steps", f"{steps}, seed {config['seed']}, {result['processes']} process(es)"),
     ]
     if result["level_trim"]:
         table.append(("Level trimmed after training", f"{result['level_trim']:+.3g}"))

@@ -65,12 +65,12 @@ class TrainingConfig:
         query_prompt: stands before every query, in training and after.
         document_prompt: stands before every document.
         steps: optimiser steps; if None, what ``epochs`` gives.
-        epochs: passes over the data.
-        batch_size: queries a step over all processes, each with its document; the others' documents are its
-            negatives in the contrastive objective.
+        epochs: passes over the data, each of as many whole batches as there are examples for.
+        batch_size: queries a batch over all processes, each with its document; the others' documents are its
+            negatives in the contrastive objective, where a batch has no text twice.
         mini_batch_size: texts that go through the model at once; batches of any size fit, at the price of a
             second forward pass (gradient caching).
-        gradient_accumulation: batches a step.
+        gradient_accumulation: batches a step; the last step of an epoch takes what is left.
         learning_rate: peak of AdamW's, from where it falls to 0 in a straight line.
         head_learning_rate: that of the decoder's weight and bias alone, where they are not tied; as the others' if None.
         warmup_ratio: share of the steps over which it rises from 0 to the peak.

@@ -29,12 +29,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
+from anysplade.batches import DistinctBatches, check_batch_size
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.card import write_card
 from anysplade.datasets import Collection, Pair, load_collection
 from anysplade.encoder import build_encoder, masked_lm
 from anysplade.encoding import encode
-from anysplade.errors import CollapseError, ModelError, OptionError, OutputError
+from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.evaluation import evaluate
 from anysplade.files import whole_folder, write_whole
 from anysplade.head import find_head, resolve_model
@@ -108,7 +109,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             return finished
         resolve_model(config.backbone)  # a mistake in a name is said before the data are read
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
-        pairs = _examples(config, output, write=arguments.process_index == 0, progress=progress)
+        pairs = _examples(config, output, arguments, progress)
         recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
         if recorded.get("data_hash", pairs.data_hash) != pairs.data_hash:
             raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
@@ -131,6 +132,9 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         with arguments.main_process_first(local=False):
             _give_up_or_restart(config, output, run, monitor, write=arguments.process_index == 0)
 
+    done, asked_for = trainer.state.global_step, trainer.state.max_steps
+    if done < asked_for and config.patience is None:  # the trainer ends so when the batches run out, and says nothing
+        raise AnyspladeError(f"{output}: the training ended at step {done} of {asked_for}; no model was written")
     if arguments.process_index == 0:
         trim = _trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
         dims = _active_dims(encoder, pairs)
@@ -167,17 +171,26 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     return _recorded_result(output)
 
 
-def _examples(config: TrainingConfig, output: Path, write: bool, progress: bool) -> StoredPairs:
+def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
     """The training examples, checked and kept beside the run, where all its processes read them."""
     folder = output / _DATA
-    if not write:
+    if arguments.process_index:
+        if not folder.exists():
+            raise AnyspladeError(f"{output}: the first process could not prepare the examples; it says why")
         return StoredPairs(folder)
     read = read_pairs(config.data, texts=config.texts, negatives=config.negatives, progress=progress)
     first = list(islice(read, _CHECKED))
     check_examples(config, first)
     if len(first) < 2:
         raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
-    return StoredPairs.write(chain(first, read), folder)
+    pairs = StoredPairs.write(chain(first, read), folder)
+    contrastive = arguments.batch_sampler == BatchSamplers.NO_DUPLICATES
+    try:
+        check_batch_size(pairs.dataset, config.batch_size, arguments.world_size, contrastive, config.data)
+    except OptionError:
+        shutil.rmtree(folder)
+        raise
+    return pairs
 
 
 def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
@@ -337,6 +350,7 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
         batch_sampler=BatchSamplers.NO_DUPLICATES
         if "contrastive" in parse_objective(config.objective)
         else BatchSamplers.BATCH_SAMPLER,
+        dataloader_drop_last=True,  # a small batch has few negatives
         bf16=config.precision == "bfloat16",
         save_strategy="steps",
         save_steps=config.checkpoint_steps,
@@ -366,7 +380,6 @@ def _trainer(
         arguments.prompts = {"query": config.query_prompt} | dict.fromkeys(documents, config.document_prompt)
     if config.query_encoder != "mlm":
         arguments.router_mapping = {"query": "query"} | dict.fromkeys(documents, "document")
-    arguments.dataloader_drop_last = len(pairs) >= config.batch_size  # a small batch has few negatives
     if config.gradient_checkpointing:
         model = masked_lm(encoder)
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
@@ -391,7 +404,7 @@ def _trainer(
         callbacks.append(_Estimate())
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
-    trainer = SparseEncoderTrainer(
+    trainer = _Trainer(
         model=encoder,
         args=arguments,
         train_dataset=pairs.dataset,
@@ -402,6 +415,13 @@ def _trainer(
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, which then get what it logs
     trainer.remove_callback(PrinterCallback)  # writes to standard output, which belongs to the result
     return trainer, monitor
+
+
+class _Trainer(SparseEncoderTrainer):
+    def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.batch_sampler == BatchSamplers.NO_DUPLICATES:
+            return DistinctBatches(*args, **kwargs)
+        return super().get_batch_sampler(*args, **kwargs)
 
 
 def _head_parameters(loss: nn.Module, model: PreTrainedModel) -> str:
