@@ -2,10 +2,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from anysplade.datasets import load_python_docs
 from anysplade.encoder import build_encoder
 from anysplade.errors import AnyspladeError
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.training import _active_dims, _last_checkpoint, _trim_level
+from anysplade.report import training_lines
+from anysplade.training import _active_dims, _Estimate, _last_checkpoint, _ranking_loss, _trim_level
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone
 
@@ -96,15 +100,81 @@ def test_a_foreign_folder_is_refused(config, tmp_path):
     assert (tmp_path / "run" / "thesis.tex").exists()
 
 
-def test_data_that_changed_under_a_run_is_refused(config, tmp_path, collection_folder):
-    data = tmp_path / "pairs.jsonl"
-    data.write_text((collection_folder / "pairs.jsonl").read_text())
-    train(config(data=str(data)))
-    (tmp_path / "run" / "training.json").unlink()
-    with open(data, "a") as file:
-        file.write('{"query": "kabel", "positive": "lodan"}\n')
-    with pytest.raises(OutputError, match="training data changed"):
-        train(config(data=str(data)))
+@pytest.fixture
+def inputs(collection_folder, backbone, tmp_path):
+    """Copies of all that a run reads: options that name them."""
+    shutil.copytree(collection_folder, tmp_path / "collection")
+    shutil.copytree(backbone, tmp_path / "backbone")
+    ids = [{"query_id": f"q{i}", "positive_id": f"d{i}"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ids))
+    return {
+        "data": str(tmp_path / "pairs.jsonl"),
+        "texts": str(tmp_path / "collection"),
+        "dev": str(tmp_path / "collection"),
+        "dev_split": "test",
+        "backbone": str(tmp_path / "backbone"),
+    }
+
+
+CHANGES = {
+    "pairs.jsonl": ('{"query_id": "q0", "positive_id": "d1"}\n', "the training data changed since this run began (DATA)"),
+    "collection/corpus.jsonl": ('{"_id": "new", "text": "kabel"}\n', "the dev collection changed since this run began (DEV)"),
+    "collection/qrels/test.tsv": ("q0\td1\t1\n", "the dev collection changed since this run began (DEV)"),
+    "backbone/config.json": (" ", "the backbone changed since this run began (BACKBONE)"),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("file", CHANGES)
+def test_what_changed_under_a_run_is_refused(file, finished, config, inputs, tmp_path):
+    train(config(**inputs))
+    if not finished:
+        (tmp_path / "run" / "training.json").unlink()
+    more, message = CHANGES[file]
+    with open(tmp_path / file, "a") as opened:
+        opened.write(more)
+    for name in ("data", "dev", "backbone"):
+        message = message.replace(f"({name.upper()})", f"({inputs[name]})")
+    with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'run'}: {message}; choose another --out")):
+        train(config(**inputs))
+    assert (tmp_path / "run" / "data").exists() != finished
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_a_finished_run_reads_again_only_what_may_have_changed(config, inputs, tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    first = train(config(**inputs))
+
+    def again():
+        caplog.clear()
+        assert train(config(**inputs)) == first
+        assert "holds this run's result already" in caplog.text
+        assert not (tmp_path / "run" / "data").exists()
+        return "columns: query" in caplog.text
+
+    assert not again()
+    os.utime(inputs["data"], (1, 1))
+    assert again()
+    assert not again()
+    (tmp_path / "collection" / "corpus.jsonl").touch()
+    assert again()
+    assert not again()
+
+
+def test_a_run_inside_its_data_and_one_of_an_earlier_version(config, inputs, tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    options = inputs | {"data": str(tmp_path / "collection"), "texts": None, "output": str(tmp_path / "collection" / "run")}
+    train(config(**options))
+    caplog.clear()
+    train(config(**options))
+    assert "columns: query" not in caplog.text
+    record = tmp_path / "collection" / "run" / "run.json"
+    run = json.loads(record.read_text())
+    record.write_text(json.dumps({"config": run["config"], "data_hash": run["hashes"]["data"]}))
+    for reads in (True, False):
+        caplog.clear()
+        train(config(**options))
+        assert ("columns: query" in caplog.text) == reads
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"batch_size": 1}, {"learning_rate": float("nan")}, {"epochs": -1}])
@@ -407,7 +477,43 @@ def test_a_long_run_is_estimated(config, caplog, monkeypatch):
     monkeypatch.setattr("anysplade.training._LONG", 0)
     caplog.set_level("INFO")
     train(config(steps=8))
-    assert "s a step: about 0 min for the 3 steps to come" in caplog.text
+    for left in (3, 2, 1):  # after five steps, and at each tenth of the run
+        assert f"s a step: about 0 min for the {left} steps to come" in caplog.text
+
+
+def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
+    """Five quick steps and slow ones after them: the first estimate knows only the quick ones, the next ones all."""
+    caplog.set_level("INFO", "anysplade")
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr("anysplade.training.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    estimate, arguments = _Estimate(), SimpleNamespace(world_size=1)
+    estimate.on_train_begin(arguments, SimpleNamespace(global_step=0), None)
+    for step in range(1, 101):
+        clock.now += 1 if step <= 5 else 5
+        estimate.on_step_end(arguments, SimpleNamespace(global_step=step, max_steps=100), None)
+    said = [message.partition(",")[0] for message in caplog.messages]
+    assert said[:2] == [
+        "1 s a step: about 2 min for the 95 steps to come",
+        "3.2 s a step: about 5 min for the 90 steps to come",  # 4 steps of 1 s and 5 of 5 s
+    ]
+    assert len(said) == 9  # the last ten steps take less than a minute
+
+
+def test_the_ranking_loss_is_reported_without_the_regularizer(config):
+    result = train(config(steps=40, query_regularizer_weight=0.03, document_regularizer_weight=0.03))
+    by_step = {entry["step"]: entry for entry in result.log if "loss" in entry}
+    assert by_step[40]["loss"] > 1.01 * by_step[40]["base_loss"]
+    first, last = result.ranking_loss["first"], result.ranking_loss["last"]
+    assert (first["from_step"], first["to_step"], last["from_step"], last["to_step"]) == (1, 10, 31, 40)
+    assert first["mean"] == pytest.approx((by_step[1]["base_loss"] + 9 * by_step[10]["base_loss"]) / 10)
+    assert last["mean"] == by_step[40]["base_loss"]
+    seen = [observation["loss"] for observation in result.monitoring["observations"]]
+    assert first["mean"] == pytest.approx(sum(seen[:10]) / 10, rel=1e-3)
+    line = f"; ranking loss {first['mean']:.3g} over steps 1-10, {last['mean']:.3g} over steps 31-40"
+    assert training_lines(result)[0].endswith(line)
+    assert _ranking_loss([]) is None
+    parts = {"loss": 9.0, "kl_loss": 1.0, "margin-mse_loss": 2.0, "document_regularizer_loss": 6.0, "step": 1}
+    assert _ranking_loss([parts])["last"] == {"from_step": 1, "to_step": 1, "mean": 3.0}
 
 
 def test_the_card_says_how_the_model_was_made(config, collection_folder, tmp_path):

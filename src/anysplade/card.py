@@ -81,7 +81,7 @@ def _curves(result: dict[str, Any]) -> str:
         figure = Figure(figsize=(8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot([entry["step"] for entry in logged], [entry["loss"] for entry in logged])
-        left.set(xlabel="step", ylabel="loss", title="training loss")
+        left.set(xlabel="step", ylabel="loss", title="training loss, regularizers included")
         for role, style in (("query", "--"), ("document", "-")):
             right.plot([o["step"] for o in seen], [o[f"{role}_active_dims"] for o in seen], style, label=role)
         right.set(xlabel="step", ylabel="active dims", title="active dims of the batches", yscale="log")

@@ -104,8 +104,10 @@ def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) 
 
 
 def training_lines(result: "TrainingResult") -> list[RenderableType]:
-    losses = [entry["loss"] for entry in result.log if "loss" in entry]
-    loss = f"; loss {losses[0]:.3g} at first, {losses[-1]:.3g} at last" if losses else ""
+    means = [
+        f"{part['mean']:.3g} over steps {part['from_step']}-{part['to_step']}" for part in (result.ranking_loss or {}).values()
+    ]
+    loss = f"; ranking loss {', '.join(dict.fromkeys(means))}" if means else ""
     resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
     return [
         f"k={result.calibration['k']:g}, shift={result.calibration['shift']:g}; "

@@ -5,6 +5,7 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 ``training.json`` (the result, written when all is done).
 """
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -19,7 +20,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
@@ -32,8 +32,8 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from anysplade.batches import DistinctBatches, check_batch_size
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.card import write_card
-from anysplade.datasets import Collection, Pair, load_collection
-from anysplade.encoder import build_encoder, masked_lm
+from anysplade.datasets import PYTHON_DOCS, Collection, Pair, hash_texts, load_collection
+from anysplade.encoder import build_encoder, fingerprint, masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.evaluation import evaluate
@@ -43,6 +43,7 @@ from anysplade.monitoring import Monitor
 from anysplade.objectives import check_examples, make_loss
 from anysplade.options import TrainingConfig, parse_objective
 from anysplade.provenance import provenance
+from anysplade.python_docs import PACKAGES
 from anysplade.regularization import ActiveDimsController
 from anysplade.training_data import StoredPairs, read_pairs
 
@@ -54,7 +55,7 @@ _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calib
 _TRIM_STEP = 0.005  # of the shift that corrects active dims after training
 _SAMPLE = 200  # training pairs whose active dims are counted at the end
 _CHECKED = 1000  # examples that are looked at before the others are read
-_TIMED = 5  # steps
+_TIMED = 4  # steps, after the first one
 _LONG = 60  # seconds: what takes less needs no estimate
 DEV_METRICS = ("nDCG@10", "RR@10")
 _DEV_METRIC = "eval_dev_nDCG@10"
@@ -82,6 +83,7 @@ class TrainingResult:
     monitoring: dict[str, Any]  # findings (what went wrong) and observations (what the batches' vectors were like)
     restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
     provenance: dict[str, Any]
+    ranking_loss: dict[str, dict[str, float]] | None = None  # its mean over the first and the last tenth of the steps
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +93,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     """Train a SPLADE encoder as the config says.
 
     Interrupted and called again with the same config, it goes on from its last complete checkpoint;
-    finished, it returns the recorded result and does nothing. Started by ``torchrun``, all processes
+    finished, it returns the recorded result and does nothing, unless the data, the dev collection or the backbone are
+    others now, which is an error. Started by ``torchrun``, all processes
     train one model and share each batch.
 
     Raises:
@@ -104,21 +107,38 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     arguments = _arguments(config, output)
     with arguments.main_process_first(local=False):
         finished = _claim(output, asked)
-        if finished is not None:
+        recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
+        files = _files(config, output)
+        if finished is not None and recorded.get("files") == files:
             logger.info("%s holds this run's result already", output)
             return finished
-        resolve_model(config.backbone)  # a mistake in a name is said before the data are read
+        backbone = resolve_model(config.backbone)  # a mistake in a name is said before the data are read
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
         pairs = _examples(config, output, arguments, progress)
-        recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
-        if recorded.get("data_hash", pairs.data_hash) != pairs.data_hash:
-            raise OutputError(f"{output}: the training data changed since this run began; choose another --out")
+        hashes = {
+            "data": pairs.data_hash,
+            "backbone": fingerprint(backbone),
+            "dev": None if dev is None else _collection_hash(dev),
+        }
+        known = recorded.get("hashes", {"data": recorded.get("data_hash", pairs.data_hash)})
+        changed = [name for name, value in known.items() if value != hashes[name]]
+        if finished is not None and arguments.process_index == 0:
+            shutil.rmtree(output / _DATA)
+        if changed:
+            what = {"data": "training data", "backbone": "backbone", "dev": "dev collection"}[changed[0]]
+            source = getattr(config, changed[0])
+            raise OutputError(f"{output}: the {what} changed since this run began ({source}); choose another --out")
+        if finished is not None:
+            if arguments.process_index == 0:
+                write_whole(output / "run.json", json.dumps(recorded | {"files": files, "hashes": hashes}, indent=2) + "\n")
+            logger.info("%s holds this run's result already", output)
+            return finished
 
     logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
         encoder, calibration = _encoder(config, pairs, len(restarts))
-        run = {"config": asked, "calibration": calibration.to_dict(), "data_hash": pairs.data_hash, "restarts": restarts}
+        run = {"config": asked, "calibration": calibration.to_dict(), "hashes": hashes, "files": files, "restarts": restarts}
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
@@ -159,6 +179,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             monitoring=monitor.to_dict(),
             restarts=restarts,
             provenance=provenance(),
+            ranking_loss=_ranking_loss(trainer.state.log_history),
         )
         shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
         with whole_folder(output / "model") as folder:
@@ -242,6 +263,35 @@ def _sample(pairs: Sequence[Pair]) -> list[Pair]:
     return [pairs[i] for i in range(0, len(pairs), step)][:_SAMPLE]
 
 
+def _ranking_loss(log: list[dict[str, float]]) -> dict[str, dict[str, float]] | None:
+    """The ranking loss without the regularizers: its mean over the first and over the last tenth of the steps, ten at least.
+
+    One batch says little, and the regularizers' weights begin at 0, so that the first and the last total are no two
+    values of one thing. A logged value is the mean since the one before.
+    """
+    logged: list[tuple[int, int, float]] = []  # after this step, to this step, the mean in between
+    for entry in log:
+        if "loss" in entry:
+            parts = (value for name, value in entry.items() if name.endswith("_loss") and not name.endswith("regularizer_loss"))
+            logged.append((logged[-1][1] if logged else 0, int(entry["step"]), sum(parts)))
+    if not logged:
+        return None
+    last = logged[-1][1]
+    span = max(10, last // 10)
+    parts_of = {
+        "first": [part for part in logged if part[1] <= span] or logged[:1],
+        "last": [part for part in logged if part[0] >= last - span] or logged[-1:],
+    }
+    return {
+        name: {
+            "from_step": part[0][0] + 1,
+            "to_step": part[-1][1],
+            "mean": sum((end - start) * value for start, end, value in part) / (part[-1][1] - part[0][0]),
+        }
+        for name, part in parts_of.items()
+    }
+
+
 def _say_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
     targets = (config.query_active_dims, config.document_active_dims)
     for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
@@ -312,6 +362,32 @@ def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
     if (output / "training.json").exists() and (output / "model").is_dir():
         return _recorded_result(output)
     return None
+
+
+def _files(config: TrainingConfig, output: Path) -> dict[str, list[Any]]:
+    """Size and time of the files that a run reads: what has the same need not be read again to be known for the same.
+
+    Those of the data, of its texts, of the dev collection and of the backbone; of ``python-docs`` the packages'
+    versions. Datasets and models that go by a name alone, of the hub or of ir_datasets, are taken for unchanged.
+    """
+    found: dict[str, list[Any]] = {}
+    for source in (config.data, config.texts, config.dev, config.backbone):
+        path = Path(source or "").expanduser().resolve()
+        if source == PYTHON_DOCS:
+            found |= {d.name: [d.version] for package in PACKAGES for d in importlib.metadata.distributions(name=package)}
+        if source is None or not path.exists():
+            continue
+        beside = [path.parent / "corpus.jsonl", *path.parent.glob("queries.*"), *path.parent.glob("topics.*")]  # texts of ids
+        for file in (path, *beside) if path.is_file() else path.rglob("*"):
+            if file.is_file() and output.resolve() not in file.parents:
+                found[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return dict(sorted(found.items()))
+
+
+def _collection_hash(collection: Collection) -> str:
+    documents = (part for id_, document in collection.corpus.items() for part in (id_, document.full_text))
+    queries = (part for query in collection.queries.items() for part in query)
+    return hash_texts(chain(documents, queries, [json.dumps(collection.qrels)]))
 
 
 def _recorded_result(output: Path) -> TrainingResult:
@@ -464,28 +540,34 @@ class _MarkComplete(TrainerCallback):
 
 
 class _Estimate(TrainerCallback):
-    """Say how long a run will take, once a few of its steps were timed."""
+    """Say how long the steps to come will take: after a few, and again at each tenth of the run.
+
+    The first time it is the mean of the steps after the very first one, and counts no checkpoint and no evaluation on the dev
+    collection; later batches may be longer and their vectors denser, so it can be far off. From then on it is the mean
+    over all the time since the first step, with everything in it. What follows the last step never counts.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times = [time.perf_counter()]
+        self.start = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if len(self.times) > _TIMED:
+        done = state.global_step - self.start - 1  # without the first one, which warms up
+        if done == 0:
+            self.since = time.perf_counter()
+        if done < _TIMED or (done > _TIMED and state.global_step % max(1, state.max_steps // 10)):
             return
-        self.times.append(time.perf_counter())
-        if len(self.times) > _TIMED:
-            step = float(np.median(np.diff(self.times)[1:]))  # the first one warms up
-            left = step * (state.max_steps - state.global_step)
-            if left > _LONG:
-                logger.info(
-                    "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
-                    step,
-                    duration(left),
-                    f"{state.max_steps - state.global_step:,}",
-                    f"{left * args.world_size / 3600:.2g} hours",
-                    args.world_size,
-                    "es" if args.world_size > 1 else "",
-                )
+        step = (time.perf_counter() - self.since) / done
+        left = step * (state.max_steps - state.global_step)
+        if left > _LONG:
+            logger.info(
+                "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
+                step,
+                duration(left),
+                f"{state.max_steps - state.global_step:,}",
+                f"{left * args.world_size / 3600:.2g} hours",
+                args.world_size,
+                "es" if args.world_size > 1 else "",
+            )
 
 
 def duration(seconds: float) -> str:
