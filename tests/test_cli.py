@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from anysplade import Document, Index, TrainingConfig
 from anysplade.cli import _config_file, app, main
+from tiny import make_backbone
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
 
@@ -334,6 +335,24 @@ def test_exports(indexed, call_json, tmp_path):
     rows = [json.loads(line) for path in (tmp_path / "anserini").iterdir() for line in path.read_text().splitlines()]
     assert {row["id"] for row in rows} == {"a", "b", "c"}
     assert call_json("export", indexed, "--format", "ciff", "--out", tmp_path / "index.ciff")["documents"] == 3
+
+
+def test_a_head_that_is_wider_than_the_vocabulary(collection_folder, call_json, tmp_path):
+    backbone = make_backbone("bert", tmp_path / "padded", vocab_size=160)
+    padding = {f"[term:{term}]" for term in range(149, 160)}
+    call_json("index", backbone, collection_folder, "--out", tmp_path / "index")
+    hits = call_json("search", tmp_path / "index", "kabel lodan", "--k", 40)["hits"]
+    matched = [term["term"] for hit in hits for term in hit["terms"]]
+    assert padding & set(matched)
+    assert None not in matched
+    call_json("export", tmp_path / "index", "--format", "anserini", "--out", tmp_path / "anserini")
+    call_json("export", tmp_path / "index", "--format", "ciff", "--out", tmp_path / "index.ciff")
+    lines = [json.loads(line) for line in (tmp_path / "anserini" / "0000.jsonl").read_text().splitlines()]
+    with Index.load(tmp_path / "index") as index:
+        assert [len(line["vector"]) for line in lines] == [(document.weights >= 0.005).sum() for document in index.store]
+    for names in ([backbone], [backbone, backbone]):
+        assert call_json("evaluate", *names, collection_folder, "--metrics", "RR@10", "--out", tmp_path / f"scores{len(names)}")
+    assert any(term.encode() in (tmp_path / "index.ciff").read_bytes() for term in padding)
 
 
 @pytest.mark.parametrize(

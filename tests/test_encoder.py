@@ -5,13 +5,22 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SparseMultipleNegativesRankingLoss, SpladeLoss
-from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SpladePooling
 from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from anysplade import ModelError, OptionError, load_encoder
-from anysplade.encoder import build_encoder, fuse_pooling, is_splade, masked_lm, open_encoder, open_masked_lm, unfuse_pooling
+from anysplade.encoder import (
+    build_encoder,
+    fuse_pooling,
+    is_splade,
+    masked_lm,
+    open_encoder,
+    open_masked_lm,
+    term_names,
+    unfuse_pooling,
+)
 from architectures import ARCHITECTURES
-from tiny import make_backbone, make_lexical
+from tiny import SPECIAL, WORDS, make_backbone, make_lexical
 
 TEXTS = ["kabel lodan mifil nugor", "pehan", "", "not a word of the vocabulary"]
 
@@ -213,3 +222,24 @@ def test_length(backbone):
     assert load_encoder(backbone, max_length=5).max_seq_length == 5
     with pytest.raises(OptionError, match="at least 3 tokens"):
         load_encoder(backbone, max_length=2)
+
+
+def test_every_term_has_a_name_of_its_own(backbone, tmp_path):
+    assert term_names(open_encoder(backbone)) == SPECIAL + WORDS
+    padded = open_encoder(make_backbone("bert", tmp_path / "padded", vocab_size=160))
+    count = len(SPECIAL + WORDS)
+    assert term_names(padded) == SPECIAL + WORDS + [f"[term:{term}]" for term in range(count, 160)]
+    assert term_names(padded) is term_names(padded)
+
+
+@pytest.mark.parametrize("query_encoder", ["idf", "static"])
+def test_queries_by_token_need_a_head_of_the_tokenizers_size(query_encoder, tmp_path):
+    backbone = make_backbone("bert", tmp_path / "padded", vocab_size=160)
+    with pytest.raises(OptionError, match="160 rows and the tokenizer 149 tokens"):
+        build_encoder(backbone, 1, 0, query_encoder=query_encoder, idf_texts=["kabel"])
+
+
+def test_the_terms_of_an_autoencoder_are_no_tokens(backbone):
+    transformer = Transformer(backbone)
+    modules = [transformer, Pooling(32), SparseAutoEncoder(32, hidden_dim=64, k=4, k_aux=8)]
+    assert term_names(SparseEncoder(modules=modules))[:2] == ["[term:0]", "[term:1]"]

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from anysplade import Document, Index, searcher, serve
 from anysplade.cli import main
+from anysplade.encoding import encode
 from anysplade.searcher import Searcher
 from anysplade.serve import MAX_BODY, MAX_TEXT, create_app
 from serving import running
@@ -61,6 +62,22 @@ def test_the_api_answers_what_the_index_does(client, folder):
         assert len(encoded["vectors"]) == 2
         assert max(encoded["vectors"][1].values()) > 0
     client.__enter__()
+
+
+def test_a_head_that_is_wider_than_the_vocabulary(tmp_path):
+    backbone = make_backbone("bert", tmp_path / "padded", vocab_size=160)
+    with Index.build(backbone, make_collection(tmp_path / "collection"), tmp_path / "index") as index:
+        row = index.search("kabel locor", 1, explain=True)
+        encoded = encode(index.encoder, ["kabel locor"], "query")
+    with TestClient(create_app(Searcher(tmp_path / "index")), base_url="http://localhost") as client:
+        found = client.post("/search", json={"query": "kabel locor", "k": 1, "explain": True}).json()["hits"]
+        (vector,) = client.post("/encode", json={"texts": ["kabel locor"]}).json()["vectors"]
+        pages = [client.get(path) for path in ("/?q=kabel+locor", "/inspect?text=kabel+locor", "/cost", "/head")]
+    assert [term["term"] for term in found[0]["terms"]] == [term.term for term in row[0].terms]
+    assert sorted(vector.values()) == pytest.approx(sorted(encoded.data.tolist()), rel=1e-5)
+    assert [page.status_code for page in pages] == [200] * 4
+    assert "[term:15" in pages[1].text
+    assert all(">None<" not in page.text for page in pages)
 
 
 MISTAKES = {

@@ -30,7 +30,7 @@ def make_tokenizer():
 def make_backbone(architecture, folder, **overrides):
     """Save a small random masked LM with its tokenizer; returns the folder as a string."""
     tokenizer = make_tokenizer()
-    model = small_model(architecture, vocab_size=len(tokenizer), **overrides)
+    model = small_model(architecture, **{"vocab_size": len(tokenizer)} | overrides)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -443,14 +443,13 @@ def export(index: str, /, *, format: Literal["anserini", "ciff"], out: Out, quan
         out: the folder or file to write.
         quantization: weights are written as whole numbers, times this.
     """
+    from anysplade.encoder import term_names
     from anysplade.engines import export as exporting
     from anysplade.index import Index
 
     with Index.load(index) as opened:
-        tokenizer = opened.encoder.tokenizer
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
-        count = write(opened.store, tokens, out, quantization)
+        count = write(opened.store, term_names(opened.encoder), out, quantization)
     return _Shown({"documents": count, "out": str(out), "format": format}, [f"{count:,} documents in {out}"])
 
 

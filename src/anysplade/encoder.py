@@ -8,12 +8,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
-from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ from anysplade.head import (
 from anysplade.options import BiasPolicy, Choice, Pooling, QueryEncoder
 from anysplade.pooling import splade_pool
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.records import name_terms
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +263,25 @@ def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
     return first.model
 
 
+_term_names: WeakKeyDictionary[SparseEncoder, list[str]] = WeakKeyDictionary()
+
+
+def term_names(encoder: SparseEncoder) -> list[str]:
+    """The name of each term, (vocabulary,) by id, as ``name_terms`` has it; made once for each encoder.
+
+    A head can be wider than its tokenizer's vocabulary, which is padded for speed. An autoencoder's terms are no tokens.
+    """
+    if encoder not in _term_names:
+        tokens: list[str | None] = [None] * (encoder.get_embedding_dimension() or 0)
+        if not isinstance(encoder[-1], SparseAutoEncoder):
+            tokenizer: Any = encoder.tokenizer
+            known = sorted(id_ for id_ in set(tokenizer.get_vocab().values()) if id_ < len(tokens))
+            for id_, token in zip(known, tokenizer.convert_ids_to_tokens(known), strict=True):
+                tokens[id_] = token
+        _term_names[encoder] = name_terms(tokens)
+    return _term_names[encoder]
+
+
 def _with_splade_pooling(
     source: str, pooling: Pooling = "max", double_log: bool = False, attention: str | None = None
 ) -> SparseEncoder:
@@ -282,6 +303,12 @@ def _with_splade_pooling(
 def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: bool) -> SparseEncoder:
     """Documents through the MLM, queries as a bag of tokens with a weight each (Geng et al., arXiv 2411.04403)."""
     tokenizer: Any = encoder.tokenizer
+    rows = len(find_head(masked_lm(encoder)).decoder.weight)
+    if rows != len(tokenizer):  # a stock SparseStaticEmbedding has a weight for each token, no more and no fewer
+        raise OptionError(
+            f"the head has {rows:,} rows and the tokenizer {len(tokenizer):,} tokens, so that queries by token and documents would "
+            "not go together; train with --query-encoder mlm, or give head and tokenizer the same size"
+        )
     frequency = np.zeros(len(tokenizer))
     count = 0
     for batch in batched(texts, 1024):

@@ -21,7 +21,7 @@ from sentence_transformers import SparseEncoder
 
 from anysplade.bm25 import BM25
 from anysplade.datasets import Collection, hash_texts, load_collection
-from anysplade.encoder import fingerprint, open_encoder
+from anysplade.encoder import fingerprint, open_encoder, term_names
 from anysplade.encoding import encode, prune, resolve_precision
 from anysplade.errors import DataError, MeasureError, OptionError, OutputError
 from anysplade.files import write_whole
@@ -63,7 +63,7 @@ class Evaluation:
     per_query: dict[str, dict[str, float]]  # by metric and query id
     run: Run
     vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # of queries and documents, in their order
-    terms: list[str] | None  # the vocabulary, by term id
+    terms: list[str] | None  # their names, by term id
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the run, the vectors and the values of each query, which are files of their own."""
@@ -145,7 +145,7 @@ def evaluate(
             encoder, list(collection.queries.values()), "query", precision=asked, cache=folders["query"], progress=progress
         )
         vectors = (queries, documents)
-        terms = encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer)))
+        terms = term_names(encoder)
         seconds["encoding"] = time.perf_counter() - start
         start = time.perf_counter()
         rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(itself))

@@ -12,7 +12,7 @@ from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
 from anysplade.datasets import Document
-from anysplade.encoder import fingerprint, open_encoder
+from anysplade.encoder import fingerprint, open_encoder, term_names
 from anysplade.encoding import encode, prune
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.files import write_whole
@@ -234,8 +234,8 @@ class Index:
 def explain_score(encoder: SparseEncoder, query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
     """The terms that a query (one row) and a document share, the largest product first."""
     shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
-    names = encoder.tokenizer.convert_ids_to_tokens(shared.tolist())
-    pairs = zip(names, query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
+    names = term_names(encoder)
+    pairs = zip([names[term] for term in shared], query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
     matches = [TermMatch(name, ours, theirs, ours * theirs) for name, ours, theirs in pairs]
     return sorted(matches, key=lambda match: -match.product)
 

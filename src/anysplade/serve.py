@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
 from anysplade.calibration import choose
-from anysplade.encoder import masked_lm
+from anysplade.encoder import masked_lm, term_names
 from anysplade.encoding import encode
 from anysplade.errors import OptionError, UsageError
 from anysplade.head import describe_head, measure_logits
@@ -406,14 +406,15 @@ class _Site:
     # --------------------------------------------------------------- what only the searcher's thread does
 
     def _terms(self, row: sparse.csr_matrix) -> list[tuple[str, float]]:
-        names = self.searcher.index.encoder.tokenizer.convert_ids_to_tokens(row.indices.tolist())
-        pairs = [(str(name), float(weight)) for name, weight in zip(names, row.data, strict=True)]
+        names = term_names(self.searcher.index.encoder)
+        pairs = [(names[term], float(weight)) for term, weight in zip(row.indices, row.data, strict=True)]
         return sorted(pairs, key=lambda pair: -pair[1])
 
     def _expansion(self, row: sparse.csr_matrix, text: str, whole: bool = False) -> dict[str, Any]:
         """The terms of a text's vector, those that stand in it apart from those that were added."""
-        tokenizer = self.searcher.index.encoder.tokenizer
-        own = set(tokenizer.convert_ids_to_tokens(tokenizer(text, truncation=True)["input_ids"]))
+        encoder = self.searcher.index.encoder
+        names = term_names(encoder)
+        own = {names[token] for token in encoder.tokenizer(text, truncation=True)["input_ids"]}
         terms = [{"term": name, "weight": weight, "added": name not in own} for name, weight in self._terms(row)]
         shown = terms if whole else terms[:_SHOWN]
         return {"terms": shown, "more": len(terms) - len(shown), "highest": terms[0]["weight"] if terms else 1.0}
@@ -422,13 +423,14 @@ class _Site:
         """A hit for the page: its text in pieces, with the product of the term that a piece is a token of."""
         products = {match.term: match.product for match in hit.terms or []}
         text = hit.text[:_SNIPPET]
-        tokenizer = self.searcher.index.encoder.tokenizer
+        encoder = self.searcher.index.encoder
         pieces: list[tuple[str, float | None]] = []
         at = 0
         if products and text:
-            marked = tokenizer(text, return_offsets_mapping=True, truncation=True, add_special_tokens=False)
-            names = tokenizer.convert_ids_to_tokens(marked["input_ids"])
-            for name, (start, end) in zip(names, marked["offset_mapping"], strict=True):
+            marked = encoder.tokenizer(text, return_offsets_mapping=True, truncation=True, add_special_tokens=False)
+            names = term_names(encoder)
+            for token, (start, end) in zip(marked["input_ids"], marked["offset_mapping"], strict=True):
+                name = names[token]
                 if name in products and start >= at and end > start:
                     pieces += [(text[at:start], None), (text[start:end], products[name])]
                     at = end
@@ -462,7 +464,7 @@ class _Site:
             frequency[document.terms] += 1
         touched = [int(frequency[vectors[i].indices].sum()) for i in range(len(queries))]
         order = np.argsort(-frequency, kind="stable")[:_SHOWN]
-        names = index.encoder.tokenizer.convert_ids_to_tokens(order.tolist())
+        names = term_names(index.encoder)
         self._counted = (
             index,
             {
@@ -474,9 +476,7 @@ class _Site:
                 "bytes": size,
                 "used": int((frequency > 0).sum()),
                 "vocabulary": len(frequency),
-                "frequent": [
-                    (name, int(frequency[i]) / max(1, count)) for name, i in zip(names, order, strict=True) if frequency[i]
-                ],
+                "frequent": [(names[i], int(frequency[i]) / max(1, count)) for i in order if frequency[i]],
             },
         )
         return self._counted[1]

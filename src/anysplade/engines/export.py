@@ -1,15 +1,13 @@
 """Files for engines that read an index: Anserini's and Pyserini's JSONL, and the Common Index File Format.
 
 Both hold whole numbers: weights times ``quantization``, rounded, zeros dropped. A query's weights have to be
-quantized too. A token that is empty, holds white space, stands twice in the vocabulary or is no UTF-8 would be lost or
-merged with another; it is written as ``[term:ID]``, and has to be in queries.
+quantized too. Terms are written by the names that ``name_terms`` gives them, and have to be in queries.
 """
 
 import json
 import os
 import struct
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,26 +17,26 @@ from scipy import sparse
 
 from anysplade.errors import DataError, OptionError, OutputError
 from anysplade.files import whole_folder
-from anysplade.records import Encoded, check_vector
+from anysplade.records import Encoded, check_vector, is_utf8, name_terms
 
 _DOCUMENTS_A_FILE = 100_000
 _INT32 = 2**31 - 1
 
 
-def export_anserini(documents: Iterable[Encoded], tokens: Sequence[str], folder: str | Path, quantization: int = 100) -> int:
+def export_anserini(documents: Iterable[Encoded], tokens: Sequence[str | None], folder: str | Path, quantization: int = 100) -> int:
     """Write a JsonVectorCollection, for ``IndexCollection -impact -pretokenized``; returns the number of documents.
 
     Of the documents only the ids stay in memory.
 
     Args:
-        tokens: (vocabulary,) by term id.
+        tokens: (vocabulary,) by term id; None where a term has none.
         folder: gets ``0000.jsonl`` and so on, of 100,000 documents each.
 
     Raises:
         OutputError: ``folder`` is not empty.
         DataError: a vector is malformed, or an id stands twice, is empty or holds white space, which run files cannot.
     """
-    names, count = _names(tokens), 0
+    names, count = name_terms(tokens), 0
     with whole_folder(folder) as work, ExitStack() as files:
         for document, terms, impacts in _quantized(documents, len(names), quantization):
             if count % _DOCUMENTS_A_FILE == 0:
@@ -51,14 +49,14 @@ def export_anserini(documents: Iterable[Encoded], tokens: Sequence[str], folder:
     return count
 
 
-def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str], path: str | Path, quantization: int = 100) -> int:
+def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str | None], path: str | Path, quantization: int = 100) -> int:
     """Write a Common Index File (https://github.com/osirrc/ciff); returns the number of documents.
 
     Postings by term need all documents at once: about 20 bytes of memory a posting at the peak. The length of a document
     is the sum of its quantized weights.
 
     Args:
-        tokens: (vocabulary,) by term id.
+        tokens: (vocabulary,) by term id; None where a term has none.
 
     Raises:
         OutputError: ``path`` is a folder.
@@ -67,7 +65,7 @@ def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str], path: str |
     path = Path(path).expanduser()
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file in it")
-    names, ids, lengths = _names(tokens), [], array("q")
+    names, ids, lengths = name_terms(tokens), [], array("q")
     indices, data, indptr = array("i"), array("i"), array("q", [0])
     for document, terms, impacts in _quantized(documents, len(names), quantization):
         ids.append(document.id)
@@ -102,21 +100,6 @@ def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str], path: str |
     return len(ids)
 
 
-def _names(tokens: Sequence[str]) -> list[str]:
-    count = Counter(tokens)
-    names = [
-        token if count[token] == 1 and len(token.split()) == 1 and token == token.strip() and _is_utf8(token) else f"[term:{term}]"
-        for term, token in enumerate(tokens)
-    ]
-    if len(set(names)) < len(names):
-        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
-    return names
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _quantized(
     documents: Iterable[Encoded], vocabulary: int, quantization: int
 ) -> Iterator[tuple[Encoded, np.ndarray, np.ndarray]]:
@@ -126,7 +109,7 @@ def _quantized(
     seen: set[str] = set()
     for document in documents:
         said = f"document {document.id[:80]!r}"
-        if document.id.split() != [document.id] or not _is_utf8(document.id):
+        if document.id.split() != [document.id] or not is_utf8(document.id):
             raise DataError(f"{said}: an empty id, or one with white space, cannot stand in a run file; rename it")
         if document.id in seen:
             raise DataError(f"{said}: stands twice; ids must be unique")
