@@ -14,12 +14,14 @@ from opensearchpy import OpenSearch
 from qdrant_client import QdrantClient, models
 from scipy import sparse
 
+from anysplade import remote
 from anysplade.datasets import Document
 from anysplade.engines import export_anserini, export_ciff, open_engine, sending
 from anysplade.engines.opensearch import OpenSearchEngine
 from anysplade.engines.qdrant import QdrantEngine
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.records import Encoded, Hit
+from anysplade.remote import RemoteIndex
 
 ABOUT = {"model": "org/model", "model_fingerprint": "aaaa", "vocabulary": 250_002, "format": 2}
 VOCABULARY = 250_002
@@ -573,6 +575,16 @@ def test_qdrant_over_http(serve):
         with pytest.raises(AnyspladeError, match=mend) as error:
             engine.upload([encoded("a", [1], [1])])
         assert "\n" not in str(error.value)
+
+
+def test_the_terms_of_a_hit_sum_to_its_score_but_for_the_rounding(opensearch, backbone, collection_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "open_engine", lambda address: OpenSearchEngine(opensearch.client, "tiny"))
+    index = RemoteIndex.build(backbone, collection_folder, "opensearch://localhost/docs", tmp_path, top_k=8)
+    hits = index.search("kabel lodan mifil", k=40, explain=True)
+    assert len(hits) > 5
+    for hit in hits:
+        whole = sum(term.product for term in hit.terms)
+        assert whole * (1 - 2**-8) * (1 - 1e-5) <= hit.score <= whole * (1 + 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- addresses

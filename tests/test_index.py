@@ -217,3 +217,11 @@ def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
     with Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index") as index:
         assert len(index) == 5
     assert first.stat().st_mtime_ns == made
+
+
+def test_what_is_added_has_the_precision_of_the_index(backbone, tmp_path):
+    with Index.build(backbone, {"a": Document("", "kabel lodan")}, tmp_path / "index", precision="bfloat16") as index:
+        index.add({"b": Document("", "kabel lodan")})
+        first, second = index.store
+        np.testing.assert_array_equal(first.weights, second.weights)
+        assert not (first.weights.view(np.uint32) & 0xFFFF).any()  # bfloat16 has the upper 16 bits of a float32

@@ -1,9 +1,11 @@
 """The same corpus and model on a server and in a folder give the same hits. The server is Qdrant's client in memory."""
 
+import numpy as np
 import pytest
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 
-from anysplade import Index, ModelError, OptionError, OutputError, load_collection, load_encoder, remote
+from anysplade import DataError, Index, ModelError, OptionError, OutputError, load_collection, load_encoder, remote
+from anysplade.encoder import term_names
 from anysplade.engines.qdrant import QdrantEngine
 from anysplade.remote import RemoteIndex, open_index
 
@@ -57,3 +59,41 @@ def test_faults(server, model, backbone, collection_folder, tmp_path):
     load_encoder(backbone, k=3, shift=0).save_pretrained(str(model))
     with pytest.raises(ModelError, match="changed since"):
         RemoteIndex(ADDRESS).search("kabel")
+
+
+def stored_weights(client):
+    points, _ = client.scroll("tiny", limit=100, with_vectors=True, with_payload=["id"])
+    vectors = {point.payload["id"]: point.vector["splade"] for point in points}
+    return {id_: dict(zip(vector.indices, vector.values, strict=True)) for id_, vector in vectors.items()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_explanation_is_of_the_vectors_that_were_sent(precision, server, model, collection_folder, tmp_path):
+    RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", top_k=8, precision=precision)
+    tolerance = 1e-5 if precision == "float32" else 1e-2
+    sent = stored_weights(server)
+    there = open_index(ADDRESS)
+    ids = {name: term for term, name in enumerate(term_names(there.encoder))}
+    hits = there.search("kabel lodan mifil", k=40, explain=True)
+    assert len(hits) > 5
+    for hit in hits:
+        assert sum(term.product for term in hit.terms) == pytest.approx(hit.score, rel=tolerance)
+        for term in hit.terms:
+            assert term.document_weight == pytest.approx(sent[hit.id][ids[term.term]], rel=tolerance)
+        if precision == "bfloat16":  # which has the upper 16 bits of a float32
+            assert all(np.float32(term.document_weight).view(np.uint32) & 0xFFFF == 0 for term in hit.terms)
+
+
+def test_what_auto_meant_is_recorded(server, model, collection_folder, tmp_path):
+    index = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="auto")
+    assert index.about["precision"] in ("float32", "bfloat16")
+    for other in ({"precision": "auto", "top_k": 5}, {"precision": "bfloat16", "top_k": 5}):
+        with pytest.raises(OutputError, match=r"another .*top_k"):
+            RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", **other)
+    assert max(map(len, stored_weights(server).values())) > 5
+
+
+def test_a_collection_that_others_made(server):
+    server.create_collection("tiny", vectors_config={}, sparse_vectors_config={"splade": models.SparseVectorParams()})
+    with pytest.raises(DataError, match="does not say which model"):
+        open_index(ADDRESS).search("kabel")

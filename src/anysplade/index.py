@@ -176,7 +176,8 @@ class Index:
         ids = list(documents)
         for start in range(0, len(ids), BATCH):
             part = {id_: documents[id_] for id_ in ids[start : start + BATCH]}
-            rows = encode(self.encoder, [document.full_text for document in part.values()], "document", progress=progress)
+            texts = [document.full_text for document in part.values()]
+            rows = encode(self.encoder, texts, "document", precision=self.about["precision"], progress=progress)
             if self.about["top_k"] is not None:
                 rows = prune(rows, self.about["top_k"])
             self.store.put(as_encoded(list(part), list(part.values()), rows))

@@ -120,12 +120,18 @@ class TermMatch:
 
 @dataclass(frozen=True)
 class Hit:
+    """A document that was found.
+
+    ``terms``, with explain: the largest product first. They sum to the score. Those of a server's hit are of its text encoded
+    again, and sum to the score up to the engine's rounding.
+    """
+
     id: str
     score: float
     title: str
     text: str
     metadata: dict[str, Any] | None = None
-    terms: list[TermMatch] | None = None  # with explain: largest product first; they sum to the score
+    terms: list[TermMatch] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -8,9 +8,10 @@ from typing import Any
 
 from sentence_transformers import SparseEncoder
 
-from anysplade.encoding import encode
+from anysplade.datasets import Document
+from anysplade.encoding import encode, prune
 from anysplade.engines import open_engine
-from anysplade.errors import OptionError
+from anysplade.errors import DataError, OptionError
 from anysplade.head import resolve_model
 from anysplade.index import Index, describe_model, explain_score, open_same_model
 from anysplade.options import Precision
@@ -51,7 +52,7 @@ class RemoteIndex:
         What the server has already, in the same version, is not sent again.
 
         Raises:
-            OutputError: the server holds an index of that name that another model made.
+            OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
             What ``encode_corpus`` and the engine raise.
         """
         index = cls(address)
@@ -61,16 +62,24 @@ class RemoteIndex:
         options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray, "progress": progress}
         folder = Path(work).expanduser() / "shards" / key
         manifest = encode_corpus(source, corpus, folder, **options)
-        index.engine.create(about | {"vocabulary": manifest["vocabulary"]})
+        # Not "auto", which can mean something else where the index is searched.
+        index.engine.create(about | {name: manifest[name] for name in ("vocabulary", "precision")})
         shards = read_documents(folder, manifest, corpus, "run the same command again")
         index.engine.upload(chain.from_iterable(documents for _, documents in shards), progress=progress)
         return index
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the server says of the index."""
+        """What the server says of the index.
+
+        Raises:
+            DataError: there is none, or it says nothing.
+        """
         if self._about is None:
-            self._about = self.engine.about()
+            about = self.engine.about()
+            if not about:
+                raise DataError(f"{self.address}: does not say which model its vectors are of; build it with anysplade index --to")
+            self._about = about
         return self._about
 
     @property
@@ -86,7 +95,10 @@ class RemoteIndex:
     def search(
         self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
     ) -> list[Hit]:
-        """As ``Index.search``; the terms of a hit come from encoding its text again.
+        """As ``Index.search``; the terms of a hit are those of its text encoded again, as the index was built.
+
+        They sum to the score up to what the engine rounds; see its class. In bfloat16 the sum also depends, in the second
+        or third digit, on the texts that are encoded together.
 
         Raises:
             OptionError: k is below 1, or ``exact``, which a server cannot do.
@@ -99,7 +111,10 @@ class RemoteIndex:
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
             return hits
-        rows = encode(self.encoder, [f"{hit.title} {hit.text}".strip() for hit in hits], "document")
+        texts = [Document(hit.title, hit.text).full_text for hit in hits]
+        rows = encode(self.encoder, texts, "document", precision=self.about.get("precision", "float32"))
+        if self.about.get("top_k") is not None:
+            rows = prune(rows, self.about["top_k"])
         explained = []
         for hit, row in zip(hits, rows, strict=True):
             terms = explain_score(self.encoder, vector, row.indices, row.data)

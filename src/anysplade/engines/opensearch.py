@@ -53,7 +53,7 @@ class OpenSearchEngine:
         """Make the index if there is none; ``about`` (JSON, with ``model_fingerprint``) is kept in its mapping's ``_meta``.
 
         Raises:
-            OutputError: it exists and was made with another model.
+            OutputError: it exists and was made with another model, precision or ``top_k``.
             OptionError: ``about`` names no fingerprint.
         """
         check_about(about)

@@ -40,7 +40,8 @@ class QdrantEngine:
         """Make the collection if there is none; ``about`` (JSON, with ``model_fingerprint``) is kept as its metadata.
 
         Raises:
-            OutputError: it exists and was made with another model, or the server is older than 1.16 and keeps no metadata.
+            OutputError: it exists and was made with another model, precision or ``top_k``; or the server is older than 1.16
+                and keeps no metadata.
             OptionError: ``about`` names no fingerprint.
         """
         check_about(about)

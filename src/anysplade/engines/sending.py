@@ -56,10 +56,16 @@ def check_about(about: Mapping[str, Any]) -> None:
 
 
 def same_model(said: str, stored: Mapping[str, Any] | None, about: Mapping[str, Any]) -> None:
-    """Raise OutputError unless what the server holds was made with the model of ``about``."""
+    """Raise OutputError unless what the server holds was made with the model of ``about``, its precision and its ``top_k``."""
     if not stored or stored.get("model_fingerprint") != about["model_fingerprint"]:
         model = (stored or {}).get("model", "unknown")
         raise OutputError(f"{said}: exists and holds vectors of another model ({model}); choose another name, or delete it first")
+    different = [name for name in ("precision", "top_k") if stored.get(name) != about.get(name)]
+    if different:
+        raise OutputError(
+            f"{said}: exists and was made with another {', '.join(different)} "
+            f"({', '.join(str(stored.get(name)) for name in different)}); choose another name, or delete it first"
+        )
 
 
 def retried(call: Callable[[], T], busy: Callable[[Exception], bool]) -> T:
