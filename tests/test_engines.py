@@ -608,7 +608,9 @@ def test_addresses(monkeypatch):
     "address",
     ["docs", "http://localhost/docs", "qdrant://localhost:6333", "qdrant://localhost/a/b", "qdrant://localhost:x/docs",
      "opensearch://localhost/Docs", "opensearch://localhost/_docs", "opensearch://u:hunter2@localhost/*", "qdrant:///docs",
-     "qdrant://u:hunter2@localhost/docs", "qdrant://localhost/docs?x=1", "opensearch://u:hunter2@[::1/docs", "", "qdrantss://h/n"],
+     "opensearch://u:hunter2/x@localhost/docs", "opensearch://u:12/hunter2@localhost/docs", "u:hunter2@localhost:9200/docs",
+     "opensearch://u:hunter2 x@localhost/*", "qdrant://u:hunter2@localhost/docs", "qdrant://localhost/docs?x=1",
+     "opensearch://u:hunter2@[::1/docs", "", "qdrantss://h/n"],
 )  # fmt: skip
 def test_malformed_addresses(address):
     with pytest.raises(OptionError, match=r"such as|can$|QDRANT_API_KEY") as error:

@@ -25,7 +25,7 @@ from cyclopts.config import Dict
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
-from anysplade.errors import AnyspladeError, OptionError, OutputError, UsageError
+from anysplade.errors import AnyspladeError, OptionError, OutputError, UsageError, without_credentials
 from anysplade.options import BiasPolicy, Choice, Precision, TrainingConfig
 
 app = App(
@@ -328,10 +328,14 @@ def index(
     if to is not None:
         work = default_cache()
         if work is None:
-            raise OutputError(f"--to {to}: the encoded corpus needs a folder on the way; set ANYSPLADE_CACHE to one")
+            raise OutputError(f"--to {without_credentials(to)}: the encoded corpus needs a folder; set ANYSPLADE_CACHE to one")
         sent = RemoteIndex.build(model, corpus, to, work, **options)
-        found = {"documents": len(sent), "index": to}
-        return _Shown(sent.about | found, [f"{len(sent):,} documents, at {to}", f'next: anysplade search {to} "your query"'])
+        found = {"documents": len(sent), "index": sent.address}
+        lines: list[RenderableType] = [
+            f"{len(sent):,} documents, at {sent.address}",
+            f'next: anysplade search {sent.address} "your query"',
+        ]
+        return _Shown(sent.about | found, lines)
     assert out is not None
     built = Index.build(model, corpus, out, **options)
     return _Shown(
@@ -560,6 +564,13 @@ def _watched() -> bool:
     return sys.stderr.isatty() and _first_process()
 
 
+class _Formatter(logging.Formatter):
+    """Nothing that is logged, by libraries neither, has a password or a token in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
 def _quiet_libraries() -> None:
     """Keep standard error for anysplade's own progress and for warnings that ask for something."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -567,7 +578,9 @@ def _quiet_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of one library to another
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)
-    for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2"):
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
+    for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2", "opensearch"):
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import datasets
@@ -601,7 +614,7 @@ def run() -> None:
 
 
 def _complain(error: BaseException) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_credentials(" ".join(str(error).split())) or type(error).__name__
     print(f"anysplade: {text}", file=sys.stderr)
 
 

@@ -9,14 +9,37 @@ AnyspladeError                 something failed; exit code 1 on the command line
     ├── MeasureError           a measure's name is not known
     └── OutputError            the output folder holds something else
 
-Every message is one line: what is wrong, where, and how to mend it.
+Every message is one line: what is wrong, where, and how to mend it. None repeats a password or a token.
 """
 
+import re
 from pathlib import Path
+
+# An engine's address is anysplade's own, so that all up to its last @ is a login, whatever stands there unescaped. Of other
+# URLs it is what stands before the host, which ends at the first slash unless a password follows: paths can hold an @ too.
+# "user:password" is what messages write as an example.
+_LOGIN = re.compile(
+    r"""(?ix) \b (?: (?P<engine> (?:opensearch|qdrant)s? :/+ ) (?! /* user:password@ )
+                      (?: \S* | [^\s/:]* : (?!\d+/) (?: (?!://) [^@\n] )* ) @
+                  | (?P<other> [a-z][a-z\d+.-]+ :/+ ) (?! /* user:password@ ) (?: [^\s/]* | [^\s/:]* : (?!\d+/) \S* ) @ )"""
+)
+_TOKEN = re.compile(
+    r"""(?x) ( --(?:token|api-key|password) (?:=|\s+) | \b[A-Z_]*(?:TOKEN|API_KEY|SECRET|PASSWORD)=
+             | [?&][\w-]*(?i:token|key|secret|password|signature)= ) (?: '[^']*' | "[^"]*" | [^\s'"&] )+"""
+)
+
+
+def without_credentials(text: str) -> str:
+    """A text, an address or a command line with "..." for every login in a URL and every token."""
+    text = _LOGIN.sub(lambda found: f"{found['engine'] or found['other']}...@", text)
+    return _TOKEN.sub(r"\1...", text)
 
 
 class AnyspladeError(Exception):
     """Base of everything that anysplade raises by itself."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_credentials(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 def worker_died(folder: Path) -> AnyspladeError:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from anysplade import __version__
+from anysplade.errors import without_credentials
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit, hardware and command line of this process, ready for JSON."""
+    """Versions, commit, hardware and command line (without credentials) of this process, ready for JSON."""
     import torch
 
     libraries = ("torch", "transformers", "sentence-transformers", "numpy", "scipy")
@@ -26,8 +28,18 @@ def provenance() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "command": shlex.join(["anysplade" if Path(sys.argv[0]).name == "anysplade" else sys.argv[0], *sys.argv[1:]]),
+        "command": without_credentials(" ".join(_quoted(argument) for argument in [_program(), *sys.argv[1:]])),
     }
+
+
+def _program() -> str:
+    return "anysplade" if Path(sys.argv[0]).name == "anysplade" else sys.argv[0]
+
+
+def _quoted(argument: str) -> str:
+    """For a shell; of NAME=VALUE the value alone, so that what is removed from it is all of it."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals and re.fullmatch(r"[\w-]+", name) else shlex.quote(argument)
 
 
 def _commit() -> str | None:

@@ -11,7 +11,7 @@ from sentence_transformers import SparseEncoder
 from anysplade.datasets import Document
 from anysplade.encoding import encode, prune
 from anysplade.engines import open_engine
-from anysplade.errors import DataError, OptionError
+from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.head import resolve_model
 from anysplade.index import Index, describe_model, explain_score, open_same_model
 from anysplade.options import Precision
@@ -28,7 +28,7 @@ class RemoteIndex:
         Raises:
             OptionError: a malformed address, or a client that is not installed.
         """
-        self.address = address
+        self.address = without_credentials(address)  # for messages
         self.engine = open_engine(address)
         self._about: dict[str, Any] | None = None
         self._encoder: SparseEncoder | None = None

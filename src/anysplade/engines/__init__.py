@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from anysplade.engines.export import export_anserini, export_ciff
-from anysplade.errors import OptionError
+from anysplade.errors import OptionError, without_credentials
 
 if TYPE_CHECKING:  # the libraries are optional
     from anysplade.engines.opensearch import OpenSearchEngine
@@ -34,18 +34,18 @@ def open_engine(address: str) -> "QdrantEngine | OpenSearchEngine":
     Raises:
         OptionError: malformed, or the engine's library is not installed.
     """
-    # No message repeats a password.
-    said = re.sub(r"//.*@", "//...@", address)
+    # No message repeats a password, nor a part of the address alone, which can be one where it is not percent-encoded.
+    said = without_credentials(address) if "://" in address else "without ://"
     try:
         parts = urlsplit(address)
         port = parts.port
-    except ValueError as error:
-        raise OptionError(f"{said}: no address of an engine ({error}); such as {_EXAMPLES}") from None
+    except ValueError:
+        raise OptionError(f"{said}: no address of an engine; such as {_EXAMPLES}; percent-encode the password") from None
     kind, secure, name = parts.scheme.removesuffix("s"), parts.scheme.endswith("s"), parts.path.removeprefix("/")
     if kind not in _NAME or not parts.hostname or parts.query or parts.fragment:
         raise OptionError(f"{said}: no address of an engine; such as {_EXAMPLES}")
     if not re.fullmatch(_NAME[kind], name, re.ASCII):
-        raise OptionError(f"{said}: {name!r} cannot be the name of a collection; letters (OpenSearch: small), digits and _ . - can")
+        raise OptionError(f"{said}: not the name of a collection at its end; letters (OpenSearch: small), digits and _ . - can")
     if kind == "qdrant" and parts.username is not None:
         raise OptionError(f"{said}: Qdrant has no users; put its key into the environment as QDRANT_API_KEY")
     try:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from anysplade.errors import DataError, OptionError, OutputError
+from anysplade.errors import DataError, OptionError, OutputError, without_credentials
 from anysplade.records import Encoded, check_vector
 
 logger = logging.getLogger(__name__)
@@ -82,4 +82,4 @@ def retried(call: Callable[[], T], busy: Callable[[Exception], bool]) -> T:
 
 
 def one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    return without_credentials(" ".join(str(error).split()))[:300]
