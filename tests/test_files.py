@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from anysplade import OutputError
@@ -41,3 +43,22 @@ def test_a_folder_is_not_written_over(tmp_path):
     with pytest.raises(OutputError, match="is a folder; name a file in it"):
         write_whole(tmp_path, "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_has_the_permissions_that_the_system_gives(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched, whole_folder(tmp_path / "out"):
+            patched.delattr(os, "umask")  # it is the whole process's: other threads would make files that everybody may write
+        assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    finally:
+        os.umask(before)
+
+
+def test_where_nothing_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "out"):
+        with pytest.raises(OutputError, match=r"cannot be written: .*name another place"), whole_folder(place):
+            pass
+        with pytest.raises(OutputError, match=r"cannot be written: .*name another place"):
+            write_whole(place, "text")

@@ -1,13 +1,16 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from anysplade.errors import OutputError
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
@@ -15,18 +18,19 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` exists and is not an empty folder.
+        OutputError: ``target`` exists and is not an empty folder, or cannot be made there.
     """
     target = Path(target).expanduser()
     require_empty(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    make_folder(target.parent)
+    work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    make_folder(work)
     try:
-        work.chmod(0o777 & ~_umask())
         yield work
-        if target.exists():
-            target.rmdir()
-        work.rename(target)
+        with _permitted(target):
+            if target.exists():
+                target.rmdir()
+            work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -34,31 +38,53 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
 
 def require_empty(target: Path) -> None:
     """Raise OutputError unless ``target`` does not exist or is an empty folder."""
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file; name a new folder with --out")
-    if target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"{target}: the folder is not empty; name a new one with --out, or remove it first")
+    with _permitted(target):
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{target}: is a file; name a new folder with --out")
+        if target.is_dir() and any(target.iterdir()):
+            raise OutputError(f"{target}: the folder is not empty; name a new one with --out, or remove it first")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they exist.
+
+    Raises:
+        OutputError: it cannot be made there.
+    """
+    with _permitted(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_whole(target: str | Path, content: str | bytes) -> None:
     """Write a file, of text or bytes, beside its place and move it there.
 
     Raises:
-        OutputError: ``target`` is a folder.
+        OutputError: ``target`` is a folder, or cannot be written.
     """
     target = Path(target).expanduser()
-    if target.is_dir():
-        raise OutputError(f"{target}: is a folder; name a file in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{os.getpid()}")
+    with _permitted(target):
+        if target.is_dir():
+            raise OutputError(f"{target}: is a folder; name a file in it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            work.replace(target)
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _permitted(place: Path) -> Iterator[None]:
+    """What the system has against writing to a place that is not ours to write to, as one line.
+
+    Raises:
+        OutputError: no permission, a read-only file system, or a file where a folder has to be.
+    """
     try:
-        work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        work.replace(target)
-    finally:
-        work.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield
+    except OSError as error:
+        if error.errno not in (*READ_ONLY, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise OutputError(f"{place}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
