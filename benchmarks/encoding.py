@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade import load_encoder
-from anysplade.encoding import encode
+from anysplade.encoding import encode, in_precision
 from backbones import GEOMETRIES, random_texts, save_backbone
 from harness import alternate, finish, parser, peak_extra_bytes
 
@@ -36,11 +36,12 @@ def main() -> None:
         stock = SparseEncoder(f"{folder}/encoder", device=options.device)
     encoder.to(options.device)
     half = options.dtype == "bfloat16"
+    chosen = in_precision(encoder, options.dtype)
     if half:
         stock.bfloat16()
 
     def ours() -> None:
-        encode(encoder, texts, "document", precision=options.dtype)
+        encode(chosen, texts, "document")
 
     def theirs(batch_size: int) -> None:
         stock.encode_document(texts, batch_size=batch_size, show_progress_bar=False)

@@ -3,12 +3,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SparseEncoder
 
 import anysplade.encoding as encoding
 from anysplade import ModelError, load_encoder
 from anysplade.encoder import masked_lm
-from anysplade.encoding import encode, resolve_precision
-from tiny import WORDS
+from anysplade.encoding import encode, in_precision, resolve_precision
+from tiny import WORDS, counted_copy
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,30 @@ def test_no_texts(encoder):
 
 
 def test_bfloat16_is_near_and_said(encoder):
-    half, exact = (encode(encoder, TEXTS, "document", precision=p).toarray() for p in ("bfloat16", "float32"))
+    half, exact = (encode(in_precision(encoder, p), TEXTS, "document").toarray() for p in ("bfloat16", "float32"))
     assert not np.array_equal(half, exact)
     lengths = np.linalg.norm(half, axis=1) * np.linalg.norm(exact, axis=1)
     assert ((half * exact).sum(axis=1) >= 0.9 * lengths).all()
     assert resolve_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")
+
+
+def test_one_copy_in_bfloat16(backbone, monkeypatch):
+    """However often one encodes: a copy takes as long as many texts."""
+    copies = []
+    monkeypatch.setattr(SparseEncoder, "__deepcopy__", counted_copy(copies), raising=False)
+    encoder = load_encoder(backbone, k=1, shift=0)
+    half = in_precision(encoder, "bfloat16")
+    rows = [encode(half, [text], role) for text in TEXTS for role in ("query", "document")]
+    assert copies == [encoder]
+    assert rows[0].nnz
+    assert in_precision(encoder, "float32") is encoder
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+
+
+def test_a_lone_surrogate_is_encoded(encoder):
+    """JSON can hold one; no tokenizer takes it."""
+    pair = encode(encoder, [f"{WORDS[0]} \ud800", f"{WORDS[0]} ?"], "document").toarray()
+    np.testing.assert_allclose(pair[0], pair[1], rtol=1e-5)
 
 
 def test_a_diverged_model_is_refused(backbone):
@@ -62,3 +82,5 @@ def test_a_diverged_model_is_refused(backbone):
         masked_lm(encoder).get_input_embeddings().weight[5 + 50] = torch.nan
     with pytest.raises(ModelError, match="document text 3; its training diverged"):
         encode(encoder, [WORDS[0], WORDS[1], f"{WORDS[2]} {WORDS[50]}"], "document")
+    with pytest.raises(ModelError, match="document 'c'; its training diverged"):
+        encode(encoder, [WORDS[0], WORDS[1], f"{WORDS[2]} {WORDS[50]}"], "document", ids=["a", "b", "c"])

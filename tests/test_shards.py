@@ -4,11 +4,13 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SparseEncoder
 
 from anysplade import AnyspladeError, DataError, ModelError, OptionError, OutputError, load_collection, shards
-from anysplade.encoder import open_encoder
+from anysplade.encoder import masked_lm, open_encoder
 from anysplade.encoding import encode, prune
 from anysplade.shards import encode_corpus, read_shard
+from tiny import counted_copy
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,40 @@ def test_a_worker_that_dies_is_said(backbone, collection_folder, tmp_path, monke
         with pytest.raises(AnyspladeError, match="fewer --workers"):
             encode_corpus(backbone, collection_folder, tmp_path / "shards", workers=2)
     assert encode_corpus(backbone, collection_folder, tmp_path / "shards", workers=2)["documents"] == 40
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_that_cannot_be_opened_is_said_by_any_number_of_workers(workers, backbone, collection_folder, tmp_path):
+    open_encoder(backbone).save_pretrained(str(tmp_path / "torn"))
+    (weights,) = (tmp_path / "torn").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="torn: cannot be loaded"):
+        encode_corpus(tmp_path / "torn", collection_folder, tmp_path / "shards", workers=workers)
+
+
+def test_a_document_that_the_model_cannot_take_is_named(backbone, collection_folder, tmp_path):
+    encoder = open_encoder(backbone)
+    word = load_collection(collection_folder).corpus["d37"].text.split()[0]  # of the third shard
+    with torch.no_grad():
+        masked_lm(encoder).get_input_embeddings().weight[encoder.tokenizer.convert_tokens_to_ids(word)] = torch.nan
+    encoder.save_pretrained(str(tmp_path / "diverged"))
+    with pytest.raises(ModelError, match=r"NaN or infinity for document 'd\d+'; its training diverged"):
+        encode_corpus(tmp_path / "diverged", collection_folder, tmp_path / "shards")
+
+
+def test_one_copy_in_bfloat16_a_process(backbone, collection_folder, tmp_path, monkeypatch):
+    copies = []
+    monkeypatch.setattr(SparseEncoder, "__deepcopy__", counted_copy(copies), raising=False)
+    manifest = encode_corpus(backbone, collection_folder, tmp_path / "shards", precision="bfloat16")
+    assert (len(manifest["shards"]), len(copies)) == (3, 1)
+    assert manifest["precision"] == "bfloat16"
+
+
+def test_a_call_that_makes_nothing_keeps_the_provenance(backbone, collection_folder, tmp_path, monkeypatch):
+    first = encode_corpus(backbone, collection_folder, tmp_path / "shards")
+    monkeypatch.setattr(shards, "provenance", lambda: "another call")
+    assert encode_corpus(backbone, collection_folder, tmp_path / "shards") == first
+    assert json.loads((tmp_path / "shards" / "manifest.json").read_text()) == first
 
 
 def test_resumed(backbone, collection_folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Small parts that tests run on: a backbone with its tokenizer, and a collection."""
 
+import copy
 import random
 
 import pandas
@@ -77,3 +78,15 @@ def make_collection(folder, documents=40):
     pairs = [Pair(" ".join(generator.sample(text.split(), 3)), text) for text in texts]
     write_collection(folder, Collection("tiny", corpus, queries, qrels), pairs)
     return folder
+
+
+def counted_copy(copies):
+    """A ``__deepcopy__`` that copies as usual and notes in a list what was copied."""
+
+    def deepcopy(model, memo):
+        copies.append(model)
+        copied = memo[id(model)] = type(model).__new__(type(model))
+        copied.__dict__.update(copy.deepcopy(model.__dict__, memo))
+        return copied
+
+    return deepcopy

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
@@ -218,7 +219,7 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
     """
     try:
         encoder = SparseEncoder(source, model_kwargs={"attn_implementation": attention} if attention else None)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(
             has_remote_code(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
         ) from error

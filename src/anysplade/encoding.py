@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from sentence_transformers import SparseEncoder
+from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,26 +33,25 @@ def encode(
     texts: Sequence[str],
     role: Literal["query", "document"],
     *,
-    precision: Precision = "float32",
+    ids: Sequence[str] | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> sparse.csr_matrix:
     """Sparse vectors of texts, in their order: float32, (texts, vocabulary).
 
     Texts of like length go through the model together, as many as fit a budget of tokens. The
-    memory is that of the result and of one batch, never a dense matrix of all texts.
+    memory is that of the result and of one batch, never a dense matrix of all texts. A lone surrogate, which
+    JSON can hold and no tokenizer takes, is encoded as a question mark.
 
     Args:
-        precision: ``"bfloat16"`` runs a copy of the model in bfloat16: an approximation (two to three
-            digits), faster where the machine has such products. ``"auto"`` does so only there.
+        encoder: one of ``in_precision`` encodes in that precision.
+        ids: the texts' ids, to name one in an error; its number from 1 if None.
         cache: a folder for these texts' vectors by this model: what lies in it is not encoded again, and what
             is encoded is kept there, in parts of 1,024 texts.
 
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
     """
-    if resolve_precision(precision, encoder.device) == "bfloat16":
-        encoder = copy.deepcopy(encoder).bfloat16()
     method = encoder.encode_query if role == "query" else encoder.encode_document
     width = encoder.get_embedding_dimension() or 0
     blocks = []
@@ -76,8 +76,9 @@ def encode(
                 )
                 finite = vectors.isfinite().all(dim=1)
                 if not finite.all():
-                    bad = start + int(batch[int((~finite).nonzero()[0])]) + 1
-                    raise ModelError(f"the model gives NaN or infinity for {role} text {bad}; its training diverged")
+                    bad = start + int(batch[int((~finite).nonzero()[0])])
+                    said = f"text {bad + 1}" if ids is None else repr(ids[bad][:80])
+                    raise ModelError(f"the model gives NaN or infinity for {role} {said}; its training diverged")
                 rows.append(_csr(vectors))
                 order += list(batch)
                 bar.update(len(batch))
@@ -89,11 +90,27 @@ def encode(
     return sparse.vstack(blocks, format="csr")
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """What ``"auto"`` means on this machine: bfloat16 where there are bfloat16 products, else float32."""
+def in_precision(encoder: SparseEncoder, precision: Precision) -> SparseEncoder:
+    """The encoder that encodes in a precision: itself for float32, a copy for bfloat16.
+
+    bfloat16 is an approximation (two to three digits). It runs everywhere, and is faster only where the machine has
+    such products; ``"auto"`` takes it only there. The copy costs half of the model's memory and has the weights of
+    this moment, so a caller that encodes many times makes it once.
+    """
+    if resolve_precision(precision, encoder.device) == "float32":
+        return encoder
+    return copy.deepcopy(encoder).bfloat16()
+
+
+def resolve_precision(precision: Precision, device: torch.device | None = None) -> Precision:
+    """What ``"auto"`` means on a device: bfloat16 where it has bfloat16 products, else float32.
+
+    Args:
+        device: that on which models are loaded here if None.
+    """
     if precision != "auto":
         return precision
-    return "bfloat16" if native_bfloat16(device.type) else "float32"
+    return "bfloat16" if native_bfloat16((device or torch.device(get_device_name())).type) else "float32"
 
 
 def _read_block(path: Path) -> sparse.csr_matrix | None:

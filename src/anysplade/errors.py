@@ -45,7 +45,8 @@ class AnyspladeError(Exception):
 def worker_died(folder: Path) -> AnyspladeError:
     """What to raise for a ``BrokenProcessPool`` whose finished work is kept in a folder."""
     return AnyspladeError(
-        f"{folder}: a worker died, most likely for want of memory; run the same command with fewer --workers, it goes on"
+        f"{folder}: a worker died; if it said nothing above, most likely for want of memory: run the same command with fewer "
+        "--workers, it goes on"
     )
 
 

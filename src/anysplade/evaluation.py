@@ -22,7 +22,7 @@ from sentence_transformers import SparseEncoder
 from anysplade.bm25 import BM25
 from anysplade.datasets import Collection, hash_texts, load_collection
 from anysplade.encoder import fingerprint, open_encoder, term_names
-from anysplade.encoding import encode, prune, resolve_precision
+from anysplade.encoding import encode, in_precision, prune, resolve_precision
 from anysplade.errors import DataError, MeasureError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
@@ -95,7 +95,7 @@ def evaluate(
         collection: a ``Collection``, or what ``load_collection`` takes.
         metrics: names of ir-measures.
         depth: documents that a query's ranking holds, at least 1.
-        precision: of encoding; see ``anysplade.encoding.encode``.
+        precision: of encoding; see ``anysplade.encoding.in_precision``.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         cache: a folder where vectors are kept by the content of model and texts; what is there is not encoded
             again, and an interrupted evaluation goes on.
@@ -140,10 +140,9 @@ def evaluate(
         folders = _cache_folders(model, cache, asked, {"document": texts, "query": list(collection.queries.values())})
         cached = any(folder is not None and folder.exists() for folder in folders.values())
         start = time.perf_counter()
-        documents = encode(encoder, texts, "document", precision=asked, cache=folders["document"], progress=progress)
-        queries = encode(
-            encoder, list(collection.queries.values()), "query", precision=asked, cache=folders["query"], progress=progress
-        )
+        encoder = in_precision(encoder, asked)
+        documents = encode(encoder, texts, "document", cache=folders["document"], progress=progress)
+        queries = encode(encoder, list(collection.queries.values()), "query", cache=folders["query"], progress=progress)
         vectors = (queries, documents)
         terms = term_names(encoder)
         seconds["encoding"] = time.perf_counter() - start
@@ -153,7 +152,7 @@ def evaluate(
         seconds["search"] = time.perf_counter() - start
         rate = None if cached else round((len(ids) + len(run)) / seconds["encoding"], 2)
         costs = cost(queries, documents) | {"texts_per_second": rate}
-        used = "bfloat16" if asked == "bfloat16" else str(encoder.dtype).removeprefix("torch.")  # that of the weights
+        used = str(encoder.dtype).removeprefix("torch.")  # that of the weights
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
         model = "a loaded SparseEncoder" + (f", base model {base}" if base else "")

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import zipfile
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from anysplade.datasets import Document, hash_texts, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder
-from anysplade.encoding import encode, prune, resolve_precision
+from anysplade.encoding import encode, in_precision, prune, resolve_precision
 from anysplade.errors import DataError, OptionError, OutputError, worker_died
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision, WeightType
 from anysplade.provenance import provenance
 from anysplade.records import Encoded
+from anysplade.workers import devices_of_workers, take_device
 
 _SIZE = 1024  # documents of a shard
 _AHEAD = 2  # shards that wait for each worker
@@ -91,13 +92,12 @@ def encode_corpus(
         DataError, ModelError, OptionError: as the parts raise them.
         AnyspladeError: a worker died.
     """
-    if workers < 1 or (top_k is not None and top_k < 1):
-        raise OptionError(f"workers {workers}, top k {top_k}: both are at least 1")
     folder = Path(folder).expanduser()
     source = resolve_model(model)
-    used = resolve_precision(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    options = Options(source, used, weight_type, top_k)
-    about = {"format": 1, **options._asdict(), "model_fingerprint": fingerprint(source), "corpus": str(corpus), "shard_size": _SIZE}
+    options = Options(source, resolve_precision(precision), weight_type, top_k)
+    run = _runner(options, workers, ray)
+    about = {"format": 1, **options._asdict(), "model_fingerprint": fingerprint(source)}
+    about |= {"corpus": corpus_name(corpus), "shard_size": _SIZE}
     known = _read_json(folder / "about.json")
     if known is None and folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: holds something that is no encoded corpus; choose another folder")
@@ -108,23 +108,75 @@ def encode_corpus(
 
     shards: list[dict[str, Any]] = []
     parts = _parts(iter_corpus(corpus, progress=progress))
-    run = _run_on_ray if ray else _run
     with tqdm(desc="encoding documents", unit="document", disable=not progress, leave=False) as bar:
-        for shard in run(parts, options, folder, workers):
+        for shard in run(parts, folder):
             shards.append(shard)
             bar.update(shard["documents"])
     if not shards:
-        raise DataError(f"{corpus}: the corpus is empty; each row needs _id and text")
+        raise empty_corpus(corpus)
     shards.sort(key=lambda shard: shard["number"])
     manifest = about | {
         "documents": sum(shard["documents"] for shard in shards),
         "postings": sum(shard["postings"] for shard in shards),
         "vocabulary": shards[0]["vocabulary"],
         "shards": shards,
-        "provenance": provenance(),
     }
+    earlier = _read_json(folder / "manifest.json")
+    if earlier is not None and earlier == manifest | {"provenance": earlier.get("provenance")}:
+        return earlier  # nothing was made now, and so the provenance is that of the call which did
+    manifest["provenance"] = provenance()
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def encode_documents(
+    documents: Iterable[tuple[str, Document]],
+    model: str,
+    folder: Path,
+    *,
+    precision: Precision,
+    top_k: int | None,
+    workers: int,
+    ray: bool,
+    progress: bool,
+) -> Iterator[Iterator[Encoded]]:
+    """Documents with their vectors, some thousand at a time and in their order; the model is opened for the first of them.
+
+    Args:
+        folder: for the shards under way; what an earlier call left there is used where it is of the same documents, in the
+            same order and made with the same options.
+
+    Raises:
+        ModelError, OptionError, AnyspladeError: as ``encode_corpus`` does.
+    """
+    options = Options(model, resolve_precision(precision), "float32", top_k)
+    under_way: dict[int, Part] = {}
+    made: dict[int, dict[str, Any]] = {}  # Ray's come in any order
+
+    def parts() -> Iterator[Part]:
+        for part in _parts(documents):
+            under_way[part.number] = part
+            yield part
+
+    with tqdm(desc="encoding documents", unit="document", disable=not progress, leave=False) as bar:
+        number = 0
+        for shard in _runner(options, workers, ray)(parts(), folder):
+            made[shard["number"]] = shard
+            while number in made:
+                ids, rows = read_shard(folder / made.pop(number)["file"])
+                yield as_encoded(ids, under_way.pop(number).documents, rows)
+                bar.update(len(ids))
+                number += 1
+
+
+def corpus_name(corpus: str | Path) -> str:
+    """A corpus as it is recorded: the absolute path of one on disk, which is the same wherever the next call is made."""
+    path = Path(corpus).expanduser()
+    return str(path.resolve()) if path.exists() else str(corpus)
+
+
+def empty_corpus(corpus: str | Path) -> DataError:
+    return DataError(f"{corpus}: the corpus is empty; it needs one JSON object a line, with _id and text")
 
 
 def read_shard(path: Path) -> tuple[list[str], sparse.csr_matrix]:
@@ -176,7 +228,7 @@ def as_encoded(ids: Sequence[str], documents: Sequence[Document], rows: sparse.c
 
 def _make(encoder: SparseEncoder, part: Part, options: Options, folder: Path) -> dict[str, Any]:
     """Encode one shard and write it; what ``manifest.json`` says of it."""
-    rows = encode(encoder, part.texts, "document", precision=options.precision)
+    rows = encode(encoder, part.texts, "document", ids=part.ids)
     if options.top_k is not None:
         rows = prune(rows, options.top_k)
     file = io.BytesIO()
@@ -233,12 +285,25 @@ def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[Part]:
 _worker: dict[str, Any] = {}  # of a worker process: its encoder
 
 
-def _start_worker(options: Options, threads: int) -> None:
+def _runner(options: Options, workers: int, ray: bool) -> Callable[[Iterator[Part], Path], Iterator[dict[str, Any]]]:
+    if workers < 1 or (options.top_k is not None and options.top_k < 1):
+        raise OptionError(f"workers {workers}, top k {options.top_k}: both are at least 1")
+    run = _run_on_ray if ray else _run
+    return lambda parts, folder: run(parts, options, folder, workers)
+
+
+def _open(options: Options) -> SparseEncoder:
+    return in_precision(open_encoder(options.model), options.precision)
+
+
+def _start_worker(devices: Any, threads: int) -> None:
+    take_device(devices)
     torch.set_num_threads(threads)
-    _worker["encoder"] = open_encoder(options.model)
 
 
 def _work(part: Part, options: Options, folder: Path) -> dict[str, Any]:
+    if "encoder" not in _worker:  # opened here: an error of the initializer would end the pool without saying what it was
+        _worker["encoder"] = _open(options)
     return _make(_worker["encoder"], part, options, folder)
 
 
@@ -249,13 +314,13 @@ def _run(parts: Iterator[Part], options: Options, folder: Path, workers: int) ->
         for part in parts:
             shard = _kept(part, folder)
             if shard is None:
-                encoder = encoder or open_encoder(options.model)
+                encoder = encoder or _open(options)
                 shard = _make(encoder, part, options, folder)
             yield shard
         return
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # forked processes and the threads of torch do not go together
-    with ProcessPoolExecutor(workers, context, _start_worker, (options, threads)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (devices_of_workers(context, workers), threads)) as pool:
         waiting: deque[Future[dict[str, Any]] | dict[str, Any]] = deque()
         try:
             for part in parts:
@@ -266,6 +331,9 @@ def _run(parts: Iterator[Part], options: Options, folder: Path, workers: int) ->
                 yield _result(waiting.popleft())
         except BrokenProcessPool as error:
             raise worker_died(folder) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _result(made: Future[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +363,7 @@ def _run_on_ray(parts: Iterator[Part], options: Options, folder: Path, workers: 
 
 class _RayWorker:
     def __init__(self, options: Options, folder: str) -> None:
-        self.encoder = open_encoder(options.model)
+        self.encoder = _open(options)
         self.options, self.folder = options, Path(folder)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
