@@ -41,7 +41,7 @@ def encode(
 
     Texts of like length go through the model together, as many as fit a budget of tokens. The
     memory is that of the result and of one batch, never a dense matrix of all texts. A lone surrogate, which
-    JSON can hold and no tokenizer takes, is encoded as a question mark.
+    JSON can hold and no tokenizer takes, is encoded as U+FFFD.
 
     Args:
         encoder: one of ``in_precision`` encodes in that precision.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from scipy.special import logsumexp
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +158,7 @@ def check_weights(model_class: Any, source: str, folder: str = "") -> None:
     options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
     try:
         _, info = model_class.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source}: its weights cannot be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if not missing:
