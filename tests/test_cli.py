@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from anysplade import Document, Index, TrainingConfig
 from anysplade.cli import _config_file, app, main
+from processes import drop_privileges, run_command
 from tiny import make_backbone
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
@@ -369,3 +370,41 @@ def test_where_an_index_cannot_go(options, message, backbone, collection_folder,
     assert message in err
     assert err.strip().count("\n") == 0
     assert not out
+
+
+def test_a_changed_corpus_is_said(indexed, backbone, call, call_json, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    rows = [{"_id": "d", "text": "lodan"}, rows[0] | {"text": "mifil"}, rows[1]]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = call_json("index", backbone, corpus, "--out", indexed, "--top-k", 20)
+    assert {name: found[name] for name in ("documents", "added", "replaced", "deleted")} == {
+        "documents": 3, "added": 1, "replaced": 1, "deleted": 1
+    }  # fmt: skip
+    code, out, _ = call("index", backbone, corpus, "--out", indexed, "--top-k", 20)
+    assert code == 0
+    assert out.startswith("3 documents (0 added, 0 replaced, 0 deleted), ")
+
+
+def test_a_model_that_was_moved_is_named(backbone, call, call_json, tmp_path):
+    shutil.copytree(backbone, tmp_path / "model")
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "kabel"}\n')
+    call_json("index", tmp_path / "model", tmp_path / "corpus.jsonl", "--out", tmp_path / "index")
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    for command in (
+        ("search", tmp_path / "index", "kabel"),
+        ("export", tmp_path / "index", "--format", "ciff", "--out", tmp_path / "c"),
+    ):
+        code, _, err = call(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "name it with --model" in err
+        assert call_json(*command, "--model", tmp_path / "elsewhere")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    said = run_command("rescale", "bert-tiny", "--out", tmp_path / "locked" / "out", preexec_fn=drop_privileges)
+    assert said.returncode == 2
+    assert said.stderr == (
+        f"anysplade: {tmp_path}/locked/out: cannot be written: Permission denied; name another place, or make this one writable\n"
+    )

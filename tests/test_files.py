@@ -48,8 +48,10 @@ def test_a_folder_is_not_written_over(tmp_path):
 def test_a_folder_has_the_permissions_that_the_system_gives(tmp_path, monkeypatch):
     before = os.umask(0o027)
     try:
-        with monkeypatch.context() as patched, whole_folder(tmp_path / "out"):
+        with monkeypatch.context() as patched:
             patched.delattr(os, "umask")  # it is the whole process's: other threads would make files that everybody may write
+            with whole_folder(tmp_path / "out"):
+                pass
         assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
     finally:
         os.umask(before)

@@ -4,24 +4,52 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from sentence_transformers import SparseEncoder
 
+import anysplade.index
+import anysplade.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
+from anysplade.encoding import encode, resolve_precision
 from anysplade.evaluation import evaluate
+from anysplade.index import Changes
 from anysplade.postings import Postings
-from tiny import WORDS
+from processes import drop_privileges, run_command, run_python
+from tiny import WORDS, counted_copy
 
 
 @pytest.fixture
 def built(backbone, collection_folder, tmp_path):
     load_encoder(backbone, k=1, shift=0).save_pretrained(str(tmp_path / "model"))
     return Index.build(tmp_path / "model", collection_folder, tmp_path / "index")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return Corpus(tmp_path / "corpus.jsonl")
+
+
+class Corpus:
+    """A corpus file, written from texts by id."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def write(self, texts):
+        rows = [{"_id": id_, "text": text, "metadata": {"odd": float("nan")}} for id_, text in texts.items()]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def contents(index):
+    return {document.id: document.document.text for document in index.store}
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,6 +127,216 @@ def test_a_second_call_does_nothing_twice(built, collection_folder, tmp_path, mo
     assert len(Index.build(tmp_path / "model", collection_folder, tmp_path / "index")) == 40
 
 
+def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch):
+    texts = {f"d{i}": f"{WORDS[i]} {WORDS[i + 1]}" for i in range(8)}
+    corpus.write(texts)
+    with Index.build(backbone, corpus.path, tmp_path / "index") as first:
+        assert first.changes == Changes(8, 0, 0)
+        vectors = {document.id: document.terms.tolist() for document in first.store}
+    encoded = []
+    monkeypatch.setattr("anysplade.shards.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    texts = {"new": "kabel"} | texts | {"d3": "lodan mifil", "newer": "kabel"}
+    del texts["d5"], texts["d6"]
+    corpus.write(texts)
+    with Index.build(backbone, corpus.path, tmp_path / "index") as second:
+        assert second.changes == Changes(2, 1, 2)
+        assert encoded == ["new", "d3", "newer"]
+        assert contents(second) == texts
+        assert [document.id for document in second.store] == ["d0", "d1", "d2", "d3", "d4", "d7", "new", "newer"]
+        assert {d.id: d.terms.tolist() for d in second.store}["d7"] == vectors["d7"]
+        # Of equal scores the first added comes first: a new document after those that were there, a replaced one in its place.
+        hits = [hit.id for hit in second.search("kabel", k=10)]
+        assert hits.index("new") < hits.index("newer")
+        assert second.about["updated"] | {"provenance": None} == second.changes._asdict() | {"provenance": None}
+        assert not (tmp_path / "index" / "update").exists()
+    corpus.write(dict(list(texts.items())[1:]))  # something is deleted only: the model is not needed
+    monkeypatch.setattr("anysplade.shards.open_encoder", None)
+    assert Index.build(backbone, corpus.path, tmp_path / "index").changes == Changes(0, 0, 1)
+
+
+def test_an_unchanged_corpus_changes_nothing(backbone, corpus, tmp_path, monkeypatch):
+    corpus.write({f"d{i}": WORDS[i] for i in range(5)})
+    Index.build(backbone, corpus.path, tmp_path / "index").close()
+    before = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file() and path.parts[-2] != "engine"}
+    made = (tmp_path / "index" / "index.json").stat().st_mtime_ns
+    monkeypatch.setattr("anysplade.shards.open_encoder", None)
+    monkeypatch.chdir(tmp_path)
+    with Index.build(backbone, "corpus.jsonl", "index", precision="auto") as again:  # the same places, in other words
+        assert again.changes == Changes(0, 0, 0)
+    assert (tmp_path / "index" / "index.json").stat().st_mtime_ns == made
+    stays = {path: content for path, content in before.items() if path.suffix in (".json", ".sqlite")}
+    assert {path: path.read_bytes() for path in stays} == stays
+
+
+def test_a_corpus_that_cannot_be_read_changes_nothing(backbone, corpus, tmp_path):
+    texts = {f"d{i}": WORDS[i] for i in range(5)}
+    corpus.write(texts)
+    Index.build(backbone, corpus.path, tmp_path / "index").close()
+    for lines, message in ((['{"_id": "new", "text": "kabel"}', "{"], r"corpus\.jsonl:2"), ([], "the corpus is empty")):
+        corpus.path.write_text("\n".join(lines))
+        with pytest.raises(DataError, match=message):
+            Index.build(backbone, corpus.path, tmp_path / "index")
+        with Index.load(tmp_path / "index") as index:
+            assert contents(index) == texts
+
+
+@pytest.mark.parametrize("change", [lambda i: i.add({"mine": Document("", "kabel")}), lambda i: i.delete(["d0"])])
+def test_what_was_changed_by_hand_is_not_undone(change, backbone, corpus, tmp_path):
+    corpus.write({f"d{i}": WORDS[i] for i in range(3)})
+    with Index.build(backbone, corpus.path, tmp_path / "index") as index:
+        change(index)
+        index.snapshot(tmp_path / "copy")
+        held = contents(index)
+    for folder in ("index", "copy"):
+        with pytest.raises(OutputError, match="add or delete changed this index since it was built"):
+            Index.build(backbone, corpus.path, tmp_path / folder)
+        with Index.load(tmp_path / folder) as index:
+            assert contents(index) == held
+
+
+def test_an_interrupted_build_of_a_corpus_that_changed(backbone, corpus, tmp_path, monkeypatch):
+    """What was taken in before the interruption is not what the corpus says now."""
+    monkeypatch.setattr("anysplade.shards._SIZE", 2)
+    put = anysplade.index.Store.put
+    corpus.write({"a": "kabel", "b": "lodan", "c": "mifil", "d": "nugor"})
+
+    def stop_at_the_second(store, documents, number=None, **options):
+        if number == 1:
+            raise KeyboardInterrupt
+        put(store, documents, number, **options)
+
+    monkeypatch.setattr("anysplade.index.Store.put", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(backbone, corpus.path, tmp_path / "index")
+    monkeypatch.setattr("anysplade.index.Store.put", put)
+    texts = {"a": "perop", "new": "kabel", "c": "mifil", "d": "nugor"}
+    corpus.write(texts)
+    with Index.build(backbone, corpus.path, tmp_path / "index") as index:
+        assert contents(index) == texts
+        assert index.changes == Changes(4, 0, 0)
+
+
+def test_an_interrupted_build_of_documents_that_changed(backbone, tmp_path, monkeypatch):
+    optimize = anysplade.index.Store.optimize
+    monkeypatch.setattr("anysplade.index.Store.optimize", lambda store: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Index.build(backbone, {"a": Document("", "kabel"), "b": Document("", "lodan")}, tmp_path / "index")
+    monkeypatch.setattr("anysplade.index.Store.optimize", optimize)
+    with Index.build(backbone, {"b": Document("", "mifil"), "c": Document("", "lodan")}, tmp_path / "index") as index:
+        assert contents(index) == {"b": "mifil", "c": "lodan"}
+
+
+def test_counts_are_those_of_now(built):
+    before = built.describe()
+    built.delete([f"d{i}" for i in range(1, 40)])
+    (left,) = built.store
+    assert built.describe() == before | {"documents": 1, "document_active_dims": len(left.terms)}
+
+
+def test_precision_is_what_was_done(backbone, corpus, tmp_path, monkeypatch):
+    texts = {"a": " ".join(WORDS[:40]), "b": " ".join(WORDS[30:60])}
+    corpus.write(texts)
+    copies = []
+    monkeypatch.setattr(SparseEncoder, "__deepcopy__", counted_copy(copies), raising=False)
+    documents = {id_: Document("", text) for id_, text in texts.items()}
+    for source, folder in ((documents, "memory"), (corpus.path, "path")):
+        copies.clear()
+        with Index.build(backbone, source, tmp_path / folder, precision="bfloat16") as index:
+            assert index.about["precision"] == "bfloat16"
+            for word in WORDS[:3]:
+                index.add({word: Document("", word)})
+            assert len(copies) == (1 if folder == "memory" else 2)  # of this process's encoder, and of the one that built
+            weights = torch.tensor(np.concatenate([document.weights for document in index.store]))
+            assert torch.equal(weights, weights.bfloat16().float())
+
+
+def test_auto_is_said_as_what_it_meant(backbone, corpus, tmp_path, monkeypatch):
+    corpus.write({"a": "kabel"})
+    for native, meant in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("anysplade.encoding.native_bfloat16", lambda device, native=native: native)
+        assert resolve_precision("auto") == meant
+        for source, folder in ((corpus.path, f"path-{meant}"), ({"a": Document("", "kabel")}, f"memory-{meant}")):
+            with Index.build(backbone, source, tmp_path / folder, precision="auto") as index:
+                assert index.about["precision"] == meant
+        assert json.loads((tmp_path / f"path-{meant}" / "index.json").read_text())["precision"] == meant
+    corpus.write(
+        {"a": "kabel", "b": "lodan"}
+    )  # on a machine without bfloat16 products: the index's precision, which runs there too
+    with Index.build(backbone, corpus.path, tmp_path / "path-bfloat16", precision="auto") as index:
+        assert (index.about["precision"], index.changes) == ("bfloat16", Changes(1, 0, 0))
+
+
+def test_index_and_model_that_were_moved(built, backbone, collection_folder, tmp_path):
+    built.close()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("model", "index"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    with Index.load(tmp_path / "elsewhere" / "index") as index:  # together
+        assert index.search("kabel")
+        index.snapshot(tmp_path / "deeper" / "down" / "copy")
+    with Index.load(tmp_path / "deeper" / "down" / "copy") as copy:
+        assert copy.search("kabel")
+    (tmp_path / "elsewhere" / "model").rename(tmp_path / "mine")
+    with Index.load(tmp_path / "elsewhere" / "index") as index, pytest.raises(ModelError) as said:
+        index.search("kabel")
+    assert f"{tmp_path / 'model'}: no such model folder" in str(said.value)
+    assert f"{tmp_path / 'elsewhere' / 'model'}: no such model folder" in str(said.value)
+    assert "name it with --model" in str(said.value)
+    with Index.load(tmp_path / "elsewhere" / "index", tmp_path / "mine") as index:
+        assert index.search("kabel")
+    with Index.load(tmp_path / "elsewhere" / "index", backbone) as index, pytest.raises(ModelError, match="changed since"):
+        index.search("kabel")
+    with Index.build(tmp_path / "mine", collection_folder, tmp_path / "elsewhere" / "index") as again:  # from where it is now
+        assert again.changes == Changes(0, 0, 0)
+    with Index.load(tmp_path / "elsewhere" / "index") as index:
+        assert index.search("kabel")
+
+
+def test_the_old_place_holds_another_model_by_now(built, backbone, tmp_path):
+    built.close()
+    shutil.copytree(tmp_path / "model", tmp_path / "elsewhere" / "model")
+    shutil.copytree(tmp_path / "index", tmp_path / "elsewhere" / "index")
+    load_encoder(backbone, k=3, shift=0).save_pretrained(str(tmp_path / "model"))
+    with Index.load(tmp_path / "elsewhere" / "index") as index:
+        assert index.search("kabel")
+
+
+@pytest.fixture
+def read_only(built, tmp_path):
+    """The index's folder, which nobody may write; root may, so the tests give up that right."""
+    folder = tmp_path / "index"
+    built.close()
+    subprocess.run(["chmod", "-R", "a-w", folder], check=True)
+    yield folder
+    subprocess.run(["chmod", "-R", "u+w", folder], check=True)
+
+
+def test_a_read_only_index(read_only, tmp_path):
+    said = run_command("search", read_only, "kabel lodan", "--json", preexec_fn=drop_privileges)
+    assert said.returncode == 0, said.stderr
+    assert said.stderr == f"{read_only}: read-only here; searched exactly, which is slower\n"
+    with Index.load(read_only) as index:
+        assert [hit["id"] for hit in json.loads(said.stdout)["hits"]] == [hit.id for hit in index.search("kabel lodan", exact=True)]
+    code = f"""
+from anysplade import Index, Document, OutputError
+index = Index.load({str(read_only)!r})
+for change in (lambda: index.delete(["d0"]), lambda: index.add({{"new": Document("", "kabel")}}), index.store.rebuild):
+    try:
+        change()
+    except OutputError as error:
+        print(error)
+index.snapshot({str(tmp_path / "copy")!r})
+"""
+    said = run_python("-c", code, preexec_fn=drop_privileges)
+    assert said.returncode == 0, said.stderr
+    assert (
+        said.stdout.splitlines()
+        == [f"{read_only}: the index is read-only here; allow writing to its folder, or change a copy of it"] * 3
+    )
+    with Index.load(tmp_path / "copy") as copy:
+        assert len(copy) == 40
+
+
 def test_added_changed_and_deleted(built):
     built.add({"new": Document("T", "kabel kabel", {"lang": "en"}), "d0": Document("", "lodan", {"lang": "de"})})
     assert len(built) == 41
@@ -128,7 +366,7 @@ def test_a_snapshot_is_an_index(built, tmp_path):
 
 def test_top_k_is_kept_and_said(backbone, collection_folder, tmp_path):
     index = Index.build(backbone, collection_folder, tmp_path / "index", top_k=5)
-    assert index.about["document_active_dims"] == 5
+    assert index.describe()["document_active_dims"] == 5
     assert index.about["top_k"] == 5
     index.add({"new": Document("", "kabel lodan")})
     assert all(len(document.terms) == 5 for document in index.store)
@@ -189,6 +427,47 @@ def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
         assert [score for _, score in a] == pytest.approx([score for _, score in c])
     for index in (killed, clean):
         assert len(index.store.search(np.arange(149), np.ones(149, np.float32), 2 * count)) == count  # each in the engine, once
+
+
+def _update(model, corpus, output):
+    import anysplade.shards
+
+    anysplade.shards._SIZE = anysplade.index.BATCH = anysplade.store.BATCH = 50
+    anysplade.shards.encode = _words
+    Index.build(model, corpus, output)
+
+
+def test_an_update_killed_at_random_moments(backbone, corpus, tmp_path):
+    """The index can be opened in between; in the end it is that of the corpus."""
+    generator = random.Random(int(time.time()))
+
+    def texts(ids):
+        return {f"d{i}": " ".join(generator.sample(WORDS, 3)) for i in ids}
+
+    corpus.write(texts(range(3000)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["anysplade.index"])
+
+    def run(seconds):
+        process = context.Process(target=_update, args=(backbone, corpus.path, tmp_path / "index"))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return process.exitcode
+
+    assert run(120) == 0
+    after = texts(range(1000, 5000))
+    corpus.write(after)
+    for _ in range(4):
+        run(generator.uniform(0.3, 1.5))
+        Index.load(tmp_path / "index").close()
+    assert run(120) == 0
+    with Index.load(tmp_path / "index") as index:
+        assert contents(index) == after
+        assert not (tmp_path / "index" / "update").exists()
+        assert len(index.store.search(np.arange(149), np.ones(149, np.float32), 9000)) == len(after)
 
 
 def test_another_model_in_the_place_of_the_old_is_noticed(built, backbone, tmp_path):

@@ -1,13 +1,19 @@
 """The same corpus and model on a server and in a folder give the same hits. The server is Qdrant's client in memory."""
 
+import os
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
 from anysplade import DataError, Index, ModelError, OptionError, OutputError, load_collection, load_encoder, remote
 from anysplade.encoder import term_names
+from anysplade.encoding import resolve_precision
 from anysplade.engines.qdrant import QdrantEngine
 from anysplade.remote import RemoteIndex, open_index
+from processes import run_command
 
 ADDRESS = "qdrant://localhost:6333/tiny"
 
@@ -46,6 +52,57 @@ def test_a_second_build_sends_nothing(server, model, collection_folder, tmp_path
     RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work")
     assert sent == [0]
     assert len(first) == 40
+
+
+def test_a_changed_corpus(server, model, collection_folder, tmp_path, caplog):
+    corpus = tmp_path / "corpus.jsonl"
+    lines = (collection_folder / "corpus.jsonl").read_text().splitlines()
+    corpus.write_text("\n".join(lines))
+    first = RemoteIndex.build(model, corpus, ADDRESS, tmp_path / "work")
+    assert (first.sent, first.left_over, len(first)) == (40, 0, 40)
+    changed = ['{"_id": "d0", "text": "kabel"}', '{"_id": "new", "text": "lodan"}', *lines[1:-2]]
+    corpus.write_text("\n".join(changed))
+    second = RemoteIndex.build(model, corpus, ADDRESS, tmp_path / "work")
+    assert (second.sent, second.left_over, len(second)) == (2, 2, 41)
+    assert "holds 2 documents that are not in" in caplog.text
+    assert {hit.id: hit.text for hit in second.search("kabel", k=50)}["d0"] == "kabel"
+
+
+def test_made_in_another_way(server, model, collection_folder, tmp_path, monkeypatch):
+    first = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="auto", top_k=5)
+    assert first.about["precision"] == resolve_precision("auto")
+    monkeypatch.setattr(remote, "encode_corpus", None)  # refused before anything is encoded
+    for option in ({}, {"precision": "bfloat16", "top_k": 5} if first.about["precision"] == "float32" else {"top_k": 5}):
+        with pytest.raises(OutputError, match="was made with another"):
+            RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", **option)
+
+
+def test_auto_is_the_precision_that_is_there(server, model, collection_folder, tmp_path, monkeypatch):
+    RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="bfloat16")
+    monkeypatch.setattr("anysplade.encoding.native_bfloat16", lambda device: False)
+    again = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="auto")
+    assert (again.sent, again.about["precision"]) == (0, "bfloat16")
+
+
+def test_a_model_that_was_moved(server, model, collection_folder, tmp_path):
+    RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work")
+    model.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="name it with --model"):
+        open_index(ADDRESS).search("kabel")
+    assert open_index(ADDRESS, tmp_path / "elsewhere").search("kabel")
+
+
+@pytest.mark.parametrize("engine", ["qdrant", "opensearch"])
+def test_a_server_that_is_not_there(engine, model, collection_folder, tmp_path):
+    """Said in one line, and before anything is encoded."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        said = run_command("index", model, collection_folder, "--to", f"{engine}://127.0.0.1:{taken.getsockname()[1]}/tiny")
+    assert said.returncode == 1
+    assert said.stderr.startswith("anysplade: ")
+    assert "refused" in said.stderr
+    assert said.stderr.count("\n") == 1
+    assert not (Path(os.environ["ANYSPLADE_CACHE"]) / "shards").exists()
 
 
 def test_faults(server, model, backbone, collection_folder, tmp_path):

@@ -1,5 +1,6 @@
 import multiprocessing
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import anysplade.store
 from anysplade import AnyspladeError, DataError, Document, OptionError, OutputError
 from anysplade.records import Encoded
 from anysplade.store import Store
+from processes import drop_privileges
 
 VOCABULARY = 250_002  # XLM-R's
 IDS = ["", "a", "b c", "ü/..\\x00", "😀", "-1", "9" * 5000, "\udc80"]
@@ -187,6 +189,49 @@ def test_a_second_process_reads_exactly_and_may_not_write(store):
     assert len(store.search(np.array([3]), np.array([1.0], np.float32), 5)) == 2
 
 
+READ_ONLY = """
+import sys, numpy as np
+from pathlib import Path
+from anysplade import AnyspladeError
+from anysplade.store import Store
+for folder in sys.argv[1:]:
+    try:
+        store = Store(Path(folder), 250_002)
+        print(store.search(np.array([3]), np.array([1.0], np.float32), 5), flush=True)
+        sys.stdin.readline()
+        print(store.search(np.array([3]), np.array([1.0], np.float32), 5), flush=True)
+    except AnyspladeError as error:
+        print(error, flush=True)
+"""
+
+
+def test_a_store_that_may_not_be_written(store, tmp_path):
+    store.put([encoded("a", {3: 2.0})])
+    for name in ("crashed", "copied in part"):
+        shutil.copytree(store.folder, tmp_path / name)  # while it is open: what was put is not in the file itself yet
+    (tmp_path / "copied in part" / "documents.sqlite-shm").unlink()
+    store.close()
+    folders = store.folder.rename(tmp_path / "100% closed?"), tmp_path / "crashed", tmp_path / "copied in part"
+    for folder in folders:
+        subprocess.run(["chmod", "-R", "a-w", folder], check=True)
+    command = [sys.executable, "-c", READ_ONLY, *map(str, folders)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=drop_privileges, **pipes) as process:
+        assert process.stdout.readline() == "[(1, 2.0)]\n"
+        subprocess.run(["chmod", "-R", "u+w", folders[0]], check=True)
+        writer = Store(folders[0], VOCABULARY)
+        writer.put([encoded("b", {3: 1.0})])
+        writer.close()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "[(1, 2.0), (2, 1.0)]\n"  # noticed, though SQLite was told that nobody writes
+        rest = process.communicate("\n")[0].splitlines()
+    assert rest[:2] == ["[(1, 2.0)]", "[(1, 2.0)]"]
+    assert rest[2].endswith("its last changes are still in documents.sqlite-wal; open it once where it can be written")
+    for folder in folders:
+        subprocess.run(["chmod", "-R", "u+w", folder], check=True)
+
+
 def test_what_a_crash_left_undone_is_done(store):
     """The truth has it, the engine not yet: as if the process was killed between the two."""
     store.put([encoded("a", {3: 2.0}), encoded("gone", {3: 5.0})])
@@ -303,6 +348,9 @@ def test_a_damaged_truth_is_said(store):
     for path in store.folder.glob("documents.sqlite*"):
         path.write_bytes(b"torn" * 1000)
     with pytest.raises(DataError, match="the index is damaged"):
+        Store(store.folder, VOCABULARY)
+    (store.folder / "documents.sqlite").unlink()
+    with pytest.raises(DataError, match=r"the index is damaged \(documents.sqlite is missing\)"):
         Store(store.folder, VOCABULARY)
 
 

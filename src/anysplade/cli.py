@@ -26,6 +26,7 @@ from rich.console import Console, RenderableType
 
 from anysplade import __version__
 from anysplade.errors import AnyspladeError, OptionError, OutputError, UsageError, without_credentials
+from anysplade.files import READ_ONLY
 from anysplade.options import BiasPolicy, Choice, Precision, TrainingConfig
 
 app = App(
@@ -306,7 +307,7 @@ def index(
     ray: bool = False,
     json: Json = False,
 ) -> _Shown:
-    """Encode a corpus and write an index; interrupted and started again, it goes on.
+    """Encode a corpus and write an index; interrupted, or when the corpus changed, the same command brings it up to date.
 
     Args:
         model: a sparse encoder's folder or hub id.
@@ -330,18 +331,20 @@ def index(
         if work is None:
             raise OutputError(f"--to {without_credentials(to)}: the encoded corpus needs a folder; set ANYSPLADE_CACHE to one")
         sent = RemoteIndex.build(model, corpus, to, work, **options)
-        found = {"documents": len(sent), "index": sent.address}
+        found = {"documents": len(sent), "sent": sent.sent, "left_over": sent.left_over, "index": sent.address}
         lines: list[RenderableType] = [
-            f"{len(sent):,} documents, at {sent.address}",
+            f"{len(sent):,} documents ({sent.sent:,} sent now), at {sent.address}",
             f'next: anysplade search {sent.address} "your query"',
         ]
         return _Shown(sent.about | found, lines)
     assert out is not None
-    built = Index.build(model, corpus, out, **options)
+    with Index.build(model, corpus, out, **options) as built:
+        found = built.describe() | built.changes._asdict() | {"index": str(out)}
+    changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
     return _Shown(
-        built.about | {"index": str(out)},
+        found,
         [
-            f"{len(built):,} documents, {built.about['document_active_dims']:.0f} active dims a document, in {out}",
+            f"{found['documents']:,} documents ({changed}), {found['document_active_dims']:.0f} active dims a document, in {out}",
             f'next: anysplade search {out} "your query"',
         ],
     )
@@ -356,6 +359,7 @@ def search(
     k: int = 10,
     filter: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     exact: bool = False,
+    model: str | None = None,
     json: Json = False,
 ) -> _Shown:
     """Search an index; each hit says which terms made its score.
@@ -366,6 +370,7 @@ def search(
         k: how many hits at most.
         filter: metadata that hits must have, as name=value; a name twice means any of its values.
         exact: search the vectors in memory, in float64, instead of the engine.
+        model: where the index's model lies, if it was moved.
     """
     from anysplade import report
     from anysplade.remote import open_index
@@ -378,7 +383,7 @@ def search(
         with contextlib.suppress(ValueError):  # numbers and true are what they are in JSON; the rest is text
             value = jsonlib.loads(value)
         wanted.setdefault(name, []).append(value)
-    hits = open_index(index).search(query, k=k, explain=True, filter=wanted or None, exact=exact)
+    hits = open_index(index, model).search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     return _Shown({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
 
 
@@ -438,7 +443,16 @@ def size(
 
 
 @_command
-def export(index: str, /, *, format: Literal["anserini", "ciff"], out: Out, quantization: int = 100, json: Json = False) -> _Shown:
+def export(
+    index: str,
+    /,
+    *,
+    format: Literal["anserini", "ciff"],
+    out: Out,
+    quantization: int = 100,
+    model: str | None = None,
+    json: Json = False,
+) -> _Shown:
     """Write an index's vectors for Lucene: Anserini's JSONL, or the Common Index File Format.
 
     Args:
@@ -446,12 +460,13 @@ def export(index: str, /, *, format: Literal["anserini", "ciff"], out: Out, quan
         format: anserini (a folder of JSONL files) or ciff (one file).
         out: the folder or file to write.
         quantization: weights are written as whole numbers, times this.
+        model: where the index's model lies, if it was moved.
     """
     from anysplade.encoder import term_names
     from anysplade.engines import export as exporting
     from anysplade.index import Index
 
-    with Index.load(index) as opened:
+    with Index.load(index, model) as opened:
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
         count = write(opened.store, term_names(opened.encoder), out, quantization)
     return _Shown({"documents": count, "out": str(out), "format": format}, [f"{count:,} documents in {out}"])
@@ -580,7 +595,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Formatter("%(message)s"))
-    for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2", "opensearch"):
+    for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2", "opensearch", "urllib3"):
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import datasets
@@ -614,7 +629,11 @@ def run() -> None:
 
 
 def _complain(error: BaseException) -> None:
-    text = without_credentials(" ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        allow = "; allow it, or name another place" if error.errno in READ_ONLY else ""
+        text = f"{error.filename}: {error.strerror}{allow}"
+    text = without_credentials(text)
     print(f"anysplade: {text}", file=sys.stderr)
 
 

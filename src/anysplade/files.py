@@ -22,9 +22,9 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target).expanduser()
     require_empty(target)
-    make_folder(target.parent)
     work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    make_folder(work)
+    with _permitted(target):
+        work.mkdir(parents=True)
     try:
         yield work
         with _permitted(target):

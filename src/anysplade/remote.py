@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,38 @@ from typing import Any
 from sentence_transformers import SparseEncoder
 
 from anysplade.datasets import Document
-from anysplade.encoding import encode, prune
+from anysplade.encoding import encode, prune, resolve_precision
 from anysplade.engines import open_engine
-from anysplade.errors import DataError, OptionError, without_credentials
+from anysplade.engines.sending import same_model
+from anysplade.errors import DataError, OptionError, OutputError, without_credentials
 from anysplade.head import resolve_model
 from anysplade.index import Index, describe_model, explain_score, open_same_model
 from anysplade.options import Precision
 from anysplade.records import Filter, Hit
-from anysplade.shards import encode_corpus, read_documents
+from anysplade.shards import corpus_name, encode_corpus, read_documents
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteIndex:
-    """What ``Index`` is, for an address such as ``qdrant://host:6333/name``."""
+    """What ``Index`` is, for an address such as ``qdrant://host:6333/name``.
 
-    def __init__(self, address: str) -> None:
+    ``sent`` is how many documents ``build`` sent, and ``left_over`` how many more the server has than the corpus.
+    """
+
+    def __init__(self, address: str, model: str | Path | None = None) -> None:
         """Connects on first use.
+
+        Args:
+            model: where the model lies that the index was built with, if not where it lay then.
 
         Raises:
             OptionError: a malformed address, or a client that is not installed.
         """
         self.address = without_credentials(address)  # for messages
         self.engine = open_engine(address)
+        self.sent = self.left_over = 0
+        self._model = model
         self._about: dict[str, Any] | None = None
         self._encoder: SparseEncoder | None = None
 
@@ -49,23 +61,48 @@ class RemoteIndex:
     ) -> "RemoteIndex":
         """Encode a corpus into shards under ``work`` and send them; interrupted and called again, it goes on.
 
-        What the server has already, in the same version, is not sent again.
+        What the server has already, in the same version, is not sent again. What is no longer in the corpus stays
+        there, as do documents of others: how many is counted and warned of.
+
+        Args:
+            precision: "auto" is that of the index if there is one.
 
         Raises:
-            OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
+            OutputError: the server holds an index of that name that was made in another way.
             What ``encode_corpus`` and the engine raise.
         """
-        index = cls(address)
+        index = cls(address, model)
         source = resolve_model(model)
-        about = describe_model(source) | {"precision": precision, "top_k": top_k}
-        key = hashlib.sha256(json.dumps([about, str(corpus)]).encode()).hexdigest()[:32]
-        options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray, "progress": progress}
+        about = describe_model(source)
+        try:
+            stored = index.engine.about()  # before hours of encoding
+        except DataError:  # none yet
+            stored = None
+        else:
+            same_model(index.address, stored, about)
+        used = resolve_precision(precision) if precision != "auto" or stored is None else stored["precision"]
+        options: dict[str, Any] = {"precision": used, "top_k": top_k}
+        about |= options
+        different = [] if stored is None else [name for name in options if stored.get(name) != options[name]]
+        if different:
+            raise OutputError(
+                f"{index.address}: exists and was made with another {', '.join(different)}; choose another name, or delete it first"
+            )
+        key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
         folder = Path(work).expanduser() / "shards" / key
-        manifest = encode_corpus(source, corpus, folder, **options)
-        # Not "auto", which can mean something else where the index is searched.
-        index.engine.create(about | {name: manifest[name] for name in ("vocabulary", "precision")})
+        manifest = encode_corpus(source, corpus, folder, workers=workers, ray=ray, progress=progress, **options)
+        index.engine.create(about | {"vocabulary": manifest["vocabulary"]})
         shards = read_documents(folder, manifest, corpus, "run the same command again")
-        index.engine.upload(chain.from_iterable(documents for _, documents in shards), progress=progress)
+        index.sent = index.engine.upload(chain.from_iterable(documents for _, documents in shards), progress=progress)
+        index.left_over = len(index) - manifest["documents"]
+        if index.left_over > 0:
+            logger.warning(
+                "%s: holds %d documents that are not in %s; if they were removed from it, delete them there, or index it under "
+                "another name",
+                index.address,
+                index.left_over,
+                corpus,
+            )
         return index
 
     @property
@@ -84,9 +121,9 @@ class RemoteIndex:
 
     @property
     def encoder(self) -> SparseEncoder:
-        """The model the index was built with; it must be here under the same name."""
+        """The model the index was built with; it must be here under the same name, or have been named."""
         if self._encoder is None:
-            self._encoder = open_same_model(self.about["model"], self.about["model_fingerprint"], self.address)
+            self._encoder = open_same_model(self.about, self.address, self._model)
         return self._encoder
 
     def __len__(self) -> int:
@@ -122,6 +159,6 @@ class RemoteIndex:
         return explained
 
 
-def open_index(place: str | Path) -> Index | RemoteIndex:
-    """An index by its folder, or by its address on a server."""
-    return RemoteIndex(str(place)) if "://" in str(place) else Index.load(place)
+def open_index(place: str | Path, model: str | Path | None = None) -> Index | RemoteIndex:
+    """An index by its folder, or by its address on a server; ``model`` as ``Index.load`` has it."""
+    return RemoteIndex(str(place), model) if "://" in str(place) else Index.load(place, model)

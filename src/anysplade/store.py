@@ -3,7 +3,7 @@
 ``documents.sqlite`` is the truth: ids, texts, metadata and vectors, changed in transactions. ``engine`` is a
 Qdrant Edge shard of the same vectors, which does the searching; what a crash left undone there is noted in the truth
 and done when the store is opened next. One process at a time holds the engine; others search the truth exactly,
-and slower.
+and slower. So does a process that may not write there.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from scipy import sparse
 
 from anysplade.datasets import Document
 from anysplade.errors import AnyspladeError, DataError, OutputError
-from anysplade.files import require_empty
+from anysplade.files import READ_ONLY, make_folder, require_empty
 from anysplade.postings import Postings
 from anysplade.records import Encoded, Filter, Value, check_filter, check_vector, check_vectors
 
@@ -57,33 +57,74 @@ class Store:
         """Open a folder that ``create`` made.
 
         Raises:
-            DataError: damaged.
+            DataError: damaged, or not to be read here.
             AnyspladeError: the disk is full, and the engine lacks something.
         """
         self.folder = folder
         self.vocabulary = vocabulary
+        self.read_only = False
         self._lock = threading.RLock()
-        self._exact: tuple[tuple[int, int], Postings, np.ndarray] | None = None  # the truth's version, postings, positions
+        self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # the truth's version, postings, positions
         self._engine: Any = None
         self._unsafe = 0  # changes that the engine has, perhaps not on disk
         self._claim = FileLock(folder / "lock", timeout=0)
-        try:
-            self._truth = sqlite3.connect(f"file:{folder / 'documents.sqlite'}?mode=rw", uri=True, check_same_thread=False)
-            self._truth.isolation_level = None
-            self._truth.execute("PRAGMA journal_mode = WAL")
-            self._truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
-            self._truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
-            self._truth.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
-            self._truth.execute("SELECT count(*) FROM changed, shards")
-        except sqlite3.Error as error:
-            raise DataError(f"{folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
+        self._stamp: tuple[Any, ...] | None = None  # of the files, where SQLite does not look whether another process changed them
+        self._connect()
         with _explained(self.folder):
             self._open_engine()
+
+    def _connect(self) -> None:
+        """Open the truth: to write; else to read; else without the files that SQLite makes beside it even to read."""
+        path = (self.folder / "documents.sqlite").absolute()
+        for mode in ("mode=rw", "mode=ro", "mode=ro&immutable=1"):
+            frozen = "immutable" in mode
+            try:
+                if frozen and self._files()[-1]:  # it would not be read, and what it holds be missing
+                    raise DataError(
+                        f"{self.folder}: read-only here, and its last changes are still in documents.sqlite-wal; "
+                        "open it once where it can be written"
+                    )
+                stamp = self._files() if frozen else None
+                truth = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, check_same_thread=False, isolation_level=None)
+                if mode == "mode=rw":
+                    truth.execute("PRAGMA journal_mode = WAL")
+                    truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
+                    truth.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
+                truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
+                truth.execute("SELECT count(*) FROM changed, shards")
+            except FileNotFoundError as error:
+                raise DataError(f"{self.folder}: the index is damaged (documents.sqlite is missing); build it again") from error
+            except (OSError, sqlite3.Error) as error:
+                if not _is_refusal(error, sqlite3.SQLITE_CANTOPEN):
+                    raise DataError(f"{self.folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
+                if frozen:
+                    raise DataError(
+                        f"{self.folder}: cannot be read here (documents.sqlite: {error}); allow it, or copy it"
+                    ) from error
+            else:
+                self._truth, self._stamp = truth, stamp
+                if mode != "mode=rw":
+                    self._become_read_only()
+                return
+
+    def _files(self) -> tuple[int, int, int]:
+        """What changes when a process writes: the file, and how much is in the log beside it."""
+        status = (self.folder / "documents.sqlite").stat()
+        try:
+            waiting = (self.folder / "documents.sqlite-wal").stat().st_size
+        except FileNotFoundError:
+            waiting = 0
+        return status.st_mtime_ns, status.st_size, waiting
+
+    def _become_read_only(self) -> None:
+        if not self.read_only:
+            logger.info("%s: read-only here; searched exactly, which is slower", self.folder)
+        self.read_only = True
 
     @staticmethod
     def create(folder: Path) -> None:
         """An empty store, in place of what an interrupted call left there."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for path in folder.glob("documents.sqlite*"):
             path.unlink()
         shutil.rmtree(folder / "engine", ignore_errors=True)
@@ -114,38 +155,47 @@ class Store:
         """Numbers of the shards that were taken in."""
         return {number for (number,) in self._truth.execute("SELECT number FROM shards")}
 
+    @property
+    def edited(self) -> bool:
+        """Whether documents were changed ``by_hand``."""
+        return bool(self._one("PRAGMA user_version"))
+
     def _one(self, query: str) -> Any:
         return self._truth.execute(query).fetchone()[0]
 
     # -------------------------------------------------------------------------------------- change
 
-    def put(self, documents: Iterable[Encoded], shard: int | None = None) -> None:
+    def put(self, documents: Iterable[Encoded], shard: int | None = None, by_hand: bool = False) -> None:
         """Add documents, or replace those whose id is there, a transaction for each ``BATCH`` of them.
 
         Args:
             shard: note that this shard is in; then all documents are one transaction.
+            by_hand: note that the store is no longer what its corpus says.
 
         Raises:
             DataError: a vector that cannot be indexed; its transaction stays out.
-            OutputError: another process holds the store.
+            OutputError: another process holds the store, or it is read-only.
             AnyspladeError: the disk is full.
         """
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH) if shard is None else iterator):
             check_vectors(batch, self.vocabulary)
-            with self._writing() as (cursor, rows):
+            with self._writing(by_hand) as (cursor, rows):
                 rows += _put(cursor, batch)
                 if shard is not None:
                     cursor.execute("INSERT INTO shards VALUES (?)", (shard,))
 
-    def delete(self, ids: Iterable[str]) -> int:
+    def delete(self, ids: Iterable[str], by_hand: bool = False) -> int:
         """Remove documents; how many of them there were.
 
+        Args:
+            by_hand: as ``put`` has it.
+
         Raises:
-            OutputError: another process holds the store.
+            OutputError: another process holds the store, or it is read-only.
             AnyspladeError: the disk is full.
         """
-        with self._writing() as (cursor, rows):
+        with self._writing(by_hand) as (cursor, rows):
             for id_ in ids:
                 row = cursor.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_sound(id_),)).fetchone()
                 if row is not None:
@@ -153,11 +203,21 @@ class Store:
                     rows.append((row[0], None, None, None))
         return len(rows)
 
+    def require_writable(self) -> None:
+        """Raise OutputError if another process holds the store, or it is read-only."""
+        with self._lock:
+            if self._engine is None:
+                self._open_engine()  # the other process may be gone
+            if self.read_only:
+                raise _read_only(self.folder)
+            if self._engine is None:
+                raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
+
     def rebuild(self) -> None:
         """Make the engine anew from the truth.
 
         Raises:
-            OutputError: another process holds the store.
+            OutputError: another process holds the store, or it is read-only.
             AnyspladeError: the disk is full.
         """
         with self._lock, self._writing():  # which refuses where another process holds it
@@ -186,7 +246,7 @@ class Store:
             AnyspladeError: the disk is full.
         """
         require_empty(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as copy, self._lock, _explained(folder):
                 self._truth.backup(copy)
@@ -219,7 +279,10 @@ class Store:
         return sorted(((int(point.id), point.score) for point in points), key=lambda hit: (-hit[1], hit[0]))
 
     def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: dict[str, list[Value]]) -> Found:
-        version = (int(self._one("PRAGMA data_version")), self._truth.total_changes)
+        if self._stamp is not None and self._stamp != self._files():
+            self._truth.close()
+            self._connect()
+        version = (int(self._one("PRAGMA data_version")), self._truth.total_changes, self._stamp)
         exact = self._exact
         if exact is None or exact[0] != version:
             rows = self._truth.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
@@ -238,6 +301,21 @@ class Store:
             allowed = {position for position, metadata in tagged if _has(json.loads(metadata), wanted)}
             hits = [hit for hit in hits if hit[0] in allowed]
         return hits[:k]
+
+    def compare(self, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document, int | None, bool]]:
+        """The same ids and documents, with the position if the id is there, and whether title, text and metadata there
+        are the same."""
+        query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
+        iterator = iter(documents)
+        while batch := list(islice(iterator, BATCH)):
+            held = {row[0]: row[1:] for row in _among(self._truth, query, [_sound(id_) for id_, _ in batch])}
+            for id_, document in batch:
+                position, *content = held.get(_sound(id_), (None,))
+                yield id_, document, position, tuple(content) == _stored(document)
+
+    def positions(self) -> np.ndarray:
+        """Of all documents, rising."""
+        return np.fromiter((row[0] for row in self._truth.execute("SELECT position FROM ids ORDER BY position")), np.int64)
 
     def ids(self, positions: Sequence[int]) -> list[str]:
         """Ids by position, in the order asked for."""
@@ -266,18 +344,17 @@ class Store:
     # ---------------------------------------------------------------------------- truth and engine
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
+    def _writing(self, by_hand: bool = False) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
         """A change of the truth, in one transaction, and then of the engine: the rows that are put into the list."""
         with self._lock, _explained(self.folder):
-            if self._engine is None:
-                self._open_engine()  # the other process may be gone
-            if self._engine is None:
-                raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
+            self.require_writable()
             self._require_room(_ROOM)
             cursor = self._truth.cursor()
             cursor.execute("BEGIN IMMEDIATE")
             rows: list[_Row] = []
             try:
+                if by_hand:
+                    cursor.execute("PRAGMA user_version = 1")
                 yield cursor, rows
                 positions = json.dumps([row[0] for row in rows])
                 cursor.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))
@@ -294,32 +371,34 @@ class Store:
                 raise
 
     def _open_engine(self) -> None:
-        """Have the engine, up to date; none while another process holds it."""
+        """Have the engine, up to date; none while another process holds it, or where it cannot be written."""
         place = self.folder / "engine"
-        if not self._claim.is_locked:
-            try:
+        if self.read_only:
+            return
+        try:
+            if not self._claim.is_locked:
                 # Before the engine is touched: it looks at its own lock only after it has changed files of the holder's.
                 self._claim.acquire()
-            except Timeout:
-                logger.info("%s: another process holds the engine; this one searches exactly, which is slower", self.folder)
-                return
-        try:
             if place.is_dir() and any(place.iterdir()):
                 try:
                     self._engine = edge.EdgeShard.load(str(place))
                 except Exception as error:
                     # It is made from the truth, so that nothing is lost.
-                    logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
                     shutil.rmtree(place)
+                    logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
             if self._engine is None:
                 self._truth.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that looks complete
                 place.mkdir(exist_ok=True)
                 parameters = {_VECTOR: edge.EdgeSparseVectorParams()}
                 self._engine = edge.EdgeShard.create(str(place), edge.EdgeConfig(sparse_vectors=parameters))
             self._catch_up()
-        except BaseException:
+        except Timeout:
+            logger.info("%s: another process holds the engine; this one searches exactly, which is slower", self.folder)
+        except BaseException as error:
             self._close_engine()
-            raise
+            if not _is_refusal(error):
+                raise
+            self._become_read_only()
 
     def _require_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -378,12 +457,30 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _is_refusal(error):
+            raise _read_only(folder) from error
         if isinstance(error, sqlite3.Error) or type(error) is Exception:  # the engine's have no class of their own
             said = str(error).splitlines()[0]
             raise AnyspladeError(
                 f"{folder}: cannot be written ({said}); nothing that was there is lost: mend that (a full disk?), then try again"
             ) from error
         raise
+
+
+def _is_refusal(error: BaseException, *codes: int) -> bool:
+    """Whether the system does not let this process write, or read; nothing is damaged then.
+
+    Args:
+        codes: of SQLite, that mean so here too.
+    """
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without what SQLite's extended codes add
+        return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, *codes)
+    return isinstance(error, OSError) and error.errno in READ_ONLY
+
+
+def _read_only(folder: Path) -> OutputError:
+    return OutputError(f"{folder}: the index is read-only here; allow writing to its folder, or change a copy of it")
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -407,12 +504,18 @@ def _put(cursor: sqlite3.Cursor, documents: Sequence[Encoded]) -> list[_Row]:
     rows: list[_Row] = []
     contents = []
     for id_, (_, content, terms, weights) in latest.items():
-        metadata = None if content.metadata is None else json.dumps(content.metadata)
-        row = known[id_], metadata, np.asarray(terms, np.int32), np.asarray(weights, np.float32)
+        stored = _stored(content)
+        row = known[id_], stored[2], np.asarray(terms, np.int32), np.asarray(weights, np.float32)
         rows.append(row)
-        contents.append((row[0], _sound(content.title), _sound(content.text), metadata, row[2].tobytes(), row[3].tobytes()))
+        contents.append((row[0], *stored, row[2].tobytes(), row[3].tobytes()))
     cursor.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", contents)
     return rows
+
+
+def _stored(document: Document) -> tuple[str | bytes, str | bytes, str | None]:
+    """Title, text and metadata as SQLite has them."""
+    metadata = None if document.metadata is None else json.dumps(document.metadata)
+    return _sound(document.title), _sound(document.text), metadata
 
 
 def _array(stored: bytes | None, kind: type[np.generic]) -> np.ndarray | None:
