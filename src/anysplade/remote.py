@@ -80,7 +80,8 @@ class RemoteIndex:
             stored = None
         else:
             same_model(index.address, stored, about)
-        used = resolve_precision(precision) if precision != "auto" or stored is None else stored["precision"]
+        known = None if stored is None else stored.get("precision")
+        used = known if precision == "auto" and known is not None else resolve_precision(precision)
         options: dict[str, Any] = {"precision": used, "top_k": top_k}
         about |= options
         different = [] if stored is None else [name for name in options if stored.get(name) != options[name]]
