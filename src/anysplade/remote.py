@@ -10,7 +10,7 @@ from typing import Any
 from sentence_transformers import SparseEncoder
 
 from anysplade.datasets import Document
-from anysplade.encoding import encode, prune, resolve_precision
+from anysplade.encoding import encode, in_precision, prune, resolve_precision
 from anysplade.engines import open_engine
 from anysplade.engines.sending import same_model
 from anysplade.errors import DataError, OptionError, OutputError, without_credentials
@@ -150,7 +150,7 @@ class RemoteIndex:
         if not explain or not hits:
             return hits
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
-        rows = encode(self.encoder, texts, "document", precision=self.about.get("precision", "float32"))
+        rows = encode(in_precision(self.encoder, self.about.get("precision", "float32")), texts, "document")
         if self.about.get("top_k") is not None:
             rows = prune(rows, self.about["top_k"])
         explained = []
