@@ -35,6 +35,12 @@ def test_untouched_is_what_sentence_transformers_loads(backbone):
     torch.testing.assert_close(dense(encoder), dense(SparseEncoder(backbone)))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_vocabulary_is_known_before_the_first_text(fused, backbone):
+    for encoder in (load_encoder(backbone, fused=fused), open_encoder(backbone, fused=fused)):
+        assert encoder.get_embedding_dimension() == len(SPECIAL + WORDS)
+
+
 def test_calibration_is_on_by_default(backbone):
     raw, calibrated = (load_encoder(backbone, **options) for options in ({"k": 1, "shift": 0}, {}))
     assert (dense(calibrated) > 0).sum() < (dense(raw) > 0).sum()

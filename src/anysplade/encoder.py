@@ -297,7 +297,8 @@ def _with_splade_pooling(
         raise
     fit_tokenizer(transformer.tokenizer, transformer.model, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
-    modules = [transformer, SpladePooling(pooling, activation_function=activation)]
+    vocabulary = len(find_head(transformer.model).decoder.weight)  # left out, it would be known after the first text only
+    modules = [transformer, SpladePooling(pooling, activation_function=activation, embedding_dimension=vocabulary)]
     return SparseEncoder(modules=modules, similarity_fn_name="dot")
 
 
@@ -353,6 +354,8 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     unfuse_pooling(encoder)
     if not _logits_are_the_decoders(model, head.decoder):
         return _not_fused(f"{type(model).__name__} changes its logits after the decoder")
+    if pooling.embedding_dimension is None:  # the module's own forward would set it
+        pooling.embedding_dimension = len(head.decoder.weight)
     transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
     pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
     return True
@@ -406,8 +409,6 @@ def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[st
         mask = features["attention_mask"]
     double_log = pooling.activation_function == "log1p_relu"
     features["sentence_embedding"] = splade_pool(hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log)
-    if pooling.embedding_dimension is None:
-        pooling.embedding_dimension = len(decoder.weight)
     return features
 
 
