@@ -150,6 +150,28 @@ def test_inference_free_queries_are_stock_on_disk(backbone, tmp_path):
     assert query.shape == document.shape
 
 
+@pytest.mark.parametrize("query_encoder", ["mlm", "idf", "static"])
+def test_a_trained_model_is_trained_on(query_encoder, backbone, tmp_path):
+    write_examples(tmp_path / "data.jsonl")
+    options = {"query_encoder": query_encoder, "query_prompt": "kabel "}
+    train(TrainingConfig(backbone, str(tmp_path / "data.jsonl"), output=str(tmp_path / "first"), **OPTIONS, **options))
+    model = str(tmp_path / "first" / "model")
+    result = train(TrainingConfig(model, str(tmp_path / "data.jsonl"), output=str(tmp_path / "second"), **OPTIONS))
+    assert result.steps == STEPS
+    assert (result.calibration["k"], result.calibration["shift"]) == (1, 0)
+    first, second = SparseEncoder(model), SparseEncoder(result.model)
+    assert second.prompts == first.prompts == {"query": "kabel ", "document": ""}
+    before, after = first.state_dict(), second.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("embeddings" in name for name in changed)
+    assert any("query" in name for name in changed) == (query_encoder == "static")
+    if query_encoder != "mlm":
+        with pytest.raises(OptionError, match="its queries have a weight a token"):
+            wanted = {"query_active_dims": 5.0}
+            train(TrainingConfig(model, str(tmp_path / "data.jsonl"), output=str(tmp_path / "third"), **OPTIONS, **wanted))
+
+
 def test_prompts_stay_with_the_model(backbone, tmp_path):
     write_examples(tmp_path / "data.jsonl")
     config = TrainingConfig(backbone, str(tmp_path / "data.jsonl"), output=str(tmp_path / "run"), query_prompt="kabel ", **OPTIONS)

@@ -208,8 +208,14 @@ def is_splade(encoder: SparseEncoder) -> bool:
 
 
 def is_routed(encoder: SparseEncoder) -> bool:
-    """Whether queries and documents go through modules of their own, such as a weight a token for queries."""
+    """Whether queries and documents go through modules of their own."""
     return isinstance(encoder[0], Router)
+
+
+def has_static_queries(encoder: SparseEncoder) -> bool:
+    """Whether queries have a weight a token, without a model (inference-free)."""
+    router: Any = encoder[0]
+    return is_routed(encoder) and isinstance(router.sub_modules["query"][-1], SparseStaticEmbedding)
 
 
 def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:

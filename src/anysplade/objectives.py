@@ -17,6 +17,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from anysplade.datasets import Pair
+from anysplade.encoder import has_static_queries
 from anysplade.errors import DataError
 from anysplade.options import TrainingConfig, parse_objective
 from anysplade.regularization import make_regularizer
@@ -62,7 +63,7 @@ def make_loss(config: TrainingConfig, encoder: SparseEncoder) -> SpladeLoss:
     ranking: Any = next(iter(losses.values())) if list(weights.values()) == [1.0] else WeightedSum(losses, weights)
     options: dict[str, Any] = {
         "document_regularizer_weight": config.document_regularizer_weight,
-        "query_regularizer_weight": config.query_regularizer_weight if config.query_encoder == "mlm" else None,
+        "query_regularizer_weight": None if has_static_queries(encoder) else config.query_regularizer_weight,
         "document_regularizer": make_regularizer(config.regularizer, encoder),
         "query_regularizer": make_regularizer(config.regularizer, encoder),
     }

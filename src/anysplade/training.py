@@ -237,7 +237,11 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         idf_texts=(pair.positive for pair in pairs),
         attention=config.attention,
     )
-    encoder.prompts |= {"query": config.query_prompt, "document": config.document_prompt}
+    if config.query_active_dims is not None and has_static_queries(encoder):
+        raise OptionError(f"{config.backbone}: its queries have a weight a token, so query_active_dims cannot be met; leave it out")
+    for role, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
+        # A model that is trained on keeps its prompts unless others are given.
+        encoder.prompts[role] = prompt or encoder.prompts.get(role, "")
     return encoder, calibration
 
 
@@ -452,9 +456,9 @@ def _trainer(
     progress: bool,
 ) -> tuple[SparseEncoderTrainer, Monitor]:
     documents = [name for name in pairs.dataset.column_names if name not in ("query", "label")]
-    if config.query_prompt or config.document_prompt:
-        arguments.prompts = {"query": config.query_prompt} | dict.fromkeys(documents, config.document_prompt)
-    if config.query_encoder != "mlm":
+    if any(encoder.prompts.values()):
+        arguments.prompts = {"query": encoder.prompts["query"]} | dict.fromkeys(documents, encoder.prompts["document"])
+    if is_routed(encoder):
         arguments.router_mapping = {"query": "query"} | dict.fromkeys(documents, "document")
     if config.gradient_checkpointing:
         model = masked_lm(encoder)
