@@ -249,3 +249,9 @@ def test_the_terms_of_an_autoencoder_are_no_tokens(backbone):
     transformer = Transformer(backbone)
     modules = [transformer, Pooling(32), SparseAutoEncoder(32, hidden_dim=64, k=4, k_aux=8)]
     assert term_names(SparseEncoder(modules=modules))[:2] == ["[term:0]", "[term:1]"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_width_of_vectors_is_known_before_the_first_text(fused, backbone):
+    encoder = open_encoder(backbone, fused=fused)
+    assert encoder.get_embedding_dimension() == encoder.encode(["kabel"], convert_to_sparse_tensor=False).shape[1] == 149

@@ -13,7 +13,7 @@ from anysplade.datasets import Document
 from anysplade.encoding import encode, in_precision, prune, resolve_precision
 from anysplade.engines import open_engine
 from anysplade.engines.sending import same_model
-from anysplade.errors import DataError, OptionError, OutputError, without_credentials
+from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.head import resolve_model
 from anysplade.index import Index, describe_model, explain_score, open_same_model
 from anysplade.options import Precision
@@ -44,6 +44,7 @@ class RemoteIndex:
         self._model = model
         self._about: dict[str, Any] | None = None
         self._encoder: SparseEncoder | None = None
+        self._document_encoder: SparseEncoder | None = None
 
     @classmethod
     def build(
@@ -68,27 +69,22 @@ class RemoteIndex:
             precision: "auto" is that of the index if there is one.
 
         Raises:
-            OutputError: the server holds an index of that name that was made in another way.
+            OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
             What ``encode_corpus`` and the engine raise.
         """
         index = cls(address, model)
         source = resolve_model(model)
-        about = describe_model(source)
         try:
             stored = index.engine.about()  # before hours of encoding
         except DataError:  # none yet
             stored = None
-        else:
-            same_model(index.address, stored, about)
         known = None if stored is None else stored.get("precision")
+        # Not "auto", which can mean something else where the index is searched.
         used = known if precision == "auto" and known is not None else resolve_precision(precision)
         options: dict[str, Any] = {"precision": used, "top_k": top_k}
-        about |= options
-        different = [] if stored is None else [name for name in options if stored.get(name) != options[name]]
-        if different:
-            raise OutputError(
-                f"{index.address}: exists and was made with another {', '.join(different)}; choose another name, or delete it first"
-            )
+        about = describe_model(source) | options
+        if stored is not None:
+            same_model(index.address, stored, about)
         key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
         folder = Path(work).expanduser() / "shards" / key
         manifest = encode_corpus(source, corpus, folder, workers=workers, ray=ray, progress=progress, **options)
@@ -150,7 +146,9 @@ class RemoteIndex:
         if not explain or not hits:
             return hits
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
-        rows = encode(in_precision(self.encoder, self.about.get("precision", "float32")), texts, "document")
+        if self._document_encoder is None:
+            self._document_encoder = in_precision(self.encoder, self.about.get("precision", "float32"))
+        rows = encode(self._document_encoder, texts, "document")
         if self.about.get("top_k") is not None:
             rows = prune(rows, self.about["top_k"])
         explained = []

@@ -33,7 +33,7 @@ from anysplade.batches import DistinctBatches, check_batch_size
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.card import write_card
 from anysplade.datasets import PYTHON_DOCS, Collection, Pair, hash_texts, load_collection
-from anysplade.encoder import build_encoder, fingerprint, masked_lm
+from anysplade.encoder import build_encoder, fingerprint, has_static_queries, is_routed, masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.evaluation import evaluate
