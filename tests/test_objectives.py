@@ -137,7 +137,11 @@ def test_parity_with_sentence_transformers(case, backbone, tmp_path):
         trained = SparseEncoder(str(run / "model")).state_dict()
         assert trained.keys() == weights.keys()
         for name in weights:
-            torch.testing.assert_close(trained[name], weights[name], rtol=0, atol=10 * tolerance)
+            if name.endswith("key.bias"):
+                continue  # softmax ignores it, so its gradient is rounding alone, which Adam makes whole steps of
+            torch.testing.assert_close(
+                trained[name], weights[name], rtol=0, atol=10 * tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_inference_free_queries_are_stock_on_disk(backbone, tmp_path):
@@ -167,9 +171,11 @@ def test_a_trained_model_is_trained_on(query_encoder, backbone, tmp_path):
     assert any("embeddings" in name for name in changed)
     assert any("query" in name for name in changed) == (query_encoder == "static")
     if query_encoder != "mlm":
+        wanted = TrainingConfig(
+            model, str(tmp_path / "data.jsonl"), output=str(tmp_path / "third"), query_active_dims=5.0, **OPTIONS
+        )
         with pytest.raises(OptionError, match="its queries have a weight a token"):
-            wanted = {"query_active_dims": 5.0}
-            train(TrainingConfig(model, str(tmp_path / "data.jsonl"), output=str(tmp_path / "third"), **OPTIONS, **wanted))
+            train(wanted)
 
 
 def test_prompts_stay_with_the_model(backbone, tmp_path):

@@ -456,8 +456,9 @@ def _trainer(
     progress: bool,
 ) -> tuple[SparseEncoderTrainer, Monitor]:
     documents = [name for name in pairs.dataset.column_names if name not in ("query", "label")]
-    if any(encoder.prompts.values()):
-        arguments.prompts = {"query": encoder.prompts["query"]} | dict.fromkeys(documents, encoder.prompts["document"])
+    prompts = {role: encoder.prompts[role] or "" for role in ("query", "document")}
+    if any(prompts.values()):
+        arguments.prompts = {"query": prompts["query"]} | dict.fromkeys(documents, prompts["document"])
     if is_routed(encoder):
         arguments.router_mapping = {"query": "query"} | dict.fromkeys(documents, "document")
     if config.gradient_checkpointing:
