@@ -2,12 +2,14 @@ import asyncio
 import json
 import logging
 import shutil
+import threading
 
 import pytest
 
 from anysplade import Document, Index, searcher
-from anysplade.errors import DataError
-from anysplade.searcher import OverloadedError, Searcher
+from anysplade.errors import AnyspladeError, DataError
+from anysplade.searcher import OverloadedError, Searcher, StoppedError
+from anysplade.store import Store
 from tiny import WORDS, make_backbone, make_collection
 
 
@@ -134,3 +136,209 @@ def test_a_rebuilt_index_is_taken_without_a_lost_request(place, tmp_path, caplog
     assert [[hit.id for hit in hits] for hits in after] == [["new"]] * 8
     assert "cannot be opened yet" in caplog.text
     assert "opened anew, 1 documents" in caplog.text
+
+
+SECONDS = 30  # in which nothing here is still under way, unless it hangs
+
+
+def within(coroutine):
+    async def run():
+        async with asyncio.timeout(SECONDS):
+            return await coroutine
+
+    return asyncio.run(run())
+
+
+class Gate:
+    """Holds up who passes, until it is opened."""
+
+    def __init__(self):
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def wait(self):
+        self.reached.set()
+        assert self.open.wait(SECONDS)
+
+
+def test_stop_answers_what_is_under_way_and_what_waits_and_refuses_the_rest(place, monkeypatch):
+    monkeypatch.setattr(searcher, "BATCH", 1)
+    gate, work = Gate(), Searcher._work
+    monkeypatch.setattr(Searcher, "_work", lambda self, jobs: (gate.wait(), work(self, jobs))[1])
+
+    async def stopped_meanwhile():
+        served = Searcher(place / "index")
+        with pytest.raises(StoppedError):  # not started
+            await served.search("kabel", 2, False)
+        served.start()
+        asked = [asyncio.create_task(served.search("kabel", 2, False)) for _ in range(3)]
+        await asyncio.to_thread(gate.reached.wait, SECONDS)
+        stopping = asyncio.create_task(served.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(StoppedError, match="start the server again"):
+            await served.search("kabel", 2, False)
+        assert not any(task.done() for task in asked)
+        gate.open.set()
+        answers = await asyncio.gather(*asked)
+        await stopping
+        with pytest.raises(StoppedError):
+            await served.once("bm25", served._index_texts)
+        await served.stop()  # a second time changes nothing
+        return answers
+
+    assert [len(hits) for hits in within(stopped_meanwhile())] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_nobody_waits_for_a_loop_that_ended(how, place, monkeypatch, caplog):
+    gate, work = Gate(), Searcher._work
+    monkeypatch.setattr(Searcher, "_work", lambda self, jobs: (gate.wait(), work(self, jobs))[1])
+
+    async def ended():
+        served = Searcher(place / "index")
+        if how == "failed":
+            monkeypatch.setattr(served, "_jobs", Broken())
+        served.start()
+        asked = [asyncio.create_task(served.search("kabel", 2, False)) for _ in range(3)]
+        if how == "cancelled":
+            await asyncio.to_thread(gate.reached.wait, SECONDS)
+            served._loop.cancel()
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        with pytest.raises(StoppedError):
+            await served.search("kabel", 2, False)
+        gate.open.set()
+        await served.stop()
+        return results, served.running
+
+    class Broken(asyncio.Queue):
+        async def get(self):
+            await super().get()
+            raise OSError("broken")
+
+    results, running = within(ended())
+    assert [type(result) for result in results] == [StoppedError] * 3
+    assert not running
+    assert ("OSError('broken')" in caplog.text) == (how == "failed")
+
+
+class PanicException(BaseException):
+    """As the engine's, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    "failure, seen", [(PanicException("panic"), AnyspladeError), (StopIteration(), AnyspladeError), (OSError(), OSError)]
+)
+@pytest.mark.parametrize("where", ["a search", "encoding", "the thread", "on_batch"])
+def test_a_failure_of_any_kind_ends_no_loop(where, failure, seen, place, monkeypatch):
+    async def fails_once(served):
+        def fail(*_):
+            monkeypatch.undo()
+            served.on_batch = lambda size: None
+            raise failure
+
+        if where == "a search":
+            monkeypatch.setattr(Index, "search_vector", fail)
+        elif where == "encoding":
+            monkeypatch.setattr(searcher, "encode", fail)
+        elif where == "the thread":
+            monkeypatch.setattr(Searcher, "_reload", fail)
+        else:
+            served.on_batch = fail
+        with pytest.raises(seen):
+            await served.search("kabel", 2, False)
+        return await served.search("kabel", 2, False)
+
+    assert len(within(use(place / "index", fails_once))) == 2
+
+
+def test_searches_go_on_while_the_whole_index_is_read(place, monkeypatch):
+    gate, items, passes = Gate(), Store.items, []
+
+    def slowly(self):
+        passes.append(self)
+        for item in items(self):
+            gate.wait()
+            yield item
+
+    monkeypatch.setattr(Store, "items", slowly)
+
+    async def both(served):
+        asked = [asyncio.create_task(served.search_beside("kabel", 3)) for _ in range(4)]
+        await asyncio.to_thread(gate.reached.wait, SECONDS)
+        asked[0].cancel()  # a client that goes away
+        found = [await served.search("kabel", 3, True) for _ in range(3)]
+        assert not any(task.done() for task in asked[1:])
+        gate.open.set()
+        return found, await asyncio.gather(*asked[1:]), await served.search_beside("kabel", 3)
+
+    found, beside, after = within(use(place / "index", both, "bm25"))
+    assert [len(hits) for hits in found] == [3, 3, 3]
+    assert beside == [after] * 3
+    assert len(passes) == 1
+
+
+def test_a_pass_that_failed_is_made_again(place, monkeypatch):
+    items = Store.items
+
+    def broken(self):
+        monkeypatch.setattr(Store, "items", items)
+        raise OSError("broken")
+
+    async def twice(served):
+        monkeypatch.setattr(Store, "items", broken)
+        with pytest.raises(OSError, match="broken"):
+            await served.search_beside("kabel", 3)
+        return await served.search_beside("kabel", 3)
+
+    assert within(use(place / "index", twice, "bm25"))
+
+
+def test_a_pass_over_an_index_that_is_replaced_is_made_over_the_new_one(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "index", tmp_path / "index")
+    Index.build(place / "model", {"new": Document("", "kabel")}, tmp_path / "next").close()
+    gate, items = Gate(), Store.items
+
+    def slowly(self):
+        for item in items(self):
+            gate.wait()
+            yield item
+
+    monkeypatch.setattr(Store, "items", slowly)
+
+    async def swap(served):
+        asked = asyncio.create_task(served.search_beside("kabel", 3))
+        await asyncio.to_thread(gate.reached.wait, SECONDS)
+        (tmp_path / "index").rename(tmp_path / "old")
+        (tmp_path / "next").rename(tmp_path / "index")
+        found = await served.search("kabel", 3, False)
+        gate.open.set()
+        return found, await asked
+
+    found, beside = within(use(tmp_path / "index", swap, "bm25"))
+    assert [hit.id for hit in found] == [hit.id for hit in beside] == ["new"]
+
+
+def test_stop_gives_up_a_pass_over_the_whole_index(place, monkeypatch):
+    gate, items, read = Gate(), Store.items, []
+
+    def slowly(self):
+        for item in items(self):
+            gate.wait()
+            read.append(item)
+            yield item
+
+    monkeypatch.setattr(Store, "items", slowly)
+
+    async def stopped_meanwhile():
+        served = Searcher(place / "index", "bm25")
+        served.start()
+        asked = asyncio.create_task(served.search_beside("kabel", 3))
+        await asyncio.to_thread(gate.reached.wait, SECONDS)
+        stopping = asyncio.create_task(served.stop())
+        await asyncio.sleep(0)
+        gate.open.set()
+        await stopping
+        with pytest.raises(StoppedError):
+            await asked
+
+    within(stopped_meanwhile())
+    assert len(read) < 3

@@ -7,18 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from anysplade import Document, Index, searcher, serve
 from anysplade.cli import main
 from anysplade.encoding import encode
+from anysplade.probe import PROBE_QUERIES
 from anysplade.searcher import Searcher
 from anysplade.serve import MAX_BODY, MAX_TEXT, create_app
+from anysplade.store import Store
 from serving import running
 from tiny import make_backbone, make_collection
 
@@ -197,6 +201,52 @@ def test_metrics(client):
     assert 'anysplade_requests_total{path="other",status="404"} 1.0' in text
     assert "anysplade_documents 41.0" in text
     assert "anysplade_batch_size_count" in text
+
+
+def test_requests_are_answered_while_the_cost_is_counted(folder, monkeypatch):
+    reached, go, items, passes = threading.Event(), threading.Event(), Store.items, []
+
+    def slowly(self):
+        passes.append(self)
+        for item in items(self):
+            reached.set()
+            assert go.wait(60)
+            yield item
+
+    monkeypatch.setattr(Store, "items", slowly)
+    with running(folder) as address, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(http_get, address, "/cost") for _ in range(3)]
+        try:
+            assert reached.wait(30)
+            for path in ("/?q=kabel", "/results?q=kabel", "/inspect?text=kabel", "/health", "/metrics", "/openapi.json"):
+                assert http_get(address, path)[0] == 200
+            assert not any(one.done() for one in asked)
+        finally:
+            go.set()
+        pages = {one.result() for one in asked}
+    assert len(passes) == 1
+    assert len(pages) == 1
+    ((status, page),) = pages
+    with Index.load(folder) as index:
+        documents = list(index.store)
+        rows = encode(index.encoder, list(PROBE_QUERIES), "query")
+    postings = sum(len(document.terms) for document in documents)
+    frequency = np.bincount(np.concatenate([document.terms for document in documents]), minlength=rows.shape[1])
+    touched = np.mean([frequency[row.indices].sum() for row in rows])
+    assert status == 200
+    for value in (f"{len(documents)}", f"{postings:,}", f"{touched:,.0f}", f"{postings / len(documents):.1f}"):
+        assert f"<td>{value}</td>" in page.decode()
+
+
+def test_health_says_when_nothing_is_searched_any_more(folder):
+    served = Searcher(folder)
+    with TestClient(create_app(served), base_url="http://localhost") as client:
+        assert client.get("/health").status_code == 200
+        client.portal.call(served._loop.cancel)
+        for answer in (client.get("/health"), client.post("/search", json={"query": "kabel"}), client.get("/cost")):
+            assert answer.status_code == 503
+            assert "start the server again" in answer.json()["error"]
+        assert client.get("/metrics").status_code == 200
 
 
 def test_too_many_requests_get_503_and_then_it_goes_on(folder, monkeypatch):

@@ -387,3 +387,15 @@ def test_any_metadata_goes_in_and_is_matched_alike(store):
                 assert store.search(np.array([1]), np.array([1.0]), 5, {name: f"{value}!"}, exact) == []
     held = store.documents([position])[0].document.metadata
     assert {name: value for name, value in held.items() if name != "nan"} == {n: v for n, v in ODD.items() if n != "nan"}
+
+
+def test_a_pass_over_all_documents_sees_one_state(store):
+    store.put([encoded("a", {1: 1.0}), encoded("b", {1: 1.0})])
+    documents = iter(store)
+    seen = [next(documents).id]
+    store.put([encoded("b", {2: 2.0}), encoded("c", {1: 1.0})])
+    store.delete(["a"])
+    rest = list(documents)
+    assert [*seen, *(document.id for document in rest)] == ["a", "b"]
+    assert rest[0].terms.tolist() == [1]
+    assert [document.id for document in store] == ["b", "c"]

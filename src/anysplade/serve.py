@@ -41,7 +41,7 @@ from anysplade.index import Index
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.records import Hit
 from anysplade.report import logit_figure
-from anysplade.searcher import OverloadedError, Role, Searcher
+from anysplade.searcher import OverloadedError, Role, Searcher, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ _FAILURES = {
     422: "a field is missing, unknown or out of bounds",
     503: "too many requests wait; try again in a moment",
 }
+_CLOSED = {503: "the index is not being searched any more"}
 
 
 def openapi(token: bool) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def openapi(token: bool) -> dict[str, Any]:
         "version": {"type": "string"},
     }
     health = {"type": "object", "required": list(fields), "properties": fields}
-    paths["/health"] = {"get": {"operationId": "health", "summary": "Is the index open?", "responses": answers(health, {})}}
+    paths["/health"] = {"get": {"operationId": "health", "summary": "Is the index open?", "responses": answers(health, _CLOSED)}}
     described: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "anysplade", "version": __version__}, "paths": paths}
     if token:
         described |= {
@@ -224,8 +225,6 @@ class _Site:
         documents = Gauge("anysplade_documents", "documents in the index", registry=self.registry)
         documents.set_function(lambda: searcher.documents)
         searcher.on_batch = batches.observe
-        self._measured: tuple[str, dict[str, Any], str] | None = None
-        self._counted: tuple[Index, dict[str, Any]] | None = None
         self._validators = {path: jsonschema.Draft202012Validator(schema) for path, schema in _REQUESTS.items()}
 
     def app(self, hosts: Sequence[str] | None) -> Starlette:
@@ -257,7 +256,7 @@ class _Site:
             yield
             await self.searcher.stop()
 
-        handlers: dict[Any, Any] = {HTTPException: self.failed, OverloadedError: self.failed, UsageError: self.failed}
+        handlers: dict[Any, Any] = dict.fromkeys((HTTPException, OverloadedError, StoppedError, UsageError), self.failed)
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
     # ------------------------------------------------------------------------------------------ API
@@ -282,6 +281,8 @@ class _Site:
         return _json({"id": asked["id"], "score": sum(t.product for t in terms), "terms": [asdict(t) for t in terms]})
 
     async def health(self, request: Request) -> Response:
+        if not self.searcher.running:
+            raise StoppedError
         about = self.searcher.index.about
         return _json(
             {"status": "ok", "documents": self.searcher.documents, "model": _named(about["model"]), "version": __version__}
@@ -316,7 +317,7 @@ class _Site:
         status, said, headers = 422, str(error), None
         if isinstance(error, HTTPException):
             status, said, headers = error.status_code, error.detail, dict(error.headers or {})
-        elif isinstance(error, OverloadedError):
+        elif isinstance(error, OverloadedError | StoppedError):
             status, headers = 503, {"Retry-After": "1"}
         if "text/html" in request.headers.get("accept", ""):
             page = self.render("message.html", request, message=said, status=status)
@@ -381,13 +382,13 @@ class _Site:
         return self.html("compare.html", request, query=query, sides=sides, both=both)
 
     async def head(self, request: Request) -> Response:
-        return self.html("head.html", request, **(await self.searcher.call(self._head))[0])
+        return self.html("head.html", request, **(await self.searcher.once("head", self._head))[0])
 
     async def head_figure(self, request: Request) -> Response:
-        return Response((await self.searcher.call(self._head))[1], media_type="image/svg+xml")
+        return Response((await self.searcher.once("head", self._head))[1], media_type="image/svg+xml")
 
     async def cost(self, request: Request) -> Response:
-        return self.html("cost.html", request, **await self.searcher.call(self._cost))
+        return self.html("cost.html", request, **await self.searcher.once("cost", self._cost))
 
     async def login(self, request: Request) -> Response:
         if request.method == "GET":
@@ -438,48 +439,50 @@ class _Site:
         highest = max(products.values(), default=1.0)
         return {"hit": hit, "pieces": [piece for piece in pieces if piece[0]], "cut": len(hit.text) > _SNIPPET, "highest": highest}
 
-    def _head(self) -> tuple[dict[str, Any], str]:
-        """The head report of the index's model, and its picture; measured once for each model."""
-        about, encoder = self.searcher.index.about, self.searcher.index.encoder
-        key = about["model_fingerprint"] or about["model"]
-        if self._measured is None or self._measured[0] != key:
-            model = masked_lm(encoder)
-            probe = measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS)
-            suggested = choose(probe)
-            report = describe_head(model, probe, _named(about["model"]))
-            self._measured = key, {"report": report, "suggested": suggested}, logit_figure(suggested)
-        return self._measured[1:]
+    # ------------------------------------------------- what is found out once, off the searcher's thread
 
-    def _cost(self) -> dict[str, Any]:
-        """What the index costs; counted once, in a pass over all of it."""
-        index = self.searcher.index
-        if self._counted is not None and self._counted[0] is index:
-            return self._counted[1]
-        count, postings = len(index), index.store.postings
-        size = sum(path.stat().st_size for path in index.folder.rglob("*") if path.is_file())
-        queries = list(PROBE_QUERIES)
-        vectors = encode(index.encoder, queries, "query")
-        frequency = np.zeros(index.about["vocabulary"], np.int64)
-        for document in index.store:
-            frequency[document.terms] += 1
-        touched = [int(frequency[vectors[i].indices].sum()) for i in range(len(queries))]
-        order = np.argsort(-frequency, kind="stable")[:_SHOWN]
-        names = term_names(index.encoder)
-        self._counted = (
-            index,
-            {
-                "count": count,
+    async def _head(self, index: Index) -> tuple[dict[str, Any], str]:
+        """The head report of the index's model, and its picture.
+
+        Searches wait for the measuring alone, which needs the model and takes as long as encoding the 48 short probe texts.
+        """
+        encoder = index.encoder
+        model = masked_lm(encoder)
+        probe = await self.searcher.call(lambda: measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS))
+
+        def describe() -> tuple[dict[str, Any], str]:
+            suggested = choose(probe)
+            report = describe_head(model, probe, _named(index.about["model"]))
+            return {"report": report, "suggested": suggested}, logit_figure(suggested)
+
+        return await self.searcher.aside(describe)
+
+    async def _cost(self, index: Index) -> dict[str, Any]:
+        """What the index costs, counted in a pass over all of it."""
+        vectors = await self.searcher.call(lambda: encode(index.encoder, list(PROBE_QUERIES), "query"))
+        names = await self.searcher.call(lambda: term_names(index.encoder))
+
+        def count() -> dict[str, Any]:
+            frequency = np.zeros(index.about["vocabulary"], np.int64)
+            documents = 0
+            for document in self.searcher.every_document(index):
+                frequency[document.terms] += 1
+                documents += 1
+            postings = int(frequency.sum())
+            order = np.argsort(-frequency, kind="stable")[:_SHOWN]
+            return {
+                "count": documents,
                 "postings": postings,
-                "dims": postings / max(1, count),
-                "query_dims": vectors.nnz / len(queries),
-                "touched": float(np.mean(touched)),
-                "bytes": size,
+                "dims": postings / max(1, documents),
+                "query_dims": vectors.nnz / len(PROBE_QUERIES),
+                "touched": float(frequency[vectors.indices].sum() / len(PROBE_QUERIES)),
+                "bytes": sum(path.stat().st_size for path in index.folder.rglob("*") if path.is_file()),
                 "used": int((frequency > 0).sum()),
                 "vocabulary": len(frequency),
-                "frequent": [(names[i], int(frequency[i]) / max(1, count)) for i in order if frequency[i]],
-            },
-        )
-        return self._counted[1]
+                "frequent": [(names[i], int(frequency[i]) / max(1, documents)) for i in order if frequency[i]],
+            }
+
+        return await self.searcher.aside(count)
 
 
 # --------------------------------------------------------------------------------------------- helpers
@@ -644,6 +647,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            ws="none",
             limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=_GRACE,
             timeout_keep_alive=30,

@@ -103,6 +103,9 @@ class Store:
                     ) from error
             else:
                 self._truth, self._stamp = truth, stamp
+                # For passes over all documents: they see one state, and nobody on the other connection waits for them.
+                reading = mode.replace("rw", "ro")
+                self._passes = sqlite3.connect(f"{path.as_uri()}?{reading}", uri=True, check_same_thread=False)
                 if mode != "mode=rw":
                     self._become_read_only()
                 return
@@ -141,6 +144,7 @@ class Store:
                     logger.warning("%s: the engine was not closed in order: %s", self.folder, str(error).splitlines()[0])
                 self._close_engine()
             self._truth.close()
+            self._passes.close()
 
     def __len__(self) -> int:
         return int(self._one("SELECT count(*) FROM ids"))
@@ -333,8 +337,8 @@ class Store:
         return None if row is None else _encoded(*row[1:])
 
     def items(self) -> Iterator[tuple[int, Encoded]]:
-        """Every document with its position, in the order in which they were added."""
-        for row in self._truth.execute("SELECT * FROM documents ORDER BY position"):
+        """Every document with its position, in the order in which they were added; not what is written meanwhile."""
+        for row in self._passes.execute("SELECT * FROM documents ORDER BY position"):
             yield row[0], _encoded(*row[1:])
 
     def __iter__(self) -> Iterator[Encoded]:
