@@ -42,6 +42,29 @@ def call_json(call):
     return run
 
 
+def test_texts_that_are_cut_are_said(backbone, collection_folder, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "anysplade")
+    index = ["index", backbone, str(collection_folder), "--out", str(tmp_path / "index"), "--max-length", "8"]
+    assert main(index) == 0
+    assert "40 of 40 documents were cut at 8 tokens" in caplog.text
+    assert main(["search", str(tmp_path / "index"), "kabel lodan", "--json"]) == 0
+    capsys.readouterr()
+    with Index.load(tmp_path / "index") as opened:
+        assert opened.encoder.max_seq_length == 8
+        opened.add({"new": Document("", "kabel " * 20)})
+    assert main([*index[:-1], "9"]) == 2
+    assert "another max_length" in capsys.readouterr().err
+    found = []
+    for length in ([], ["--max-length", "8"]):
+        caplog.clear()
+        assert main(["evaluate", backbone, str(collection_folder), "--json", *length]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert ("40 of 40 documents were cut at 8 tokens" in caplog.text) == bool(length)
+    assert found[0]["cut"] == {"document": {"count": 0, "max_length": 64}, "query": {"count": 0, "max_length": 64}}
+    assert found[1]["cut"]["document"] == {"count": 40, "max_length": 8}
+    assert found[0]["document_active_dims"] != found[1]["document_active_dims"]  # vectors of another length are not taken
+
+
 def test_half_characters_stop_nothing(backbone, collection_folder, call, call_json, tmp_path, caplog):
     """JSON and a command line can hold lone surrogates: in texts, ids and what is asked."""
     folder = tmp_path / "c"

@@ -224,6 +224,15 @@ def test_a_sparse_head_in_a_plain_folder_stays_as_it_is(tmp_path, caplog):
     assert masked_lm(load_encoder(folder, k=2, shift=0.5)).config.anysplade["k"] == 2
 
 
+def test_a_saved_encoder_reads_more_up_to_its_positions(backbone, tmp_path):
+    load_encoder(backbone, max_length=10).save_pretrained(str(tmp_path))
+    assert open_encoder(tmp_path).max_seq_length == 10
+    assert open_encoder(tmp_path, max_length=20).max_seq_length == 20
+    assert open_encoder(tmp_path, max_length=1000).max_seq_length == 64
+    with pytest.raises(OptionError, match="at least 3 tokens"):
+        open_encoder(tmp_path, max_length=2)
+
+
 def test_length(backbone):
     assert load_encoder(backbone, max_length=5).max_seq_length == 5
     with pytest.raises(OptionError, match="at least 3 tokens"):

@@ -7,8 +7,8 @@ from sentence_transformers import SparseEncoder
 
 import anysplade.encoding as encoding
 from anysplade import ModelError, load_encoder
-from anysplade.encoder import masked_lm
-from anysplade.encoding import encode, in_precision, resolve_precision
+from anysplade.encoder import build_encoder, masked_lm
+from anysplade.encoding import count_cut, encode, in_precision, resolve_precision
 from tiny import WORDS, counted_copy
 
 
@@ -84,3 +84,13 @@ def test_a_diverged_model_is_refused(backbone):
         encode(encoder, [WORDS[0], WORDS[1], f"{WORDS[2]} {WORDS[50]}"], "document")
     with pytest.raises(ModelError, match="document 'c'; its training diverged"):
         encode(encoder, [WORDS[0], WORDS[1], f"{WORDS[2]} {WORDS[50]}"], "document", ids=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("query_encoder", ["mlm", "static"])
+def test_texts_that_are_cut_are_counted(query_encoder, backbone):
+    encoder, _ = build_encoder(backbone, query_encoder=query_encoder, idf_texts=["kabel lodan"], max_length=6)
+    encoder.prompts["document"] = "kabel "
+    texts = ["kabel", "kabel lodan mifil", "kabel lodan mifil nugor", "kabel lodan mifil nugor pehan", "\ud800 " * 100]
+    assert count_cut(encoder, texts, "document") == (3, 6)  # six tokens: the prompt, two special ones and three words
+    assert count_cut(encoder, texts, "query") == ((2, 6) if query_encoder == "mlm" else (0, None))
+    assert count_cut(encoder, [], "document") == (0, 6)

@@ -169,7 +169,7 @@ def test_a_trained_model_is_trained_on(query_encoder, backbone, tmp_path):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("embeddings" in name for name in changed)
-    assert any("query" in name for name in changed) == (query_encoder == "static")
+    assert any("sub_modules.query" in name for name in changed) == (query_encoder == "static")
     if query_encoder != "mlm":
         wanted = TrainingConfig(
             model, str(tmp_path / "data.jsonl"), output=str(tmp_path / "third"), query_active_dims=5.0, **OPTIONS

@@ -229,6 +229,7 @@ def evaluate(
     seeds: bool = False,
     curve: bool = False,
     precision: Precision = "float32",
+    max_length: int | None = None,
     out: Annotated[Path | None, Parameter(name="--out")] = None,
     cache: Path | None = None,
     json: Json = False,
@@ -244,6 +245,7 @@ def evaluate(
         seeds: the models are seeds of one: show mean and standard deviation.
         curve: prune documents and queries to their largest weights, and show what that costs and saves.
         precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
+        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
         out: a folder for TREC runs, values by query, figures and the JSON.
         cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
     """
@@ -257,6 +259,7 @@ def evaluate(
         seeds=seeds,
         curves=curve,
         precision=precision,
+        max_length=max_length,
         output=out,
         cache=cache or evaluation.default_cache(),
         progress=_watched(),
@@ -303,6 +306,7 @@ def index(
     to: str | None = None,
     precision: Precision = "float32",
     top_k: int | None = None,
+    max_length: int | None = None,
     workers: int = 1,
     ray: bool = False,
     json: Json = False,
@@ -316,6 +320,7 @@ def index(
         to: a server instead: qdrant://host:6333/name or opensearch://host:9200/name.
         precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
         top_k: keep only the so many largest weights of each document: an approximation, recorded.
+        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
         workers: processes that encode, each with the model.
         ray: encode on a Ray cluster, workers at once.
     """
@@ -325,7 +330,8 @@ def index(
 
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
-    options: dict[str, Any] = {"precision": precision, "top_k": top_k, "workers": workers, "ray": ray, "progress": _watched()}
+    options: dict[str, Any] = {"precision": precision, "top_k": top_k, "max_length": max_length}
+    options |= {"workers": workers, "ray": ray, "progress": _watched()}
     if to is not None:
         work = default_cache()
         if work is None:

@@ -70,6 +70,7 @@ def evaluate_all(
     seeds: bool = False,
     curves: bool = False,
     precision: Precision = "float32",
+    max_length: int | None = None,
     output: str | Path | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -104,7 +105,7 @@ def evaluate_all(
     for within, collection in zip(places, loaded, strict=True):
         for i, model in enumerate(models, 1):
             place = folder if folder is None or single else folder / within / f"{i}-{_as_name(model)}"
-            options: Any = {"output": place, "precision": precision, "cache": cache, "progress": progress}
+            options: Any = {"output": place, "precision": precision, "max_length": max_length, "cache": cache, "progress": progress}
             found = evaluate(model, collection, metrics, **options)
             if curves and found.vectors is not None:
                 points = curve(found, collection)

@@ -32,8 +32,9 @@ from anysplade.head import (
     load_masked_lm,
     rescale_head,
     resolve_model,
+    usable_positions,
 )
-from anysplade.options import BiasPolicy, Choice, Pooling, QueryEncoder
+from anysplade.options import BiasPolicy, Choice, Pooling, QueryEncoder, Role
 from anysplade.pooling import splade_pool
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.records import name_terms
@@ -115,27 +116,47 @@ def build_encoder(
     )
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
-        if max_length < 3:
-            raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
-        transformer = splade_modules(encoder)[0]
-        transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
+        _cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))
     if fused:
         fuse_pooling(encoder)
     return encoder, calibration
 
 
-def open_encoder(path: str | Path, fused: bool = True) -> SparseEncoder:
+def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = None) -> SparseEncoder:
     """A saved ``SparseEncoder`` of any kind, or a masked LM's raw SPLADE vectors; nothing is calibrated.
 
+    Args:
+        max_length: tokens a text is cut to, up to what the model has positions for; what was saved with it if None.
+
     Raises:
+        OptionError: a length below 3.
         ModelError: not found, or neither of the two. (``SparseEncoder(name)`` itself silently
             builds an untrained autoencoder for a checkpoint that is not a masked LM.)
     """
     source = resolve_model(path)
     encoder = _load_saved(source) if is_saved_encoder(source) else _with_splade_pooling(source)
+    if max_length is not None:
+        _cut_at(encoder, max_length)
     if fused and is_splade(encoder):
         fuse_pooling(encoder)
     return encoder
+
+
+def _cut_at(encoder: SparseEncoder, max_length: int) -> None:
+    """Have every text cut to so many tokens, or to as many as the model has positions for."""
+    if max_length < 3:
+        raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
+    for module in encoder.modules():
+        if isinstance(module, Transformer):
+            module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
+
+
+def reader(encoder: SparseEncoder, role: Role) -> Transformer | None:
+    """What reads the texts of a role; None if it reads all of a text, as a weight a token does."""
+    module: Any = encoder[0]
+    if isinstance(module, Router):
+        module = next(iter(module.sub_modules[role].children()))
+    return module if isinstance(module, Transformer) else None
 
 
 def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:

@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import io
+import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm import tqdm
 
+from anysplade.encoder import reader
 from anysplade.errors import ModelError
 from anysplade.files import write_whole
-from anysplade.options import Precision
+from anysplade.options import Precision, Role
 from anysplade.pooling import native_bfloat16
 from anysplade.sources import whole_characters
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts that are sorted by length among themselves
 _SHARD = 1024  # the same, where each such part is a file
@@ -31,7 +35,7 @@ _WEIGHTS_A_BATCH = 2**24  # texts x vocabulary: 64 MiB before the zeros are drop
 def encode(
     encoder: SparseEncoder,
     texts: Sequence[str],
-    role: Literal["query", "document"],
+    role: Role,
     *,
     ids: Sequence[str] | None = None,
     cache: Path | None = None,
@@ -88,6 +92,34 @@ def encode(
     if not blocks:
         return sparse.csr_matrix((0, width), dtype=np.float32)
     return sparse.vstack(blocks, format="csr")
+
+
+def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple[int, int | None]:
+    """How many of the texts are longer than what the model reads of them, and how many tokens that is; None for all.
+
+    Time: that of tokenizing, a hundredth of encoding.
+    """
+    module = reader(encoder, role)
+    if module is None or module.max_seq_length is None:
+        return 0, None
+    tokenizer: Any = module.tokenizer
+    limit, prompt, count = module.max_seq_length, (encoder.prompts or {}).get(role) or "", 0
+    for start in range(0, len(texts), _CHUNK):
+        chunk = [prompt + whole_characters(text) for text in texts[start : start + _CHUNK]]
+        count += sum(len(ids) > limit for ids in tokenizer(chunk, verbose=False, return_attention_mask=False)["input_ids"])
+    return count, limit
+
+
+def say_cut(cut: int, texts: int, limit: int | None, what: str) -> None:
+    """Log how many texts were cut, if any was."""
+    if cut:
+        logger.info(
+            "%s of %s %s were cut at %s tokens, and what follows is not found; max_length sets another length, up to the model's",
+            f"{cut:,}",
+            f"{texts:,}",
+            what,
+            limit,
+        )
 
 
 def in_precision(encoder: SparseEncoder, precision: Precision) -> SparseEncoder:

@@ -22,11 +22,11 @@ from sentence_transformers import SparseEncoder
 from anysplade.bm25 import BM25
 from anysplade.datasets import Collection, hash_texts, load_collection
 from anysplade.encoder import fingerprint, open_encoder, term_names
-from anysplade.encoding import encode, in_precision, prune, resolve_precision
+from anysplade.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
 from anysplade.errors import DataError, MeasureError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
-from anysplade.options import Precision
+from anysplade.options import Precision, Role
 from anysplade.postings import Postings, highest
 from anysplade.provenance import provenance
 from anysplade.sources import lines, whole_characters
@@ -56,6 +56,7 @@ class Evaluation:
     precision: str | None  # of encoding: what is below float32 is an approximation; None for BM25 and for run files
     queries: int
     documents: int
+    cut: dict[str, Any] | None  # by role: texts longer than max_length tokens, which the model did not read to their end
     self_matches: int  # queries that are documents of the corpus too and were not counted as their own hit
     data_hash: str
     seconds: dict[str, float]
@@ -81,6 +82,7 @@ def evaluate(
     output: str | Path | None = None,
     depth: int = 1000,
     precision: Precision = "float32",
+    max_length: int | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -96,6 +98,7 @@ def evaluate(
         metrics: names of ir-measures.
         depth: documents that a query's ranking holds, at least 1.
         precision: of encoding; see ``anysplade.encoding.in_precision``.
+        max_length: tokens a text is cut to; see ``open_encoder``. Not for an encoder that is loaded already.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         cache: a folder where vectors are kept by the content of model and texts; what is there is not encoded
             again, and an interrupted evaluation goes on.
@@ -116,10 +119,12 @@ def evaluate(
         _require_trec_ids(collection)
     ids = list(collection.corpus)
     texts = [document.full_text for document in collection.corpus.values()]
+    questions = list(collection.queries.values())
     itself = _self_matches(collection)
     seconds: dict[str, float] = {}
     costs: dict[str, Any] | None = None
     vectors = terms = None
+    cut: dict[str, Any] | None = None
     used: str | None = None
     start = time.perf_counter()
     if isinstance(model, str | Path) and is_run_file(model):
@@ -129,23 +134,34 @@ def evaluate(
         itself = set()
     elif model == "bm25":
         bm25, everything = BM25(texts), np.arange(len(texts))
-        rankings = [highest(bm25.score(query, everything), depth + bool(itself)) for query in collection.queries.values()]
+        rankings = [highest(bm25.score(query, everything), depth + bool(itself)) for query in questions]
         if not any(len(found) for found, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", collection.name)
         run = _as_run(rankings, list(collection.queries), ids, itself, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:
-        encoder = model if isinstance(model, SparseEncoder) else open_encoder(model)
+        encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=max_length)
         asked = resolve_precision(precision, encoder.device)
-        folders = _cache_folders(model, cache, asked, {"document": texts, "query": list(collection.queries.values())})
+        folders = _cache_folders(
+            model,
+            cache,
+            f"{asked}, {max_length}" if max_length else asked,
+            {"document": texts, "query": questions},
+        )
         cached = any(folder is not None and folder.exists() for folder in folders.values())
         start = time.perf_counter()
         encoder = in_precision(encoder, asked)
         documents = encode(encoder, texts, "document", cache=folders["document"], progress=progress)
-        queries = encode(encoder, list(collection.queries.values()), "query", cache=folders["query"], progress=progress)
+        queries = encode(encoder, questions, "query", cache=folders["query"], progress=progress)
         vectors = (queries, documents)
         terms = term_names(encoder)
         seconds["encoding"] = time.perf_counter() - start
+        cut = {}
+        role: Role
+        for role, said, given in (("document", "documents", texts), ("query", "queries", questions)):
+            count, limit = count_cut(encoder, given, role)
+            say_cut(count, len(given), limit, said)
+            cut[role] = {"count": count, "max_length": limit}
         start = time.perf_counter()
         rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(itself))
         run = _as_run(rankings, list(collection.queries), ids, itself, depth)
@@ -168,6 +184,7 @@ def evaluate(
         precision=used,
         queries=len(collection.queries),
         documents=len(ids),
+        cut=cut,
         self_matches=len(itself),
         data_hash=data_hash(collection),
         seconds=seconds,
@@ -404,7 +421,7 @@ def default_cache() -> Path | None:
 
 
 def _cache_folders(
-    model: str | Path | SparseEncoder, cache: str | Path | None, precision: Precision, texts: dict[str, list[str]]
+    model: str | Path | SparseEncoder, cache: str | Path | None, precision: str, texts: dict[str, list[str]]
 ) -> dict[str, Path | None]:
     """A folder for the vectors of each role, named after all that decides them."""
     known = None if cache is None or isinstance(model, SparseEncoder) else fingerprint(resolve_model(model))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from anysplade.datasets import Document, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder, term_names
-from anysplade.encoding import encode, in_precision, prune, resolve_precision
+from anysplade.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
@@ -61,6 +61,7 @@ class Index:
         *,
         precision: Precision = "float32",
         top_k: int | None = None,
+        max_length: int | None = None,
         workers: int = 1,
         ray: bool = False,
         progress: bool = False,
@@ -74,6 +75,7 @@ class Index:
         Args:
             corpus: what ``iter_corpus`` reads, or documents by id.
             precision: of encoding; see ``anysplade.encoding.in_precision``. "auto" is that of the index if there is one.
+            max_length: tokens a text is cut to, queries too; see ``open_encoder``. How many documents are cut is logged.
             top_k, workers, ray: see ``anysplade.shards.encode_corpus``; documents in memory are encoded by this process.
 
         Raises:
@@ -88,10 +90,12 @@ class Index:
             "corpus": corpus_name(corpus) if isinstance(corpus, str | Path) else "documents in memory",
             "precision": precision,
             "top_k": top_k,
+            "max_length": max_length,
         }
         about = _claim(output, asked)
         asked["precision"] = used = resolve_precision(precision) if about is None else about["precision"]
-        options: dict[str, Any] = {"precision": used, "top_k": top_k, "workers": workers, "ray": ray, "progress": progress}
+        options: dict[str, Any] = {"precision": used, "top_k": top_k, "max_length": max_length}
+        options |= {"workers": workers, "ray": ray, "progress": progress}
 
         def documents() -> Iterable[tuple[str, Document]]:
             return iter_corpus(corpus) if isinstance(corpus, str | Path) else corpus.items()
@@ -122,7 +126,7 @@ class Index:
                     index = cls._begin(output, asked | {"vocabulary": manifest["vocabulary"]})
                     index._take_in(manifest, corpus, progress)
                 else:
-                    encoder = open_encoder(source)
+                    encoder = open_encoder(source, max_length=max_length)
                     index = cls._begin(output, asked | {"vocabulary": encoder.get_embedding_dimension()})
                     index._encoder = encoder
                 if about is not None or not on_disk:  # what an interrupted call took in need not be what the corpus is now
@@ -192,16 +196,19 @@ class Index:
 
     def _encoded(self, documents: Iterable[tuple[str, Document]], progress: bool) -> Iterator[Iterator[Encoded]]:
         """Documents with their vectors, made as those of the index were."""
-        iterator = iter(documents)
+        iterator, cut, count, limit = iter(documents), 0, 0, None
         while part := list(islice(iterator, BATCH)):
             if self._document_encoder is None:
                 self._document_encoder = in_precision(self.encoder, self.about["precision"])
             ids, contents = [id_ for id_, _ in part], [document for _, document in part]
             texts = [document.full_text for document in contents]
             rows = encode(self._document_encoder, texts, "document", ids=ids, progress=progress)
+            some, limit = count_cut(self._document_encoder, texts, "document")
+            cut, count = cut + some, count + len(part)
             if self.about["top_k"] is not None:
                 rows = prune(rows, self.about["top_k"])
             yield as_encoded(ids, contents, rows)
+        say_cut(cut, count, limit, "documents")
 
     def _write(self, about: dict[str, Any]) -> None:
         self.about = about
@@ -350,7 +357,7 @@ def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Pa
             missing.append(str(error))
             continue
         if fingerprint(source) == about["model_fingerprint"]:
-            return open_encoder(source)
+            return open_encoder(source, max_length=about.get("max_length"))
         changed.append(source)
     if changed:
         raise ModelError(

@@ -16,6 +16,7 @@ Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
 WeightType = Literal["float32", "float16"]  # of stored vectors
 TrainingPrecision = Literal["float32", "bfloat16"]
 Pooling = Literal["max", "sum"]
+Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]
 
 OBJECTIVES = ("contrastive", "margin-mse", "kl")

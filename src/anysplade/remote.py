@@ -56,6 +56,7 @@ class RemoteIndex:
         *,
         precision: Precision = "float32",
         top_k: int | None = None,
+        max_length: int | None = None,
         workers: int = 1,
         ray: bool = False,
         progress: bool = False,
@@ -81,7 +82,7 @@ class RemoteIndex:
         known = None if stored is None else stored.get("precision")
         # Not "auto", which can mean something else where the index is searched.
         used = known if precision == "auto" and known is not None else resolve_precision(precision)
-        options: dict[str, Any] = {"precision": used, "top_k": top_k}
+        options: dict[str, Any] = {"precision": used, "top_k": top_k, "max_length": max_length}
         about = describe_model(source) | options
         if stored is not None:
             same_model(index.address, stored, about)

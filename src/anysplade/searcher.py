@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from scipy import sparse
 
@@ -18,6 +18,7 @@ from anysplade.bm25 import BM25
 from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError
 from anysplade.index import Index, explain_score
+from anysplade.options import Role
 from anysplade.records import Encoded, Filter, Hit, TermMatch
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ BATCH = 32  # requests that are encoded together
 WAITING = 256  # requests at most; more are turned away
 PATIENCE = 0.005  # seconds at most for those to ask again that were answered together
 
-Role = Literal["query", "document"]
 T = TypeVar("T")
 _Outcome = tuple[Any, Exception | None]
 

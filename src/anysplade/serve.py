@@ -38,10 +38,11 @@ from anysplade.encoding import encode
 from anysplade.errors import OptionError, UsageError
 from anysplade.head import describe_head, measure_logits
 from anysplade.index import Index
+from anysplade.options import Role
 from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.records import Hit
 from anysplade.report import logit_figure
-from anysplade.searcher import OverloadedError, Role, Searcher, StoppedError
+from anysplade.searcher import OverloadedError, Searcher, StoppedError
 
 logger = logging.getLogger(__name__)
 

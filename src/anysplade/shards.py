@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from anysplade.datasets import Document, hash_texts, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder
-from anysplade.encoding import encode, in_precision, prune, resolve_precision
+from anysplade.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
 from anysplade.errors import DataError, OptionError, OutputError, worker_died
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
@@ -60,6 +60,7 @@ class Options(NamedTuple):
     precision: Precision
     weight_type: WeightType
     top_k: int | None  # weights kept of each document; an approximation
+    max_length: int | None  # tokens a document is cut to; the model's own if None
 
 
 def encode_corpus(
@@ -70,6 +71,7 @@ def encode_corpus(
     precision: Precision = "float32",
     weight_type: WeightType = "float32",
     top_k: int | None = None,
+    max_length: int | None = None,
     workers: int = 1,
     ray: bool = False,
     progress: bool = False,
@@ -80,6 +82,7 @@ def encode_corpus(
         corpus: what ``iter_corpus`` reads; one shard of it is in memory for each worker.
         weight_type: of the stored weights; float16 halves their bytes and rounds them to three digits.
         top_k: keep only the so many largest weights of each document: an approximation, recorded.
+        max_length: tokens a document is cut to; see ``open_encoder``.
         workers: processes, each with the model.
         ray: spread the shards over a Ray cluster instead (``pip install "anysplade[ray]"``), ``workers`` at once; the
             folder must be one that all its machines see.
@@ -94,7 +97,7 @@ def encode_corpus(
     """
     folder = Path(folder).expanduser()
     source = resolve_model(model)
-    options = Options(source, resolve_precision(precision), weight_type, top_k)
+    options = Options(source, resolve_precision(precision), weight_type, top_k, max_length)
     run = _runner(options, workers, ray)
     about = {"format": 1, **options._asdict(), "model_fingerprint": fingerprint(source)}
     about |= {"corpus": corpus_name(corpus), "shard_size": _SIZE}
@@ -115,9 +118,11 @@ def encode_corpus(
     if not shards:
         raise empty_corpus(corpus)
     shards.sort(key=lambda shard: shard["number"])
+    _say_cut(shards)
     manifest = about | {
         "documents": sum(shard["documents"] for shard in shards),
         "postings": sum(shard["postings"] for shard in shards),
+        "cut": sum(shard["cut"] for shard in shards),
         "vocabulary": shards[0]["vocabulary"],
         "shards": shards,
     }
@@ -136,6 +141,7 @@ def encode_documents(
     *,
     precision: Precision,
     top_k: int | None,
+    max_length: int | None,
     workers: int,
     ray: bool,
     progress: bool,
@@ -149,9 +155,10 @@ def encode_documents(
     Raises:
         ModelError, OptionError, AnyspladeError: as ``encode_corpus`` does.
     """
-    options = Options(model, resolve_precision(precision), "float32", top_k)
+    options = Options(model, resolve_precision(precision), "float32", top_k, max_length)
     under_way: dict[int, Part] = {}
     made: dict[int, dict[str, Any]] = {}  # Ray's come in any order
+    shards: list[dict[str, Any]] = []
 
     def parts() -> Iterator[Part]:
         for part in _parts(documents):
@@ -162,11 +169,19 @@ def encode_documents(
         number = 0
         for shard in _runner(options, workers, ray)(parts(), folder):
             made[shard["number"]] = shard
+            shards.append(shard)
             while number in made:
                 ids, rows = read_shard(folder / made.pop(number)["file"])
                 yield as_encoded(ids, under_way.pop(number).documents, rows)
                 bar.update(len(ids))
                 number += 1
+    _say_cut(shards)
+
+
+def _say_cut(shards: Sequence[dict[str, Any]]) -> None:
+    if shards:
+        cut, documents = (sum(shard[name] for shard in shards) for name in ("cut", "documents"))
+        say_cut(cut, documents, shards[0]["max_length"], "documents")
 
 
 def corpus_name(corpus: str | Path) -> str:
@@ -229,6 +244,7 @@ def as_encoded(ids: Sequence[str], documents: Sequence[Document], rows: sparse.c
 def _make(encoder: SparseEncoder, part: Part, options: Options, folder: Path) -> dict[str, Any]:
     """Encode one shard and write it; what ``manifest.json`` says of it."""
     rows = encode(encoder, part.texts, "document", ids=part.ids)
+    cut, max_length = count_cut(encoder, part.texts, "document")
     if options.top_k is not None:
         rows = prune(rows, options.top_k)
     file = io.BytesIO()
@@ -248,6 +264,8 @@ def _make(encoder: SparseEncoder, part: Part, options: Options, folder: Path) ->
         "documents": len(part.ids),
         "postings": int(rows.nnz),
         "vocabulary": rows.shape[1],
+        "cut": cut,
+        "max_length": max_length,
         "data_hash": _hash(part),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -293,7 +311,7 @@ def _runner(options: Options, workers: int, ray: bool) -> Callable[[Iterator[Par
 
 
 def _open(options: Options) -> SparseEncoder:
-    return in_precision(open_encoder(options.model), options.precision)
+    return in_precision(open_encoder(options.model, max_length=options.max_length), options.precision)
 
 
 def _start_worker(devices: Any, threads: int) -> None:
