@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from anysplade import Document, Index, searcher, serve
 from anysplade.cli import main
 from anysplade.encoding import encode
+from anysplade.errors import AnyspladeError
 from anysplade.probe import PROBE_QUERIES
 from anysplade.searcher import Searcher
 from anysplade.serve import MAX_BODY, MAX_TEXT, create_app
@@ -37,6 +38,7 @@ def folder(tmp_path_factory):
     make_collection(place / "collection")
     with Index.build(place / "model", place / "collection", place / "index") as index:
         index.add({"<b>&": Document("<i>title</i>", HOSTILE, {"lang": "en", "odd": "\ud800"})})
+        index.add({"half \ud800": Document("", "kabel kabel")})
     return place / "index"
 
 
@@ -53,7 +55,7 @@ def test_the_api_answers_what_the_index_does(client, folder):
     filtered = client.post("/search", json={"query": "kabel", "k": 1000, "filter": {"lang": ["en", "de"]}}).json()
     health = client.get("/health").json()
     assert health["status"] == "ok"
-    assert health["documents"] == 41
+    assert health["documents"] == 42
     assert one["score"] == pytest.approx(found["hits"][0]["score"])
     assert [hit["id"] for hit in filtered["hits"]] == ["<b>&"]
     assert filtered["hits"][0]["metadata"]["odd"] == "\ud800"
@@ -157,6 +159,32 @@ def test_hostile_documents_stay_text(client):
     assert "&lt;i&gt;title" in client.get("/?q=kabel&k=50").text
 
 
+def test_ids_with_half_a_character_are_shown(client):
+    for path in ("/?q=kabel&k=50", "/results?q=kabel&k=50", "/compare?q=kabel"):
+        page = client.get(path)
+        assert page.status_code == 200
+        assert "half ?" in page.text
+    hits = client.post("/search", json={"query": "kabel", "k": 50}).json()["hits"]
+    assert "half \ud800" in [hit["id"] for hit in hits]
+
+
+def test_a_login_where_none_is_asked_for(client):
+    for form in (b"token=\xff\xfe", b"token=%ff%0d%0aSet-Cookie:x", b"token=x", b""):
+        answer = client.post("/login", content=form, follow_redirects=False)
+        assert answer.status_code == 303
+        assert "set-cookie" not in answer.headers
+
+
+def test_a_failure_of_the_server_is_said_in_its_log_alone(client, monkeypatch, caplog):
+    def fail(*_):
+        raise AnyspladeError("/a/folder: the disk is full")
+
+    monkeypatch.setattr(Index, "search_vector", fail)
+    answer = client.post("/search", json={"query": "kabel"})
+    assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log says why"})
+    assert "/search: /a/folder: the disk is full" in caplog.text
+
+
 def test_headers_of_every_answer(client):
     for path in ("/", "/health", "/static/page.js", "/nowhere", "/head.svg"):
         headers = client.get(path).headers
@@ -199,7 +227,7 @@ def test_metrics(client):
     text = client.get("/metrics").text
     assert 'anysplade_requests_total{path="/search",status="200"} 1.0' in text
     assert 'anysplade_requests_total{path="other",status="404"} 1.0' in text
-    assert "anysplade_documents 41.0" in text
+    assert "anysplade_documents 42.0" in text
     assert "anysplade_batch_size_count" in text
 
 

@@ -35,7 +35,7 @@ from anysplade import __version__
 from anysplade.calibration import choose
 from anysplade.encoder import masked_lm, term_names
 from anysplade.encoding import encode
-from anysplade.errors import OptionError, UsageError
+from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.head import describe_head, measure_logits
 from anysplade.index import Index
 from anysplade.options import Role
@@ -257,7 +257,7 @@ class _Site:
             yield
             await self.searcher.stop()
 
-        handlers: dict[Any, Any] = dict.fromkeys((HTTPException, OverloadedError, StoppedError, UsageError), self.failed)
+        handlers: dict[Any, Any] = dict.fromkeys((HTTPException, AnyspladeError), self.failed)
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
     # ------------------------------------------------------------------------------------------ API
@@ -320,6 +320,9 @@ class _Site:
             status, said, headers = error.status_code, error.detail, dict(error.headers or {})
         elif isinstance(error, OverloadedError | StoppedError):
             status, headers = 503, {"Retry-After": "1"}
+        elif not isinstance(error, UsageError):
+            logger.error("%s: %s", request.url.path, error)
+            status, said = 500, "the server failed; its log says why"
         if "text/html" in request.headers.get("accept", ""):
             page = self.render("message.html", request, message=said, status=status)
             return Response(page, status, headers, media_type="text/html")
@@ -327,7 +330,7 @@ class _Site:
 
     # ----------------------------------------------------------------------------------------- pages
 
-    def render(self, template: str, request: Request, **more: Any) -> str:
+    def render(self, template: str, request: Request, **more: Any) -> bytes:
         searcher = self.searcher
         shared = {
             "path": request.url.path,
@@ -337,7 +340,9 @@ class _Site:
             "documents": searcher.documents,
             "beside": searcher.beside,
         }
-        return self.templates.get_template(template).render(shared | more)
+        return (
+            self.templates.get_template(template).render(shared | more).encode("utf-8", "replace")
+        )  # ids can hold half a character
 
     def html(self, template: str, request: Request, **more: Any) -> Response:
         return Response(self.render(template, request, **more), media_type="text/html")
@@ -399,7 +404,8 @@ class _Site:
         if not self.allows(given):
             return Response(self.render("login.html", request, wrong=True), 401, media_type="text/html")
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(_COOKIE, given, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+        if self.token is not None:
+            answer.set_cookie(_COOKIE, self.token, httponly=True, samesite="strict", secure=request.url.scheme == "https")
         return answer
 
     def allows(self, given: str) -> bool:
