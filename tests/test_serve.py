@@ -1,3 +1,4 @@
+import asyncio
 import concurrent.futures
 import http.client
 import json
@@ -371,6 +372,33 @@ def test_requests_under_way_are_answered_before_it_stops(folder, monkeypatch):
             asked = pool.submit(http_get, address, "/?q=kabel")
             time.sleep(0.2)
         assert asked.result()[0] == 200
+
+
+def test_a_request_that_is_given_up_when_the_server_stops_is_told(folder, monkeypatch):
+    reached, go, work, sent = threading.Event(), threading.Event(), Searcher._work, []
+    monkeypatch.setattr(Searcher, "_work", lambda self, jobs: (reached.set(), go.wait(60), work(self, jobs))[2])
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async def stopped():
+        served = Searcher(folder)
+        app = create_app(served, hosts=None)
+        served.start()
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"q=kabel", "headers": [], "http_version": "1.1"}
+        asked = asyncio.create_task(app(scope, receive, send))
+        await asyncio.to_thread(reached.wait, 30)
+        asked.cancel()
+        await asked
+        go.set()
+        await served.stop()
+
+    asyncio.run(stopped())
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"]) == {"error": "the server is being stopped"}
 
 
 def test_mistakes_of_the_command(folder, tmp_path, capsys):

@@ -506,13 +506,13 @@ class _Outermost:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        status = 500
+        status, begun = 500, False
         path = scope["path"] if scope["path"] in self.site.known else "other"
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
@@ -528,6 +528,9 @@ class _Outermost:
                 await refused(scope, receive, answer)
             else:
                 await self.app(scope, receive, answer)
+        except asyncio.CancelledError:  # uvicorn's, for what is not done in time when it stops; it would print a traceback
+            if not begun:
+                await _json({"error": "the server is being stopped"}, 503)(scope, receive, answer)
         finally:
             self.site.requests.labels(path, str(status)).inc()
             self.site.seconds.labels(path).observe(time.perf_counter() - start)
