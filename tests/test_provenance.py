@@ -57,7 +57,7 @@ def test_an_index_on_a_server(password, call, serve, backbone, collection_folder
     address = f"opensearch://me:{password}@127.0.0.1:{server.server_port}/docs"
     shown = f"opensearch://...@127.0.0.1:{server.server_port}/docs"
     said = call("index", backbone, collection_folder, "--to", address)
-    assert f"40 documents, at {shown}" in said
+    assert f"40 documents (40 sent now), at {shown}" in said
     assert f"next: anysplade search {shown}" in said
     said += call("index", backbone, collection_folder, "--to", address, "--json")
     said += call("search", address, "kabel")

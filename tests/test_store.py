@@ -293,7 +293,7 @@ def test_a_new_engine_gets_all_however_many(store, monkeypatch):
     assert len(store.search(np.array([3]), np.array([1.0], np.float32), 200)) == 100
 
 
-def _change(folder, seed):
+def _change(folder, seed, begun):
     """Adds, replaces, empties and deletes, at times tidies, for as long as it lives."""
     anysplade.store._FLUSH = 300
     generator = random.Random(seed)
@@ -301,6 +301,7 @@ def _change(folder, seed):
     while True:
         terms = [generator.sample(range(200), generator.choice([0, 3, 8])) for _ in range(generator.randint(1, 300))]
         store.put(encoded(f"d{generator.randrange(6000)}", {term: generator.random() + 0.1 for term in some}) for some in terms)
+        begun.set()
         store.delete([f"d{generator.randrange(6000)}" for _ in range(generator.randint(0, 150))])
         tidy = generator.random()
         if tidy < 0.1:
@@ -316,9 +317,11 @@ def test_killed_while_documents_change(kills, tmp_path):
     context.set_forkserver_preload(["anysplade.store"])
     Store.create(tmp_path / "store")
     for _ in range(kills):
-        process = context.Process(target=_change, args=(tmp_path / "store", random.random()))
+        begun = context.Event()
+        process = context.Process(target=_change, args=(tmp_path / "store", random.random(), begun))
         process.start()
-        process.join(random.uniform(0.3, 1.5))
+        assert begun.wait(60)  # however long it takes to start on a busy machine
+        process.join(random.uniform(0, 1.2))
         assert process.exitcode is None
         process.kill()
         process.join()

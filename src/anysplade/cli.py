@@ -399,6 +399,7 @@ def serve(
     beside: str | None = None,
     /,
     *,
+    model: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
@@ -409,13 +410,14 @@ def serve(
     Args:
         index: an index's folder.
         beside: another index's folder, or bm25, for the page that compares.
+        model: where the index's model lies, if it was moved.
         host: an address of this machine; one that others reach needs a token.
         port: 0 for any that is free.
         token: what every request must carry; ANYSPLADE_TOKEN, if that is set.
     """
     from anysplade import serve as server
 
-    served = server.serve(index, beside, host=host, port=port, token=token or os.environ.get("ANYSPLADE_TOKEN"))
+    served = server.serve(index, beside, model=model, host=host, port=port, token=token or os.environ.get("ANYSPLADE_TOKEN"))
     return _Shown(served.to_dict(), [f"{served.requests:,} requests answered"])
 
 

@@ -162,8 +162,12 @@ def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> di
     """
     corpus = dict(iter_corpus(source, progress=progress))
     if not corpus:
-        raise DataError(f"{source}: the corpus is empty; each row needs _id and text")
+        raise empty_corpus(source)
     return corpus
+
+
+def empty_corpus(source: object) -> DataError:
+    return DataError(f"{source}: the corpus is empty; each row needs _id and text")
 
 
 def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> Iterator[tuple[str, Document]]:

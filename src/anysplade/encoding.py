@@ -38,6 +38,7 @@ def encode(
     role: Role,
     *,
     ids: Sequence[str] | None = None,
+    top_k: int | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> sparse.csr_matrix:
@@ -50,6 +51,7 @@ def encode(
     Args:
         encoder: one of ``in_precision`` encodes in that precision.
         ids: the texts' ids, to name one in an error; its number from 1 if None.
+        top_k: keep only the so many largest weights of each text: an approximation.
         cache: a folder for these texts' vectors by this model: what lies in it is not encoded again, and what
             is encoded is kept there, in parts of 1,024 texts.
 
@@ -91,7 +93,8 @@ def encode(
                 _write_block(kept, blocks[-1])
     if not blocks:
         return sparse.csr_matrix((0, width), dtype=np.float32)
-    return sparse.vstack(blocks, format="csr")
+    whole = sparse.vstack(blocks, format="csr")
+    return whole if top_k is None else prune(whole, top_k)
 
 
 def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple[int, int | None]:

@@ -13,16 +13,16 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
-from anysplade.datasets import Document, iter_corpus
+from anysplade.datasets import Document, empty_corpus, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder, term_names
-from anysplade.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
+from anysplade.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
 from anysplade.options import Precision
 from anysplade.provenance import provenance
 from anysplade.records import Encoded, Filter, Hit, TermMatch
-from anysplade.shards import as_encoded, corpus_name, empty_corpus, encode_corpus, encode_documents, read_documents
+from anysplade.shards import as_encoded, corpus_name, encode_corpus, encode_documents, read_documents
 from anysplade.store import BATCH, Store
 
 FORMAT = 3
@@ -202,11 +202,9 @@ class Index:
                 self._document_encoder = in_precision(self.encoder, self.about["precision"])
             ids, contents = [id_ for id_, _ in part], [document for _, document in part]
             texts = [document.full_text for document in contents]
-            rows = encode(self._document_encoder, texts, "document", ids=ids, progress=progress)
+            rows = encode(self._document_encoder, texts, "document", ids=ids, top_k=self.about["top_k"], progress=progress)
             some, limit = count_cut(self._document_encoder, texts, "document")
             cut, count = cut + some, count + len(part)
-            if self.about["top_k"] is not None:
-                rows = prune(rows, self.about["top_k"])
             yield as_encoded(ids, contents, rows)
         say_cut(cut, count, limit, "documents")
 

@@ -10,7 +10,7 @@ from typing import Any
 from sentence_transformers import SparseEncoder
 
 from anysplade.datasets import Document
-from anysplade.encoding import encode, in_precision, prune, resolve_precision
+from anysplade.encoding import encode, in_precision, resolve_precision
 from anysplade.engines import open_engine
 from anysplade.engines.sending import same_model
 from anysplade.errors import DataError, OptionError, without_credentials
@@ -149,9 +149,7 @@ class RemoteIndex:
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         if self._document_encoder is None:
             self._document_encoder = in_precision(self.encoder, self.about.get("precision", "float32"))
-        rows = encode(self._document_encoder, texts, "document")
-        if self.about.get("top_k") is not None:
-            rows = prune(rows, self.about["top_k"])
+        rows = encode(self._document_encoder, texts, "document", top_k=self.about.get("top_k"))
         explained = []
         for hit, row in zip(hits, rows, strict=True):
             terms = explain_score(self.encoder, vector, row.indices, row.data)

@@ -60,18 +60,20 @@ class Searcher:
     The other index shares that thread: a comparison costs two searches.
     """
 
-    def __init__(self, folder: str | Path, beside: str | None = None) -> None:
+    def __init__(self, folder: str | Path, beside: str | None = None, model: str | Path | None = None) -> None:
         """Open an index and load its model.
 
         Args:
             beside: another index, or bm25, to compare with.
+            model: as ``Index.load`` has it, of the first index.
 
         Raises:
             DataError, ModelError: as ``Index.load`` does and loading its model.
         """
         self.folder = Path(folder).expanduser()
         self.beside = beside
-        self.index = Index.load(self.folder)
+        self._model = model
+        self.index = Index.load(self.folder, model)
         _ = self.index.encoder
         self.documents = len(self.index)  # nobody else writes while this process holds the index
         self.other: Index | None = None
@@ -295,7 +297,7 @@ class Searcher:
         if stamp is None or stamp == self._stamp:
             return
         try:
-            fresh = Index.load(self.folder)
+            fresh = Index.load(self.folder, self._model)
             _ = fresh.encoder
         except Exception as error:  # whatever is wrong with it, the old one answers
             logger.warning("the index changed and cannot be opened yet: %s", error)

@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
 from anysplade.calibration import choose
-from anysplade.encoder import masked_lm, term_names
+from anysplade.encoder import is_saved_encoder, masked_lm, term_names
 from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.head import describe_head, measure_logits
@@ -458,7 +458,7 @@ class _Site:
         probe = await self.searcher.call(lambda: measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS))
 
         def describe() -> tuple[dict[str, Any], str]:
-            suggested = choose(probe)
+            suggested = choose(probe, trained=is_saved_encoder(str(model.name_or_path)))
             report = describe_head(model, probe, _named(index.about["model"]))
             return {"report": report, "suggested": suggested}, logit_figure(suggested)
 
@@ -625,12 +625,19 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    index: str | Path, beside: str | None = None, *, host: str = "127.0.0.1", port: int = 8080, token: str | None = None
+    index: str | Path,
+    beside: str | None = None,
+    *,
+    model: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token: str | None = None,
 ) -> Served:
     """Serve an index until the process is told to stop (SIGINT or SIGTERM); requests under way are answered first.
 
     Args:
         beside: another index, or bm25, for the page that compares.
+        model: where the first index's model lies, if it was moved.
         host: an address of this machine; one that others reach needs a token.
         port: 0 for any that is free.
 
@@ -647,7 +654,7 @@ def serve(
     except OSError as error:
         raise OptionError(f"--host {host} --port {port}: {error.strerror or error}; choose another --port") from error
     with bound:
-        searcher = Searcher(index, beside)
+        searcher = Searcher(index, beside, model)
         site = _Site(searcher, token)
         named = f"[{host}]" if ":" in host else host
         address = f"http://{named}:{bound.getsockname()[1]}"

@@ -26,9 +26,9 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
-from anysplade.datasets import Document, hash_texts, iter_corpus
+from anysplade.datasets import Document, empty_corpus, hash_texts, iter_corpus
 from anysplade.encoder import fingerprint, open_encoder
-from anysplade.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
+from anysplade.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
 from anysplade.errors import DataError, OptionError, OutputError, worker_died
 from anysplade.files import write_whole
 from anysplade.head import resolve_model
@@ -190,10 +190,6 @@ def corpus_name(corpus: str | Path) -> str:
     return str(path.resolve()) if path.exists() else str(corpus)
 
 
-def empty_corpus(corpus: str | Path) -> DataError:
-    return DataError(f"{corpus}: the corpus is empty; it needs one JSON object a line, with _id and text")
-
-
 def read_shard(path: Path) -> tuple[list[str], sparse.csr_matrix]:
     """Ids and rows; float16 weights come as float32.
 
@@ -243,10 +239,8 @@ def as_encoded(ids: Sequence[str], documents: Sequence[Document], rows: sparse.c
 
 def _make(encoder: SparseEncoder, part: Part, options: Options, folder: Path) -> dict[str, Any]:
     """Encode one shard and write it; what ``manifest.json`` says of it."""
-    rows = encode(encoder, part.texts, "document", ids=part.ids)
+    rows = encode(encoder, part.texts, "document", ids=part.ids, top_k=options.top_k)
     cut, max_length = count_cut(encoder, part.texts, "document")
-    if options.top_k is not None:
-        rows = prune(rows, options.top_k)
     file = io.BytesIO()
     np.savez(
         file,

@@ -32,11 +32,11 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from anysplade.batches import DistinctBatches, check_batch_size
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.card import write_card
-from anysplade.datasets import PYTHON_DOCS, Collection, Pair, hash_texts, load_collection
+from anysplade.datasets import PYTHON_DOCS, Collection, Pair, load_collection
 from anysplade.encoder import build_encoder, fingerprint, has_static_queries, is_routed, masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
-from anysplade.evaluation import evaluate
+from anysplade.evaluation import data_hash, evaluate
 from anysplade.files import whole_folder, write_whole
 from anysplade.head import find_head, resolve_model
 from anysplade.monitoring import Monitor
@@ -118,7 +118,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         hashes = {
             "data": pairs.data_hash,
             "backbone": fingerprint(backbone),
-            "dev": None if dev is None else _collection_hash(dev),
+            "dev": None if dev is None else data_hash(dev),
         }
         known = recorded.get("hashes", {"data": recorded.get("data_hash", pairs.data_hash)})
         changed = [name for name, value in known.items() if value != hashes[name]]
@@ -386,12 +386,6 @@ def _files(config: TrainingConfig, output: Path) -> dict[str, list[Any]]:
             if file.is_file() and output.resolve() not in file.parents:
                 found[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
     return dict(sorted(found.items()))
-
-
-def _collection_hash(collection: Collection) -> str:
-    documents = (part for id_, document in collection.corpus.items() for part in (id_, document.full_text))
-    queries = (part for query in collection.queries.items() for part in query)
-    return hash_texts(chain(documents, queries, [json.dumps(collection.qrels)]))
 
 
 def _recorded_result(output: Path) -> TrainingResult:
