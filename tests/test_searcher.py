@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from anysplade import Document, Index, searcher
-from anysplade.errors import AnyspladeError, DataError
+from anysplade.errors import AnyspladeError, DataError, ModelError
 from anysplade.searcher import OverloadedError, Searcher, StoppedError
 from anysplade.store import Store
 from tiny import WORDS, make_backbone, make_collection
@@ -342,3 +342,17 @@ def test_stop_gives_up_a_pass_over_the_whole_index(place, monkeypatch):
 
     within(stopped_meanwhile())
     assert len(read) < 3
+
+
+def test_a_model_that_was_moved_is_named(place, tmp_path):
+    shutil.copytree(place / "index", tmp_path / "index")
+    shutil.copytree(place / "model", tmp_path / "elsewhere")
+    shutil.move(place / "model", place / "away")
+    try:
+        with pytest.raises(ModelError, match="name it with --model"):
+            Searcher(tmp_path / "index")
+        served = Searcher(tmp_path / "index", model=tmp_path / "elsewhere")
+        assert served.documents == 40
+        served.index.close()
+    finally:
+        shutil.move(place / "away", place / "model")

@@ -145,12 +145,13 @@ def check_masked_lm(source: str) -> None:
     check_weights(AutoModelForMaskedLM._model_mapping[type(config)], source)
 
 
-def check_weights(model_class: Any, source: str, folder: str = "") -> None:
+def check_weights(model_class: Any, source: str, folder: str = "", head: str = "MLM head") -> None:
     """Refuse a checkpoint that lacks weights: transformers fills them with random numbers, new at every load, and goes on.
 
     Args:
         model_class: of transformers.
         folder: below the source, where the checkpoint lies in it.
+        head: what the class has beside its body.
 
     Raises:
         ModelError: weights are missing or of another shape than the config says; only names and shapes are read.
@@ -163,11 +164,12 @@ def check_weights(model_class: Any, source: str, folder: str = "") -> None:
     missing = sorted(info["missing_keys"])
     if not missing:
         return
-    if any(key.startswith(f"{model_class.base_model_prefix}.") for key in missing):
-        raise ModelError(f"{source}: the checkpoint lacks weights ({missing[0]} is one of {len(missing)}); was it saved whole?")
-    raise ModelError(
-        f"{source}: the checkpoint has no trained MLM head ({missing[0]} is missing); SPLADE needs a masked LM's own head"
-    )
+    of_head = [key for key in missing if not key.startswith(f"{model_class.base_model_prefix}.")]
+    if of_head:
+        raise ModelError(
+            f"{source}: the checkpoint has no trained {head} ({of_head[0]} is missing); use a model that was saved with it"
+        )
+    raise ModelError(f"{source}: the checkpoint lacks weights ({missing[0]} is one of {len(missing)}); was it saved whole?")
 
 
 def has_remote_code(source: str) -> str | None:

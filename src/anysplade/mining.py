@@ -25,6 +25,7 @@ from anysplade.encoder import open_encoder
 from anysplade.encoding import encode
 from anysplade.errors import DataError, ModelError, OptionError, OutputError
 from anysplade.files import write_whole
+from anysplade.head import check_weights
 from anysplade.postings import Postings
 from anysplade.provenance import provenance
 from anysplade.training_data import load_pairs
@@ -187,6 +188,7 @@ def _judge(
         model = CrossEncoder(teacher, max_length=max_length)
     except (OSError, ValueError) as error:
         raise ModelError(f"{teacher}: cannot be loaded as a cross-encoder: {str(error).splitlines()[0]}") from error
+    check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
     if model.num_labels != 1:
         raise ModelError(f"{teacher}: gives {model.num_labels} outputs a pair; a teacher gives one")
 
