@@ -15,7 +15,18 @@ import torch
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
-from anysplade import CollapseError, OptionError, OutputError, Pair, TrainingConfig, evaluate, load_encoder, train, write_collection
+from anysplade import (
+    CollapseError,
+    ModelError,
+    OptionError,
+    OutputError,
+    Pair,
+    TrainingConfig,
+    evaluate,
+    load_encoder,
+    train,
+    write_collection,
+)
 from anysplade.datasets import load_python_docs
 from anysplade.encoder import build_encoder
 from anysplade.errors import AnyspladeError
@@ -39,6 +50,14 @@ def config(backbone, collection_folder, tmp_path):
 
 def weights(folder):
     return SparseEncoder(str(folder)).state_dict()
+
+
+def test_a_model_that_cannot_be_trained_is_said_before_the_data_are_read(tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "modules.json").write_text("[]")
+    with pytest.raises(ModelError, match="saved as a SentenceTransformer"):
+        train(TrainingConfig(str(tmp_path / "dense"), str(tmp_path / "nowhere.jsonl"), output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_run_leaves(config, tmp_path):

@@ -209,6 +209,16 @@ def is_saved_encoder(source: str) -> bool:
     return True
 
 
+def check_model(source: str) -> None:
+    """Refuse what ``open_encoder`` would refuse, as far as can be known without reading weights.
+
+    Raises:
+        ModelError: neither a saved SparseEncoder nor a masked LM with all of its weights.
+    """
+    if not is_saved_encoder(source):
+        check_masked_lm(source)
+
+
 def auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice]:
     """What "auto" means for the head of a saved SparseEncoder: no change."""
     if "auto" in (k, shift):

@@ -33,7 +33,7 @@ from anysplade.batches import DistinctBatches, check_batch_size
 from anysplade.calibration import Calibration, sample_pairs
 from anysplade.card import write_card
 from anysplade.datasets import PYTHON_DOCS, Collection, Pair, load_collection
-from anysplade.encoder import build_encoder, fingerprint, has_static_queries, is_routed, masked_lm
+from anysplade.encoder import build_encoder, check_model, fingerprint, has_static_queries, is_routed, masked_lm
 from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.evaluation import data_hash, evaluate
@@ -112,7 +112,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         if finished is not None and recorded.get("files") == files:
             logger.info("%s holds this run's result already", output)
             return finished
-        backbone = resolve_model(config.backbone)  # a mistake in a name is said before the data are read
+        backbone = resolve_model(config.backbone)
+        check_model(backbone)  # a mistake is said before the data are read
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
         pairs = _examples(config, output, arguments, progress)
         hashes = {
