@@ -532,7 +532,7 @@ def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> _Shown:
     from anysplade import report
     from anysplade.demo import run_demo
 
-    for told in ("training", "training_data"):  # six runs' options and columns; warnings stay
+    for told in ("training", "training_data", "encoding"):  # six runs' options, columns and cut texts; warnings stay
         logging.getLogger(f"anysplade.{told}").setLevel(logging.WARNING)
     result = run_demo(out, progress=_watched())
     return _Shown(result.to_dict(), report.demo_parts(result))
