@@ -141,7 +141,7 @@ def _choose(probe: Probe, k: Choice, shift: Choice, bias: BiasPolicy, strength: 
     check_rescaling(k, 0.0 if shift == "auto" else shift, bias)
     if shift == "auto":
         digits = 3 - math.floor(math.log10(excess / k)) if excess > 0 else 3
-        shift = float(np.round(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share), digits))
+        shift = float(np.round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share)), digits))  # in float64
         if free and abs(k - 1) <= _RESOLUTION and abs(shift) <= _RESOLUTION * excess:
             k, shift = 1.0, 0.0  # calibrated already: untying a head for nothing would grow its checkpoint
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
