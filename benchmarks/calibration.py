@@ -23,14 +23,14 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from anysplade import TrainingConfig, evaluate, load_collection, load_pairs, rescale_head, train, write_collection
-from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, mean_excess, sample_pairs
-from anysplade.datasets import Collection, load_python_docs
+from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import Collection, load_python_docs
 from anysplade.errors import OutputError
-from anysplade.files import whole_folder, write_whole
-from anysplade.head import RECORD, find_head, load_masked_lm, measure_logits, summarize_probe
-from anysplade.monitoring import Observation, diagnose
-from anysplade.provenance import provenance
-from anysplade.study import SMALL
+from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, mean_excess, sample_pairs
+from anysplade.model.head import RECORD, find_head, load_masked_lm, measure_logits, summarize_probe
+from anysplade.study.plan import SMALL
+from anysplade.training.monitoring import Observation, diagnose
 
 SETTINGS: dict[str, Any] = SMALL | {"checkpoint_steps": 10**6}
 INFLATIONS = (0.25, 1, 4, 16)

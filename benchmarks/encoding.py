@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade import load_encoder
-from anysplade.encoding import encode, in_precision
+from anysplade.model.encoding import encode, in_precision
 from backbones import GEOMETRIES, random_texts, save_backbone
 from harness import alternate, finish, parser, peak_extra_bytes
 

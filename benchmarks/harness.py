@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from anysplade.pooling import native_bfloat16
-from anysplade.provenance import provenance
+from anysplade._common.provenance import provenance
+from anysplade.model.pooling import native_bfloat16
 
 
 def alternate(variants: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ import torch
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
-from anysplade.pooling import splade_pool
+from anysplade.model.pooling import splade_pool
 from harness import alternate, finish, parser, peak_extra_bytes, ratio
 
 

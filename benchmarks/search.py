@@ -21,10 +21,10 @@ import qdrant_edge as edge
 import torch
 from scipy import sparse
 
-from anysplade.datasets import Document
-from anysplade.postings import Postings
-from anysplade.records import Encoded
-from anysplade.store import Store
+from anysplade.data.collections import Document
+from anysplade.search.documents import Encoded
+from anysplade.search.exact import Postings
+from anysplade.search.store import Store
 from harness import finish, parser, summary
 
 VOCABULARY = 30_522

@@ -14,8 +14,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-from anysplade.encoder import fuse_pooling, unfuse_pooling
-from anysplade.monitoring import Monitor
+from anysplade.model.encoder import fuse_pooling, unfuse_pooling
+from anysplade.training.monitoring import Monitor
 from backbones import GEOMETRIES, save_backbone
 from harness import alternate, finish, parser, peak_extra_bytes, ratio
 

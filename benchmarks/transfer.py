@@ -28,9 +28,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from anysplade import TrainingConfig, evaluate, load_pairs, mine, score, train
-from anysplade.comparison import distinct_names
-from anysplade.files import write_whole
-from anysplade.provenance import provenance
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade.evaluation.comparisons import distinct_names
 
 TRAINING = ("squad-dev", "squad-nqg-sentences")
 IN_DOMAIN = "squad-dev"

@@ -1,5 +1,6 @@
 import pytest
 
+from opensearch_server import serve  # noqa: F401  (a fixture)
 from tiny import make_backbone, make_collection
 
 

@@ -6,8 +6,8 @@ import time
 
 import uvicorn
 
-from anysplade.searcher import Searcher
-from anysplade.serve import create_app
+from anysplade.serving.app import create_app
+from anysplade.serving.batching import Searcher
 
 
 @contextlib.contextmanager

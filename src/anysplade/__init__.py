@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from anysplade.calibration import Calibration, calibrate
-    from anysplade.comparison import Comparison, Evaluations, compare, evaluate_all
-    from anysplade.datasets import Collection, Document, Pair, load_collection, read_corpus, write_collection
-    from anysplade.encoder import load_encoder
+    from anysplade.data.collections import Collection, Document, Pair, load_collection, read_corpus, write_collection
+    from anysplade.data.pairs import load_pairs, read_pairs
     from anysplade.errors import (
         AnyspladeError,
         CollapseError,
@@ -20,58 +18,60 @@ if TYPE_CHECKING:
         OutputError,
         UsageError,
     )
-    from anysplade.evaluation import Evaluation, evaluate
-    from anysplade.head import HeadReport, inspect_head, rescale_head
-    from anysplade.index import Index
-    from anysplade.mining import Mined, mine, score
-    from anysplade.options import TrainingConfig
-    from anysplade.records import Hit, TermMatch
-    from anysplade.study import StudyConfig, StudyResult, run_study
-    from anysplade.training import TrainingResult, train
-    from anysplade.training_data import load_pairs, read_pairs
+    from anysplade.evaluation.comparisons import Comparison, Evaluations, compare, evaluate_all
+    from anysplade.evaluation.evaluations import Evaluation, evaluate
+    from anysplade.model.calibration import Calibration, calibrate
+    from anysplade.model.encoder import load_encoder
+    from anysplade.model.head import HeadReport, inspect_head, rescale_head
+    from anysplade.search.documents import Hit, TermMatch
+    from anysplade.search.index import Index
+    from anysplade.study.plan import StudyConfig, StudyResult, run_study
+    from anysplade.training.config import TrainingConfig
+    from anysplade.training.mining import Mined, mine, score
+    from anysplade.training.run import TrainingResult, train
 
 # Where each public name lives. They are imported on first use: the libraries behind them take seconds.
 _HOME = {
     "AnyspladeError": "errors",
-    "Calibration": "calibration",
+    "Calibration": "model.calibration",
     "CollapseError": "errors",
-    "Collection": "datasets",
-    "Comparison": "comparison",
+    "Collection": "data.collections",
+    "Comparison": "evaluation.comparisons",
     "DataError": "errors",
-    "Document": "datasets",
-    "Evaluation": "evaluation",
-    "Evaluations": "comparison",
-    "HeadReport": "head",
-    "Hit": "records",
-    "Index": "index",
+    "Document": "data.collections",
+    "Evaluation": "evaluation.evaluations",
+    "Evaluations": "evaluation.comparisons",
+    "HeadReport": "model.head",
+    "Hit": "search.documents",
+    "Index": "search.index",
     "MeasureError": "errors",
-    "Mined": "mining",
+    "Mined": "training.mining",
     "ModelError": "errors",
     "OptionError": "errors",
     "OutputError": "errors",
-    "Pair": "datasets",
-    "StudyConfig": "study",
-    "StudyResult": "study",
-    "TermMatch": "records",
-    "TrainingConfig": "options",
-    "TrainingResult": "training",
+    "Pair": "data.collections",
+    "StudyConfig": "study.plan",
+    "StudyResult": "study.plan",
+    "TermMatch": "search.documents",
+    "TrainingConfig": "training.config",
+    "TrainingResult": "training.run",
     "UsageError": "errors",
-    "calibrate": "calibration",
-    "compare": "comparison",
-    "evaluate": "evaluation",
-    "evaluate_all": "comparison",
-    "inspect_head": "head",
-    "load_collection": "datasets",
-    "load_encoder": "encoder",
-    "load_pairs": "training_data",
-    "mine": "mining",
-    "read_corpus": "datasets",
-    "read_pairs": "training_data",
-    "rescale_head": "head",
-    "run_study": "study",
-    "score": "mining",
-    "train": "training",
-    "write_collection": "datasets",
+    "calibrate": "model.calibration",
+    "compare": "evaluation.comparisons",
+    "evaluate": "evaluation.evaluations",
+    "evaluate_all": "evaluation.comparisons",
+    "inspect_head": "model.head",
+    "load_collection": "data.collections",
+    "load_encoder": "model.encoder",
+    "load_pairs": "data.pairs",
+    "mine": "training.mining",
+    "read_corpus": "data.collections",
+    "read_pairs": "data.pairs",
+    "rescale_head": "model.head",
+    "run_study": "study.plan",
+    "score": "training.mining",
+    "train": "training.run",
+    "write_collection": "data.collections",
 }
 
 __all__ = [

@@ -4,8 +4,8 @@ import pytest
 from sentence_transformers import SparseEncoder
 
 from anysplade import OutputError
-from anysplade.demo import run_demo
-from anysplade.report import demo_parts
+from anysplade.cli.demo import run_demo
+from anysplade.cli.rendering import demo_parts
 
 
 def test_the_demo_from_end_to_end_and_again(tmp_path):

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from anysplade import OutputError
-from anysplade.files import whole_folder, write_whole
+from anysplade._common.files import whole_folder, write_whole
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path):

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from anysplade import Index
+from anysplade._common.provenance import provenance
 from anysplade.cli import main
-from anysplade.provenance import provenance
-from test_engines import Server, serve  # noqa: F401
+from opensearch_server import Server
 
 CANARY = "canary-of-some-length"
 SMALL = "steps: 2\nbatch_size: 4\nmax_length: 16\n"
@@ -51,7 +51,7 @@ def test_files_of_every_command(call, backbone, collection_folder, tmp_path):
 
 
 @pytest.mark.parametrize("password", [CANARY, f"{CANARY}%40%2F", f"{CANARY}@x"])
-def test_an_index_on_a_server(password, call, serve, backbone, collection_folder, monkeypatch, tmp_path):  # noqa: F811
+def test_an_index_on_a_server(password, call, serve, backbone, collection_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("ANYSPLADE_CACHE", str(tmp_path))
     server = serve(Server())
     address = f"opensearch://me:{password}@127.0.0.1:{server.server_port}/docs"

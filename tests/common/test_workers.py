@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from anysplade.workers import device_of_worker, take_device
+from anysplade._common.workers import device_of_worker, take_device
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from anysplade import (
     read_corpus,
     write_collection,
 )
-from anysplade.datasets import collection_names, is_collection, load_python_docs
-from anysplade.python_docs import Docstring, split_entries
+from anysplade.data.collections import collection_names, is_collection, load_python_docs
+from anysplade.data.python_docs import Docstring, split_entries
 from local_ir_datasets import Docs, Qrels, Queries, register
 from tiny import make_repository
 

@@ -7,7 +7,7 @@ import pytest
 
 from anysplade import Collection, DataError, Document, Pair, load_pairs, write_collection
 from anysplade.cli import main
-from anysplade.training_data import StoredPairs
+from anysplade.data.pairs import StoredPairs
 from local_ir_datasets import Docs, Qrels, Queries, Triples, register
 from tiny import make_repository
 

@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from anysplade import DataError
-from anysplade.sources import rows
+from anysplade.data.sources import rows
 
 COMMANDS = """
 import json, sys

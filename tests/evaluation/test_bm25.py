@@ -6,7 +6,7 @@ import pytest
 import Stemmer
 
 from anysplade import Collection, Document, evaluate
-from anysplade import bm25 as module
+from anysplade.evaluation import bm25 as module
 
 
 def tokens(text):

@@ -9,8 +9,8 @@ from scipy import stats
 
 from anysplade import DataError, OptionError, compare, evaluate, evaluate_all, load_collection
 from anysplade.cli import main
-from anysplade.comparison import distinct_names, holm, interval
-from anysplade.evaluation import write_run
+from anysplade.evaluation.comparisons import distinct_names, holm, interval
+from anysplade.evaluation.evaluations import write_run
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
-from anysplade.encoding import prune
 from anysplade.errors import OptionError
-from anysplade.evaluation import curve, parse_metrics, read_run, write_run
+from anysplade.evaluation.evaluations import curve, parse_metrics, read_run, write_run
+from anysplade.model.encoding import prune
 
 
 def test_effectiveness_and_cost_by_hand(backbone, collection_folder, tmp_path):
@@ -309,9 +309,9 @@ def test_vectors_are_kept_by_content(backbone, collection_folder, tmp_path, monk
 
 
 def _evaluate(*arguments, cache):
-    import anysplade.encoding
+    import anysplade.model.encoding
 
-    anysplade.encoding._SHARD = 4
+    anysplade.model.encoding._SHARD = 4
     method = SparseEncoder.encode_document
     SparseEncoder.encode_document = lambda *args, **kwargs: (time.sleep(0.1), method(*args, **kwargs))[1]
     evaluate(*arguments, cache=cache)
@@ -334,7 +334,7 @@ def test_killed_and_started_again(backbone, collection_folder, tmp_path, monkeyp
     monkeypatch.setattr(
         SparseEncoder, "encode_document", lambda self, texts, **k: (encoded.extend(texts), method(self, texts, **k))[1]
     )
-    monkeypatch.setattr("anysplade.encoding._SHARD", 4)
+    monkeypatch.setattr("anysplade.model.encoding._SHARD", 4)
     again = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
     assert len(encoded) == 40 - 4 * kept  # what was whole is not encoded again
     timings = ("seconds", "provenance", "cost")

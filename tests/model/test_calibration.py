@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anysplade import ModelError, OptionError, calibrate, rescale_head
-from anysplade.calibration import ACTIVE_SHARE, choose
-from anysplade.head import Probe, load_masked_lm, measure_logits, summarize_probe
+from anysplade.model.calibration import ACTIVE_SHARE, choose
+from anysplade.model.head import Probe, load_masked_lm, measure_logits, summarize_probe
 
 TEXTS = ["kabel lodan", "mifil nugor pehan"], ["rajim sobel tucor", "kadan lofil"]
 

@@ -9,7 +9,7 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, Spla
 from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from anysplade import ModelError, OptionError, load_encoder
-from anysplade.encoder import (
+from anysplade.model.encoder import (
     build_encoder,
     fuse_pooling,
     is_splade,

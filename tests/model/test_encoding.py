@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
 
-import anysplade.encoding as encoding
+import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
-from anysplade.encoder import build_encoder, masked_lm
-from anysplade.encoding import count_cut, encode, in_precision, resolve_precision
+from anysplade.model.encoder import build_encoder, masked_lm
+from anysplade.model.encoding import count_cut, encode, in_precision, resolve_precision
 from tiny import WORDS, counted_copy
 
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from anysplade import ModelError, OptionError, inspect_head, load_encoder, rescale_head
-from anysplade.encoder import open_encoder
-from anysplade.head import find_head, load_masked_lm, measure_logits, resolve_model, summarize_probe, usable_positions
+from anysplade.model.encoder import open_encoder
+from anysplade.model.head import find_head, load_masked_lm, measure_logits, resolve_model, summarize_probe, usable_positions
 from architectures import ARCHITECTURES, VOCABULARY, small_model
 from tiny import make_backbone, make_tokenizer
 

@@ -8,8 +8,8 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-import anysplade.pooling as pooling_module
-from anysplade.pooling import _screened_max, splade_pool
+import anysplade.model.pooling as pooling_module
+from anysplade.model.pooling import _screened_max, splade_pool
 
 
 def reference(hidden, weight, bias, mask, pooling="max", double_log=False):

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
-import anysplade.index
-import anysplade.store
+import anysplade.search.index
+import anysplade.search.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
-from anysplade.encoding import encode, resolve_precision
-from anysplade.evaluation import evaluate
-from anysplade.index import Changes
-from anysplade.postings import Postings
+from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.encoding import encode, resolve_precision
+from anysplade.search.exact import Postings
+from anysplade.search.index import Changes
 from processes import drop_privileges, run_command, run_python
 from tiny import WORDS, counted_copy
 
@@ -123,7 +123,7 @@ def test_mistakes(built, backbone, collection_folder, tmp_path):
 
 def test_a_second_call_does_nothing_twice(built, collection_folder, tmp_path, monkeypatch):
     built.close()
-    monkeypatch.setattr("anysplade.index.encode_corpus", None)
+    monkeypatch.setattr("anysplade.search.index.encode_corpus", None)
     assert len(Index.build(tmp_path / "model", collection_folder, tmp_path / "index")) == 40
 
 
@@ -134,7 +134,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert first.changes == Changes(8, 0, 0)
         vectors = {document.id: document.terms.tolist() for document in first.store}
     encoded = []
-    monkeypatch.setattr("anysplade.shards.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    monkeypatch.setattr("anysplade.search.shards.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
     texts = {"new": "kabel"} | texts | {"d3": "lodan mifil", "newer": "kabel"}
     del texts["d5"], texts["d6"]
     corpus.write(texts)
@@ -150,7 +150,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert second.about["updated"] | {"provenance": None} == second.changes._asdict() | {"provenance": None}
         assert not (tmp_path / "index" / "update").exists()
     corpus.write(dict(list(texts.items())[1:]))  # something is deleted only: the model is not needed
-    monkeypatch.setattr("anysplade.shards.open_encoder", None)
+    monkeypatch.setattr("anysplade.search.shards.open_encoder", None)
     assert Index.build(backbone, corpus.path, tmp_path / "index").changes == Changes(0, 0, 1)
 
 
@@ -159,7 +159,7 @@ def test_an_unchanged_corpus_changes_nothing(backbone, corpus, tmp_path, monkeyp
     Index.build(backbone, corpus.path, tmp_path / "index").close()
     before = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file() and path.parts[-2] != "engine"}
     made = (tmp_path / "index" / "index.json").stat().st_mtime_ns
-    monkeypatch.setattr("anysplade.shards.open_encoder", None)
+    monkeypatch.setattr("anysplade.search.shards.open_encoder", None)
     monkeypatch.chdir(tmp_path)
     with Index.build(backbone, "corpus.jsonl", "index", precision="auto") as again:  # the same places, in other words
         assert again.changes == Changes(0, 0, 0)
@@ -196,8 +196,8 @@ def test_what_was_changed_by_hand_is_not_undone(change, backbone, corpus, tmp_pa
 
 def test_an_interrupted_build_of_a_corpus_that_changed(backbone, corpus, tmp_path, monkeypatch):
     """What was taken in before the interruption is not what the corpus says now."""
-    monkeypatch.setattr("anysplade.shards._SIZE", 2)
-    put = anysplade.index.Store.put
+    monkeypatch.setattr("anysplade.search.shards._SIZE", 2)
+    put = anysplade.search.index.Store.put
     corpus.write({"a": "kabel", "b": "lodan", "c": "mifil", "d": "nugor"})
 
     def stop_at_the_second(store, documents, number=None, **options):
@@ -205,10 +205,10 @@ def test_an_interrupted_build_of_a_corpus_that_changed(backbone, corpus, tmp_pat
             raise KeyboardInterrupt
         put(store, documents, number, **options)
 
-    monkeypatch.setattr("anysplade.index.Store.put", stop_at_the_second)
+    monkeypatch.setattr("anysplade.search.index.Store.put", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         Index.build(backbone, corpus.path, tmp_path / "index")
-    monkeypatch.setattr("anysplade.index.Store.put", put)
+    monkeypatch.setattr("anysplade.search.index.Store.put", put)
     texts = {"a": "perop", "new": "kabel", "c": "mifil", "d": "nugor"}
     corpus.write(texts)
     with Index.build(backbone, corpus.path, tmp_path / "index") as index:
@@ -217,11 +217,11 @@ def test_an_interrupted_build_of_a_corpus_that_changed(backbone, corpus, tmp_pat
 
 
 def test_an_interrupted_build_of_documents_that_changed(backbone, tmp_path, monkeypatch):
-    optimize = anysplade.index.Store.optimize
-    monkeypatch.setattr("anysplade.index.Store.optimize", lambda store: 1 / 0)
+    optimize = anysplade.search.index.Store.optimize
+    monkeypatch.setattr("anysplade.search.index.Store.optimize", lambda store: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Index.build(backbone, {"a": Document("", "kabel"), "b": Document("", "lodan")}, tmp_path / "index")
-    monkeypatch.setattr("anysplade.index.Store.optimize", optimize)
+    monkeypatch.setattr("anysplade.search.index.Store.optimize", optimize)
     with Index.build(backbone, {"b": Document("", "mifil"), "c": Document("", "lodan")}, tmp_path / "index") as index:
         assert contents(index) == {"b": "mifil", "c": "lodan"}
 
@@ -253,7 +253,7 @@ def test_precision_is_what_was_done(backbone, corpus, tmp_path, monkeypatch):
 def test_auto_is_said_as_what_it_meant(backbone, corpus, tmp_path, monkeypatch):
     corpus.write({"a": "kabel"})
     for native, meant in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr("anysplade.encoding.native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr("anysplade.model.encoding.native_bfloat16", lambda device, native=native: native)
         assert resolve_precision("auto") == meant
         for source, folder in ((corpus.path, f"path-{meant}"), ({"a": Document("", "kabel")}, f"memory-{meant}")):
             with Index.build(backbone, source, tmp_path / folder, precision="auto") as index:
@@ -373,11 +373,11 @@ def test_top_k_is_kept_and_said(backbone, collection_folder, tmp_path):
 
 
 def _build(model, corpus, output):
-    import anysplade.shards
+    import anysplade.search.shards
 
-    anysplade.shards._SIZE = 500
+    anysplade.search.shards._SIZE = 500
     # Vectors of the words themselves: what is tested is the indexing, not the model.
-    anysplade.shards.encode = _words
+    anysplade.search.shards.encode = _words
     Index.build(model, corpus, output)
 
 
@@ -395,7 +395,7 @@ def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
         for i in range(count):
             file.write(json.dumps({"_id": f"d{i}", "text": " ".join(generator.sample(WORDS, 3))}) + "\n")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["anysplade.index"])
+    context.set_forkserver_preload(["anysplade.search.index"])
     kills = 0
     while kills < wanted:
         process = context.Process(target=_build, args=(backbone, tmp_path / "corpus.jsonl", tmp_path / "killed"))
@@ -430,10 +430,10 @@ def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
 
 
 def _update(model, corpus, output):
-    import anysplade.shards
+    import anysplade.search.shards
 
-    anysplade.shards._SIZE = anysplade.index.BATCH = anysplade.store.BATCH = 50
-    anysplade.shards.encode = _words
+    anysplade.search.shards._SIZE = anysplade.search.index.BATCH = anysplade.search.store.BATCH = 50
+    anysplade.search.shards.encode = _words
     Index.build(model, corpus, output)
 
 
@@ -446,7 +446,7 @@ def test_an_update_killed_at_random_moments(backbone, corpus, tmp_path):
 
     corpus.write(texts(range(3000)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["anysplade.index"])
+    context.set_forkserver_preload(["anysplade.search.index"])
 
     def run(seconds):
         process = context.Process(target=_update, args=(backbone, corpus.path, tmp_path / "index"))
@@ -484,7 +484,7 @@ def test_a_failed_build_leaves_nothing(backbone, tmp_path):
 
 
 def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("anysplade.shards._SIZE", 2)
+    monkeypatch.setattr("anysplade.search.shards._SIZE", 2)
     good = [json.dumps({"_id": f"d{i}", "text": "kabel"}) for i in range(5)]
     (tmp_path / "corpus.jsonl").write_text("\n".join([*good, "{"]))
     with pytest.raises(DataError, match=r"corpus\.jsonl:6"):
@@ -492,7 +492,7 @@ def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
     first = tmp_path / "index" / "shards" / "000000.npz"
     made = first.stat().st_mtime_ns
     (tmp_path / "corpus.jsonl").write_text("\n".join(good))
-    monkeypatch.setattr("anysplade.index.shutil.rmtree", lambda *_, **__: None)  # to look at the shards afterwards
+    monkeypatch.setattr("anysplade.search.index.shutil.rmtree", lambda *_, **__: None)  # to look at the shards afterwards
     with Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index") as index:
         assert len(index) == 5
     assert first.stat().st_mtime_ns == made

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from anysplade import DataError, Document, OptionError
-from anysplade.records import Encoded
-from anysplade.store import Store
+from anysplade.search.documents import Encoded
+from anysplade.search.store import Store
 
 pytest.importorskip("seismic", reason="pyseismic-lsr has wheels for Linux on x86-64 and a few versions of Python only")
 
-from anysplade.engines.seismic import SeismicEngine
+from anysplade.search.engines.seismic import SeismicEngine
 
 VOCABULARY = 250_002
 

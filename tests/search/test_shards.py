@@ -6,10 +6,11 @@ import pytest
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade import AnyspladeError, DataError, ModelError, OptionError, OutputError, load_collection, shards
-from anysplade.encoder import masked_lm, open_encoder
-from anysplade.encoding import encode, prune
-from anysplade.shards import encode_corpus, read_shard
+from anysplade import AnyspladeError, DataError, ModelError, OptionError, OutputError, load_collection
+from anysplade.model.encoder import masked_lm, open_encoder
+from anysplade.model.encoding import encode, prune
+from anysplade.search import shards
+from anysplade.search.shards import encode_corpus, read_shard
 from tiny import counted_copy
 
 

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from anysplade import DataError, ModelError, OptionError, load_collection, sizing
-from anysplade.encoder import open_encoder
-from anysplade.encoding import encode
-from anysplade.sizing import parse_count, size
+from anysplade import DataError, ModelError, OptionError, load_collection
+from anysplade.model.encoder import open_encoder
+from anysplade.model.encoding import encode
+from anysplade.search import sizing
+from anysplade.search.sizing import parse_count, size
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-import anysplade.store
+import anysplade.search.store
 from anysplade import AnyspladeError, DataError, Document, OptionError, OutputError
-from anysplade.records import Encoded
-from anysplade.store import Store
+from anysplade.search.documents import Encoded
+from anysplade.search.store import Store
 from processes import drop_privileges
 
 VOCABULARY = 250_002  # XLM-R's
@@ -170,7 +170,7 @@ SECOND = """
 import sys, numpy as np
 from pathlib import Path
 from anysplade import OutputError
-from anysplade.store import Store
+from anysplade.search.store import Store
 store = Store(Path(sys.argv[1]), 250_002)
 print(store.search(np.array([3]), np.array([1.0], np.float32), 5))
 try:
@@ -193,7 +193,7 @@ READ_ONLY = """
 import sys, numpy as np
 from pathlib import Path
 from anysplade import AnyspladeError
-from anysplade.store import Store
+from anysplade.search.store import Store
 for folder in sys.argv[1:]:
     try:
         store = Store(Path(folder), 250_002)
@@ -262,7 +262,7 @@ class Failing:
     "failure, said", [(Exception("Service runtime error: No space left"), AnyspladeError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
 def test_a_change_that_the_engine_did_not_get_reaches_it_later(failure, said, store, monkeypatch):
-    monkeypatch.setattr("anysplade.store._FLUSH", 2)
+    monkeypatch.setattr("anysplade.search.store._FLUSH", 2)
     store.put([encoded("a", {3: 3.0})])
     store._engine = Failing(store._engine, failure)
     with pytest.raises(said):
@@ -277,7 +277,7 @@ def test_a_change_that_the_engine_did_not_get_reaches_it_later(failure, said, st
 
 def test_a_disk_that_is_almost_full(store, monkeypatch):
     store.put([encoded("a", {3: 3.0})])
-    monkeypatch.setattr("anysplade.store._ROOM", 2**60)
+    monkeypatch.setattr("anysplade.search.store._ROOM", 2**60)
     for change in (lambda: store.put([encoded("b", {3: 2.0})]), lambda: store.delete(["a"]), store.optimize, store.rebuild):
         with pytest.raises(AnyspladeError, match="make room"):
             change()
@@ -286,8 +286,8 @@ def test_a_disk_that_is_almost_full(store, monkeypatch):
 
 def test_a_new_engine_gets_all_however_many(store, monkeypatch):
     """More than are made safe at a time: once, the notes of all were taken away with the first of them."""
-    monkeypatch.setattr("anysplade.store.BATCH", 8)
-    monkeypatch.setattr("anysplade.store._FLUSH", 16)
+    monkeypatch.setattr("anysplade.search.store.BATCH", 8)
+    monkeypatch.setattr("anysplade.search.store._FLUSH", 16)
     store.put(encoded(f"d{i}", {3: 1.0 + i}) for i in range(100))
     store.rebuild()
     assert len(store.search(np.array([3]), np.array([1.0], np.float32), 200)) == 100
@@ -295,7 +295,7 @@ def test_a_new_engine_gets_all_however_many(store, monkeypatch):
 
 def _change(folder, seed, begun):
     """Adds, replaces, empties and deletes, at times tidies, for as long as it lives."""
-    anysplade.store._FLUSH = 300
+    anysplade.search.store._FLUSH = 300
     generator = random.Random(seed)
     store = Store(folder, 200)
     while True:
@@ -314,7 +314,7 @@ def _change(folder, seed, begun):
 def test_killed_while_documents_change(kills, tmp_path):
     """At random moments; each time the engine has what the truth has, no more and no less."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["anysplade.store"])
+    context.set_forkserver_preload(["anysplade.search.store"])
     Store.create(tmp_path / "store")
     for _ in range(kills):
         begun = context.Event()

@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from anysplade import Document, Index, searcher, serve
+from anysplade import Document, Index
 from anysplade.cli import main
-from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError
-from anysplade.probe import PROBE_QUERIES
-from anysplade.searcher import Searcher
-from anysplade.serve import MAX_BODY, MAX_TEXT, create_app
-from anysplade.store import Store
-from serving import running
+from anysplade.model.encoding import encode
+from anysplade.model.probe import PROBE_QUERIES
+from anysplade.search.store import Store
+from anysplade.serving import app as serve
+from anysplade.serving import batching as searcher
+from anysplade.serving.app import MAX_BODY, MAX_TEXT, create_app
+from anysplade.serving.batching import Searcher
+from servers import running
 from tiny import make_backbone, make_collection
 
 HOSTILE = '<script>alert("kabel")</script> kabel <img src=x onerror=alert(1)> kabel'

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
-from anysplade import Document, Index, searcher
+from anysplade import Document, Index
 from anysplade.errors import AnyspladeError, DataError, ModelError
-from anysplade.searcher import OverloadedError, Searcher, StoppedError
-from anysplade.store import Store
+from anysplade.search.store import Store
+from anysplade.serving import batching as searcher
+from anysplade.serving.batching import OverloadedError, Searcher, StoppedError
 from tiny import WORDS, make_backbone, make_collection
 
 

@@ -11,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from anysplade import Document, Index
-from serving import running
+from servers import running
 from tiny import WORDS, make_backbone, make_collection
 
 pytestmark = pytest.mark.skipif(

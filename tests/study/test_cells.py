@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForMaskedLM
 
-from anysplade import cells, evaluate
-from anysplade.cells import Cell, commands, edited, read_cell, run_cell
+from anysplade import evaluate
 from anysplade.cli import app, main
 from anysplade.errors import ModelError, OptionError
-from anysplade.head import find_head
-from anysplade.options import TrainingConfig
+from anysplade.model.head import find_head
+from anysplade.study import cells
+from anysplade.study.cells import Cell, commands, edited, read_cell, run_cell
+from anysplade.training.config import TrainingConfig
 from tiny import make_backbone, make_collection
 
 IDS = torch.arange(5, 29).reshape(2, 12)

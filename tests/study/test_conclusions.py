@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from anysplade.arms import Arm, label
-from anysplade.cells import COSTS, METRICS
-from anysplade.conclusions import _PAIRS, summarize
-from anysplade.study import STUDIES, StudyConfig, plan
+from anysplade.study.arms import Arm, label
+from anysplade.study.cells import COSTS, METRICS
+from anysplade.study.conclusions import _PAIRS, summarize
+from anysplade.study.plan import STUDIES, StudyConfig, plan
 
 QUERIES = [f"q{i}" for i in range(40)]
 

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from anysplade.cells import Cell, read_cell
 from anysplade.cli import main
 from anysplade.errors import OptionError, OutputError
-from anysplade.study import STUDIES, StudyConfig, _run_cells, plan, run_study
+from anysplade.study.cells import Cell, read_cell
+from anysplade.study.plan import STUDIES, StudyConfig, _run_cells, plan, run_study
 from tiny import make_backbone, make_collection
 
 TRAINING = {"steps": 2, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
@@ -113,7 +113,7 @@ def test_a_cell_that_cannot_be_run_is_said_and_the_others_go_on(place, tmp_path)
 
 def test_a_failed_arm_is_said(place, tmp_path, monkeypatch):
     broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
-    monkeypatch.setattr("anysplade.study.LEVELS", (0.01,))
+    monkeypatch.setattr("anysplade.study.plan.LEVELS", (0.01,))
     given = arguments(place, "sensitivity", "failed")
     given[given.index("--backbones") + 1] = broken
     assert main(given) == 0

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import html5lib
 import pytest
 
-from anysplade.arms import Arm
-from anysplade.study_report import write_report
+from anysplade.study.arms import Arm
+from anysplade.study.report import write_report
 
 METRICS = ("nDCG@10", "RR@10", "R@100")
 HOSTILE = "<script>alert(1)</script>"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 from anysplade import OptionError
-from anysplade.batches import DistinctBatches, check_batch_size, distinct_examples
+from anysplade.training.batches import DistinctBatches, check_batch_size, distinct_examples
 
 
 def dataset(positives, **columns):

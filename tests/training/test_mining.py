@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from anysplade import DataError, ModelError, OptionError, OutputError, TrainingConfig, load_pairs, mine, score, train
-from anysplade import mining as module
+from anysplade.training import mining as module
 from tiny import WORDS, make_tokenizer
 
 

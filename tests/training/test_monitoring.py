@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
 
 from anysplade import load_encoder
-from anysplade.monitoring import Monitor, Observation, diagnose, observe
+from anysplade.training.monitoring import Monitor, Observation, diagnose, observe
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,8 +13,8 @@ from sentence_transformers.sparse_encoder import losses
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 
 from anysplade import DataError, OptionError, Pair, TrainingConfig, train
-from anysplade.objectives import check_examples
-from anysplade.options import parse_objective
+from anysplade.training.config import parse_objective
+from anysplade.training.objectives import check_examples
 from tiny import WORDS
 
 STEPS = 20

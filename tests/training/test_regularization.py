@@ -3,7 +3,7 @@ import torch
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 
 from anysplade import load_encoder
-from anysplade.regularization import ActiveDimsController, DFFlopsLoss, GatheredFlopsLoss, L1Loss, _Side, make_regularizer
+from anysplade.training.regularization import ActiveDimsController, DFFlopsLoss, GatheredFlopsLoss, L1Loss, _Side, make_regularizer
 
 
 def test_l1():

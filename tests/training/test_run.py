@@ -27,12 +27,12 @@ from anysplade import (
     train,
     write_collection,
 )
-from anysplade.datasets import load_python_docs
-from anysplade.encoder import build_encoder
+from anysplade.cli.rendering import training_lines
+from anysplade.data.collections import load_python_docs
 from anysplade.errors import AnyspladeError
-from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.report import training_lines
-from anysplade.training import _active_dims, _Estimate, _last_checkpoint, _ranking_loss, _trim_level
+from anysplade.model.encoder import build_encoder
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.training.run import _active_dims, _Estimate, _last_checkpoint, _ranking_loss, _trim_level
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone
 
@@ -231,7 +231,7 @@ def test_as_many_steps_as_asked_for_on_few_documents(options, steps, config, rep
 
 
 def test_batches_that_run_out_are_an_error(config, monkeypatch, tmp_path):
-    monkeypatch.setattr("anysplade.training.DistinctBatches.__iter__", lambda self: iter(()))
+    monkeypatch.setattr("anysplade.training.run.DistinctBatches.__iter__", lambda self: iter(()))
     with pytest.raises(AnyspladeError, match="ended at step 0 of 8"):
         train(config())
     assert not (tmp_path / "run" / "model").exists()
@@ -399,7 +399,7 @@ def test_killed_at_random_moments(config, tmp_path, wanted):
     """Each time the run goes on from its last checkpoint, and it ends with the very weights of the uninterrupted one."""
     whole = train(config(output=str(tmp_path / "whole"), **KILLED))
     context = multiprocessing.get_context("forkserver")  # the libraries are loaded once, so that a start takes no time
-    context.set_forkserver_preload(["anysplade.training"])
+    context.set_forkserver_preload(["anysplade.training.run"])
     generator = random.Random(int(time.time()))
     kills = 0
     deadline = time.monotonic() + 200
@@ -493,7 +493,7 @@ def test_the_best_checkpoint_on_the_dev_collection_is_kept(config, collection_fo
 
 
 def test_a_long_run_is_estimated(config, caplog, monkeypatch):
-    monkeypatch.setattr("anysplade.training._LONG", 0)
+    monkeypatch.setattr("anysplade.training.run._LONG", 0)
     caplog.set_level("INFO")
     train(config(steps=8))
     for left in (3, 2, 1):  # after five steps, and at each tenth of the run
@@ -504,7 +504,7 @@ def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
     """Five quick steps and slow ones after them: the first estimate knows only the quick ones, the next ones all."""
     caplog.set_level("INFO", "anysplade")
     clock = SimpleNamespace(now=0)
-    monkeypatch.setattr("anysplade.training.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("anysplade.training.run.time", SimpleNamespace(perf_counter=lambda: clock.now))
     estimate, arguments = _Estimate(), SimpleNamespace(world_size=1)
     estimate.on_train_begin(arguments, SimpleNamespace(global_step=0), None)
     for step in range(1, 101):

@@ -25,9 +25,10 @@ from cyclopts.config import Dict
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
+from anysplade._common.files import READ_ONLY
 from anysplade.errors import AnyspladeError, OptionError, OutputError, UsageError, without_credentials
-from anysplade.files import READ_ONLY
-from anysplade.options import BiasPolicy, Choice, Precision, TrainingConfig
+from anysplade.model.options import BiasPolicy, Choice, Precision
+from anysplade.training.config import TrainingConfig
 
 app = App(
     name="anysplade",
@@ -90,7 +91,9 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
         data: training pairs to probe with (BEIR folder, JSONL, python-docs); everyday texts otherwise.
         svg: a file for a picture of the logits before and after.
     """
-    from anysplade import calibration, encoder, files, head, report
+    from anysplade._common import files
+    from anysplade.cli import rendering as report
+    from anysplade.model import calibration, encoder, head
 
     loaded, tokenizer, trained = encoder.open_masked_lm(model)
     queries, documents = calibration.probe_texts(data, progress=_watched())
@@ -99,7 +102,7 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     suggested = calibration.choose(probe, trained=trained)
     verdict = dict(zip(("raw", "calibrated"), suggested.verdicts or (None, None), strict=True))
     if svg is not None:
-        files.write_whole(svg, report.logit_figure(suggested))
+        files.write_whole(svg, calibration.logit_figure(suggested))
     return _Shown(
         measured.to_dict() | {"suggested": suggested.to_dict(), "verdict": verdict}, report.head_tables(measured, suggested)
     )
@@ -127,7 +130,9 @@ def rescale(
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
         data: training pairs to probe with for "auto"; everyday texts otherwise.
     """
-    from anysplade import calibration, files, head, report
+    from anysplade._common import files
+    from anysplade.cli import rendering as report
+    from anysplade.model import calibration, head
 
     files.require_empty(out)
     loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
@@ -156,7 +161,8 @@ def train(
     Args:
         config: a YAML or TOML file with options by their names in Python; flags win over it.
     """
-    from anysplade import report, training
+    from anysplade.cli import rendering as report
+    from anysplade.training import run as training
 
     result = training.train(options, progress=_watched())
     return _Shown(result.to_dict(), report.training_lines(result))
@@ -188,7 +194,7 @@ def mine(
         depth: of the ranking they are taken from.
         margin: a document that scores above (1 - margin) times the positive is likely an answer too, and left out.
     """
-    from anysplade import mining
+    from anysplade.training import mining
 
     mined = mining.mine(
         data,
@@ -215,7 +221,7 @@ def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max
         texts: where the ids in the data have their texts.
         max_length: tokens that a query with a document is cut to.
     """
-    from anysplade import mining
+    from anysplade.training import mining
 
     scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=_watched())
     return _Shown(scored.to_dict() | {"out": str(out)}, [f"{scored.examples:,} examples scored by {teacher}, in {out}"])
@@ -249,7 +255,10 @@ def evaluate(
         out: a folder for TREC runs, values by query, figures and the JSON.
         cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
     """
-    from anysplade import comparison, evaluation, files, report
+    from anysplade._common import files
+    from anysplade.cli import rendering as report
+    from anysplade.evaluation import comparisons as comparison
+    from anysplade.evaluation import evaluations as evaluation
 
     measured = metrics or list(evaluation.METRICS)
     found = comparison.evaluate_all(
@@ -285,7 +294,9 @@ def compare(
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 if none is given.
         split: which qrels.
     """
-    from anysplade import comparison, evaluation, report
+    from anysplade.cli import rendering as report
+    from anysplade.evaluation import comparisons as comparison
+    from anysplade.evaluation import evaluations as evaluation
 
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
@@ -324,9 +335,9 @@ def index(
         workers: processes that encode, each with the model.
         ray: encode on a Ray cluster, workers at once.
     """
-    from anysplade.evaluation import default_cache
-    from anysplade.index import Index
-    from anysplade.remote import RemoteIndex
+    from anysplade.evaluation.evaluations import default_cache
+    from anysplade.search.index import Index
+    from anysplade.search.remote import RemoteIndex
 
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
@@ -378,8 +389,8 @@ def search(
         exact: search the vectors in memory, in float64, instead of the engine.
         model: where the index's model lies, if it was moved.
     """
-    from anysplade import report
-    from anysplade.remote import open_index
+    from anysplade.cli import rendering as report
+    from anysplade.search.remote import open_index
 
     wanted: dict[str, list[Any]] = {}
     for condition in filter or []:
@@ -415,7 +426,7 @@ def serve(
         port: 0 for any that is free.
         token: what every request must carry; ANYSPLADE_TOKEN, if that is set.
     """
-    from anysplade import serve as server
+    from anysplade.serving import app as server
 
     served = server.serve(index, beside, model=model, host=host, port=port, token=token or os.environ.get("ANYSPLADE_TOKEN"))
     return _Shown(served.to_dict(), [f"{served.requests:,} requests answered"])
@@ -443,7 +454,8 @@ def size(
         qps: queries a second wanted.
         memory: GiB of a machine, for postings.
     """
-    from anysplade import report, sizing
+    from anysplade.cli import rendering as report
+    from anysplade.search import sizing
 
     options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": _watched()}
     found = sizing.size(model, sizing.parse_count(documents), **options)
@@ -470,9 +482,9 @@ def export(
         quantization: weights are written as whole numbers, times this.
         model: where the index's model lies, if it was moved.
     """
-    from anysplade.encoder import term_names
-    from anysplade.engines import export as exporting
-    from anysplade.index import Index
+    from anysplade.model.encoder import term_names
+    from anysplade.search.engines import export as exporting
+    from anysplade.search.index import Index
 
     with Index.load(index, model) as opened:
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
@@ -508,8 +520,8 @@ def study(
         training: a YAML or TOML file with train's options for all cells; what suits the bundled backbones otherwise.
         workers: cells at a time; one for every GPU, or for every core.
     """
-    from anysplade import report
-    from anysplade.study import StudyConfig, run_study
+    from anysplade.cli import rendering as report
+    from anysplade.study.plan import StudyConfig, run_study
 
     options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
     if backbones:
@@ -529,10 +541,10 @@ def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> _Shown:
     Args:
         out: the folder for everything it makes; a second run reuses what is there.
     """
-    from anysplade import report
-    from anysplade.demo import run_demo
+    from anysplade.cli import rendering as report
+    from anysplade.cli.demo import run_demo
 
-    for told in ("training", "training_data", "encoding"):  # six runs' options, columns and cut texts; warnings stay
+    for told in ("training.run", "data.pairs", "model.encoding"):  # six runs' options, columns and cut texts; warnings stay
         logging.getLogger(f"anysplade.{told}").setLevel(logging.WARNING)
     result = run_demo(out, progress=_watched())
     return _Shown(result.to_dict(), report.demo_parts(result))

@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anysplade.backbones import BUNDLED
-from anysplade.datasets import load_collection, load_python_docs, write_collection
+from anysplade._common.files import write_whole
+from anysplade.data.collections import load_collection, load_python_docs, write_collection
+from anysplade.data.pairs import load_pairs
+from anysplade.data.python_docs import PACKAGES
 from anysplade.errors import OutputError
-from anysplade.evaluation import evaluate
-from anysplade.files import write_whole
-from anysplade.index import Index
-from anysplade.options import Choice, TrainingConfig
-from anysplade.python_docs import PACKAGES
-from anysplade.records import Hit
-from anysplade.training import train
-from anysplade.training_data import load_pairs
+from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.backbones import BUNDLED
+from anysplade.model.options import Choice
+from anysplade.search.documents import Hit
+from anysplade.search.index import Index
+from anysplade.training.config import TrainingConfig
+from anysplade.training.run import train
 
 logger = logging.getLogger(__name__)
 

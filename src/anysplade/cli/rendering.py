@@ -1,7 +1,5 @@
 """Results for a person: tables, lines and figures. Nothing is computed here."""
 
-import io
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +9,17 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from anysplade.errors import OptionError
+from anysplade._common.figures import draw
 
 if TYPE_CHECKING:
-    from anysplade.calibration import Calibration
-    from anysplade.comparison import Comparison, Evaluations
-    from anysplade.demo import DemoResult
-    from anysplade.head import HeadReport
-    from anysplade.records import Hit
-    from anysplade.sizing import Size
-    from anysplade.study import StudyResult
-    from anysplade.training import TrainingResult
+    from anysplade.cli.demo import DemoResult
+    from anysplade.evaluation.comparisons import Comparison, Evaluations
+    from anysplade.model.calibration import Calibration
+    from anysplade.model.head import HeadReport
+    from anysplade.search.documents import Hit
+    from anysplade.search.sizing import Size
+    from anysplade.study.plan import StudyResult
+    from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
 _TERMS = 6  # shown of a hit's explanation
@@ -59,39 +57,6 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
     raw, calibrated = suggested.verdicts or ("", "")
     verdict = f"SPLADE training from the raw head {raw}; from k={suggested.k:g}, shift={suggested.shift:g} it {calibrated}"
     return [about, table, Text(verdict, style="bold")]
-
-
-def logit_figure(suggested: "Calibration") -> str:
-    """The token logits before and after calibration, with relu's threshold, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    before, after = suggested.before, suggested.after
-    if before is None or after is None:
-        raise OptionError("there is no figure without probe texts")
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    raw, calibrated = figure.subplots(2, 1, sharey=True)
-    for axes, side, title in (
-        (raw, before, "raw"),
-        (calibrated, after, suggested.formula),
-    ):
-        edges, shares = side.histogram["edges"], side.histogram["shares"]
-        colors = ["#c2410c" if edge >= 0 else "#94a3b8" for edge in edges[:-1]]
-        axes.bar(edges[:-1], shares, [b - a for a, b in itertools.pairwise(edges)], align="edge", color=colors)
-        axes.axvline(0, color="black", linewidth=1)
-        axes.set_yscale("log")
-        axes.set_title(
-            f"{title}: {side.positive_share:.2%} of the token logits above zero, "
-            f"{side.document_active_dims:,.0f} active dims a document",
-            fontsize=10,
-            loc="left",
-        )
-        axes.set_ylabel("share")
-    calibrated.set_xlabel("logit; relu keeps what lies right of the line")
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
 
 
 def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) -> list[RenderableType]:
@@ -186,24 +151,20 @@ def _changed_line(change: dict[str, Any], comparison: "Comparison") -> str:
 
 def curve_figure(curves: Sequence[dict[str, Any]], metric: str) -> str:
     """Effectiveness against FLOPS, a line for each model and for what was pruned, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for drawn in curves:
-        for side, style in (("document", "o-"), ("query", "s--")):
-            points = [p for p in drawn["points"] if p["document_top_k" if side == "query" else "query_top_k"] is None]
-            points = sorted(points, key=lambda p: p["flops"])
-            label = f"{drawn['model']}, {drawn['collection']}: {'queries' if side == 'query' else 'documents'} pruned"
-            axes.plot([p["flops"] for p in points], [p[metric] for p in points], style, label=label)
-    axes.set(xscale="log", xlabel="FLOPS (products a query and document)", ylabel=metric)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", frameon=False, fontsize="small")
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for drawn in curves:
+            for side, style in (("document", "o-"), ("query", "s--")):
+                points = [p for p in drawn["points"] if p["document_top_k" if side == "query" else "query_top_k"] is None]
+                points = sorted(points, key=lambda p: p["flops"])
+                label = f"{drawn['model']}, {drawn['collection']}: {'queries' if side == 'query' else 'documents'} pruned"
+                axes.plot([p["flops"] for p in points], [p[metric] for p in points], style, label=label)
+        axes.set(xscale="log", xlabel="FLOPS (products a query and document)", ylabel=metric)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
+
+    return draw(paint, 7, 4.2)
 
 
 def size_lines(found: "Size") -> list[RenderableType]:

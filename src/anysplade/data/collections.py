@@ -16,10 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anysplade import python_docs
+from anysplade._common.files import whole_folder
+from anysplade.data import python_docs
+from anysplade.data.sources import (
+    Place,
+    Row,
+    hub_dataset,
+    ir_dataset,
+    ir_names,
+    is_hub_id,
+    lines,
+    rows,
+    whole_characters,
+    zip_folder,
+)
 from anysplade.errors import DataError, OutputError
-from anysplade.files import whole_folder
-from anysplade.sources import Place, Row, hub_dataset, ir_dataset, ir_names, is_hub_id, lines, rows, whole_characters, zip_folder
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from anysplade.datasets import (
+from anysplade._common.files import write_whole
+from anysplade.data.collections import (
     ID_NAMES,
     PYTHON_DOCS,
     QUERY_NAMES,
@@ -42,9 +43,8 @@ from anysplade.datasets import (
     read_corpus,
     read_queries,
 )
+from anysplade.data.sources import hub_dataset, ir_dataset, is_hub_id, one_line, rows, whole_characters
 from anysplade.errors import DataError
-from anysplade.files import write_whole
-from anysplade.sources import hub_dataset, ir_dataset, is_hub_id, one_line, rows, whole_characters
 
 logger = logging.getLogger(__name__)
 

@@ -273,3 +273,7 @@ def hub_advice(error: BaseException) -> str:
     """What to do about an error of the hub's libraries, if it is that their folder cannot be written."""
     place = error.filename if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
     return "; set HF_HOME to a folder that can be written" if place and str(place).startswith(HF_HOME) else ""
+
+
+def is_utf8(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from anysplade.datasets import Collection, collection_names, is_collection, load_collection
+from anysplade._common.files import write_whole
+from anysplade.data.collections import Collection, collection_names, is_collection, load_collection
 from anysplade.errors import DataError, OptionError
-from anysplade.evaluation import METRICS, Evaluation, curve, evaluate
-from anysplade.files import write_whole
-from anysplade.options import Precision
+from anysplade.evaluation.evaluations import METRICS, Evaluation, curve, evaluate
+from anysplade.model.options import Precision
 
 _RESAMPLES = 2000
 _CHANGED = 5  # queries shown

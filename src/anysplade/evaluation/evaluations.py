@@ -19,17 +19,17 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
-from anysplade.bm25 import BM25
-from anysplade.datasets import Collection, hash_texts, load_collection
-from anysplade.encoder import fingerprint, open_encoder, term_names
-from anysplade.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import Collection, hash_texts, load_collection
+from anysplade.data.sources import lines, whole_characters
 from anysplade.errors import DataError, MeasureError, OptionError, OutputError
-from anysplade.files import write_whole
-from anysplade.head import resolve_model
-from anysplade.options import Precision, Role
-from anysplade.postings import Postings, highest
-from anysplade.provenance import provenance
-from anysplade.sources import lines, whole_characters
+from anysplade.evaluation.bm25 import BM25
+from anysplade.model.encoder import fingerprint, open_encoder, term_names
+from anysplade.model.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
+from anysplade.model.head import resolve_model
+from anysplade.model.options import Precision, Role
+from anysplade.search.exact import Postings, highest
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def evaluate(
         collection: a ``Collection``, or what ``load_collection`` takes.
         metrics: names of ir-measures.
         depth: documents that a query's ranking holds, at least 1.
-        precision: of encoding; see ``anysplade.encoding.in_precision``.
+        precision: of encoding; see ``anysplade.model.encoding.in_precision``.
         max_length: tokens a text is cut to; see ``open_encoder``. Not for an encoder that is loaded already.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         cache: a folder where vectors are kept by the content of model and texts; what is there is not encoded

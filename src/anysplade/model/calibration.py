@@ -1,5 +1,6 @@
 """Choose k and shift for a head from texts alone, without labels."""
 
+import itertools
 import logging
 import math
 import random
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anysplade.datasets import Pair
-from anysplade.errors import ModelError
-from anysplade.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, summarize_probe
-from anysplade.options import BiasPolicy, Choice
-from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.training_data import load_pairs
+from anysplade._common.figures import draw
+from anysplade.data.collections import Pair
+from anysplade.data.pairs import load_pairs
+from anysplade.errors import ModelError, OptionError
+from anysplade.model.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, summarize_probe
+from anysplade.model.options import BiasPolicy, Choice
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +191,36 @@ def foresee(start: ProbeReport) -> Verdict:
     alike = start.document_similarity > _ALIKE
     saturated = start.start_loss is not None and start.start_loss > _SATURATED * start.chance
     return "collapses" if alike and saturated else "degrades" if alike or saturated else "trains"
+
+
+def logit_figure(calibration: Calibration) -> str:
+    """The token logits before and after calibration, with relu's threshold, as SVG.
+
+    Raises:
+        OptionError: the calibration was made without probe texts.
+    """
+    before, after = calibration.before, calibration.after
+    if before is None or after is None:
+        raise OptionError("there is no figure without probe texts")
+
+    def paint(figure: Any) -> None:
+        raw, calibrated = figure.subplots(2, 1, sharey=True)
+        for axes, side, title in ((raw, before, "raw"), (calibrated, after, calibration.formula)):
+            edges, shares = side.histogram["edges"], side.histogram["shares"]
+            colors = ["#c2410c" if edge >= 0 else "#94a3b8" for edge in edges[:-1]]
+            axes.bar(edges[:-1], shares, [b - a for a, b in itertools.pairwise(edges)], align="edge", color=colors)
+            axes.axvline(0, color="black", linewidth=1)
+            axes.set_yscale("log")
+            axes.set_title(
+                f"{title}: {side.positive_share:.2%} of the token logits above zero, "
+                f"{side.document_active_dims:,.0f} active dims a document",
+                fontsize=10,
+                loc="left",
+            )
+            axes.set_ylabel("share")
+        calibrated.set_xlabel("logit; relu keeps what lies right of the line")
+
+    return draw(paint, 7, 4.4)
 
 
 def _round(value: float) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -20,9 +21,10 @@ from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anysplade.calibration import Calibration, calibrate
-from anysplade.errors import ModelError, OptionError
-from anysplade.head import (
+from anysplade.data.sources import is_utf8
+from anysplade.errors import DataError, ModelError, OptionError
+from anysplade.model.calibration import Calibration, calibrate
+from anysplade.model.head import (
     check_masked_lm,
     check_weights,
     find_head,
@@ -34,10 +36,9 @@ from anysplade.head import (
     resolve_model,
     usable_positions,
 )
-from anysplade.options import BiasPolicy, Choice, Pooling, QueryEncoder, Role
-from anysplade.pooling import splade_pool
-from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.records import name_terms
+from anysplade.model.options import BiasPolicy, Choice, Pooling, QueryEncoder, Role
+from anysplade.model.pooling import splade_pool
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
 logger = logging.getLogger(__name__)
 
@@ -451,3 +452,22 @@ def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[st
 
 def _identity(hidden: Tensor) -> Tensor:
     return hidden
+
+
+def name_terms(tokens: Sequence[str | None]) -> list[str]:
+    """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
+
+    ``[term:ID]`` stands for a term without a token, and for a token that is empty, holds white space, stands twice or is
+    no UTF-8, which files and JSON objects would lose or merge with another.
+
+    Raises:
+        DataError: a token is such a name itself.
+    """
+    count = Counter(tokens)
+    names = [
+        f"[term:{term}]" if token is None or count[token] > 1 or token.split() != [token] or not is_utf8(token) else token
+        for term, token in enumerate(tokens)
+    ]
+    if len(set(names)) < len(names):
+        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
+    return names

@@ -17,12 +17,12 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor
 from tqdm import tqdm
 
-from anysplade.encoder import reader
+from anysplade._common.files import write_whole
+from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
-from anysplade.files import write_whole
-from anysplade.options import Precision, Role
-from anysplade.pooling import native_bfloat16
-from anysplade.sources import whole_characters
+from anysplade.model.encoder import reader
+from anysplade.model.options import Precision, Role
+from anysplade.model.pooling import native_bfloat16
 
 logger = logging.getLogger(__name__)
 

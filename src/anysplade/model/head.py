@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import __version__
-from anysplade.backbones import BUNDLED
+from anysplade.data.sources import hub_advice
 from anysplade.errors import ModelError, OptionError
-from anysplade.options import BiasPolicy
-from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.sources import hub_advice
+from anysplade.model.backbones import BUNDLED
+from anysplade.model.options import BiasPolicy
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,12 @@
 """What goes into an index and what comes out of it, whatever engine holds it."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from anysplade.datasets import Document
+from anysplade.data.collections import Document
 from anysplade.errors import DataError, OptionError
 
 Filter = Mapping[str, Any]  # metadata that a document must have: a value by name, or a list for any of several
@@ -68,29 +67,6 @@ def check_vectors(documents: Sequence[Encoded], vocabulary: int) -> None:
             return
     for document in documents:
         check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, vocabulary)
-
-
-def name_terms(tokens: Sequence[str | None]) -> list[str]:
-    """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
-
-    ``[term:ID]`` stands for a term without a token, and for a token that is empty, holds white space, stands twice or is
-    no UTF-8, which files and JSON objects would lose or merge with another.
-
-    Raises:
-        DataError: a token is such a name itself.
-    """
-    count = Counter(tokens)
-    names = [
-        f"[term:{term}]" if token is None or count[token] > 1 or token.split() != [token] or not is_utf8(token) else token
-        for term, token in enumerate(tokens)
-    ]
-    if len(set(names)) < len(names):
-        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
-    return names
-
-
-def is_utf8(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def check_filter(filter: Filter | None) -> dict[str, list[Value]]:

@@ -13,17 +13,17 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
-from anysplade.datasets import Document, empty_corpus, iter_corpus
-from anysplade.encoder import fingerprint, open_encoder, term_names
-from anysplade.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.files import write_whole
-from anysplade.head import resolve_model
-from anysplade.options import Precision
-from anysplade.provenance import provenance
-from anysplade.records import Encoded, Filter, Hit, TermMatch
-from anysplade.shards import as_encoded, corpus_name, encode_corpus, encode_documents, read_documents
-from anysplade.store import BATCH, Store
+from anysplade.model.encoder import fingerprint, open_encoder, term_names
+from anysplade.model.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
+from anysplade.model.head import resolve_model
+from anysplade.model.options import Precision
+from anysplade.search.documents import Encoded, Filter, Hit, TermMatch
+from anysplade.search.shards import as_encoded, corpus_name, encode_corpus, encode_documents, read_documents
+from anysplade.search.store import BATCH, Store
 
 FORMAT = 3
 
@@ -74,9 +74,9 @@ class Index:
 
         Args:
             corpus: what ``iter_corpus`` reads, or documents by id.
-            precision: of encoding; see ``anysplade.encoding.in_precision``. "auto" is that of the index if there is one.
+            precision: of encoding; see ``anysplade.model.encoding.in_precision``. "auto" is that of the index if there is one.
             max_length: tokens a text is cut to, queries too; see ``open_encoder``. How many documents are cut is logged.
-            top_k, workers, ray: see ``anysplade.shards.encode_corpus``; documents in memory are encoded by this process.
+            top_k, workers, ray: see ``anysplade.search.shards.encode_corpus``; documents in memory are encoded by this process.
 
         Raises:
             OutputError: the folder is not empty, or holds an index made in another way, or one that ``add`` or

@@ -9,16 +9,16 @@ from typing import Any
 
 from sentence_transformers import SparseEncoder
 
-from anysplade.datasets import Document
-from anysplade.encoding import encode, in_precision, resolve_precision
-from anysplade.engines import open_engine
-from anysplade.engines.sending import same_model
+from anysplade.data.collections import Document
 from anysplade.errors import DataError, OptionError, without_credentials
-from anysplade.head import resolve_model
-from anysplade.index import Index, describe_model, explain_score, open_same_model
-from anysplade.options import Precision
-from anysplade.records import Filter, Hit
-from anysplade.shards import corpus_name, encode_corpus, read_documents
+from anysplade.model.encoding import encode, in_precision, resolve_precision
+from anysplade.model.head import resolve_model
+from anysplade.model.options import Precision
+from anysplade.search.documents import Filter, Hit
+from anysplade.search.engines import open_engine
+from anysplade.search.engines.sending import same_model
+from anysplade.search.index import Index, describe_model, explain_score, open_same_model
+from anysplade.search.shards import corpus_name, encode_corpus, read_documents
 
 logger = logging.getLogger(__name__)
 

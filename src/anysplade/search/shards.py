@@ -26,16 +26,16 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
-from anysplade.datasets import Document, empty_corpus, hash_texts, iter_corpus
-from anysplade.encoder import fingerprint, open_encoder
-from anysplade.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade._common.workers import devices_of_workers, take_device
+from anysplade.data.collections import Document, empty_corpus, hash_texts, iter_corpus
 from anysplade.errors import DataError, OptionError, OutputError, worker_died
-from anysplade.files import write_whole
-from anysplade.head import resolve_model
-from anysplade.options import Precision, WeightType
-from anysplade.provenance import provenance
-from anysplade.records import Encoded
-from anysplade.workers import devices_of_workers, take_device
+from anysplade.model.encoder import fingerprint, open_encoder
+from anysplade.model.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
+from anysplade.model.head import resolve_model
+from anysplade.model.options import Precision, WeightType
+from anysplade.search.documents import Encoded
 
 _SIZE = 1024  # documents of a shard
 _AHEAD = 2  # shards that wait for each worker

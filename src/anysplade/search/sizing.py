@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from anysplade.datasets import Collection, is_collection, load_collection, read_corpus
-from anysplade.encoder import open_encoder
-from anysplade.encoding import encode
+from anysplade.data.collections import Collection, is_collection, load_collection, read_corpus
 from anysplade.errors import DataError, OptionError
-from anysplade.postings import Postings
-from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.encoder import open_encoder
+from anysplade.model.encoding import encode
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.search.exact import Postings
 
 logger = logging.getLogger(__name__)
 

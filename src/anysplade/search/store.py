@@ -22,11 +22,11 @@ import qdrant_edge as edge
 from filelock import FileLock, Timeout
 from scipy import sparse
 
-from anysplade.datasets import Document
+from anysplade._common.files import READ_ONLY, make_folder, require_empty
+from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, OutputError
-from anysplade.files import READ_ONLY, make_folder, require_empty
-from anysplade.postings import Postings
-from anysplade.records import Encoded, Filter, Value, check_filter, check_vector, check_vectors
+from anysplade.search.documents import Encoded, Filter, Value, check_filter, check_vector, check_vectors
+from anysplade.search.exact import Postings
 
 logger = logging.getLogger(__name__)
 

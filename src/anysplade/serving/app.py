@@ -32,17 +32,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
-from anysplade.calibration import choose
-from anysplade.encoder import is_saved_encoder, masked_lm, term_names
-from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError, OptionError, UsageError
-from anysplade.head import describe_head, measure_logits
-from anysplade.index import Index
-from anysplade.options import Role
-from anysplade.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.records import Hit
-from anysplade.report import logit_figure
-from anysplade.searcher import OverloadedError, Searcher, StoppedError
+from anysplade.model.calibration import choose, logit_figure
+from anysplade.model.encoder import is_saved_encoder, masked_lm, term_names
+from anysplade.model.encoding import encode
+from anysplade.model.head import describe_head, measure_logits
+from anysplade.model.options import Role
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.search.documents import Hit
+from anysplade.search.index import Index
+from anysplade.serving.batching import OverloadedError, Searcher, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +214,9 @@ class _Site:
     def __init__(self, searcher: Searcher, token: str | None) -> None:
         self.searcher = searcher
         self.token = token
-        self.templates = Environment(loader=PackageLoader("anysplade"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        self.templates = Environment(
+            loader=PackageLoader("anysplade.serving"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
         self.registry = CollectorRegistry()
         self.requests = Counter("anysplade_requests", "requests answered", ["path", "status"], registry=self.registry)
         self.seconds = Histogram("anysplade_request_seconds", "time to the answer", ["path"], registry=self.registry)
@@ -588,7 +589,7 @@ def _asked_k(request: Request) -> int:
 
 
 def _static(name: str) -> Callable[[Request], Awaitable[Response]]:
-    content = files("anysplade").joinpath("static", name).read_bytes()
+    content = files("anysplade.serving").joinpath("static", name).read_bytes()
 
     async def handler(request: Request) -> Response:
         return Response(content, media_type=_STATIC[name])

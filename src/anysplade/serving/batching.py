@@ -14,12 +14,12 @@ from typing import Any, TypeVar, cast
 
 from scipy import sparse
 
-from anysplade.bm25 import BM25
-from anysplade.encoding import encode
 from anysplade.errors import AnyspladeError
-from anysplade.index import Index, explain_score
-from anysplade.options import Role
-from anysplade.records import Encoded, Filter, Hit, TermMatch
+from anysplade.evaluation.bm25 import BM25
+from anysplade.model.encoding import encode
+from anysplade.model.options import Role
+from anysplade.search.documents import Encoded, Filter, Hit, TermMatch
+from anysplade.search.index import Index, explain_score
 
 logger = logging.getLogger(__name__)
 

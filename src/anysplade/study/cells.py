@@ -22,13 +22,15 @@ from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedModel
 
-from anysplade.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY, sample_pairs
-from anysplade.datasets import Collection, Pair, hash_texts, load_collection
-from anysplade.encoder import fingerprint
+from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import Collection, Pair, hash_texts, load_collection
+from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
-from anysplade.evaluation import data_hash, evaluate
-from anysplade.files import whole_folder, write_whole
-from anysplade.head import (
+from anysplade.evaluation.evaluations import data_hash, evaluate
+from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY, sample_pairs
+from anysplade.model.encoder import fingerprint
+from anysplade.model.head import (
     Probe,
     describe_head,
     find_head,
@@ -39,10 +41,8 @@ from anysplade.head import (
     summarize_probe,
     untie_head,
 )
-from anysplade.options import TrainingConfig
-from anysplade.provenance import provenance
-from anysplade.training import train
-from anysplade.training_data import load_pairs
+from anysplade.training.config import TrainingConfig
+from anysplade.training.run import train
 
 METRICS = ("nDCG@10", "RR@10", "R@100")
 COSTS = ("query_active_dims", "document_active_dims", "flops")
@@ -195,7 +195,7 @@ def commands(cell: Cell, options: Mapping[str, Any]) -> list[str]:
     backbone = cell.backbone
     made = []
     if cell.edits:
-        call = f"from anysplade.cells import edited; print(edited({backbone!r}, {cell.edits!r}, 'backbones'))"
+        call = f"from anysplade.study.cells import edited; print(edited({backbone!r}, {cell.edits!r}, 'backbones'))"
         made.append(shlex.join([Path(sys.executable).name, "-c", call]))
         backbone = f"backbones/{_edited_name(backbone, cell.edits)}"
     flags = [flag for name, value in options.items() for flag in _flags(name, value)]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from anysplade.arms import Arm
-from anysplade.cells import COSTS, METRICS
-from anysplade.comparison import holm, paired_p
+from anysplade.evaluation.comparisons import holm, paired_p
+from anysplade.study.arms import Arm
+from anysplade.study.cells import COSTS, METRICS
 
 METRIC = METRICS[0]
 _SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too

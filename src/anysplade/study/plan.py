@@ -1,7 +1,7 @@
 """The experiments of "Rescaling MLM-Head for Neural Sparse Retrieval" (arXiv 2606.18811), with the controls it lacks.
 
 A study is a list of rows: a backbone, what is done to its head, how it is trained. A row has a cell for each seed
-(``anysplade.cells``). Studies share cells, an interrupted study goes on, and a rerun does only what is missing.
+(``anysplade.study.cells``). Studies share cells, an interrupted study goes on, and a rerun does only what is missing.
 """
 
 import json
@@ -26,20 +26,20 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from anysplade.arms import Arm, label
-from anysplade.backbones import BUNDLED
-from anysplade.cells import METRICS, Cell, collection_hash, read_anew, read_cell, read_collection, run_cell
-from anysplade.conclusions import summarize
-from anysplade.datasets import Collection, load_python_docs, write_collection
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade._common.workers import devices_of_workers, take_device
+from anysplade.data.collections import Collection, load_python_docs, write_collection
 from anysplade.errors import AnyspladeError, OptionError, OutputError, worker_died
-from anysplade.evaluation import evaluate
-from anysplade.files import write_whole
-from anysplade.head import describe_head, load_masked_lm
-from anysplade.options import TrainingConfig
-from anysplade.provenance import provenance
-from anysplade.study_report import write_report
-from anysplade.training import duration, train
-from anysplade.workers import devices_of_workers, take_device
+from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.backbones import BUNDLED
+from anysplade.model.head import describe_head, load_masked_lm
+from anysplade.study.arms import Arm, label
+from anysplade.study.cells import METRICS, Cell, collection_hash, read_anew, read_cell, read_collection, run_cell
+from anysplade.study.conclusions import summarize
+from anysplade.study.report import write_report
+from anysplade.training.config import TrainingConfig
+from anysplade.training.run import duration, train
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +357,7 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=out) as work:
             options = dict(config.training) | {"steps": _REHEARSED}
-            quiet = logging.getLogger("anysplade.training")
+            quiet = logging.getLogger("anysplade.training.run")
             level = quiet.level
             quiet.setLevel(logging.ERROR)
             trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))

@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from anysplade.arms import Arm
-from anysplade.files import write_whole
+from anysplade._common.files import write_whole
+from anysplade.study.arms import Arm
 
 METRIC = "nDCG@10"
 _INK = "#010203"  # stands for the text's colour, whatever that is where the figure is shown
@@ -57,7 +57,7 @@ def write_report(study: dict[str, Any], out: Path) -> None:
         "entries": _entries(study),
         "metric": METRIC,
     }
-    environment = Environment(loader=PackageLoader("anysplade"), autoescape=select_autoescape(["html"]), trim_blocks=False)
+    environment = Environment(loader=PackageLoader("anysplade.study"), autoescape=select_autoescape(["html"]), trim_blocks=False)
     for template, name in (("study.html", "report.html"), ("study.md", "report.md")):
         write_whole(out / name, environment.get_template(template).render(content) + "\n")
     for part in parts:

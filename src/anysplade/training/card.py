@@ -1,13 +1,13 @@
 """The model card's section on how a model was made, added to the card that sentence-transformers writes."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from anysplade.head import formula
+from anysplade._common.figures import draw
+from anysplade.model.head import formula
 
 _BEFORE = "\n## Training Details\n"  # of sentence-transformers' card
 _FIGURE = "training.svg"
@@ -72,13 +72,10 @@ def _section(result: dict[str, Any]) -> str:
 
 
 def _curves(result: dict[str, Any]) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
     logged = [entry for entry in result["log"] if "loss" in entry]
     seen = result["monitoring"]["observations"]
-    with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 3), layout="constrained")
+
+    def paint(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         left.plot([entry["step"] for entry in logged], [entry["loss"] for entry in logged])
         left.set(xlabel="step", ylabel="loss", title="training loss, regularizers included")
@@ -86,6 +83,5 @@ def _curves(result: dict[str, Any]) -> str:
             right.plot([o["step"] for o in seen], [o[f"{role}_active_dims"] for o in seen], style, label=role)
         right.set(xlabel="step", ylabel="active dims", title="active dims of the batches", yscale="log")
         right.legend(frameon=False)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+
+    return draw(paint, 8, 3)

@@ -7,17 +7,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from anysplade.errors import OptionError
+from anysplade.model.options import BiasPolicy, Choice, Pooling, QueryEncoder
 
-Choice = float | Literal["auto"]  # of k and of shift
-BiasPolicy = Literal["scale", "keep"]
 Regularizer = Literal["flops", "df-flops", "l1"]
 OnCollapse = Literal["warn", "stop", "recalibrate"]
-Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
-WeightType = Literal["float32", "float16"]  # of stored vectors
 TrainingPrecision = Literal["float32", "bfloat16"]
-Pooling = Literal["max", "sum"]
-Role = Literal["query", "document"]
-QueryEncoder = Literal["mlm", "idf", "static"]
 
 OBJECTIVES = ("contrastive", "margin-mse", "kl")
 

@@ -19,16 +19,16 @@ import torch
 from sentence_transformers import CrossEncoder
 from tqdm import tqdm
 
-from anysplade.bm25 import BM25
-from anysplade.datasets import Pair, read_corpus
-from anysplade.encoder import open_encoder
-from anysplade.encoding import encode
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import Pair, read_corpus
+from anysplade.data.pairs import load_pairs
 from anysplade.errors import DataError, ModelError, OptionError, OutputError
-from anysplade.files import write_whole
-from anysplade.head import check_weights
-from anysplade.postings import Postings
-from anysplade.provenance import provenance
-from anysplade.training_data import load_pairs
+from anysplade.evaluation.bm25 import BM25
+from anysplade.model.encoder import open_encoder
+from anysplade.model.encoding import encode
+from anysplade.model.head import check_weights
+from anysplade.search.exact import Postings
 
 logger = logging.getLogger(__name__)
 

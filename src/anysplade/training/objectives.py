@@ -16,11 +16,11 @@ from sentence_transformers.sparse_encoder.losses import (
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from anysplade.datasets import Pair
-from anysplade.encoder import has_static_queries
+from anysplade.data.collections import Pair
 from anysplade.errors import DataError
-from anysplade.options import TrainingConfig, parse_objective
-from anysplade.regularization import make_regularizer
+from anysplade.model.encoder import has_static_queries
+from anysplade.training.config import TrainingConfig, parse_objective
+from anysplade.training.regularization import make_regularizer
 
 logger = logging.getLogger(__name__)
 

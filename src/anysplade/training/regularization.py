@@ -18,7 +18,7 @@ from sentence_transformers.util.distributed import all_gather_with_grad, get_wor
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
-from anysplade.options import Regularizer
+from anysplade.training.config import Regularizer
 
 
 def _over_processes(mean: Tensor) -> Tensor:

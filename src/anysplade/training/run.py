@@ -29,23 +29,23 @@ from torch import nn
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from anysplade.batches import DistinctBatches, check_batch_size
-from anysplade.calibration import Calibration, sample_pairs
-from anysplade.card import write_card
-from anysplade.datasets import PYTHON_DOCS, Collection, Pair, load_collection
-from anysplade.encoder import build_encoder, check_model, fingerprint, has_static_queries, is_routed, masked_lm
-from anysplade.encoding import encode
+from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import PYTHON_DOCS, Collection, Pair, load_collection
+from anysplade.data.pairs import StoredPairs, read_pairs
+from anysplade.data.python_docs import PACKAGES
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
-from anysplade.evaluation import data_hash, evaluate
-from anysplade.files import whole_folder, write_whole
-from anysplade.head import find_head, resolve_model
-from anysplade.monitoring import Monitor
-from anysplade.objectives import check_examples, make_loss
-from anysplade.options import TrainingConfig, parse_objective
-from anysplade.provenance import provenance
-from anysplade.python_docs import PACKAGES
-from anysplade.regularization import ActiveDimsController
-from anysplade.training_data import StoredPairs, read_pairs
+from anysplade.evaluation.evaluations import data_hash, evaluate
+from anysplade.model.calibration import Calibration, sample_pairs
+from anysplade.model.encoder import build_encoder, check_model, fingerprint, has_static_queries, is_routed, masked_lm
+from anysplade.model.encoding import encode
+from anysplade.model.head import find_head, resolve_model
+from anysplade.training.batches import DistinctBatches, check_batch_size
+from anysplade.training.card import write_card
+from anysplade.training.config import TrainingConfig, parse_objective
+from anysplade.training.monitoring import Monitor
+from anysplade.training.objectives import check_examples, make_loss
+from anysplade.training.regularization import ActiveDimsController
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Pretrain the bundled backbones: ``python -m anysplade.backbones.pretrain --out DIR``.
+"""Pretrain the bundled backbones: ``python -m anysplade.model.backbones.pretrain --out DIR``.
 
 Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is
 not one of vocabulary. ``--architectures`` makes two more, for experiments: DistilBERT, wider and deeper,
@@ -38,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from anysplade.python_docs import read_docstrings
+from anysplade.data.python_docs import read_docstrings
 
 VOCABULARY = 8192
 BPE_VOCABULARY = 12_288

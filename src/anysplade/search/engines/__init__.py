@@ -11,12 +11,12 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from anysplade.engines.export import export_anserini, export_ciff
 from anysplade.errors import OptionError, without_credentials
+from anysplade.search.engines.export import export_anserini, export_ciff
 
 if TYPE_CHECKING:  # the libraries are optional
-    from anysplade.engines.opensearch import OpenSearchEngine
-    from anysplade.engines.qdrant import QdrantEngine
+    from anysplade.search.engines.opensearch import OpenSearchEngine
+    from anysplade.search.engines.qdrant import QdrantEngine
 
 __all__ = ["export_anserini", "export_ciff", "open_engine"]
 
@@ -50,10 +50,10 @@ def open_engine(address: str) -> "QdrantEngine | OpenSearchEngine":
         raise OptionError(f"{said}: Qdrant has no users; put its key into the environment as QDRANT_API_KEY")
     try:
         if kind == "qdrant":
-            from anysplade.engines.qdrant import QdrantEngine
+            from anysplade.search.engines.qdrant import QdrantEngine
 
             return QdrantEngine.at(parts.hostname, port or 6333, name, secure, os.environ.get("QDRANT_API_KEY"))
-        from anysplade.engines.opensearch import OpenSearchEngine
+        from anysplade.search.engines.opensearch import OpenSearchEngine
 
         login = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
         return OpenSearchEngine.at(parts.hostname, port or 9200, name, secure, login)

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.files import whole_folder
+from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError, OptionError, OutputError
-from anysplade.files import whole_folder
-from anysplade.records import Encoded, check_vector, is_utf8, name_terms
+from anysplade.model.encoder import name_terms
+from anysplade.search.documents import Encoded, check_vector
 
 _DOCUMENTS_A_FILE = 100_000
 _INT32 = 2**31 - 1

@@ -10,9 +10,9 @@ import numpy as np
 from opensearchpy import OpenSearch
 from opensearchpy.exceptions import ConnectionError, TransportError
 
-from anysplade.engines.sending import check_about, hashed_batches, one_line, retried, same_model
 from anysplade.errors import AnyspladeError, DataError, OptionError
-from anysplade.records import Encoded, Hit, check_filter, check_vector
+from anysplade.search.documents import Encoded, Hit, check_filter, check_vector
+from anysplade.search.engines.sending import check_about, hashed_batches, one_line, retried, same_model
 
 T = TypeVar("T")
 

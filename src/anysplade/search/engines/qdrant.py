@@ -12,9 +12,9 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from anysplade.engines.sending import check_about, hashed_batches, one_line, retried, same_model
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
-from anysplade.records import Encoded, Hit, check_filter, check_vector
+from anysplade.search.documents import Encoded, Hit, check_filter, check_vector
+from anysplade.search.engines.sending import check_about, hashed_batches, one_line, retried, same_model
 
 T = TypeVar("T")
 

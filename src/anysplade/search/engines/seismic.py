@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from anysplade.errors import OptionError
-from anysplade.records import check_vector
-from anysplade.store import Found, Store
+from anysplade.search.documents import check_vector
+from anysplade.search.store import Found, Store
 
 Vector = tuple[np.ndarray, np.ndarray]  # terms and weights, (active dims,) each
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from anysplade.errors import DataError, OptionError, OutputError, without_credentials
-from anysplade.records import Encoded, check_vector
+from anysplade.search.documents import Encoded, check_vector
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,24 @@
+"""Figures as SVG: the one place that knows how matplotlib is set."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+
+def draw(paint: Callable[[Any], None], width: float, height: float, settings: dict[str, Any] | None = None) -> str:
+    """An SVG figure of a size in inches; the same data gives the same bytes.
+
+    Args:
+        paint: draws into a ``matplotlib.figure.Figure``.
+        settings: of matplotlib, beside those of every figure here.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # A fixed salt for the ids and no date: files that did not change stay the same. Text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"} | (settings or {})):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
