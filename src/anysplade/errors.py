@@ -7,6 +7,7 @@ AnyspladeError                 something failed; exit code 1 on the command line
     ├── DataError              a file, line or column of the data is not as it must be
     ├── OptionError            an option has an impossible value
     ├── MeasureError           a measure's name is not known
+    ├── ExtraError (ImportError)  a library of an extra, such as anysplade[search], is not installed
     └── OutputError            the output folder holds something else
 
 Every message is one line: what is wrong, where, and how to mend it. None repeats a password or a token.
@@ -68,6 +69,10 @@ class DataError(UsageError):
 
 class OptionError(UsageError):
     """An option has an impossible value."""
+
+
+class ExtraError(UsageError, ImportError):
+    """A library that comes with an extra of the package is not installed."""
 
 
 class MeasureError(UsageError):

@@ -4,6 +4,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from anysplade._common.extras import extra
+
 
 def draw(paint: Callable[[Any], None], width: float, height: float, settings: dict[str, Any] | None = None) -> str:
     """An SVG figure of a size in inches; the same data gives the same bytes.
@@ -12,8 +14,9 @@ def draw(paint: Callable[[Any], None], width: float, height: float, settings: di
         paint: draws into a ``matplotlib.figure.Figure``.
         settings: of matplotlib, beside those of every figure here.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    with extra("evaluation"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     # A fixed salt for the ids and no date: files that did not change stay the same. Text stays text.
     with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"} | (settings or {})):

@@ -5,6 +5,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -215,6 +216,8 @@ def ir_dataset(name: str) -> Any:
     Raises:
         DataError: it knows the id, but its folder for data cannot be made.
     """
+    if importlib.util.find_spec("ir_datasets") is None:  # of the extra "evaluation"
+        return None
     library, fault = _ir_datasets()
     with contextlib.suppress(KeyError):
         found = library.load(name)
@@ -228,7 +231,7 @@ def ir_dataset(name: str) -> Any:
 
 def ir_names() -> list[str]:
     """The ids that ir_datasets knows."""
-    return list(_ir_datasets()[0].registry)
+    return list(_ir_datasets()[0].registry) if importlib.util.find_spec("ir_datasets") else []
 
 
 def is_hub_id(name: str) -> bool:

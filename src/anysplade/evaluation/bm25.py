@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import bm25s
 import numpy as np
-import Stemmer
+
+from anysplade._common.extras import extra
+
+with extra("evaluation"):
+    import bm25s
+    import Stemmer
 
 bm25s.logger.setLevel(logging.ERROR)  # importing it sets DEBUG
 

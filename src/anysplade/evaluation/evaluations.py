@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ir_measures
 import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
+from anysplade._common.extras import extra
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, hash_texts, load_collection
@@ -30,6 +30,9 @@ from anysplade.model.encoding import count_cut, encode, in_precision, prune, res
 from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision, Role
 from anysplade.search.exact import Postings, highest
+
+with extra("evaluation"):
+    import ir_measures
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from tqdm import tqdm
 
+from anysplade._common.extras import extra
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
@@ -354,10 +355,8 @@ def _result(made: Future[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
 
 def _run_on_ray(parts: Iterator[Part], options: Options, folder: Path, workers: int) -> Iterator[dict[str, Any]]:
     """The same on Ray Data: a row is a shard; each actor loads the model once."""
-    try:
+    with extra("ray"):
         import ray.data
-    except ImportError:
-        raise OptionError('ray is not installed; pip install "anysplade[ray]"') from None
     missing = []
     for part in parts:
         shard = _kept(part, folder)

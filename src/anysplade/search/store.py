@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import qdrant_edge as edge
 from filelock import FileLock, Timeout
 from scipy import sparse
 
+from anysplade._common.extras import extra
 from anysplade._common.files import READ_ONLY, make_folder, require_empty
 from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.search.documents import Encoded, Filter, Value, check_filter, check_vector, check_vectors
 from anysplade.search.exact import Postings
+
+with extra("search"):
+    import qdrant_edge as edge
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from anysplade.model.head import (
 from anysplade.training.config import TrainingConfig
 from anysplade.training.run import train
 
-METRICS = ("nDCG@10", "RR@10", "R@100")
+METRICS: tuple[str, ...] = ("nDCG@10", "RR@10", "R@100")
 COSTS = ("query_active_dims", "document_active_dims", "flops")
 
 # What is done to a checkpoint before the training sees it.

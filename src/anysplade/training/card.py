@@ -1,13 +1,17 @@
 """The model card's section on how a model was made, added to the card that sentence-transformers writes."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from anysplade._common.figures import draw
+from anysplade.errors import ExtraError
 from anysplade.model.head import formula
+
+logger = logging.getLogger(__name__)
 
 _BEFORE = "\n## Training Details\n"  # of sentence-transformers' card
 _FIGURE = "training.svg"
@@ -18,11 +22,17 @@ def write_card(folder: Path, result: dict[str, Any]) -> None:
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8")
     head, found, rest = card.partition(_BEFORE)
-    path.write_text(head + "\n" + _section(result) + found + rest, encoding="utf-8")
-    (folder / _FIGURE).write_text(_curves(result), encoding="utf-8")
+    try:
+        figure = _curves(result)
+    except ExtraError as error:  # training needs no matplotlib, and its result is worth more than a figure
+        logger.info("the model card has no figure: %s", error)
+        figure = None
+    path.write_text(head + "\n" + _section(result, figure is not None) + found + rest, encoding="utf-8")
+    if figure is not None:
+        (folder / _FIGURE).write_text(figure, encoding="utf-8")
 
 
-def _section(result: dict[str, Any]) -> str:
+def _section(result: dict[str, Any], figure: bool) -> str:
     config, calibration, made = result["config"], result["calibration"], result["provenance"]
     accumulated = f"{config['gradient_accumulation']} × " if config["gradient_accumulation"] > 1 else ""
     steps = f"{result['steps']:,} of {accumulated}{config['batch_size']} queries"
@@ -54,8 +64,7 @@ def _section(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     hardware = json.dumps(made["hardware"])
     lines += [
-        f"![loss and active dims over the steps]({_FIGURE})",
-        "",
+        *([f"![loss and active dims over the steps]({_FIGURE})", ""] if figure else []),
         f"Made with [anysplade](https://pypi.org/project/anysplade) by `{made['command']}`; {versions}; commit {made['commit']}; "
         f"{hardware}.",
         "Any version of sentence-transformers that has `SparseEncoder` loads it; scores are dot products.",

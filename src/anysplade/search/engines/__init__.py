@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from anysplade._common.extras import extra
 from anysplade.errors import OptionError, without_credentials
 from anysplade.search.engines.export import export_anserini, export_ciff
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # the libraries are optional
 
 __all__ = ["export_anserini", "export_ciff", "open_engine"]
 
-_LIBRARIES = {"qdrant": "qdrant_client", "opensearch": "opensearchpy"}  # by extra
 _NAME = {"qdrant": r"[A-Za-z0-9][\w.-]{0,254}", "opensearch": r"[a-z0-9][a-z0-9_.-]{0,254}"}  # what both the server and a URL take
 _EXAMPLES = "qdrant://localhost:6333/docs, opensearch://user:password@localhost:9200/docs; qdrants:// and opensearchs:// are https"
 
@@ -32,7 +32,8 @@ def open_engine(address: str) -> "QdrantEngine | OpenSearchEngine":
     ``QDRANT_API_KEY``; OpenSearch's user and password stand before the host, percent-encoded.
 
     Raises:
-        OptionError: malformed, or the engine's library is not installed.
+        OptionError: a malformed address.
+        ExtraError: the engine's library is not installed.
     """
     # No message repeats a password, nor a part of the address alone, which can be one where it is not percent-encoded.
     said = without_credentials(address) if "://" in address else "without ://"
@@ -48,16 +49,11 @@ def open_engine(address: str) -> "QdrantEngine | OpenSearchEngine":
         raise OptionError(f"{said}: not the name of a collection at its end; letters (OpenSearch: small), digits and _ . - can")
     if kind == "qdrant" and parts.username is not None:
         raise OptionError(f"{said}: Qdrant has no users; put its key into the environment as QDRANT_API_KEY")
-    try:
+    with extra(kind):
         if kind == "qdrant":
             from anysplade.search.engines.qdrant import QdrantEngine
 
             return QdrantEngine.at(parts.hostname, port or 6333, name, secure, os.environ.get("QDRANT_API_KEY"))
         from anysplade.search.engines.opensearch import OpenSearchEngine
-
-        login = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
-        return OpenSearchEngine.at(parts.hostname, port or 9200, name, secure, login)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != _LIBRARIES[kind]:
-            raise
-        raise OptionError(f'{said}: its library is not installed; pip install "anysplade[{kind}]"') from None
+    login = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
+    return OpenSearchEngine.at(parts.hostname, port or 9200, name, secure, login)

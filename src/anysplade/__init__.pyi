@@ -1,0 +1,53 @@
+"""The public names, in one list: type checkers read it, and ``__init__`` loads each name on first use."""
+
+from .data.collections import Collection as Collection
+from .data.collections import Document as Document
+from .data.collections import Pair as Pair
+from .data.collections import load_collection as load_collection
+from .data.collections import read_corpus as read_corpus
+from .data.collections import write_collection as write_collection
+from .data.pairs import load_pairs as load_pairs
+from .data.pairs import read_pairs as read_pairs
+from .errors import AnyspladeError as AnyspladeError
+from .errors import CollapseError as CollapseError
+from .errors import DataError as DataError
+from .errors import ExtraError as ExtraError
+from .errors import MeasureError as MeasureError
+from .errors import ModelError as ModelError
+from .errors import OptionError as OptionError
+from .errors import OutputError as OutputError
+from .errors import UsageError as UsageError
+from .evaluation.comparisons import Comparison as Comparison
+from .evaluation.comparisons import Evaluations as Evaluations
+from .evaluation.comparisons import compare as compare
+from .evaluation.comparisons import evaluate_all as evaluate_all
+from .evaluation.evaluations import Evaluation as Evaluation
+from .evaluation.evaluations import evaluate as evaluate
+from .model.calibration import Calibration as Calibration
+from .model.calibration import calibrate as calibrate
+from .model.encoder import load_encoder as load_encoder
+from .model.encoder import open_encoder as open_encoder
+from .model.encoding import encode as encode
+from .model.head import HeadReport as HeadReport
+from .model.head import inspect_head as inspect_head
+from .model.head import rescale_head as rescale_head
+from .search.documents import Encoded as Encoded
+from .search.documents import Hit as Hit
+from .search.documents import TermMatch as TermMatch
+from .search.engines import open_engine as open_engine
+from .search.engines.export import export_anserini as export_anserini
+from .search.engines.export import export_ciff as export_ciff
+from .search.index import Index as Index
+from .search.remote import RemoteIndex as RemoteIndex
+from .search.remote import open_index as open_index
+from .study.plan import StudyConfig as StudyConfig
+from .study.plan import StudyResult as StudyResult
+from .study.plan import run_study as run_study
+from .training.config import TrainingConfig as TrainingConfig
+from .training.mining import Mined as Mined
+from .training.mining import mine as mine
+from .training.mining import score as score
+from .training.run import TrainingResult as TrainingResult
+from .training.run import train as train
+
+__version__: str
