@@ -89,7 +89,7 @@ def evaluate_all(
 
     Raises:
         OptionError: no model or no collection among the names.
-        What ``evaluate`` raises.
+        AnyspladeError: as ``evaluate`` does.
     """
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
     models = [name for name in names if name not in collections]

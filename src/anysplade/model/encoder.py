@@ -65,7 +65,8 @@ def load_encoder(
         shift: is taken from the logits after that; ``"auto"`` likewise.
         fused: pool without ever building the (batch, length, vocabulary) logits; same results.
         bias: whether k divides the decoder's bias too; see ``rescale_head``.
-        queries, documents: the probe texts; a few dozen of the kind the model will meet.
+        queries: of the probe texts; a few dozen of the kind the model will meet.
+        documents: likewise.
         max_length: tokens a text is cut to; the tokenizer's own limit if None.
 
     Raises:

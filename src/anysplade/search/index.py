@@ -76,7 +76,9 @@ class Index:
             corpus: what ``iter_corpus`` reads, or documents by id.
             precision: of encoding; see ``anysplade.model.encoding.in_precision``. "auto" is that of the index if there is one.
             max_length: tokens a text is cut to, queries too; see ``open_encoder``. How many documents are cut is logged.
-            top_k, workers, ray: see ``anysplade.search.shards.encode_corpus``; documents in memory are encoded by this process.
+            top_k: see ``anysplade.search.shards.encode_corpus``.
+            workers: likewise; documents in memory are encoded by this process.
+            ray: likewise.
 
         Raises:
             OutputError: the folder is not empty, or holds an index made in another way, or one that ``add`` or

@@ -219,8 +219,8 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
 
     Raises:
         OutputError: another process works in the folder.
-        AnyspladeError: no cell could be run, or a worker died.
-        What ``train`` and ``evaluate`` raise, as far as it can be known before the first cell.
+        AnyspladeError: no cell could be run, or a worker died; what ``train`` and ``evaluate`` raise, as far as it can be known
+            before the first cell.
     """
     out = Path(config.output).expanduser()
     new = not out.exists()
