@@ -96,7 +96,7 @@ def main() -> None:
     arguments.add_argument("--soak", type=float, default=0, help="seconds of the soak; none if 0")
     options = arguments.parse_args()
     with Index.load(options.index) as index:
-        texts = [document.document.full_text.split() for document in index.store]
+        texts = [document.content.full_text.split() for document in index.store]
     generator = random.Random(0)
     queries = [" ".join(generator.choices(words, k=5)) for words in texts if len(words) > 5][:2000]
     code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -18,7 +18,7 @@ from anysplade.errors import AnyspladeError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.model.encoding import encode
 from anysplade.model.options import Role
-from anysplade.search.documents import Encoded, Filter, Hit, TermMatch
+from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.index import Index, explain_score
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Searcher:
             for position, score in zip(found.tolist(), scores.tolist(), strict=True):
                 document = self.index.store.find(ids[position])
                 if document is not None:
-                    hits.append(Hit(document.id, score, document.document.title, document.document.text))
+                    hits.append(Hit(document.id, score, document.content.title, document.content.text))
             return hits
 
         return await self.call(work)
@@ -174,7 +174,7 @@ class Searcher:
         def work() -> tuple[BM25, list[str]]:
             texts, ids = [], []
             for document in self.every_document(index):
-                texts.append(document.document.full_text)
+                texts.append(document.content.full_text)
                 ids.append(document.id)
             return BM25(texts), ids
 
@@ -210,7 +210,7 @@ class Searcher:
             raise error
         return cast(T, found)
 
-    def every_document(self, index: Index) -> Iterator[Encoded]:
+    def every_document(self, index: Index) -> Iterator[EncodedDocument]:
         """For work on the second thread.
 
         Raises:
