@@ -173,7 +173,7 @@ def test_the_first_negatives(tmp_path):
     assert [pair.negatives for pair in load_pairs(path, negatives=2)] == [("a", "b"), ("d", "e")]
     assert [pair.scores for pair in load_pairs(path, negatives=1)] == [(9.0, 3.0), (9.0, 1.0)]
     assert load_pairs(path, negatives=0) == [Pair("q", "p")] * 2
-    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, --negatives asks for 3"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, `negatives` asks for 3"):
         load_pairs(path, negatives=3)
 
 
@@ -205,10 +205,10 @@ def test_ids_in_a_beir_folder(folder):
 def test_ids_with_their_texts_elsewhere(folder, tmp_path):
     path = write(tmp_path / "ids.jsonl", {"query_id": "q", "doc_ids": ["d2", "d1"], "labels": [0, 1]})
     assert load_pairs(path, texts=str(folder)) == [Pair("query", "T one", ("two",), (1.0, 0.0))]
-    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; say with --texts"):
+    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; name with `texts`"):
         load_pairs(path)
     for row in ({"query_id": "q", "positive": "d1"}, {"query": "q", "positive_id": "d1"}):  # else trained on as they stand
-        with pytest.raises(DataError, match=r'ids\.jsonl:1: "(positive|query)" is \'(d1|q)\', an id of --texts; name the column'):
+        with pytest.raises(DataError, match=r'ids\.jsonl:1: "(positive|query)" is \'(d1|q)\', an id of `texts`; name the column'):
             load_pairs(write(path, row), texts=str(folder))
     write(tmp_path / "ids.csv", "query_id,positive_id", "q,d1")
     assert load_pairs(tmp_path / "ids.csv", texts=str(folder)) == [Pair("query", "T one")]

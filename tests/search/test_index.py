@@ -281,7 +281,7 @@ def test_index_and_model_that_were_moved(built, backbone, collection_folder, tmp
         index.search("kabel")
     assert f"{tmp_path / 'model'}: no such model folder" in str(said.value)
     assert f"{tmp_path / 'elsewhere' / 'model'}: no such model folder" in str(said.value)
-    assert "name it with --model" in str(said.value)
+    assert "name it with `model`" in str(said.value)
     with Index.load(tmp_path / "elsewhere" / "index", tmp_path / "mine") as index:
         assert index.search("kabel")
     with Index.load(tmp_path / "elsewhere" / "index", backbone) as index, pytest.raises(ModelError, match="changed since"):

@@ -88,7 +88,7 @@ def test_auto_is_the_precision_that_is_there(server, model, collection_folder, t
 def test_a_model_that_was_moved(server, model, collection_folder, tmp_path):
     RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work")
     model.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="name it with --model"):
+    with pytest.raises(ModelError, match="name it with `model`"):
         open_index(ADDRESS).search("kabel")
     assert open_index(ADDRESS, tmp_path / "elsewhere").search("kabel")
 

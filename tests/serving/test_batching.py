@@ -350,7 +350,7 @@ def test_a_model_that_was_moved_is_named(place, tmp_path):
     shutil.copytree(place / "model", tmp_path / "elsewhere")
     shutil.move(place / "model", place / "away")
     try:
-        with pytest.raises(ModelError, match="name it with --model"):
+        with pytest.raises(ModelError, match="name it with `model`"):
             Searcher(tmp_path / "index")
         served = Searcher(tmp_path / "index", model=tmp_path / "elsewhere")
         assert served.documents == 40

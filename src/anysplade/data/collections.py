@@ -265,7 +265,7 @@ def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict
     if path is None:
         inside = folder / "qrels"
         splits = sorted(p.name.removesuffix(".gz").removesuffix(".tsv") for p in inside.iterdir()) if inside.is_dir() else []
-        raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {', '.join(splits) or 'none'}); choose one with --split")
+        raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {', '.join(splits) or 'none'}); choose one with `split`")
     qrels: dict[str, dict[str, int]] = {}
     with lines(path) as numbered:
         for number, line in numbered:
@@ -339,7 +339,7 @@ def _hub_collection(name: str, split: str) -> Collection:
         judged = hub_dataset(name, "default", split=None)
     found = judged[split] if split in judged else next(iter(judged.values())) if len(judged) == 1 else None
     if found is None:
-        raise DataError(f"{name}: no split {split!r} (splits found: {', '.join(judged)}); choose one with --split")
+        raise DataError(f"{name}: no split {split!r} (splits found: {', '.join(judged)}); choose one with `split`")
     qrels: dict[str, dict[str, int]] = {}
     for number, row in enumerate(found, 1):
         place = f"{name}, judgement {number}"

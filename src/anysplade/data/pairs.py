@@ -162,7 +162,7 @@ def _describe(shape: tuple[int, int]) -> str:
 
 
 def _mend(negatives: int | None) -> str:
-    return "give all as many" + (", or use the first N of each with --negatives N" if negatives is None else "")
+    return "give all as many" + (", or use the first N of each with `negatives=N`" if negatives is None else "")
 
 
 # ------------------------------------------------------------------------------------ kept on disk
@@ -327,7 +327,7 @@ def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", p
         )
     count = len(negatives) if most is None else most
     if len(negatives) < count:
-        raise DataError(f"{place}: {len(negatives)} negatives, --negatives asks for {count}")
+        raise DataError(f"{place}: {len(negatives)} negatives, `negatives` asks for {count}")
     for i, positive in enumerate(positives):
         own = None if margins is None else tuple(margins[:count])
         if split[0] is not None and split[1] is not None:
@@ -346,11 +346,11 @@ def _text(value: Any, role: str, name: str, lookup: "_Lookup", place: str) -> st
     if isinstance(value, int) and not isinstance(value, bool) and lookup.given:
         return lookup.text(role, value, place)
     if not isinstance(value, str):
-        raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need --texts to be looked up in')
+        raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need `texts` to be looked up in')
     if not value.strip():
         raise DataError(f'{place}: "{name}" is an empty text; remove the row or give it one')
     if lookup.given and lookup.has(role, value):
-        raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of --texts; name the column "{_NAMES[f"{role} id"][0]}"')
+        raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of `texts`; name the column "{_NAMES[f"{role} id"][0]}"')
     return whole_characters(value)
 
 
@@ -388,7 +388,7 @@ class _Lookup:
     def text(self, role: str, id_: Any, place: str) -> str:
         texts = self._open()
         if texts is None:
-            raise DataError(f"{place}: the row has ids; say with --texts where their texts are")
+            raise DataError(f"{place}: the row has ids; name with `texts` where their texts are")
         what = "query" if role == "query" else "document"
         try:
             text = (texts.queries if role == "query" else texts.documents)[str(id_)]

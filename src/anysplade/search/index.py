@@ -358,10 +358,10 @@ def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Pa
         changed.append(source)
     if changed:
         raise ModelError(
-            f"{', '.join(changed)}: the model changed since {where} was built; build the index again, or name that model with "
-            "--model"
+            f"{', '.join(changed)}: the model changed since {where} was built; build the index again, or name the "
+            "place of the old model with `model`"
         )
-    raise ModelError(f"{where}: its model is not there; name it with --model ({'; '.join(missing)})")
+    raise ModelError(f"{where}: its model is not there; name it with `model` ({'; '.join(missing)})")
 
 
 def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
@@ -381,9 +381,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{folder}: no index there (index.json is missing); build one with: anysplade index MODEL CORPUS --out {folder}"
-        ) from None
+        raise DataError(f"{folder}: no index there (index.json is missing); build one first") from None
     except OSError as error:
         raise DataError(f"{folder}: cannot be read here (index.json: {error.strerror}); allow it, or copy it") from error
     except ValueError as error:
@@ -408,6 +406,6 @@ def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     different = [name for name in asked if name not in same and name != "model_beside"]
     if different:
         raise OutputError(
-            f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name a new one with --out"
+            f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name another `output`"
         )
     return about

@@ -134,7 +134,7 @@ class RemoteIndex:
         if self._about is None:
             about = self.engine.about()
             if not about:
-                raise DataError(f"{self.address}: does not say which model its vectors are of; build it with anysplade index --to")
+                raise DataError(f"{self.address}: does not say which model its vectors are from; build it with anysplade")
             self._about = about
         return self._about
 
@@ -162,7 +162,7 @@ class RemoteIndex:
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         if exact:
-            raise OptionError("exact search needs the vectors on this machine; build an index with --out")
+            raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
         vector = encode(self.encoder, [query], "query")
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
