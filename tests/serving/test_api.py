@@ -168,9 +168,11 @@ def test_head_requests(client):
 def test_metrics(client):
     client.post("/search", json={"query": "kabel"})
     client.get("/a-path-of-someone-else")
+    client.get("/static/page.js")
     text = client.get("/metrics").text
     assert 'anysplade_requests_total{path="/search",status="200"} 1.0' in text
     assert 'anysplade_requests_total{path="other",status="404"} 1.0' in text
+    assert 'anysplade_requests_total{path="/static/page.js",status="200"} 1.0' in text
     assert "anysplade_documents 42.0" in text
     assert "anysplade_batch_size_count" in text
 

@@ -112,16 +112,14 @@ def errors(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": text} for status, text in descriptions.items()}
 
 
-_POST_ERRORS = errors(
-    {
-        400: "the body is not JSON or not UTF-8",
-        408: f"the body did not arrive within {_BODY_SECONDS} seconds",
-        413: f"the body is larger than {MAX_BODY:,} bytes",
-        415: "the content type is not application/json",
-        422: "a field is missing, unknown or invalid",
-        503: "too many requests are waiting, try again in a moment; or the server is stopping",
-    }
-)
+_POST_ERRORS = {
+    400: "the body is not JSON or not UTF-8",
+    408: f"the body did not arrive within {_BODY_SECONDS} seconds",
+    413: f"the body is larger than {MAX_BODY:,} bytes",
+    415: "the content type is not application/json",
+    422: "a field is missing, unknown or invalid",
+    503: "too many requests are waiting, try again in a moment; or the server is stopping",
+}
 
 
 class ASCIIResponse(JSONResponse):
@@ -155,12 +153,11 @@ class _JSONRequest(Request):
     """A request with a JSON body. FastAPI by itself sets no limits, accepts NaN, and answers an empty body with 422."""
 
     async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise HTTPException(415, "send the body as application/json")
-            self._body = await read_body(self)
-            if not self._body:
-                raise HTTPException(400, "the body is empty; send JSON")
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "send the body as application/json")
+        self._body = await read_body(self)  # Starlette's own name for it: the stream can be read once
+        if not self._body:
+            raise HTTPException(400, "the body is empty; send JSON")
         return self._body
 
     async def json(self) -> Any:
@@ -197,14 +194,14 @@ CurrentSearcher = Annotated[Searcher, Depends(_get_searcher)]
 router = APIRouter(route_class=_JSONRoute)
 
 
-@router.post("/search", response_model=SearchResponse, responses=_POST_ERRORS)
+@router.post("/search", response_model=SearchResponse, responses=errors(_POST_ERRORS))
 async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     """The best documents for a query: scores above 0, best first."""
     hits = await searcher.search(body.query, body.k, body.explain, body.filter)
     return ASCIIResponse({"query": body.query, "hits": [hit.to_dict() for hit in hits]})
 
 
-@router.post("/encode", response_model=EncodeResponse, responses=_POST_ERRORS)
+@router.post("/encode", response_model=EncodeResponse, responses=errors(_POST_ERRORS))
 async def encode(searcher: CurrentSearcher, body: EncodeRequest) -> Response:
     """Sparse vectors of texts: a weight by term."""
     rows = await searcher.encode(body.texts, body.role)
@@ -212,7 +209,7 @@ async def encode(searcher: CurrentSearcher, body: EncodeRequest) -> Response:
     return ASCIIResponse({"vectors": vectors})
 
 
-@router.post("/explain", response_model=ExplainResponse, responses=_POST_ERRORS | errors({404: "there is no such document"}))
+@router.post("/explain", response_model=ExplainResponse, responses=errors(_POST_ERRORS | {404: "there is no such document"}))
 async def explain(searcher: CurrentSearcher, body: ExplainRequest) -> Response:
     """The terms that add up to the score of a document for a query."""
     terms = await searcher.explain(body.query, body.id)

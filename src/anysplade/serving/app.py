@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
@@ -32,7 +33,13 @@ logger = logging.getLogger(__name__)
 
 _CONNECTIONS = 1000
 _STOP_SECONDS = 10  # for running requests when the server stops
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
+_STATIC = Path(__file__).with_name("static")
+_PATHS = {
+    "/openapi.json",
+    *(f"/static/{file.name}" for file in _STATIC.iterdir()),
+    *(route.path for route in (*api.router.routes, *pages.router.routes) if isinstance(route, APIRoute)),
+}
 _HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
      b"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"),
@@ -49,8 +56,8 @@ def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str
     Args:
         searcher: the index, not started.
         token: what every request must send, as a bearer token or, from the pages, as a cookie.
-        hosts: host names that requests may use; None for any. Others are refused, so that a web page elsewhere cannot reach
-            the server through a name that it lets point here (DNS rebinding).
+        hosts: host names that requests may use, IPv6 addresses in brackets; None for any. Others are refused: a web page
+            elsewhere could let its own name point here, to read the responses (DNS rebinding).
     """
 
     @contextlib.asynccontextmanager
@@ -72,9 +79,9 @@ def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str
     app.state.searcher, app.state.token, app.state.registry = searcher, token, registry
     app.include_router(api.router)
     app.include_router(pages.router)
-    app.mount("/static", StaticFiles(packages=[("anysplade.serving", "static")]))
+    app.mount("/static", StaticFiles(directory=_STATIC))
     if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[f"[{host}]" if ":" in host else host for host in hosts])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(_OuterMiddleware, token=token, registry=registry)  # added last: it runs first
     for error in (HTTPException, RequestValidationError, AnyspladeError):
         app.add_exception_handler(error, _error_response)
@@ -148,7 +155,7 @@ class _OuterMiddleware:
             if status is None:
                 await ASCIIResponse({"error": "the server is stopping"}, 503)(scope, receive, send_with_headers)
         finally:
-            path = getattr(scope.get("route"), "path", "other")  # set by the router; paths of clients would grow without bound
+            path = scope["path"] if scope["path"] in _PATHS else "other"  # or clients could add metrics without bound
             self.requests.labels(path, str(status or 500)).inc()
             self.seconds.labels(path).observe(time.perf_counter() - start)
 
@@ -174,12 +181,10 @@ class Served:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    ipv6 = ":" in host
-    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    dualstack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4 too
     try:
-        listener = socket.create_server(
-            (host, port), family=family, backlog=_CONNECTIONS, dualstack_ipv6=ipv6 and socket.has_dualstack_ipv6()
-        )
+        listener = socket.create_server((host, port), family=family, backlog=_CONNECTIONS, dualstack_ipv6=dualstack)
     except OSError as error:
         raise OptionError(f"host {host}, port {port}: {error.strerror or error}; choose another port or host") from error
     # For connections too. asyncio would leave Nagle's algorithm on: responses wait 40 ms for the client's acknowledgement.
@@ -210,14 +215,14 @@ def serve(
         OptionError: a host that needs a token and has none, a token that can be guessed, or a port that is in use.
         DataError, ModelError: as ``Index.load`` and loading the model raise them.
     """
-    if host not in _LOOPBACK and not token:
+    name = f"[{host}]" if ":" in host else host
+    if name not in _LOOPBACK and not token:
         raise OptionError(f"host {host}: other machines can reach this address; set a token, which every request must send")
     if token is not None and (len(token) < 16 or not token.isascii()):
         raise OptionError("the token can be guessed; it needs at least 16 ASCII characters")
     with _listen(host, port) as listener:
         searcher = Searcher(index, beside, model)
-        app = create_app(searcher, token, _LOOPBACK if host in _LOOPBACK else None)
-        name = f"[{host}]" if ":" in host else host
+        app = create_app(searcher, token, _LOOPBACK if name in _LOOPBACK else None)
         address = f"http://{name}:{listener.getsockname()[1]}"
         logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, searcher.documents, address)
         config = uvicorn.Config(

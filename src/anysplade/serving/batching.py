@@ -155,8 +155,7 @@ class Searcher:
     async def search_beside(self, query: str, k: int) -> list[Hit]:
         """Hits of the other index, or of BM25 over the texts of this index."""
         if self.other is not None:
-            other = self.other
-            return await self.run(lambda: other.search(query, k, explain=True))
+            return await self.run(partial(self.other.search, query, k, explain=True))
         bm25, ids = await self.cached("bm25", self._build_bm25)
 
         def work() -> list[Hit]:
@@ -243,12 +242,10 @@ class Searcher:
             if failure is not None:
                 results = [(None, failure)] * len(jobs)
             for job, (value, error) in zip(jobs, results, strict=True):
-                if job.future.done():
-                    continue
-                if error is None:
-                    job.future.set_result(value)
-                else:
+                if error is not None and not job.future.done():
                     job.future.set_exception(error)
+                elif not job.future.done():
+                    job.future.set_result(value)
 
     def _run_batch(self, jobs: Sequence[_Job]) -> list[_Result]:
         self.on_batch(len(jobs))
