@@ -272,7 +272,7 @@ def test_searches_are_answered_while_the_whole_index_is_read(place, monkeypatch)
         return hits, await asyncio.gather(*pending[1:]), await searcher.search_beside("kabel", 3)
 
     hits, beside, after = within(use(place / "index", both, "bm25"))
-    assert [len(found) for found in hits] == [3, 3, 3]
+    assert [len(result) for result in hits] == [3, 3, 3]
     assert beside == [after] * 3
     assert len(passes) == 1
 

@@ -102,7 +102,7 @@ class HealthResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """One line: what is wrong."""
+    """The reason of an error, in one line."""
 
     error: str
 

@@ -277,7 +277,7 @@ class Searcher:
         return status.st_ino, status.st_mtime_ns
 
     def _reload(self) -> None:
-        """Open the index anew if it was rebuilt; until the new one is complete, the old one stays in use."""
+        """Open the index again if it was rebuilt; until the new one is complete, the old one stays in use."""
         version = self._read_version()
         if version is None or version == self._version:
             return
