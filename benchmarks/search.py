@@ -22,7 +22,7 @@ import torch
 from scipy import sparse
 
 from anysplade.data.collections import Document
-from anysplade.search.documents import Encoded
+from anysplade.search.documents import EncodedDocument
 from anysplade.search.exact import Postings
 from anysplade.search.store import Store
 from harness import finish, parser, summary
@@ -88,7 +88,7 @@ def build_store(folder: Path, documents: sparse.csr_matrix) -> Store:
     def encoded() -> Any:
         for i in range(documents.shape[0]):
             row = slice(documents.indptr[i], documents.indptr[i + 1])
-            yield Encoded(f"document-{i}", Document("", TEXT), documents.indices[row], documents.data[row])
+            yield EncodedDocument(f"document-{i}", Document("", TEXT), documents.indices[row], documents.data[row])
 
     store.put(encoded())
     store.optimize()

@@ -1,7 +1,7 @@
 """Load on a server over loopback: latency at several numbers of clients, batching, overload, and memory over a soak.
 
-Starts `anysplade serve INDEX` and asks POST /search from threads of another process, each with a connection of its own
-that it keeps. One at a time is what a single client gets.
+Starts `anysplade serve INDEX` and sends POST /search from the threads of another process; each thread keeps one connection and
+sends one request at a time.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from anysplade import Index
 from harness import finish, parser
 
 
-def ask(port: int, queries: list[str], seconds: float, clients: int, offset: int, out: Any) -> None:
-    """Latencies and statuses of so many clients, for so long."""
+def send_requests(port: int, queries: list[str], seconds: float, clients: int, offset: int, out: Any) -> None:
+    """Send requests from a number of clients for some seconds; puts latencies (seconds) and counts by status into ``out``."""
     latencies: list[float] = []
     statuses: dict[int, int] = {}
     lock = threading.Lock()
@@ -31,19 +31,19 @@ def ask(port: int, queries: list[str], seconds: float, clients: int, offset: int
     def client(seed: int) -> None:
         generator = random.Random(seed)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        mine: list[float] = []
-        seen: dict[int, int] = {}
+        own_latencies: list[float] = []
+        own_statuses: dict[int, int] = {}
         while time.perf_counter() < end:
             body = json.dumps({"query": generator.choice(queries), "k": 10})
             start = time.perf_counter()
             connection.request("POST", "/search", body, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            answer.read()
-            mine.append(time.perf_counter() - start)
-            seen[answer.status] = seen.get(answer.status, 0) + 1
+            response = connection.getresponse()
+            response.read()
+            own_latencies.append(time.perf_counter() - start)
+            own_statuses[response.status] = own_statuses.get(response.status, 0) + 1
         with lock:
-            latencies.extend(mine)
-            for status, count in seen.items():
+            latencies.extend(own_latencies)
+            for status, count in own_statuses.items():
                 statuses[status] = statuses.get(status, 0) + count
 
     threads = [threading.Thread(target=client, args=(offset + i,)) for i in range(clients)]
@@ -57,7 +57,7 @@ def ask(port: int, queries: list[str], seconds: float, clients: int, offset: int
 def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     out: Any = context.Queue()
-    process = context.Process(target=ask, args=(port, queries, seconds, clients, clients, out))
+    process = context.Process(target=send_requests, args=(port, queries, seconds, clients, clients, out))
     process.start()
     latencies, statuses = out.get()
     process.join()
@@ -73,7 +73,7 @@ def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[st
 
 
 def memory(pid: int) -> float:
-    """MiB that a process holds."""
+    """Resident memory of a process in MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -81,7 +81,7 @@ def memory(pid: int) -> float:
 
 
 def soak(process: "subprocess.Popen[str]", port: int, queries: list[str], seconds: float) -> list[float]:
-    """Memory, sampled, while eight clients ask."""
+    """Memory in MiB, ten samples, under the load of eight clients."""
     samples: list[float] = []
     for _ in range(10):
         load(port, queries, seconds / 10, 8)
@@ -92,11 +92,11 @@ def soak(process: "subprocess.Popen[str]", port: int, queries: list[str], second
 def main() -> None:
     arguments: argparse.ArgumentParser = parser(__doc__)
     arguments.add_argument("--index", type=Path, required=True)
-    arguments.add_argument("--seconds", type=float, default=15, help="of each round of load")
-    arguments.add_argument("--soak", type=float, default=0, help="seconds of the soak; none if 0")
+    arguments.add_argument("--seconds", type=float, default=15, help="length of a round")
+    arguments.add_argument("--soak", type=float, default=0, help="length of the soak in seconds; 0 for none")
     options = arguments.parse_args()
     with Index.load(options.index) as index:
-        texts = [document.document.full_text.split() for document in index.store]
+        texts = [document.content.full_text.split() for document in index.store]
     generator = random.Random(0)
     queries = [" ".join(generator.choices(words, k=5)) for words in texts if len(words) > 5][:2000]
     code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -104,13 +104,16 @@ def main() -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        port = next(int(found[1]) for line in process.stderr if (found := re.search(r"127\.0\.0\.1:(\d+)", line)))
+        port = next(int(match[1]) for line in process.stderr if (match := re.search(r"127\.0\.0\.1:(\d+)", line)))
         load(port, queries, 3, 1)
         rounds: dict[str, list[dict[str, Any]]] = {"1": [], "8": [], "64": []}
         for _ in range(options.rounds):
-            for clients, found in rounds.items():
-                found.append(load(port, queries, options.seconds, int(clients)))
-        best = {clients: sorted(found, key=lambda f: f["queries_per_second"])[len(found) // 2] for clients, found in rounds.items()}
+            for clients, results in rounds.items():
+                results.append(load(port, queries, options.seconds, int(clients)))
+        medians = {
+            clients: sorted(results, key=lambda result: result["queries_per_second"])[len(results) // 2]
+            for clients, results in rounds.items()
+        }
         overload = load(port, queries, options.seconds, 600)
         after = load(port, queries, 3, 1)
         finish(
@@ -118,8 +121,8 @@ def main() -> None:
             options,
             {
                 "documents": len(texts),
-                "load": best,
-                "eight_over_one": best["8"]["queries_per_second"] / best["1"]["queries_per_second"],
+                "load": medians,
+                "eight_over_one": medians["8"]["queries_per_second"] / medians["1"]["queries_per_second"],
                 "overload": overload,
                 "after_overload": after,
                 "soak_mib": soak(process, port, queries, options.soak) if options.soak else None,

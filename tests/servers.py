@@ -1,8 +1,10 @@
 """A server that runs in a thread, for tests that need real sockets."""
 
 import contextlib
+import http.client
 import threading
 import time
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -26,3 +28,12 @@ def running(index, beside=None, **options):
         server.should_exit = True
         thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def http_get(address, path):
+    """Status and body of a GET request."""
+    place = urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.read()

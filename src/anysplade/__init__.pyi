@@ -31,7 +31,7 @@ from .model.encoding import encode as encode
 from .model.head import HeadReport as HeadReport
 from .model.head import inspect_head as inspect_head
 from .model.head import rescale_head as rescale_head
-from .search.documents import Encoded as Encoded
+from .search.documents import EncodedDocument as EncodedDocument
 from .search.documents import Hit as Hit
 from .search.documents import TermMatch as TermMatch
 from .search.engines import open_engine as open_engine

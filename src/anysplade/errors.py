@@ -14,7 +14,6 @@ Every message is one line: what is wrong, where, and how to mend it. None repeat
 """
 
 import re
-from pathlib import Path
 
 # An engine's address is anysplade's own, so that all up to its last @ is a login, whatever stands there unescaped. Of other
 # URLs it is what stands before the host, which ends at the first slash unless a password follows: paths can hold an @ too.
@@ -43,11 +42,11 @@ class AnyspladeError(Exception):
         super().__init__(*(without_credentials(arg) if isinstance(arg, str) else arg for arg in args))
 
 
-def worker_died(folder: Path) -> AnyspladeError:
-    """What to raise for a ``BrokenProcessPool`` whose finished work is kept in a folder."""
+def worker_died(where: object) -> AnyspladeError:
+    """The error for a ``BrokenProcessPool`` whose finished work is kept."""
     return AnyspladeError(
-        f"{folder}: a worker died; if it said nothing above, most likely for want of memory: run the same command with fewer "
-        "--workers, it goes on"
+        f"{where}: a worker process died; if it printed nothing above, most likely for want of memory: run the same again with "
+        "fewer `workers`, and it continues"
     )
 
 

@@ -15,7 +15,9 @@ from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
 from anysplade import Document, Index, TrainingConfig
-from anysplade.cli import _config_file, app, main
+from anysplade.cli import app, main
+from anysplade.cli.app import _as_typed
+from anysplade.cli.config import config_file
 from processes import drop_privileges, run_command
 from tiny import make_backbone, make_lexical
 
@@ -244,7 +246,7 @@ def test_options_from_a_file_and_flags_that_win(suffix, backbone, collection_fol
 
 def parsed_config(*arguments):
     """What ``train`` would be called with."""
-    app.config = _config_file(["train", *arguments])
+    app.config = config_file(["train", *arguments])
     _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
     return bound.args[0] if bound.args else bound.kwargs["options"]
 
@@ -431,4 +433,14 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     assert said.returncode == 2
     assert said.stderr == (
         f"anysplade: {tmp_path}/locked/out: cannot be written: Permission denied; name another place, or make this one writable\n"
+    )
+
+
+def test_options_are_named_as_they_are_typed(call, backbone, collection_folder, tmp_path):
+    """The library says `top_k`; the command line says --top-k."""
+    code, _, err = call("index", backbone, collection_folder, "--out", tmp_path / "index", "--top-k", 0)
+    assert code == 2
+    assert "top_k 0" in err
+    assert _as_typed("lower `batch_size=16` or `max_length`, in another `output` than `data`") == (
+        "lower --batch-size 16 or --max-length, in another --out than DATA"
     )

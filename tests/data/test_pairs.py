@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+import shutil
 
 import pandas
 import pytest
@@ -172,7 +173,7 @@ def test_the_first_negatives(tmp_path):
     assert [pair.negatives for pair in load_pairs(path, negatives=2)] == [("a", "b"), ("d", "e")]
     assert [pair.scores for pair in load_pairs(path, negatives=1)] == [(9.0, 3.0), (9.0, 1.0)]
     assert load_pairs(path, negatives=0) == [Pair("q", "p")] * 2
-    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, --negatives asks for 3"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, `negatives` asks for 3"):
         load_pairs(path, negatives=3)
 
 
@@ -204,10 +205,10 @@ def test_ids_in_a_beir_folder(folder):
 def test_ids_with_their_texts_elsewhere(folder, tmp_path):
     path = write(tmp_path / "ids.jsonl", {"query_id": "q", "doc_ids": ["d2", "d1"], "labels": [0, 1]})
     assert load_pairs(path, texts=str(folder)) == [Pair("query", "T one", ("two",), (1.0, 0.0))]
-    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; say with --texts"):
+    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; name with `texts`"):
         load_pairs(path)
     for row in ({"query_id": "q", "positive": "d1"}, {"query": "q", "positive_id": "d1"}):  # else trained on as they stand
-        with pytest.raises(DataError, match=r'ids\.jsonl:1: "(positive|query)" is \'(d1|q)\', an id of --texts; name the column'):
+        with pytest.raises(DataError, match=r'ids\.jsonl:1: "(positive|query)" is \'(d1|q)\', an id of `texts`; name the column'):
             load_pairs(write(path, row), texts=str(folder))
     write(tmp_path / "ids.csv", "query_id,positive_id", "q,d1")
     assert load_pairs(tmp_path / "ids.csv", texts=str(folder)) == [Pair("query", "T one")]
@@ -241,6 +242,7 @@ def test_a_dataset_repository(tmp_path):
 def registered():
     docs, queries = Docs([(f"d{i}", f"text {i}") for i in range(3)]), Queries({"q": "the query"})
     register("anysplade-test", docs)
+    register("anysplade-bare", docs)
     register("anysplade-test/train", docs, queries, Qrels({"q": {"d0": 1, "d1": 0}}))
     register("anysplade-test/train/triples", docs, queries, Triples([("q", "d0", "d2")]))
 
@@ -250,8 +252,32 @@ def test_ir_datasets_judgements_and_triples(tmp_path):
     assert load_pairs("anysplade-test/train/triples") == [Pair("the query", "text 0", ("text 2",))]
     path = write(tmp_path / "ids.jsonl", {"query_id": "q", "positive_id": "d1"})
     assert load_pairs(path, texts="anysplade-test/train") == [Pair("the query", "text 1")]
+    assert load_pairs("anysplade-test") == load_pairs("anysplade-test/train")  # as a collection's id works without its /test
     with pytest.raises(DataError, match="neither triples nor judgements"):
-        load_pairs("anysplade-test")
+        load_pairs("anysplade-bare")
+
+
+def test_what_can_be_evaluated_can_be_trained_on(collection_folder, tmp_path):
+    """A zip archive, TREC's files and a collection of the hub, each with its judgements or its pairs."""
+    pairs = load_pairs(collection_folder)
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", collection_folder.parent, collection_folder.name)
+    assert load_pairs(archive) == pairs
+    ids = write(tmp_path / "ids.jsonl", {"query_id": "q0", "positive_id": "d0"})
+    assert load_pairs(ids, texts=archive) == load_pairs(ids, texts=str(collection_folder))
+    folder = tmp_path / "trec"
+    folder.mkdir()
+    (folder / "docs.tsv").write_text("a\tfirst text\nb\tsecond text\n")
+    (folder / "topics.tsv").write_text("1\tthe query\n")
+    (folder / "qrels.train.txt").write_text("1 0 a 1\n1 0 b 0\n")
+    assert load_pairs(folder) == [Pair("the query", "first text")]
+    tables = {
+        "queries": [{"_id": "q", "text": "query"}],
+        "corpus": [{"_id": "a", "text": "p", "title": "T"}],
+        "default": [{"query-id": "q", "corpus-id": "a", "score": 1}],
+    }
+    make_repository(tmp_path / "hub", tables)
+    assert load_pairs(f"{tmp_path / 'hub'}:default", texts=str(tmp_path / "hub")) == [Pair("query", "T p")]
+    assert load_pairs(f"{tmp_path / 'hub'}:default") == [Pair("query", "T p")]
 
 
 def test_examples_on_disk_are_the_examples(tmp_path):

@@ -15,7 +15,7 @@ from scipy import sparse
 from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.search import remote
-from anysplade.search.documents import Encoded, Hit
+from anysplade.search.documents import EncodedDocument, Hit
 from anysplade.search.engines import export_anserini, export_ciff, open_engine, sending
 from anysplade.search.engines.opensearch import OpenSearchEngine
 from anysplade.search.engines.qdrant import QdrantEngine
@@ -27,7 +27,7 @@ VOCABULARY = 250_002
 
 
 def encoded(id_, terms, weights, title="", text="", metadata=None):
-    return Encoded(id_, Document(title, text, metadata), np.array(terms, np.int32), np.array(weights, np.float32))
+    return EncodedDocument(id_, Document(title, text, metadata), np.array(terms, np.int32), np.array(weights, np.float32))
 
 
 def from_rows(matrix, **fields):
@@ -117,8 +117,8 @@ def test_upload_sends_what_is_new_or_changed(engine):
     weights = documents[3].weights.copy()
     weights[0] *= 2
     changes = {
-        1: documents[1]._replace(document=documents[1].document._replace(text="other")),
-        2: documents[2]._replace(document=documents[2].document._replace(metadata=None)),
+        1: documents[1]._replace(content=documents[1].content._replace(text="other")),
+        2: documents[2]._replace(content=documents[2].content._replace(metadata=None)),
         3: documents[3]._replace(weights=weights),
     }
     documents = [changes.get(i, document) for i, document in enumerate(documents)]
@@ -161,7 +161,7 @@ def test_search_is_the_dot_product(engine):
         # No document that was left out is better than the last one found, by more than the error.
         assert np.delete(exact, found).max() <= exact[found].min() * (1 + 2 * error)
         assert hits[0] == Hit(
-            f"d{found[0]}", hits[0].score, f"title {found[0]}", f"text {found[0]}", documents[found[0]].document.metadata
+            f"d{found[0]}", hits[0].score, f"title {found[0]}", f"text {found[0]}", documents[found[0]].content.metadata
         )
 
 
@@ -255,7 +255,7 @@ def test_any_text_is_an_id(engine):
     ],
 )
 def test_malformed_vectors_are_refused_before_they_are_sent(engine, terms, weights):
-    bad = Encoded("bad one", Document("", ""), np.array(terms), np.array(weights))
+    bad = EncodedDocument("bad one", Document("", ""), np.array(terms), np.array(weights))
     with pytest.raises(DataError, match="'bad one'") as error:
         engine.upload([encoded("good", [1], [1]), bad])
     assert "\n" not in str(error.value)

@@ -49,7 +49,7 @@ class Corpus:
 
 
 def contents(index):
-    return {document.id: document.document.text for document in index.store}
+    return {document.id: document.content.text for document in index.store}
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,7 +123,7 @@ def test_mistakes(built, backbone, collection_folder, tmp_path):
 
 def test_a_second_call_does_nothing_twice(built, collection_folder, tmp_path, monkeypatch):
     built.close()
-    monkeypatch.setattr("anysplade.search.index.encode_corpus", None)
+    monkeypatch.setattr("anysplade.search.index.encode_documents", None)
     assert len(Index.build(tmp_path / "model", collection_folder, tmp_path / "index")) == 40
 
 
@@ -134,7 +134,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert first.changes == Changes(8, 0, 0)
         vectors = {document.id: document.terms.tolist() for document in first.store}
     encoded = []
-    monkeypatch.setattr("anysplade.search.shards.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    monkeypatch.setattr("anysplade.search.build.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
     texts = {"new": "kabel"} | texts | {"d3": "lodan mifil", "newer": "kabel"}
     del texts["d5"], texts["d6"]
     corpus.write(texts)
@@ -150,7 +150,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert second.about["updated"] | {"provenance": None} == second.changes._asdict() | {"provenance": None}
         assert not (tmp_path / "index" / "update").exists()
     corpus.write(dict(list(texts.items())[1:]))  # something is deleted only: the model is not needed
-    monkeypatch.setattr("anysplade.search.shards.open_encoder", None)
+    monkeypatch.setattr("anysplade.search.build.open_encoder", None)
     assert Index.build(backbone, corpus.path, tmp_path / "index").changes == Changes(0, 0, 1)
 
 
@@ -159,7 +159,7 @@ def test_an_unchanged_corpus_changes_nothing(backbone, corpus, tmp_path, monkeyp
     Index.build(backbone, corpus.path, tmp_path / "index").close()
     before = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file() and path.parts[-2] != "engine"}
     made = (tmp_path / "index" / "index.json").stat().st_mtime_ns
-    monkeypatch.setattr("anysplade.search.shards.open_encoder", None)
+    monkeypatch.setattr("anysplade.search.build.open_encoder", None)
     monkeypatch.chdir(tmp_path)
     with Index.build(backbone, "corpus.jsonl", "index", precision="auto") as again:  # the same places, in other words
         assert again.changes == Changes(0, 0, 0)
@@ -196,14 +196,14 @@ def test_what_was_changed_by_hand_is_not_undone(change, backbone, corpus, tmp_pa
 
 def test_an_interrupted_build_of_a_corpus_that_changed(backbone, corpus, tmp_path, monkeypatch):
     """What was taken in before the interruption is not what the corpus says now."""
-    monkeypatch.setattr("anysplade.search.shards._SIZE", 2)
+    monkeypatch.setattr("anysplade.search.build.PART", 2)
     put = anysplade.search.index.Store.put
     corpus.write({"a": "kabel", "b": "lodan", "c": "mifil", "d": "nugor"})
 
-    def stop_at_the_second(store, documents, number=None, **options):
-        if number == 1:
+    def stop_at_the_second(store, documents, **options):
+        if len(store):
             raise KeyboardInterrupt
-        put(store, documents, number, **options)
+        put(store, documents, **options)
 
     monkeypatch.setattr("anysplade.search.index.Store.put", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -245,7 +245,7 @@ def test_precision_is_what_was_done(backbone, corpus, tmp_path, monkeypatch):
             assert index.about["precision"] == "bfloat16"
             for word in WORDS[:3]:
                 index.add({word: Document("", word)})
-            assert len(copies) == (1 if folder == "memory" else 2)  # of this process's encoder, and of the one that built
+            assert len(copies) == 1
             weights = torch.tensor(np.concatenate([document.weights for document in index.store]))
             assert torch.equal(weights, weights.bfloat16().float())
 
@@ -281,7 +281,7 @@ def test_index_and_model_that_were_moved(built, backbone, collection_folder, tmp
         index.search("kabel")
     assert f"{tmp_path / 'model'}: no such model folder" in str(said.value)
     assert f"{tmp_path / 'elsewhere' / 'model'}: no such model folder" in str(said.value)
-    assert "name it with --model" in str(said.value)
+    assert "name it with `model`" in str(said.value)
     with Index.load(tmp_path / "elsewhere" / "index", tmp_path / "mine") as index:
         assert index.search("kabel")
     with Index.load(tmp_path / "elsewhere" / "index", backbone) as index, pytest.raises(ModelError, match="changed since"):
@@ -373,11 +373,11 @@ def test_top_k_is_kept_and_said(backbone, collection_folder, tmp_path):
 
 
 def _build(model, corpus, output):
-    import anysplade.search.shards
+    import anysplade.search.build
 
-    anysplade.search.shards._SIZE = 500
+    anysplade.search.build.PART = 500
     # Vectors of the words themselves: what is tested is the indexing, not the model.
-    anysplade.search.shards.encode = _words
+    anysplade.search.build.encode = _words
     Index.build(model, corpus, output)
 
 
@@ -430,10 +430,10 @@ def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
 
 
 def _update(model, corpus, output):
-    import anysplade.search.shards
+    import anysplade.search.build
 
-    anysplade.search.shards._SIZE = anysplade.search.index.BATCH = anysplade.search.store.BATCH = 50
-    anysplade.search.shards.encode = _words
+    anysplade.search.build.PART = anysplade.search.index.BATCH = anysplade.search.store.BATCH = 50
+    anysplade.search.build.encode = _words
     Index.build(model, corpus, output)
 
 
@@ -484,18 +484,18 @@ def test_a_failed_build_leaves_nothing(backbone, tmp_path):
 
 
 def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("anysplade.search.shards._SIZE", 2)
+    monkeypatch.setattr("anysplade.search.build.PART", 2)
+    monkeypatch.setattr("anysplade.search.store.BATCH", 2)
     good = [json.dumps({"_id": f"d{i}", "text": "kabel"}) for i in range(5)]
     (tmp_path / "corpus.jsonl").write_text("\n".join([*good, "{"]))
     with pytest.raises(DataError, match=r"corpus\.jsonl:6"):
         Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index")
-    first = tmp_path / "index" / "shards" / "000000.npz"
-    made = first.stat().st_mtime_ns
     (tmp_path / "corpus.jsonl").write_text("\n".join(good))
-    monkeypatch.setattr("anysplade.search.index.shutil.rmtree", lambda *_, **__: None)  # to look at the shards afterwards
+    encoded = []
+    monkeypatch.setattr("anysplade.search.build.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
     with Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index") as index:
-        assert len(index) == 5
-    assert first.stat().st_mtime_ns == made
+        assert [document.id for document in index.store] == [f"d{i}" for i in range(5)]
+    assert encoded == ["d4"]
 
 
 def test_what_is_added_has_the_precision_of_the_index(backbone, tmp_path):

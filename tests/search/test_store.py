@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import anysplade.search.store
 from anysplade import AnyspladeError, DataError, Document, OptionError, OutputError
-from anysplade.search.documents import Encoded
+from anysplade.search.documents import EncodedDocument
 from anysplade.search.store import Store
 from processes import drop_privileges
 
@@ -24,7 +24,9 @@ IDS = ["", "a", "b c", "ü/..\\x00", "😀", "-1", "9" * 5000, "\udc80"]
 
 def encoded(id_, vector, text="", metadata=None):
     terms = np.array(sorted(vector), np.int32)
-    return Encoded(id_, Document("", text, metadata), terms, np.array([vector[term] for term in terms.tolist()], np.float32))
+    return EncodedDocument(
+        id_, Document("", text, metadata), terms, np.array([vector[term] for term in terms.tolist()], np.float32)
+    )
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ class AgainstADictionary(RuleBasedStateMachine):
     def holds_what_was_put(self):
         assert len(self.store) == len(self.held)
         assert {
-            document.id: (dict(zip(document.terms.tolist(), document.weights.tolist(), strict=True)), document.document.metadata)
+            document.id: (dict(zip(document.terms.tolist(), document.weights.tolist(), strict=True)), document.content.metadata)
             for document in self.store
         } == self.held
 
@@ -129,7 +131,7 @@ class TestTenThousandChanges(AgainstADictionary.TestCase):
 )
 def test_vectors_that_would_spoil_the_engine(terms, weights, message, store):
     good = encoded("good", {1: 1.0})
-    bad = Encoded("bad", Document("", ""), np.array(terms, np.int32), np.array(weights, np.float32))
+    bad = EncodedDocument("bad", Document("", ""), np.array(terms, np.int32), np.array(weights, np.float32))
     with pytest.raises(DataError, match=f"document 'bad': .*{message}"):
         store.put([good, bad])
     assert len(store) == 0  # of a batch all or nothing
@@ -161,7 +163,7 @@ def test_large_texts_and_empty_vectors(store):
     text = "ü" * 10_000_000
     store.put([encoded("large", {3: 1.0}, text), encoded("empty", {})])
     (document,) = store.documents([position for position, _ in store.search(np.array([3]), np.array([1.0], np.float32), 5)])
-    assert document.document.text == text
+    assert document.content.text == text
     assert len(store) == 2
     assert store.search(np.array([], np.int32), np.array([], np.float32), 5) == []
 
@@ -388,7 +390,7 @@ def test_any_metadata_goes_in_and_is_matched_alike(store):
             for exact in (False, True):
                 assert store.search(np.array([1]), np.array([1.0]), 5, {name: value}, exact) == [(position, 1.0)], name
                 assert store.search(np.array([1]), np.array([1.0]), 5, {name: f"{value}!"}, exact) == []
-    held = store.documents([position])[0].document.metadata
+    held = store.documents([position])[0].content.metadata
     assert {name: value for name, value in held.items() if name != "nan"} == {n: v for n, v in ODD.items() if n != "nan"}
 
 

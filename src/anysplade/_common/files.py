@@ -40,9 +40,9 @@ def require_empty(target: Path) -> None:
     """Raise OutputError unless ``target`` does not exist or is an empty folder."""
     with _permitted(target):
         if target.exists() and not target.is_dir():
-            raise OutputError(f"{target}: is a file; name a new folder with --out")
+            raise OutputError(f"{target}: is a file; name a new folder")
         if target.is_dir() and any(target.iterdir()):
-            raise OutputError(f"{target}: the folder is not empty; name a new one with --out, or remove it first")
+            raise OutputError(f"{target}: the folder is not empty; name a new one, or remove it first")
 
 
 def make_folder(folder: Path) -> None:

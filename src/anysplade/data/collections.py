@@ -19,22 +19,23 @@ from typing import Any, NamedTuple
 from anysplade._common.files import whole_folder
 from anysplade.data import python_docs
 from anysplade.data.sources import (
+    CORPUS_FILES,
+    PYTHON_DOCS,
+    QUERY_FILES,
     Place,
     Row,
+    find_file,
     hub_dataset,
     ir_dataset,
     ir_names,
-    is_hub_id,
     lines,
+    resolve,
     rows,
     whole_characters,
-    zip_folder,
 )
 from anysplade.errors import DataError, OutputError
 
 logger = logging.getLogger(__name__)
-
-PYTHON_DOCS = "python-docs"
 
 
 class Document(NamedTuple):
@@ -84,7 +85,9 @@ def is_collection(name: str) -> bool:
     """Whether a name is that of a collection rather than of a model or a run file."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return has_corpus(path) or not any((path / f).exists() for f in ("config.json", "modules.json", "model"))
+        return find_file(path, CORPUS_FILES) is not None or not any(
+            (path / file).exists() for file in ("config.json", "modules.json", "model")
+        )
     if path.suffix == ".zip" or name.lower() in (PYTHON_DOCS, NANO_BEIR):
         return True
     return not path.exists() and any(ir_dataset(known) is not None for known in (name, f"{name}/test"))
@@ -114,34 +117,24 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
     Raises:
         DataError: a part is missing, a line is malformed, an id stands twice, or nothing that was judged is there.
     """
-    name = str(source)
-    if name == PYTHON_DOCS:
+    found = resolve(source, "collection", split)
+    if found.kind == "python-docs":
         if split != "test":
             raise DataError(f"python-docs has no split {split!r}; its only one is 'test'")
         return load_python_docs(progress=progress)[0]
-    path = Path(name).expanduser()
-    known = None if path.exists() else ir_dataset(name) or ir_dataset(f"{name}/{split}")
-    if known is not None and not (known.has_queries() and known.has_qrels()):
-        known = ir_dataset(f"{name}/{split}")
-        if known is None:
+    if found.kind == "ir_datasets":
+        if not (found.at.has_queries() and found.at.has_qrels()):
             raise DataError(
-                f"{name}: this ir_datasets id has no queries with judgements; name a subset that has, such as its /test"
+                f"{found.name}: this ir_datasets id has no queries with judgements; name a subset that has, such as its /test"
             )
-    if known is not None:
-        return _checked(name, dict(_ir_corpus(known)), _ir_queries(known), _ir_qrels(known))
-    if not path.exists():
-        if not is_hub_id(name):
-            raise DataError(f"{name}: no such collection; give a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}")
-        return _hub_collection(name, split)
-    if path.is_file() and path.suffix != ".zip":
-        raise DataError(f"{path}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
-    folder = zip_folder(path) if path.is_file() else path
-    if _is_hub_folder(path):
-        return _hub_collection(str(path), split)
-    corpus = read_corpus(folder)
-    queries = read_queries(folder)
-    qrels = _read_qrels(folder, split, queries, corpus)
-    return _checked(path.resolve().name.removesuffix(".zip"), corpus, queries, qrels)
+        return _checked(found.name, dict(_ir_corpus(found.at)), _ir_queries(found.at), _ir_qrels(found.at))
+    if found.kind == "hub":
+        return _hub_collection(str(found.at), split)
+    if found.kind == "file":
+        raise DataError(f"{found.at}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
+    corpus, queries = read_corpus(found.at), read_queries(found.at)
+    name = Path(found.name).expanduser().resolve().name.removesuffix(".zip")
+    return _checked(name, corpus, queries, _read_qrels(found.at, split, queries, corpus))
 
 
 def _checked(name: str, corpus: dict[str, Document], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> Collection:
@@ -188,33 +181,21 @@ def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> It
     Raises:
         DataError: no such file, or a malformed row, which is named.
     """
-    if isinstance(source, zipfile.Path):
-        path: Place = source
-    elif str(source) == PYTHON_DOCS:
+    found = resolve(source, "corpus")
+    if found.kind == "python-docs":
         yield from load_python_docs(progress=progress)[0].corpus.items()
-        return
+    elif found.kind == "ir_datasets":
+        yield from _ir_corpus(found.at)
+    elif found.kind == "hub":
+        yield from _hub_corpus(str(found.at))
     else:
-        path = Path(source).expanduser()
-        if not path.exists():
-            known = ir_dataset(str(source)) or ir_dataset(f"{source}/test")
-            if known is None and not is_hub_id(str(source)):
-                raise DataError(
-                    f"{source}: no such corpus; give a file, a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
-                )
-            yield from _hub_corpus(str(source)) if known is None else _ir_corpus(known)
-            return
-        if _is_hub_folder(path):
-            yield from _hub_corpus(str(path))
-            return
-        if path.is_file() and path.suffix == ".zip":
-            path = zip_folder(path)
-    file = _part(path, _CORPUS, "corpus.jsonl") if path.is_dir() else path
-    yield from _by_id(rows(file, ID_NAMES), file, TEXT_NAMES)
+        file = _part(found.at, CORPUS_FILES, "corpus.jsonl") if found.kind == "folder" else found.at
+        yield from _by_id(rows(file, ID_NAMES), file, TEXT_NAMES)
 
 
 def read_queries(folder: Place) -> dict[str, str]:
     """Texts by id, of a folder that holds a collection."""
-    file = _part(folder, _QUERIES, "queries.jsonl")
+    file = _part(folder, QUERY_FILES, "queries.jsonl")
     text = ""
     if file.name.removesuffix(".gz").endswith((".trec", ".txt")):
         with lines(file) as numbered:
@@ -230,31 +211,11 @@ def _query_texts(numbered: Iterable[Row], source: object) -> Iterator[tuple[str,
     return ((id_, document.text) for id_, document in _by_id(numbered, source, QUERY_NAMES))
 
 
-# In a folder: BEIR's names first, then those that TREC collections have.
-_FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
-_CORPUS = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs") for form in _FORMS)
-_QUERIES = (*(f"{name}{form}" for name in ("queries", "topics") for form in _FORMS), "topics.trec", "topics.txt")
-
-
-def has_corpus(folder: Path) -> bool:
-    """Whether a folder holds a corpus."""
-    return _found(folder, _CORPUS) is not None
-
-
-def _found(folder: Place, names: Sequence[str]) -> Place | None:
-    candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _part(folder: Place, names: Sequence[str], said: str) -> Place:
-    path = _found(folder, names)
+    path = find_file(folder, names)
     if path is None:
         raise DataError(f"{folder}: no {said} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/")
     return path
-
-
-def _is_hub_folder(path: Place) -> bool:
-    return path.is_dir() and (path / "README.md").is_file() and _found(path, _CORPUS) is None
 
 
 def _by_id(numbered: Iterable[Row], source: object, texts: Sequence[str]) -> Iterator[tuple[str, Document]]:
@@ -300,13 +261,11 @@ def _topics(text: str, path: Place) -> Iterator[tuple[str, str]]:
 
 def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict[str, Document]) -> dict[str, dict[str, int]]:
     """BEIR's three columns, whose ids must be known, or TREC's four, which may judge more than a corpus holds."""
-    beir = _found(folder / "qrels", [f"{split}.tsv"])
-    trec = _found(folder, [f"qrels.{split}.txt", f"qrels.{split}.tsv", "qrels.txt", "qrels.tsv", "qrels.trec", "qrels"])
-    path = beir or trec
+    path, beir = find_qrels(folder, split)
     if path is None:
         inside = folder / "qrels"
         splits = sorted(p.name.removesuffix(".gz").removesuffix(".tsv") for p in inside.iterdir()) if inside.is_dir() else []
-        raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {', '.join(splits) or 'none'}); choose one with --split")
+        raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {', '.join(splits) or 'none'}); choose one with `split`")
     qrels: dict[str, dict[str, int]] = {}
     with lines(path) as numbered:
         for number, line in numbered:
@@ -326,6 +285,13 @@ def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict
     if not qrels:
         raise DataError(f"{path}: no judgement in it; each line is query-id, corpus-id, score")
     return qrels
+
+
+def find_qrels(folder: Place, split: str) -> tuple[Place | None, bool]:
+    """The file of judgements of a split: BEIR's ``qrels/SPLIT.tsv``, or one of TREC's names; and whether it is BEIR's."""
+    beir = find_file(folder / "qrels", [f"{split}.tsv"])
+    trec = [f"qrels.{split}.txt", f"qrels.{split}.tsv", "qrels.txt", "qrels.tsv", "qrels.trec", "qrels"]
+    return (beir, True) if beir else (find_file(folder, trec), False)
 
 
 def _judge(qrels: dict[str, dict[str, int]], query_id: str, document_id: str, grade: Any, place: str) -> None:
@@ -373,7 +339,7 @@ def _hub_collection(name: str, split: str) -> Collection:
         judged = hub_dataset(name, "default", split=None)
     found = judged[split] if split in judged else next(iter(judged.values())) if len(judged) == 1 else None
     if found is None:
-        raise DataError(f"{name}: no split {split!r} (splits found: {', '.join(judged)}); choose one with --split")
+        raise DataError(f"{name}: no split {split!r} (splits found: {', '.join(judged)}); choose one with `split`")
     qrels: dict[str, dict[str, int]] = {}
     for number, row in enumerate(found, 1):
         place = f"{name}, judgement {number}"

@@ -32,18 +32,17 @@ from datasets.arrow_writer import ArrowWriter
 from anysplade._common.files import write_whole
 from anysplade.data.collections import (
     ID_NAMES,
-    PYTHON_DOCS,
     QUERY_NAMES,
     TEXT_NAMES,
     Document,
     Pair,
-    has_corpus,
+    find_qrels,
     load_collection,
     load_python_docs,
     read_corpus,
     read_queries,
 )
-from anysplade.data.sources import hub_dataset, ir_dataset, is_hub_id, one_line, rows, whole_characters
+from anysplade.data.sources import CORPUS_FILES, Place, Source, find_file, hub_dataset, one_line, resolve, rows, whole_characters
 from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -51,12 +50,12 @@ logger = logging.getLogger(__name__)
 # The names a column may have; the first found is taken. "id" stands for ids whose texts lie elsewhere.
 _NAMES = {
     "query": ("query", "anchor", "question", "query_text"),
-    "query id": ("query_id", "qid"),
+    "query id": ("query_id", "qid", "query-id"),
     "positive": (
         *("positive", "positives", "pos", "positive_passages", "positive_ctxs"),
         *("document", "passage", "answer", "response"),
     ),
-    "positive id": ("positive_id", "positive_ids", "pos_id", "positive_document_ids", "doc_id"),
+    "positive id": ("positive_id", "positive_ids", "pos_id", "positive_document_ids", "doc_id", "corpus-id"),
     "negative": ("negative", "negatives", "neg", "negs", "negative_passages", "hard_negative_ctxs", "negative_ctxs"),
     "negative id": ("negative_id", "negative_ids", "neg_id", "neg_ids", "negative_document_ids"),
     "documents": ("documents", "passages"),
@@ -163,7 +162,7 @@ def _describe(shape: tuple[int, int]) -> str:
 
 
 def _mend(negatives: int | None) -> str:
-    return "give all as many" + (", or use the first N of each with --negatives N" if negatives is None else "")
+    return "give all as many" + (", or use the first N of each with `negatives=N`" if negatives is None else "")
 
 
 # ------------------------------------------------------------------------------------ kept on disk
@@ -328,7 +327,7 @@ def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", p
         )
     count = len(negatives) if most is None else most
     if len(negatives) < count:
-        raise DataError(f"{place}: {len(negatives)} negatives, --negatives asks for {count}")
+        raise DataError(f"{place}: {len(negatives)} negatives, `negatives` asks for {count}")
     for i, positive in enumerate(positives):
         own = None if margins is None else tuple(margins[:count])
         if split[0] is not None and split[1] is not None:
@@ -347,11 +346,11 @@ def _text(value: Any, role: str, name: str, lookup: "_Lookup", place: str) -> st
     if isinstance(value, int) and not isinstance(value, bool) and lookup.given:
         return lookup.text(role, value, place)
     if not isinstance(value, str):
-        raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need --texts to be looked up in')
+        raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need `texts` to be looked up in')
     if not value.strip():
         raise DataError(f'{place}: "{name}" is an empty text; remove the row or give it one')
     if lookup.given and lookup.has(role, value):
-        raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of --texts; name the column "{_NAMES[f"{role} id"][0]}"')
+        raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of `texts`; name the column "{_NAMES[f"{role} id"][0]}"')
     return whole_characters(value)
 
 
@@ -389,7 +388,7 @@ class _Lookup:
     def text(self, role: str, id_: Any, place: str) -> str:
         texts = self._open()
         if texts is None:
-            raise DataError(f"{place}: the row has ids; say with --texts where their texts are")
+            raise DataError(f"{place}: the row has ids; name with `texts` where their texts are")
         what = "query" if role == "query" else "document"
         try:
             text = (texts.queries if role == "query" else texts.documents)[str(id_)]
@@ -405,16 +404,20 @@ class _Lookup:
 
 
 def _texts(source: str) -> _Texts:
-    path = Path(source).expanduser()
-    if has_corpus(path):
-        return _beir_texts(path)
-    known = ir_dataset(source)
-    if known is not None:
-        return _ir_texts(source, known)
-    return _hub_texts(source)
+    return _texts_of(resolve(source, "texts"))
 
 
-def _beir_texts(folder: Path) -> _Texts:
+def _texts_of(source: Source) -> _Texts:
+    if source.kind == "folder":
+        return _beir_texts(source.at)
+    if source.kind == "ir_datasets":
+        return _ir_texts(source.name, source.at)
+    if source.kind == "hub":
+        return _hub_texts(source)
+    raise DataError(f"{source.name}: texts of ids are queries and documents; name a collection that holds both")
+
+
+def _beir_texts(folder: Place) -> _Texts:
     return _Texts(str(folder), read_queries(folder), {id_: document.full_text for id_, document in read_corpus(folder).items()})
 
 
@@ -442,11 +445,9 @@ class _Stored(Mapping[str, str]):
         return len(self._rows)
 
 
-def _hub_texts(source: str) -> _Texts:
-    name = _hub_name(source)[0]
-    return _Texts(
-        source, _Stored(_hub_rows(name, "queries", False), QUERY_NAMES), _Stored(_hub_rows(name, "corpus", False), TEXT_NAMES)
-    )
+def _hub_texts(source: Source) -> _Texts:
+    queries, documents = (hub_dataset(str(source.at), config) for config in ("queries", "corpus"))
+    return _Texts(source.name, _Stored(queries, QUERY_NAMES), _Stored(documents, TEXT_NAMES))
 
 
 class _Documents(Mapping[str, str]):
@@ -472,36 +473,37 @@ def _ir_texts(source: str, dataset: Any) -> _Texts:
 # ----------------------------------------------------------------------------------- where rows are
 
 
-def _open(source: str, progress: bool) -> tuple[Iterable[Row], Callable[[], _Texts | None]]:
+def _open(name: str, progress: bool) -> tuple[Iterable[Row], Callable[[], _Texts | None]]:
     """The rows of a source, and where texts of ids would be."""
-    path = Path(source).expanduser()
-    if source == PYTHON_DOCS:
+    source = resolve(name, "training data", "train")
+    if source.kind == "python-docs":
         pairs = load_python_docs(progress=progress)[1]
-        return ((f"{source}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), _nowhere
-    if path.is_file():
-        return _file_rows(path), functools.partial(_beside, path.parent)
-    if (path / "pairs.jsonl").is_file():
-        return _file_rows(path / "pairs.jsonl"), functools.partial(_beside, path)
-    if (path / "qrels" / "train.tsv").is_file():
-        return _qrels_rows(path), _nowhere
-    if has_corpus(path) or (path.is_dir() and not any(path.rglob("*.*"))):
-        raise DataError(f"{path}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
-    known = None if path.exists() else ir_dataset(source)
-    if known is not None:
-        return _ir_rows(source, known), functools.partial(_ir_texts, source, known)
-    name, config = _hub_name(source)
-    return _numbered(source, _hub_rows(name, config, True)), functools.partial(_hub_texts, source)
+        return ((f"{name}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), _nowhere
+    if source.kind == "ir_datasets":
+        return _ir_rows(name, source.at), functools.partial(_texts_of, source)
+    if source.kind == "file":
+        return _file_rows(source.at), functools.partial(_beside, source.at.parent)
+    if source.kind == "folder":
+        pairs_file = find_file(source.at, ["pairs.jsonl"])
+        if pairs_file is not None:
+            return _file_rows(pairs_file), functools.partial(_beside, source.at)
+        if find_qrels(source.at, "train")[0] is not None:
+            return _qrels_rows(source), _nowhere
+        if find_file(source.at, CORPUS_FILES) is not None or not any(path.is_file() for path in source.at.iterdir()):
+            raise DataError(f"{name}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
+    rows = hub_dataset(str(source.at), source.config, streaming=True)
+    return _numbered(name, rows), functools.partial(_texts_of, source._replace(kind="hub"))
 
 
 def _nowhere() -> None:
     return None
 
 
-def _beside(folder: Path) -> _Texts | None:
-    return _beir_texts(folder) if has_corpus(folder) else None
+def _beside(folder: Place) -> _Texts | None:
+    return None if find_file(folder, CORPUS_FILES) is None else _beir_texts(folder)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Place) -> Iterator[Row]:
     return ((f"{path}:{number}", row) for number, row in rows(path))
 
 
@@ -511,13 +513,13 @@ def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
             yield f"{source}:{number}", row
 
 
-def _qrels_rows(folder: Path) -> Iterator[Row]:
-    collection = load_collection(folder, "train")
+def _qrels_rows(source: Source) -> Iterator[Row]:
+    collection = load_collection(source.name, "train")
     for query_id, grades in collection.qrels.items():
         for document_id, grade in grades.items():
             if document_id in collection.corpus:
                 row = {"query": collection.queries[query_id], "positive": collection.corpus[document_id].full_text, "label": grade}
-                yield f"{folder}/qrels/train.tsv, query {query_id!r}", row
+                yield f"{source.name}, judgements of the query {query_id!r}", row
 
 
 def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
@@ -531,18 +533,3 @@ def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
             yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id, "label": judged.relevance}
     else:
         raise DataError(f"{source}: this ir_datasets id has neither triples nor judgements; name one that has, such as its /train")
-
-
-def _hub_name(source: str) -> tuple[str, str | None]:
-    if Path(source).expanduser().exists():
-        return str(Path(source).expanduser()), None
-    name, _, config = source.partition(":")
-    return name, config or None
-
-
-def _hub_rows(name: str, config: str | None, streaming: bool) -> Any:
-    if not Path(name).exists() and not is_hub_id(name):
-        raise DataError(
-            f"{name}: no such training data; give a JSONL file, a BEIR folder, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
-        )
-    return hub_dataset(name, config, streaming=streaming)

@@ -14,9 +14,9 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import datasets
 from huggingface_hub.constants import HF_HOME
@@ -168,7 +168,81 @@ def whole_characters(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def zip_folder(path: Path) -> zipfile.Path:
+# --------------------------------------------------------------------------------- what a name stands for
+
+PYTHON_DOCS = "python-docs"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+# Files of a folder that holds a collection: BEIR's names first, then those of TREC collections.
+_FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
+CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs") for form in _FORMS)
+QUERY_FILES = (*(f"{name}{form}" for name in ("queries", "topics") for form in _FORMS), "topics.trec", "topics.txt")
+
+
+class Source(NamedTuple):
+    """What a name stands for.
+
+    ``at`` is the file; the folder, in a zip archive too; the dataset's folder or id on the hub; the dataset of
+    ir_datasets; None for the docstrings of the Python environment.
+    """
+
+    kind: Literal["file", "folder", "hub", "ir_datasets", "python-docs"]
+    name: str
+    at: Any = None
+    config: str | None = None  # of a dataset of the hub
+
+
+def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -> Source:
+    """The one place that decides what the name of a corpus, a collection, training data or texts stands for.
+
+    In this order: ``"python-docs"``; a file or folder that exists, where a folder with a README and without a corpus is a
+    dataset of the hub's layout and a zip archive is the folder in it; an id of ir_datasets, also without its last part,
+    the split; an id of the hub, ``org/name`` or ``org/name:config``.
+
+    Args:
+        wanted: what the name should stand for, for the error.
+
+    Raises:
+        DataError: it stands for nothing, or the zip archive is damaged.
+    """
+    text = str(name)
+    if isinstance(name, zipfile.Path):
+        return Source("folder", text, name)
+    if text == PYTHON_DOCS:
+        return Source("python-docs", text)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return Source("folder", text, _zip_folder(path)) if path.suffix == ".zip" else Source("file", text, path)
+    if path.is_dir():
+        is_hub = (path / "README.md").is_file() and find_file(path, CORPUS_FILES) is None
+        return Source("hub" if is_hub else "folder", text, path)
+    known = [dataset for id_ in (text, f"{text}/{split}") if (dataset := ir_dataset(id_)) is not None]
+    if known:
+        judged = (dataset for dataset in known if wanted in ("corpus", "texts") or _is_judged(dataset))
+        return Source("ir_datasets", text, next(judged, known[0]))
+    hub_name, _, config = text.partition(":")
+    if config and Path(hub_name).expanduser().is_dir():
+        return Source("hub", text, Path(hub_name).expanduser(), config)
+    if _HUB_ID.fullmatch(hub_name):
+        return Source("hub", text, hub_name, config or None)
+    missing = "" if _has_ir_datasets() else '; ir_datasets ids need: pip install "anysplade[evaluation]"'
+    forms = "a BEIR folder or zip" if wanted == "collection" else "a file, a BEIR folder or zip"
+    raise DataError(
+        f"{text or 'an empty name'}: no such {wanted}; give {forms}, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}{missing}"
+    )
+
+
+def _is_judged(dataset: Any) -> bool:
+    return dataset.has_queries() and (dataset.has_qrels() or dataset.has_docpairs())
+
+
+def find_file(folder: Place, names: Sequence[str]) -> Place | None:
+    """The first file of these names in a folder, gzipped or not."""
+    candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _zip_folder(path: Path) -> zipfile.Path:
     """The folder in a zip archive: its root, or the one folder at its root.
 
     Raises:
@@ -216,7 +290,7 @@ def ir_dataset(name: str) -> Any:
     Raises:
         DataError: it knows the id, but its folder for data cannot be made.
     """
-    if importlib.util.find_spec("ir_datasets") is None:  # of the extra "evaluation"
+    if not _has_ir_datasets():
         return None
     library, fault = _ir_datasets()
     with contextlib.suppress(KeyError):
@@ -231,11 +305,11 @@ def ir_dataset(name: str) -> Any:
 
 def ir_names() -> list[str]:
     """The ids that ir_datasets knows."""
-    return list(_ir_datasets()[0].registry) if importlib.util.find_spec("ir_datasets") else []
+    return list(_ir_datasets()[0].registry) if _has_ir_datasets() else []
 
 
-def is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+def _has_ir_datasets() -> bool:
+    return importlib.util.find_spec("ir_datasets") is not None  # of the extra "evaluation"
 
 
 def hub_dataset(name: str, config: str | None, split: str | None = "train", streaming: bool = False) -> Any:

@@ -13,11 +13,11 @@ Filter = Mapping[str, Any]  # metadata that a document must have: a value by nam
 Value = str | int | bool
 
 
-class Encoded(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A document with its vector: term ids rising, each once, weights finite and above 0."""
 
     id: str
-    document: Document
+    content: Document
     terms: np.ndarray  # (active dims,) int32
     weights: np.ndarray  # (active dims,) float32
 
@@ -47,7 +47,7 @@ def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: 
     return terms.astype(np.int32, copy=False), weights
 
 
-def check_vectors(documents: Sequence[Encoded], vocabulary: int) -> None:
+def check_vectors(documents: Sequence[EncodedDocument], vocabulary: int) -> None:
     """``check_vector`` of every document, all at once.
 
     Raises:

@@ -3,26 +3,25 @@
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
-from tqdm import tqdm
 
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import fingerprint, open_encoder, term_names
-from anysplade.model.encoding import count_cut, encode, in_precision, resolve_precision, say_cut
+from anysplade.model.encoding import encode, in_precision, resolve_precision
 from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision
-from anysplade.search.documents import Encoded, Filter, Hit, TermMatch
-from anysplade.search.shards import as_encoded, corpus_name, encode_corpus, encode_documents, read_documents
+from anysplade.search.build import Options, corpus_name, encode_documents
+from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.store import BATCH, Store
 
 FORMAT = 3
@@ -76,9 +75,9 @@ class Index:
             corpus: what ``iter_corpus`` reads, or documents by id.
             precision: of encoding; see ``anysplade.model.encoding.in_precision``. "auto" is that of the index if there is one.
             max_length: tokens a text is cut to, queries too; see ``open_encoder``. How many documents are cut is logged.
-            top_k: see ``anysplade.search.shards.encode_corpus``.
-            workers: likewise; documents in memory are encoded by this process.
-            ray: likewise.
+            top_k: keep only the so many largest weights of each document: an approximation, recorded.
+            workers: processes that encode, each with the model.
+            ray: encode on a Ray cluster, ``workers`` actors at once.
 
         Raises:
             OutputError: the folder is not empty, or holds an index made in another way, or one that ``add`` or
@@ -88,22 +87,18 @@ class Index:
         output = Path(output).expanduser()
         source = resolve_model(model)
         on_disk = isinstance(corpus, str | Path)
-        asked = describe_model(source, output) | {
+        wanted = describe_model(source, output) | {
             "corpus": corpus_name(corpus) if isinstance(corpus, str | Path) else "documents in memory",
             "precision": precision,
             "top_k": top_k,
             "max_length": max_length,
         }
-        about = _claim(output, asked)
-        asked["precision"] = used = resolve_precision(precision) if about is None else about["precision"]
-        options: dict[str, Any] = {"precision": used, "top_k": top_k, "max_length": max_length}
-        options |= {"workers": workers, "ray": ray, "progress": progress}
+        about = _claim(output, wanted)
+        wanted["precision"] = resolve_precision(precision) if about is None else about["precision"]
+        encoding: dict[str, Any] = {"workers": workers, "ray": ray, "progress": progress}
 
         def documents() -> Iterable[tuple[str, Document]]:
-            return iter_corpus(corpus) if isinstance(corpus, str | Path) else corpus.items()
-
-        def made(changed: Iterable[tuple[str, Document]]) -> Iterator[Iterable[Encoded]]:
-            return encode_documents(changed, source, output / "update", **options)
+            return iter_corpus(corpus, progress=progress) if isinstance(corpus, str | Path) else corpus.items()
 
         if about is not None and about["complete"]:
             if not on_disk:
@@ -112,103 +107,105 @@ class Index:
             if index.store.edited:
                 raise OutputError(
                     f"{output}: add or delete changed this index since it was built, and an update from {corpus} would undo that; "
-                    "go on with add and delete, or build a new one with another --out"
+                    "continue with add and delete, or build a new index in another `output`"
                 )
-            index.changes = index._update(documents, made, corpus)
-            moved = index.about | asked != index.about
+            # A corpus that cannot be read to its end must change nothing, so it is read once before the first change.
+            index.changes, _ = index._differences(documents, corpus, lambda differing: deque(differing, maxlen=0))
             if any(index.changes):
+                index.store.require_writable()  # before hours of encoding
+                index._update(documents, corpus, **encoding)
                 index.about["updated"] = index.changes._asdict() | {"provenance": provenance()}
-            if any(index.changes) or moved:
-                index._write(index.about | asked)
-        else:
-            new = not output.exists() or not any(output.iterdir())
-            try:
-                if isinstance(corpus, str | Path):
-                    manifest = encode_corpus(source, corpus, output / "shards", **options)
-                    index = cls._begin(output, asked | {"vocabulary": manifest["vocabulary"]})
-                    index._take_in(manifest, corpus, progress)
-                else:
-                    encoder = open_encoder(source, max_length=max_length)
-                    index = cls._begin(output, asked | {"vocabulary": encoder.get_embedding_dimension()})
-                    index._encoder = encoder
-                if about is not None or not on_disk:  # what an interrupted call took in need not be what the corpus is now
-                    index._update(documents, made if on_disk else lambda changed: index._encoded(changed, progress), corpus)
-            except AnyspladeError:
-                if new and not any((output / "shards").glob("*.npz")):  # what was encoded is kept; it can have taken hours
-                    shutil.rmtree(output, ignore_errors=True)
-                raise
-            index.store.optimize()
-            index._write(index.about | {"complete": True, "provenance": provenance()})
-            index.changes = Changes(added=len(index))
-        for name in ("shards", "update"):
-            shutil.rmtree(output / name, ignore_errors=True)
+            if index.about | wanted != index.about or any(index.changes):
+                index._write(index.about | wanted)
+            return index
+        is_new = not output.exists() or not any(output.iterdir())
+        started: Index | None = None
+        try:
+            index = started = cls._begin(output, wanted, source)
+            index._update(documents, corpus, **encoding)
+        except AnyspladeError:
+            if is_new and not (started and len(started)):  # what was encoded is kept: it can have taken hours
+                if started is not None:
+                    started.close()
+                shutil.rmtree(output, ignore_errors=True)
+            raise
+        index._write(index.about | {"complete": True, "provenance": provenance()})
+        index.changes = Changes(added=len(index))
+        shutil.rmtree(output / "shards", ignore_errors=True)  # of a build that an earlier version began
         return index
 
     @classmethod
-    def _begin(cls, output: Path, about: dict[str, Any]) -> "Index":
-        """An empty index, or the unfinished one; the description is written last, so that what has one has all."""
-        about = about | {"complete": False}
-        if not (output / "index.json").exists():
-            Store.create(output)
-            write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
-        return cls(output, about)
+    def _begin(cls, output: Path, about: dict[str, Any], source: str) -> "Index":
+        """An empty index, or the unfinished one. The description is written last: what has one is complete."""
+        if (output / "index.json").exists():
+            return cls(output, _read_about(output), source)
+        encoder = open_encoder(source, max_length=about["max_length"])
+        about = about | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
+        Store.create(output)
+        write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
+        index = cls(output, about, source)
+        index._encoder = encoder
+        return index
 
-    def _take_in(self, manifest: dict[str, Any], corpus: str | Path, progress: bool) -> None:
-        """The shards' vectors with the corpus's texts, a transaction each; those that are in are passed over."""
-        shards = read_documents(
-            self.folder / "shards", manifest, corpus, f"remove {self.folder} and start again", self.store.shards
-        )
-        for number, documents in tqdm(shards, desc="indexing", unit="shard", disable=not progress, leave=False):
-            self.store.put(documents, number)
-
-    def _update(
+    def _differences(
         self,
         documents: Callable[[], Iterable[tuple[str, Document]]],
-        made: Callable[[Iterable[tuple[str, Document]]], Iterator[Iterable[Encoded]]],
-        corpus: str | Path | Mapping[str, Document],
-    ) -> Changes:
-        """Have exactly these documents: read once to compare, and again to change if any differ.
+        corpus: object,
+        differing: Callable[[Iterator[tuple[str, Document]]], object],
+    ) -> tuple[Changes, list[int]]:
+        """Compare these documents with the index's, in one pass.
 
         Args:
-            made: encodes those that differ.
+            differing: takes those that are new or were changed, while they are read.
+
+        Returns:
+            What would have to change, and the positions of documents that are not among these.
         """
         known = self.store.positions()
         kept = np.zeros(len(known), bool)
         count = added = replaced = 0
-        for _, _, position, same in self.store.compare(documents()):
-            count += 1
-            if position is None:
-                added += 1
-            else:
-                replaced += not same
-                kept[np.searchsorted(known, position)] = True
+
+        def pairs() -> Iterator[tuple[str, Document]]:
+            nonlocal count, added, replaced
+            for id_, document, position, same in self.store.compare(documents()):
+                count += 1
+                if position is None:
+                    added += 1
+                else:
+                    replaced += not same
+                    kept[np.searchsorted(known, position)] = True
+                if not same:
+                    yield id_, document
+
+        differing(pairs())
         if not count and isinstance(corpus, str | Path):
             raise empty_corpus(corpus)
-        gone = known[~kept].tolist()
-        if added or replaced or gone:
-            self.store.require_writable()  # before hours of encoding
-        if added or replaced:
-            for batch in made((id_, document) for id_, document, _, same in self.store.compare(documents()) if not same):
+        gone: list[int] = known[~kept].tolist()
+        return Changes(added, replaced, len(gone)), gone
+
+    def _update(self, documents: Callable[[], Iterable[tuple[str, Document]]], corpus: object, **encoding: Any) -> None:
+        """Have exactly these documents. They are read once, and each goes from the encoder into the store."""
+
+        def put(differing: Iterator[tuple[str, Document]]) -> None:
+            for batch in self._encode(differing, **encoding):
                 self.store.put(batch)
+
+        _, gone = self._differences(documents, corpus, put)
         for start in range(0, len(gone), BATCH):
             self.store.delete(self.store.ids(gone[start : start + BATCH]))
-        if added or replaced or gone:
-            self.store.optimize()
-        return Changes(added, replaced, len(gone))
+        self.store.optimize()
 
-    def _encoded(self, documents: Iterable[tuple[str, Document]], progress: bool) -> Iterator[Iterator[Encoded]]:
-        """Documents with their vectors, made as those of the index were."""
-        iterator, cut, count, limit = iter(documents), 0, 0, None
-        while part := list(islice(iterator, BATCH)):
+    def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
+        """Documents with their vectors, encoded as those of the index were."""
+        model = self.about["model"] if self._model is None else str(self._model)
+        options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"))
+
+        def encoder() -> SparseEncoder:
             if self._document_encoder is None:
                 self._document_encoder = in_precision(self.encoder, self.about["precision"])
-            ids, contents = [id_ for id_, _ in part], [document for _, document in part]
-            texts = [document.full_text for document in contents]
-            rows = encode(self._document_encoder, texts, "document", ids=ids, top_k=self.about["top_k"], progress=progress)
-            some, limit = count_cut(self._document_encoder, texts, "document")
-            cut, count = cut + some, count + len(part)
-            yield as_encoded(ids, contents, rows)
-        say_cut(cut, count, limit, "documents")
+            return self._document_encoder
+
+        return encode_documents(documents, options, encoder=encoder, **encoding)
 
     def _write(self, about: dict[str, Any]) -> None:
         self.about = about
@@ -271,7 +268,7 @@ class Index:
             OutputError: another process holds the index, or it is read-only.
             ModelError: the model is gone, was changed, or gives a vector that cannot be indexed.
         """
-        for batch in self._encoded(documents.items(), progress):
+        for batch in self._encode(documents.items(), progress=progress):
             self.store.put(batch, by_hand=True)
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -361,10 +358,10 @@ def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Pa
         changed.append(source)
     if changed:
         raise ModelError(
-            f"{', '.join(changed)}: the model changed since {where} was built; build the index again, or name that model with "
-            "--model"
+            f"{', '.join(changed)}: the model changed since {where} was built; build the index again, or name the "
+            "place of the old model with `model`"
         )
-    raise ModelError(f"{where}: its model is not there; name it with --model ({'; '.join(missing)})")
+    raise ModelError(f"{where}: its model is not there; name it with `model` ({'; '.join(missing)})")
 
 
 def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
@@ -384,9 +381,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{folder}: no index there (index.json is missing); build one with: anysplade index MODEL CORPUS --out {folder}"
-        ) from None
+        raise DataError(f"{folder}: no index there (index.json is missing); build one first") from None
     except OSError as error:
         raise DataError(f"{folder}: cannot be read here (index.json: {error.strerror}); allow it, or copy it") from error
     except ValueError as error:
@@ -399,8 +394,8 @@ def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not (output / "index.json").is_file():
         inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
         unfinished = {name for name in inside if name in ("shards", "engine") or name.startswith("documents.sqlite")}
-        if output.is_file() or inside - unfinished or (inside and "shards" not in inside):
-            raise OutputError(f"{output}: the folder is not empty; name a new one with --out, or remove it first")
+        if output.is_file() or inside - unfinished:
+            raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
     about = _read_about(output)
     same = {name for name in asked if about.get(name) == asked[name]}
@@ -411,6 +406,6 @@ def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     different = [name for name in asked if name not in same and name != "model_beside"]
     if different:
         raise OutputError(
-            f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name a new one with --out"
+            f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name another `output`"
         )
     return about

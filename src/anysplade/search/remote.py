@@ -3,22 +3,24 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SparseEncoder
 
-from anysplade.data.collections import Document
+from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
+from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode, in_precision, resolve_precision
 from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision
-from anysplade.search.documents import Filter, Hit
+from anysplade.search.build import Options, corpus_name, encode_documents
+from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, describe_model, explain_score, open_same_model
-from anysplade.search.shards import corpus_name, encode_corpus, read_documents
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +84,36 @@ class RemoteIndex:
         known = None if stored is None else stored.get("precision")
         # Not "auto", which can mean something else where the index is searched.
         used = known if precision == "auto" and known is not None else resolve_precision(precision)
-        options: dict[str, Any] = {"precision": used, "top_k": top_k, "max_length": max_length}
-        about = describe_model(source) | options
+        encoding = {"precision": used, "top_k": top_k, "max_length": max_length}
+        about = describe_model(source) | encoding
         if stored is not None:
             same_model(index.address, stored, about)
         key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
-        folder = Path(work).expanduser() / "shards" / key
-        manifest = encode_corpus(source, corpus, folder, workers=workers, ray=ray, progress=progress, **options)
-        index.engine.create(about | {"vocabulary": manifest["vocabulary"]})
-        shards = read_documents(folder, manifest, corpus, "run the same command again")
-        index.sent = index.engine.upload(chain.from_iterable(documents for _, documents in shards), progress=progress)
-        index.left_over = len(index) - manifest["documents"]
+        encoder = open_encoder(source, max_length=max_length)
+        index._encoder = encoder
+        batches = encode_documents(
+            iter_corpus(corpus, progress=progress),
+            Options(source, used, top_k, max_length),
+            workers=workers,
+            ray=ray,
+            encoder=lambda: in_precision(encoder, used),
+            shards=Path(work).expanduser() / "shards" / key,
+            progress=progress,
+        )
+        first = next(batches, None)
+        if first is None:
+            raise empty_corpus(corpus)
+        index.engine.create(about | {"vocabulary": encoder.get_embedding_dimension()})
+        count = 0
+
+        def documents() -> Iterator[EncodedDocument]:
+            nonlocal count
+            for batch in chain([first], batches):
+                count += len(batch)
+                yield from batch
+
+        index.sent = index.engine.upload(documents())
+        index.left_over = len(index) - count
         if index.left_over > 0:
             logger.warning(
                 "%s: holds %d documents that are not in %s; if they were removed from it, delete them there, or index it under "
@@ -113,7 +134,7 @@ class RemoteIndex:
         if self._about is None:
             about = self.engine.about()
             if not about:
-                raise DataError(f"{self.address}: does not say which model its vectors are of; build it with anysplade index --to")
+                raise DataError(f"{self.address}: does not say which model its vectors are from; build it with anysplade")
             self._about = about
         return self._about
 
@@ -141,7 +162,7 @@ class RemoteIndex:
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         if exact:
-            raise OptionError("exact search needs the vectors on this machine; build an index with --out")
+            raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
         vector = encode(self.encoder, [query], "query")
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:

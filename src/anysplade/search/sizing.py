@@ -99,7 +99,7 @@ def size(
     in_query = np.bincount(queries.indices, minlength=queries.shape[1]) / queries.shape[0]
     flops = float(in_query @ in_document)
     if not flops:
-        raise DataError(f"{model}: the sampled queries and documents share no term; the model collapsed, or take a larger --sample")
+        raise DataError(f"{model}: the sampled queries and documents share no term; the model collapsed, or take a larger `sample`")
     measured, floor = _speed(rows, queries)
     postings = documents * rows.nnz / rows.shape[0]
     index_bytes = _POSTING * postings + 8 * (rows.shape[1] + 1)

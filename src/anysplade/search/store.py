@@ -25,7 +25,7 @@ from anysplade._common.extras import extra
 from anysplade._common.files import READ_ONLY, make_folder, require_empty
 from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, OutputError
-from anysplade.search.documents import Encoded, Filter, Value, check_filter, check_vector, check_vectors
+from anysplade.search.documents import EncodedDocument, Filter, Value, check_filter, check_vector, check_vectors
 from anysplade.search.exact import Postings
 
 with extra("search"):
@@ -45,7 +45,7 @@ CREATE TABLE contents (
 );
 CREATE VIEW documents AS SELECT position, id, title, text, metadata, terms, weights FROM ids JOIN contents USING (position);
 CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- in the truth, and perhaps not yet in the engine
-CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- of a build: taken in
+CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- not used any more; earlier versions look for it
 """
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
 
@@ -94,7 +94,7 @@ class Store:
                     truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
                     truth.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
                 truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
-                truth.execute("SELECT count(*) FROM changed, shards")
+                truth.execute("SELECT count(*) FROM changed")
             except FileNotFoundError as error:
                 raise DataError(f"{self.folder}: the index is damaged (documents.sqlite is missing); build it again") from error
             except (OSError, sqlite3.Error) as error:
@@ -158,11 +158,6 @@ class Store:
         return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
 
     @property
-    def shards(self) -> set[int]:
-        """Numbers of the shards that were taken in."""
-        return {number for (number,) in self._truth.execute("SELECT number FROM shards")}
-
-    @property
     def edited(self) -> bool:
         """Whether documents were changed ``by_hand``."""
         return bool(self._one("PRAGMA user_version"))
@@ -172,11 +167,10 @@ class Store:
 
     # -------------------------------------------------------------------------------------- change
 
-    def put(self, documents: Iterable[Encoded], shard: int | None = None, by_hand: bool = False) -> None:
+    def put(self, documents: Iterable[EncodedDocument], by_hand: bool = False) -> None:
         """Add documents, or replace those whose id is there, a transaction for each ``BATCH`` of them.
 
         Args:
-            shard: note that this shard is in; then all documents are one transaction.
             by_hand: note that the store is no longer what its corpus says.
 
         Raises:
@@ -185,12 +179,10 @@ class Store:
             AnyspladeError: the disk is full.
         """
         iterator = iter(documents)
-        while batch := list(islice(iterator, BATCH) if shard is None else iterator):
+        while batch := list(islice(iterator, BATCH)):
             check_vectors(batch, self.vocabulary)
             with self._writing(by_hand) as (cursor, rows):
                 rows += _put(cursor, batch)
-                if shard is not None:
-                    cursor.execute("INSERT INTO shards VALUES (?)", (shard,))
 
     def delete(self, ids: Iterable[str], by_hand: bool = False) -> int:
         """Remove documents; how many of them there were.
@@ -329,22 +321,22 @@ class Store:
         rows = dict(_among(self._truth, "SELECT position, id FROM ids WHERE position", positions))
         return [_restored(rows[position]) for position in positions]
 
-    def documents(self, positions: Sequence[int]) -> list[Encoded]:
+    def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
         """Documents by position, in the order asked for."""
         rows = {row[0]: row[1:] for row in _among(self._truth, "SELECT * FROM documents WHERE position", positions)}
         return [_encoded(*rows[position]) for position in positions]
 
-    def find(self, id_: str) -> Encoded | None:
+    def find(self, id_: str) -> EncodedDocument | None:
         """A document by its id."""
         row = self._truth.execute("SELECT * FROM documents WHERE id = ?", (_sound(id_),)).fetchone()
         return None if row is None else _encoded(*row[1:])
 
-    def items(self) -> Iterator[tuple[int, Encoded]]:
+    def items(self) -> Iterator[tuple[int, EncodedDocument]]:
         """Every document with its position, in the order in which they were added; not what is written meanwhile."""
         for row in self._passes.execute("SELECT * FROM documents ORDER BY position"):
             yield row[0], _encoded(*row[1:])
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[EncodedDocument]:
         """Every document, in the order in which they were added."""
         return (document for _, document in self.items())
 
@@ -500,7 +492,7 @@ def _among(truth: sqlite3.Connection | sqlite3.Cursor, query: str, values: Seque
         yield from truth.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
 
-def _put(cursor: sqlite3.Cursor, documents: Sequence[Encoded]) -> list[_Row]:
+def _put(cursor: sqlite3.Cursor, documents: Sequence[EncodedDocument]) -> list[_Row]:
     """Into the truth; what the engine takes of them."""
     latest = {_sound(document.id): document for document in documents}  # of a document that comes twice, the last
     known = {id_: position for position, id_ in _among(cursor, "SELECT position, id FROM ids WHERE id", list(latest))}
@@ -529,9 +521,9 @@ def _array(stored: bytes | None, kind: type[np.generic]) -> np.ndarray | None:
     return None if stored is None else np.frombuffer(stored, kind)
 
 
-def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> Encoded:
+def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> EncodedDocument:
     content = Document(_restored(title), _restored(text), None if metadata is None else json.loads(metadata))
-    return Encoded(_restored(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
+    return EncodedDocument(_restored(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
 
 
 def _sound(text: str) -> str | bytes:

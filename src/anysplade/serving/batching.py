@@ -1,16 +1,16 @@
-"""One index that many ask at once: a thread that encodes what waits together, and opens the index anew when it was rebuilt.
+"""Search one index for many concurrent clients: one thread encodes waiting requests in batches and opens a rebuilt index.
 
-Another thread reads the whole index where something needs that, so that searches do not wait for it.
+A second thread reads the whole index where a page needs that, so that searches do not wait for it.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, get_args
 
 from scipy import sparse
 
@@ -18,273 +18,258 @@ from anysplade.errors import AnyspladeError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.model.encoding import encode
 from anysplade.model.options import Role
-from anysplade.search.documents import Encoded, Filter, Hit, TermMatch
+from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.index import Index, explain_score
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32  # requests that are encoded together
-WAITING = 256  # requests at most; more are turned away
-PATIENCE = 0.005  # seconds at most for those to ask again that were answered together
+MAX_BATCH = 32  # requests encoded together
+MAX_WAITING = 256  # requests; more are refused
+GATHER_SECONDS = 0.005  # the longest that a request waits for others to join its batch
 
 T = TypeVar("T")
-_Outcome = tuple[Any, Exception | None]
+_Result = tuple[Any, Exception | None]
 
 
 class OverloadedError(AnyspladeError):
-    """So many requests wait that another one is turned away."""
+    """Too many requests are waiting to accept another one."""
 
 
 class StoppedError(AnyspladeError):
     """The searcher was not started, was stopped, or failed as a whole."""
 
     def __init__(self) -> None:
-        super().__init__("the index is not being searched any more; start the server again")
+        super().__init__("the index cannot be searched any more; start the server again")
 
 
 @dataclass
 class _Job:
     texts: Sequence[str]
     role: Role
-    work: Callable[[sparse.csr_matrix], Any]  # with the texts' vectors
-    done: "asyncio.Future[Any]"
+    work: Callable[[sparse.csr_matrix], Any]  # called with the vectors
+    future: "asyncio.Future[Any]"
+    vectors: sparse.csr_matrix = field(default_factory=lambda: sparse.csr_matrix((0, 0)))  # (texts, vocabulary)
 
 
 class Searcher:
-    """Answers from an index; to be used on one event loop, between ``start`` and ``stop``.
+    """Searches an index for many concurrent clients; for use on one event loop, between ``start`` and ``stop``.
 
-    Model and engine are touched by one thread alone. While it works, requests gather, and it encodes them
-    together next: the busier, the larger the batches. Clients that were answered together ask again one after the
-    other; the first of them waits for the rest, for a moment, so that they are encoded together again.
+    Only one thread uses the model and the engine. While it works, requests queue up, and it encodes them together next: the
+    higher the load, the larger the batches. Clients that were answered together send their next requests one after the other;
+    the first of these waits a few milliseconds for the rest, so that they are encoded together again.
 
-    The other index shares that thread: a comparison costs two searches.
+    The other index uses the same thread: a comparison costs two searches.
     """
 
     def __init__(self, folder: str | Path, beside: str | None = None, model: str | Path | None = None) -> None:
         """Open an index and load its model.
 
         Args:
+            folder: the index.
             beside: another index, or bm25, to compare with.
-            model: as ``Index.load`` has it, of the first index.
+            model: where the model of the first index is, if it was moved.
 
         Raises:
-            DataError, ModelError: as ``Index.load`` does and loading its model.
+            DataError, ModelError: as ``Index.load`` and loading the model raise them.
         """
         self.folder = Path(folder).expanduser()
         self.beside = beside
         self._model = model
-        self.index = Index.load(self.folder, model)
-        _ = self.index.encoder
-        self.documents = len(self.index)  # nobody else writes while this process holds the index
-        self.other: Index | None = None
-        if beside not in (None, "bm25"):
-            self.other = Index.load(str(beside))
-            _ = self.other.encoder
-        self._stamp = self._made()
+        self.index = self._open(self.folder, model)
+        self.documents = len(self.index)  # constant: no other process can write while this one has the index open
+        self.other = None if beside in (None, "bm25") else self._open(Path(str(beside)))
+        self._version = self._read_version()
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
-        self._unanswered: set[asyncio.Future[Any]] = set()
+        self._futures: set[asyncio.Future[Any]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="searcher")
-        self._second = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._once: dict[str, tuple[Index, asyncio.Task[Any]]] = {}
+        self._second_thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._cache: dict[str, tuple[Index, asyncio.Task[Any]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
         self.on_batch: Callable[[int], None] = lambda size: None
 
     def start(self) -> None:
-        self._loop = asyncio.create_task(self._serve())
-        self._loop.add_done_callback(self._ended)
+        """Accept requests."""
+        self._loop = asyncio.create_task(self._run_batches())
+        self._loop.add_done_callback(self._fail_waiting)
 
     async def stop(self) -> None:
-        """Answer what is under way and what waits, refuse what comes later, then close the index.
+        """Finish the running and the waiting requests, refuse later ones, then close the index.
 
-        A pass over the whole index is given up, unless it is building BM25, which cannot be interrupted.
+        A pass over the whole index is abandoned, unless it is building BM25, which cannot be interrupted.
         """
         self._stopping = True
         if self._loop is not None:
-            first: list[asyncio.Future[Any]] = [asyncio.gather(*self._unanswered, return_exceptions=True), self._loop]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            pending: list[asyncio.Future[Any]] = [asyncio.gather(*self._futures, return_exceptions=True), self._loop]
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             self._loop.cancel()
             await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
         self._thread.shutdown()
-        self._second.shutdown()
+        self._second_thread.shutdown()
         self.index.close()
         if self.other is not None:
             self.other.close()
 
-    def _ended(self, loop: "asyncio.Task[None]") -> None:
-        """However the loop ended: nobody waits for it."""
+    def _fail_waiting(self, loop: "asyncio.Task[None]") -> None:
         if not loop.cancelled() and loop.exception() is not None:
             logger.error("the index cannot be searched any more: %r", loop.exception())
-        for future in list(self._unanswered):
+        for future in list(self._futures):
             if not future.done():
                 future.set_exception(StoppedError())
 
     @property
     def running(self) -> bool:
+        """Whether requests are accepted."""
         return self._loop is not None and not self._loop.done() and not self._stopping
 
     @property
     def waiting(self) -> int:
+        """Requests in the queue."""
         return self._jobs.qsize()
 
-    # ---------------------------------------------------------------------------------- requests
-
-    async def search(self, query: str, k: int, explain: bool, wanted: Filter | None = None) -> list[Hit]:
-        return await self._ask([query], "query", lambda vector: self.index.search_vector(vector, k, explain, wanted))
+    async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None) -> list[Hit]:
+        """The k best hits for a query, as ``Index.search``."""
+        return await self._submit([query], "query", lambda vector: self.index.search_vector(vector, k, explain, filter))
 
     async def search_and_encode(self, query: str, k: int) -> tuple[list[Hit], sparse.csr_matrix]:
-        """Hits with their terms, and the query's vector."""
-        return await self._ask([query], "query", lambda vector: (self.index.search_vector(vector, k, True), vector))
+        """Hits with their terms, and the vector of the query, (1, vocabulary)."""
+        return await self._submit([query], "query", lambda vector: (self.index.search_vector(vector, k, True), vector))
 
     async def encode(self, texts: Sequence[str], role: Role) -> sparse.csr_matrix:
-        return await self._ask(texts, role, lambda vectors: vectors)
+        """Vectors of texts, (texts, vocabulary)."""
+        return await self._submit(texts, role, lambda vectors: vectors)
 
     async def explain(self, query: str, id_: str) -> list[TermMatch] | None:
-        """The terms that make a document's score; None if there is no such document."""
+        """The terms that add up to the score of a document; None if there is no such document."""
 
         def work(vector: sparse.csr_matrix) -> list[TermMatch] | None:
             document = self.index.store.find(id_)
             return None if document is None else explain_score(self.index.encoder, vector, document.terms, document.weights)
 
-        return await self._ask([query], "query", work)
+        return await self._submit([query], "query", work)
 
     async def search_beside(self, query: str, k: int) -> list[Hit]:
-        """Hits of the other index, or of BM25 over this index's texts."""
+        """Hits of the other index, or of BM25 over the texts of this index."""
         if self.other is not None:
-            other = self.other
-            return await self.call(lambda: other.search(query, k, explain=True))
-        bm25, ids = await self.once("bm25", self._index_texts)
+            return await self.run(partial(self.other.search, query, k, explain=True))
+        bm25, ids = await self.cached("bm25", self._build_bm25)
 
         def work() -> list[Hit]:
-            found, scores = bm25.top([query], k)[0]
-            hits = []
-            for position, score in zip(found.tolist(), scores.tolist(), strict=True):
-                document = self.index.store.find(ids[position])
-                if document is not None:
-                    hits.append(Hit(document.id, score, document.document.title, document.document.text))
-            return hits
+            positions, scores = bm25.top([query], k)[0]
+            documents = [self.index.store.find(ids[position]) for position in positions.tolist()]
+            return [
+                Hit(document.id, score, document.content.title, document.content.text)
+                for document, score in zip(documents, scores.tolist(), strict=True)
+                if document is not None
+            ]
 
-        return await self.call(work)
+        return await self.run(work)
 
-    async def _index_texts(self, index: Index) -> tuple[BM25, list[str]]:
+    async def _build_bm25(self, index: Index) -> tuple[BM25, list[str]]:
         def work() -> tuple[BM25, list[str]]:
-            texts, ids = [], []
-            for document in self.every_document(index):
-                texts.append(document.document.full_text)
-                ids.append(document.id)
-            return BM25(texts), ids
+            documents = [(document.id, document.content.full_text) for document in self.read_documents(index)]
+            return BM25([text for _, text in documents]), [id_ for id_, _ in documents]
 
-        return await self.aside(work)
+        return await self.run_second(work)
 
-    async def call(self, work: Callable[[], T]) -> T:
-        """Anything else that needs the model or the engine."""
-        return cast(T, await self._ask([], "query", lambda _: work()))
+    async def run(self, work: Callable[[], T]) -> T:
+        """Call any other function that needs the model or the engine, on the thread that uses them."""
+        return await self._submit([], "query", lambda _: work())
 
-    # ------------------------------------------------------------------------------- what takes long
-
-    async def once(self, name: str, make: Callable[[Index], Coroutine[Any, Any, T]]) -> T:
-        """What takes long to find out about an index: made once, for all who ask meanwhile and afterwards."""
+    async def cached(self, name: str, compute: Callable[[Index], Coroutine[Any, Any, T]]) -> T:
+        """A slow result about the index: computed once for all clients, and again after the index was rebuilt or it failed."""
         while True:
-            index = await self.call(lambda: self.index)  # opened anew if it was rebuilt
-            known = self._once.get(name)
-            if known is None or known[0] is not index or _failed(known[1]):
-                known = self._once[name] = index, asyncio.create_task(make(index))
-                self._tasks.add(known[1])
-                known[1].add_done_callback(self._tasks.discard)
+            index = await self.run(lambda: self.index)  # the new one, if it was rebuilt
+            entry = self._cache.get(name)
+            if entry is None or entry[0] is not index or _failed(entry[1]):
+                entry = self._cache[name] = index, asyncio.create_task(compute(index))
+                self._tasks.add(entry[1])
+                entry[1].add_done_callback(self._tasks.discard)
             try:
-                return cast(T, await asyncio.shield(known[1]))  # a client that goes away ends it for nobody else
+                return await asyncio.shield(entry[1])  # a client that disconnects must not cancel it for the others
             except Exception:
                 if self.index is index or not self.running:
-                    raise  # otherwise the index was closed meanwhile, and there is a new one
+                    raise  # otherwise the index was replaced and closed during the computation: repeat it for the new one
 
-    async def aside(self, work: Callable[[], T]) -> T:
-        """Work on the second thread, which must not touch the model or the engine; one at a time."""
+    async def run_second(self, work: Callable[[], T]) -> T:
+        """Call a function on the second thread, one at a time; it must not use the model or the engine."""
         if not self.running:
             raise StoppedError
-        found, error = await asyncio.get_running_loop().run_in_executor(self._second, _outcome, work)
+        value, error = await asyncio.get_running_loop().run_in_executor(self._second_thread, _try, work)
         if error is not None:
             raise error
-        return cast(T, found)
+        return value
 
-    def every_document(self, index: Index) -> Iterator[Encoded]:
-        """For work on the second thread.
+    def read_documents(self, index: Index) -> Iterator[EncodedDocument]:
+        """All documents of an index, for functions on the second thread.
 
         Raises:
-            StoppedError: the searcher is being stopped, or has another index by now.
+            StoppedError: the searcher is stopping, or the index was replaced.
         """
         for document in index.store:
             if self._stopping or index is not self.index:
                 raise StoppedError
             yield document
 
-    # ------------------------------------------------------------------------------------ the thread
-
-    async def _ask(self, texts: Sequence[str], role: Role, work: Callable[[sparse.csr_matrix], Any]) -> Any:
+    async def _submit(self, texts: Sequence[str], role: Role, work: Callable[[sparse.csr_matrix], Any]) -> Any:
         if not self.running:
             raise StoppedError
-        if self._jobs.qsize() >= WAITING:
-            raise OverloadedError(f"{WAITING} requests wait already; try again in a moment")
+        if self._jobs.qsize() >= MAX_WAITING:
+            raise OverloadedError(f"{MAX_WAITING} requests are already waiting; try again in a moment")
         job = _Job(texts, role, work, asyncio.get_running_loop().create_future())
-        self._unanswered.add(job.done)
-        job.done.add_done_callback(self._unanswered.discard)
+        self._futures.add(job.future)
+        job.future.add_done_callback(self._futures.discard)
         self._jobs.put_nowait(job)
-        return await job.done
+        return await job.future
 
-    async def _serve(self) -> None:
+    async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
-        last = 1
+        size = 1
         while True:
             batch = [await self._jobs.get()]
-            patient = loop.time() + PATIENCE
-            while 1 + self._jobs.qsize() < last and loop.time() < patient:
-                await asyncio.sleep(PATIENCE / 10)
-            while len(batch) < BATCH and not self._jobs.empty():
+            deadline = loop.time() + GATHER_SECONDS
+            while 1 + self._jobs.qsize() < size and loop.time() < deadline:
+                await asyncio.sleep(GATHER_SECONDS / 10)
+            while len(batch) < MAX_BATCH and not self._jobs.empty():
                 batch.append(self._jobs.get_nowait())
-            wanted = [job for job in batch if not job.done.cancelled()]  # the others' clients are gone
-            last = len(batch)
-            results, failure = await loop.run_in_executor(self._thread, _outcome, partial(self._work, wanted))
+            size = len(batch)
+            jobs = [job for job in batch if not job.future.cancelled()]  # the clients of the others have disconnected
+            results, failure = await loop.run_in_executor(self._thread, _try, partial(self._run_batch, jobs))
             if failure is not None:
-                results = [(None, failure)] * len(wanted)
-            for job, (value, error) in zip(wanted, results, strict=True):
-                if job.done.done():
-                    continue
-                if error is None:
-                    job.done.set_result(value)
-                else:
-                    job.done.set_exception(error)
+                results = [(None, failure)] * len(jobs)
+            for job, (value, error) in zip(jobs, results, strict=True):
+                if error is not None and not job.future.done():
+                    job.future.set_exception(error)
+                elif not job.future.done():
+                    job.future.set_result(value)
 
-    def _work(self, jobs: Sequence[_Job]) -> list[_Outcome]:
+    def _run_batch(self, jobs: Sequence[_Job]) -> list[_Result]:
         self.on_batch(len(jobs))
         self._reload()
-        vectors, failed = _outcome(partial(self._encode, jobs))
-        nothing = sparse.csr_matrix((0, 0))
-        return [
-            (None, failed)
-            if failed is not None and job.texts
-            else _outcome(partial(job.work, (vectors or {}).get(id(job), nothing)))
-            for job in jobs
-        ]
+        _, failure = _try(partial(self._encode, jobs))
+        return [(None, failure) if failure is not None and job.texts else _try(partial(job.work, job.vectors)) for job in jobs]
 
-    def _encode(self, jobs: Sequence[_Job]) -> dict[int, sparse.csr_matrix]:
-        """Vectors of the texts of each job that has any, by its identity."""
-        vectors: dict[int, sparse.csr_matrix] = {}
-        roles: tuple[Role, ...] = ("query", "document")
-        for role in roles:
-            of = [job for job in jobs if job.role == role and job.texts]
-            if not of:
-                continue
-            rows = encode(self.index.encoder, [text for job in of for text in job.texts], role)
-            start = 0
-            for job in of:
-                vectors[id(job)] = rows[start : start + len(job.texts)]
-                start += len(job.texts)
-        return vectors
+    def _encode(self, jobs: Sequence[_Job]) -> None:
+        for role in get_args(Role):
+            same_role = [job for job in jobs if job.role == role and job.texts]
+            if same_role:
+                rows = encode(self.index.encoder, [text for job in same_role for text in job.texts], role)
+                start = 0
+                for job in same_role:
+                    job.vectors = rows[start : start + len(job.texts)]
+                    start += len(job.texts)
 
-    def _made(self) -> tuple[int, int] | None:
+    @staticmethod
+    def _open(folder: Path, model: str | Path | None = None) -> Index:
+        index = Index.load(folder, model)
+        _ = index.encoder  # loads the model
+        return index
+
+    def _read_version(self) -> tuple[int, int] | None:
         try:
             status = (self.folder / "index.json").stat()
         except OSError:
@@ -292,32 +277,31 @@ class Searcher:
         return status.st_ino, status.st_mtime_ns
 
     def _reload(self) -> None:
-        """Take the index that lies in the folder now; until it is whole, the old one answers."""
-        stamp = self._made()
-        if stamp is None or stamp == self._stamp:
+        """Open the index again if it was rebuilt; until the new one is complete, the old one stays in use."""
+        version = self._read_version()
+        if version is None or version == self._version:
             return
         try:
-            fresh = Index.load(self.folder, self._model)
-            _ = fresh.encoder
-        except Exception as error:  # whatever is wrong with it, the old one answers
+            index = self._open(self.folder, self._model)
+        except Exception as error:  # any failure: the old index can still be searched
             logger.warning("the index changed and cannot be opened yet: %s", error)
         else:
-            self._second.submit(self.index.close)  # after what is under way there
-            self.index, self.documents = fresh, len(fresh)
-            self._once.clear()
-            logger.info("%s: opened anew, %d documents", self.folder, self.documents)
-        self._stamp = stamp
+            self._second_thread.submit(self.index.close)  # queued behind a pass that still reads it
+            self.index, self.documents = index, len(index)
+            self._cache.clear()
+            logger.info("%s: opened the rebuilt index, %d documents", self.folder, self.documents)
+        self._version = version
 
 
 def _failed(task: "asyncio.Task[Any]") -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-def _outcome(work: Callable[[], Any]) -> _Outcome:
-    """What it returned, or raised.
+def _try(work: Callable[[], Any]) -> _Result:
+    """The value that a function returns, or the error that it raises.
 
-    An executor's future must raise neither the engine's panics, which are no Exceptions and would end the loop, nor
-    StopIteration, which asyncio does not pass on, so that whoever waits for it would wait forever.
+    The future of an executor must raise neither the panics of the engine, which are no Exceptions and would end the loop, nor
+    StopIteration, which asyncio does not pass on, so that the client would wait forever.
     """
     try:
         return work(), None

@@ -31,9 +31,10 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from anysplade._common.files import whole_folder, write_whole
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import PYTHON_DOCS, Collection, Pair, load_collection
+from anysplade.data.collections import Collection, Pair, load_collection
 from anysplade.data.pairs import StoredPairs, read_pairs
 from anysplade.data.python_docs import PACKAGES
+from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.evaluation.evaluations import data_hash, evaluate
 from anysplade.model.calibration import Calibration, sample_pairs

@@ -19,13 +19,15 @@ from anysplade._common.files import whole_folder
 from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError, OptionError, OutputError
 from anysplade.model.encoder import name_terms
-from anysplade.search.documents import Encoded, check_vector
+from anysplade.search.documents import EncodedDocument, check_vector
 
 _DOCUMENTS_A_FILE = 100_000
 _INT32 = 2**31 - 1
 
 
-def export_anserini(documents: Iterable[Encoded], tokens: Sequence[str | None], folder: str | Path, quantization: int = 100) -> int:
+def export_anserini(
+    documents: Iterable[EncodedDocument], tokens: Sequence[str | None], folder: str | Path, quantization: int = 100
+) -> int:
     """Write a JsonVectorCollection, for ``IndexCollection -impact -pretokenized``; returns the number of documents.
 
     Of the documents only the ids stay in memory.
@@ -45,13 +47,15 @@ def export_anserini(documents: Iterable[Encoded], tokens: Sequence[str | None], 
                 files.close()
                 file = files.enter_context(open(work / f"{count // _DOCUMENTS_A_FILE:04}.jsonl", "w", encoding="utf-8"))
             vector = {names[term]: impact for term, impact in zip(terms.tolist(), impacts.tolist(), strict=True)}
-            file.write(json.dumps({"id": document.id, "contents": document.document.full_text, "vector": vector}) + "\n")
+            file.write(json.dumps({"id": document.id, "contents": document.content.full_text, "vector": vector}) + "\n")
             count += 1
         files.close()
     return count
 
 
-def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str | None], path: str | Path, quantization: int = 100) -> int:
+def export_ciff(
+    documents: Iterable[EncodedDocument], tokens: Sequence[str | None], path: str | Path, quantization: int = 100
+) -> int:
     """Write a Common Index File (https://github.com/osirrc/ciff); returns the number of documents.
 
     Postings by term need all documents at once: about 20 bytes of memory a posting at the peak. The length of a document
@@ -103,8 +107,8 @@ def export_ciff(documents: Iterable[Encoded], tokens: Sequence[str | None], path
 
 
 def _quantized(
-    documents: Iterable[Encoded], vocabulary: int, quantization: int
-) -> Iterator[tuple[Encoded, np.ndarray, np.ndarray]]:
+    documents: Iterable[EncodedDocument], vocabulary: int, quantization: int
+) -> Iterator[tuple[EncodedDocument, np.ndarray, np.ndarray]]:
     """Documents, the terms (active dims,) int32 that are left of each, and their impacts (active dims,) int64."""
     if quantization < 1:
         raise OptionError(f"quantization {quantization}: give 1 or more")

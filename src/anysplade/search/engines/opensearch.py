@@ -11,7 +11,7 @@ from opensearchpy import OpenSearch
 from opensearchpy.exceptions import ConnectionError, TransportError
 
 from anysplade.errors import AnyspladeError, DataError, OptionError
-from anysplade.search.documents import Encoded, Hit, check_filter, check_vector
+from anysplade.search.documents import EncodedDocument, Hit, check_filter, check_vector
 from anysplade.search.engines.sending import check_about, hashed_batches, one_line, retried, same_model
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class OpenSearchEngine:
         # By the index's own name, which differs if ours is an alias.
         return dict(next(iter(answer.values()))["mappings"].get("_meta", {}))
 
-    def upload(self, documents: Iterable[Encoded], batch: int = 256, progress: bool = False) -> int:
+    def upload(self, documents: Iterable[EncodedDocument], batch: int = 256, progress: bool = False) -> int:
         """Add documents or replace them by id; those that are there with the same content are not sent again.
 
         A batch is tried again, at most five times, while the connection fails or the server answers 429 or 503, for the
@@ -179,11 +179,11 @@ class OpenSearchEngine:
         raise AnyspladeError(f"{self._said}: {one_line(why)}; {mend}") from None
 
 
-def _lines(document: Encoded, digest: str) -> list[dict[str, Any]]:
+def _lines(document: EncodedDocument, digest: str) -> list[dict[str, Any]]:
     # Lucene refuses weights below float32's normal numbers; they count for nothing.
     kept = document.weights >= np.finfo(np.float32).tiny
     features = zip(map(str, document.terms[kept].tolist()), document.weights[kept].tolist(), strict=True)
-    fields = {name: value for name, value in document.document._asdict().items() if value is not None}
+    fields = {name: value for name, value in document.content._asdict().items() if value is not None}
     return [{"index": {"_id": _key(document.id)}}, {"id": document.id, "hash": digest, **fields, "vector": dict(features)}]
 
 

@@ -13,7 +13,7 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
-from anysplade.search.documents import Encoded, Hit, check_filter, check_vector
+from anysplade.search.documents import EncodedDocument, Hit, check_filter, check_vector
 from anysplade.search.engines.sending import check_about, hashed_batches, one_line, retried, same_model
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class QdrantEngine:
             raise DataError(f"{self._said}: does not exist; create it first")
         return dict(self._ask(self.client.get_collection, self.name).config.metadata or {})
 
-    def upload(self, documents: Iterable[Encoded], batch: int = 256, progress: bool = False) -> int:
+    def upload(self, documents: Iterable[EncodedDocument], batch: int = 256, progress: bool = False) -> int:
         """Add documents or replace them by id; those that are there with the same content are not sent again.
 
         A batch is tried again, at most five times, while the connection fails or the server answers 429 or 503.
@@ -155,8 +155,8 @@ class QdrantEngine:
         raise AnyspladeError(f"{self._said}: {one_line(why)}; {mend}") from None
 
 
-def _point(document: Encoded, digest: str) -> models.PointStruct:
-    payload = {"id": document.id, **document.document._asdict(), "hash": digest}
+def _point(document: EncodedDocument, digest: str) -> models.PointStruct:
+    payload = {"id": document.id, **document.content._asdict(), "hash": digest}
     vector = models.SparseVector(indices=document.terms.tolist(), values=document.weights.tolist())
     # A point without a vector is documented; an empty sparse vector is not.
     return models.PointStruct(id=_point_id(document.id), vector={_VECTOR: vector} if len(document.terms) else {}, payload=payload)

@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from anysplade.errors import DataError, OptionError, OutputError, without_credentials
-from anysplade.search.documents import Encoded, check_vector
+from anysplade.search.documents import EncodedDocument, check_vector
 
 logger = logging.getLogger(__name__)
 
-Hashed = dict[str, tuple[Encoded, str]]  # documents and their content hashes, by id
+Hashed = dict[str, tuple[EncodedDocument, str]]  # documents and their content hashes, by id
 T = TypeVar("T")
 
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds, before another try
 
 
-def hashed_batches(documents: Iterable[Encoded], size: int, progress: bool) -> Iterator[Hashed]:
+def hashed_batches(documents: Iterable[EncodedDocument], size: int, progress: bool) -> Iterator[Hashed]:
     """Checked documents, at most ``size`` at once; of an id that stands twice in a batch the last is kept.
 
     Raises:
@@ -38,11 +38,11 @@ def hashed_batches(documents: Iterable[Encoded], size: int, progress: bool) -> I
             bar.update(len(batch))
 
 
-def _hashed(document: Encoded) -> tuple[Encoded, str]:
+def _hashed(document: EncodedDocument) -> tuple[EncodedDocument, str]:
     said = f"document {document.id[:80]!r}"
     terms, weights = check_vector(said, document.terms, document.weights)
     try:
-        content = json.dumps([document.id, *document.document], sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        content = json.dumps([document.id, *document.content], sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError too
         raise DataError(f"{said}: cannot be sent as JSON ({error}); mend its text or metadata") from None
     digest = hashlib.sha256(content + b"\0" + terms.tobytes() + weights.tobytes()).hexdigest()  # JSON has no zero byte

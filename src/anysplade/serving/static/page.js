@@ -1,5 +1,5 @@
 "use strict";
-// Hits as one types, and the keyboard: / to the field, arrows between hits, Enter opens why.
+// Updates the hits while the user types. Keys: / moves to the query field, arrows move between hits, Enter explains a hit.
 const field = document.querySelector("input[data-live]");
 const results = document.getElementById("results");
 let newest = 0;
@@ -10,25 +10,25 @@ async function refresh() {
   const parameters = new URLSearchParams({ q: field.value });
   results.setAttribute("aria-busy", "true");
   try {
-    const answer = await fetch("/results?" + parameters, { headers: { accept: "text/html" } });
-    const text = await answer.text();
-    if (number !== newest) return; // a later one is on its way
+    const response = await fetch("/results?" + parameters, { headers: { accept: "text/html" } });
+    const text = await response.text();
+    if (number !== newest) return; // a later request will replace the hits
     const page = new DOMParser().parseFromString(text, "text/html");
     const part = page.querySelector("main") || page.body;
     results.replaceChildren(...part.childNodes);
     history.replaceState(null, "", field.value ? "/?" + parameters : "/");
   } catch {
     if (number !== newest) return;
-    const said = document.createElement("p");
-    said.className = "error";
-    said.textContent = "The server does not answer. Your query is still here: try again in a moment.";
-    results.replaceChildren(said);
+    const message = document.createElement("p");
+    message.className = "error";
+    message.textContent = "The server does not respond. Your query is kept; try again in a moment.";
+    results.replaceChildren(message);
   }
   results.removeAttribute("aria-busy");
 }
 
 if (field && results) {
-  field.setSelectionRange(field.value.length, field.value.length); // to go on typing where the query ends
+  field.setSelectionRange(field.value.length, field.value.length); // so that typing continues at the end of the query
   field.addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(refresh, 120);
@@ -36,21 +36,21 @@ if (field && results) {
 }
 
 document.addEventListener("keydown", (event) => {
-  const into = document.querySelector("input[type=search], textarea");
+  const input = document.querySelector("input[type=search], textarea");
   const typing = event.target instanceof HTMLElement && event.target.matches("input, textarea, select");
-  if (event.key === "/" && !typing && into) {
+  if (event.key === "/" && !typing && input) {
     event.preventDefault();
-    into.focus();
+    input.focus();
     return;
   }
-  if (event.key === "Escape" && into) into.focus();
+  if (event.key === "Escape" && input) input.focus();
   if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return;
   if (event.target instanceof HTMLElement && event.target.matches("textarea, select")) return;
-  const stops = [...document.querySelectorAll("ol.hits summary")];
-  if (!stops.length) return;
-  const at = stops.indexOf(document.activeElement);
-  const next = event.key === "ArrowDown" ? at + 1 : at - 1;
+  const summaries = [...document.querySelectorAll("ol.hits summary")];
+  if (!summaries.length) return;
+  const current = summaries.indexOf(document.activeElement);
+  const next = event.key === "ArrowDown" ? current + 1 : current - 1;
   event.preventDefault();
-  if (next < 0) into?.focus();
-  else stops[Math.min(next, stops.length - 1)].focus();
+  if (next < 0) input?.focus();
+  else summaries[Math.min(next, summaries.length - 1)].focus();
 });

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from anysplade import DataError, Document, OptionError
-from anysplade.search.documents import Encoded
+from anysplade.search.documents import EncodedDocument
 from anysplade.search.store import Store
 
 pytest.importorskip("seismic", reason="pyseismic-lsr has wheels for Linux on x86-64 and a few versions of Python only")
 
-from anysplade.search.engines.seismic import SeismicEngine
+from benchmarks.seismic import SeismicEngine
 
 VOCABULARY = 250_002
 
@@ -22,8 +22,8 @@ def store(tmp_path):
     Store.create(tmp_path / "store")
     store = Store(tmp_path / "store", VOCABULARY)
     generator = np.random.default_rng(0)
-    store.put(Encoded(f"d{i}", Document("", ""), *vector(generator, 30)) for i in range(2000))
-    store.put([Encoded("empty", Document("", ""), np.zeros(0, np.int32), np.zeros(0, np.float32))])
+    store.put(EncodedDocument(f"d{i}", Document("", ""), *vector(generator, 30)) for i in range(2000))
+    store.put([EncodedDocument("empty", Document("", ""), np.zeros(0, np.int32), np.zeros(0, np.float32))])
     yield store
     store.close()
 

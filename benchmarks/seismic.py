@@ -1,7 +1,7 @@
 """Seismic: an approximate index in memory for large corpora that do not change (Bruch et al., arXiv 2404.18812).
 
-It drops most of a term's postings, and so may miss documents, or give fewer than k. How many it misses is measured when it
-is built and stands beside every answer. Linux on x86-64, a few versions of Python: ``pip install "anysplade[seismic]"``.
+It drops most of a term's postings, so it may miss documents, or return fewer than k. Its recall is measured when it is built
+and stands beside every result. ``pip install pyseismic-lsr`` has wheels for Linux on x86-64 and a few versions of Python.
 """
 
 from collections.abc import Sequence
@@ -49,12 +49,10 @@ class SeismicEngine:
             heap_factor: below 1 searches more, above it less.
 
         Raises:
-            OptionError: no queries to measure with, an empty store, or the library is not installed.
+            OptionError: no queries to measure with, or an empty store.
         """
-        try:
-            import seismic
-        except ImportError:
-            raise OptionError('seismic is not installed; pip install "anysplade[seismic]"') from None
+        import seismic
+
         if not queries or not len(store):
             raise OptionError(
                 f"{len(store)} documents and {len(queries)} queries: Seismic needs some of both, to measure its recall"

@@ -137,7 +137,7 @@ def test_head_and_cost(browser, address):
     picture = browser.find_element(By.TAG_NAME, "img")
     assert wait(browser, lambda: browser.execute_script("return arguments[0].naturalWidth", picture)) > 0
     show(browser, f"{address}/cost")
-    assert "active dims a document" in browser.find_element(By.TAG_NAME, "main").text
+    assert "active dims per document" in browser.find_element(By.TAG_NAME, "main").text
 
 
 VIEWS = ("/", "/?q=kabel", "/compare?q=kabel", "/inspect?text=kabel", "/head", "/cost")
@@ -154,8 +154,8 @@ def test_narrow_screens_and_accessibility(browser, address, view):
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
         for scheme in ("light", "dark"):
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-            found = Axe().run(browser)["violations"]
-            assert [(f["id"], f["nodes"][0]["html"]) for f in found if f["impact"] in ("serious", "critical")] == []
+            violations = Axe().run(browser)["violations"]
+            assert [(f["id"], f["nodes"][0]["html"]) for f in violations if f["impact"] in ("serious", "critical")] == []
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
@@ -182,8 +182,8 @@ def test_when_the_server_is_gone_the_page_says_so(driver, folder):
         show(driver, address)
         assert driver.find_element(By.ID, "results").text.startswith("Type a query")
     driver.find_element(By.CSS_SELECTOR, "input[type=search]").send_keys(WORDS[0])
-    said = wait(driver, lambda: driver.find_elements(By.CLASS_NAME, "error"))
-    assert "does not answer" in said[0].text
+    errors = wait(driver, lambda: driver.find_elements(By.CLASS_NAME, "error"))
+    assert "does not respond" in errors[0].text
     assert driver.find_element(By.CSS_SELECTOR, "input[type=search]").get_attribute("value") == WORDS[0]
     time.sleep(0.1)
     driver.get_log("browser")  # the refused connection

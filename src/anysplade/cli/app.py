@@ -1,0 +1,158 @@
+"""The command line's frame: how a command prints its result, its errors and its log.
+
+Results go to standard output, progress and logs to standard error. The exit code is 0 on success, 2 on a mistake of
+the user's (one line with the cause and the fix), 1 on a failure.
+"""
+
+import contextlib
+import functools
+import io
+import json as jsonlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console, RenderableType
+
+from anysplade import __version__
+from anysplade._common.files import READ_ONLY
+from anysplade.cli.config import config_file
+from anysplade.errors import AnyspladeError, UsageError, without_credentials
+
+app = App(
+    name="anysplade",
+    help="Train a SPLADE sparse retriever on any masked language model.",
+    version=__version__,
+    result_action="return_value",
+)
+
+Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]
+Out = Annotated[Path, Parameter(name="--out")]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A command's result: as JSON, and for a person."""
+
+    data: dict[str, Any]
+    text: list[RenderableType]
+
+
+def command(function: Callable[..., Result]) -> Callable[..., None]:
+    """Register a command. Whatever the libraries print goes to standard error."""
+
+    @functools.wraps(function)
+    def run(*args: Any, json: bool = False, **kwargs: Any) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            _quiet_libraries()
+            result = function(*args, json=json, **kwargs)
+        if not _first_process():
+            return
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # lone surrogates, and characters that the terminal's encoding lacks
+        if json:
+            print(_as_json(result.data))
+        else:
+            console = Console(soft_wrap=True)
+            for part in result.text:
+                console.print(part)
+
+    app.command(run)
+    return run
+
+
+def _as_json(data: dict[str, Any]) -> str:
+    """JSON, escaped where standard output cannot encode the characters."""
+    text = jsonlib.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return jsonlib.dumps(data, indent=2)
+    return text
+
+
+def _first_process() -> bool:
+    """Whether this process prints: of those that torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_watched() -> bool:
+    return sys.stderr.isatty() and _first_process()
+
+
+_ARGUMENTS = {"backbone", "collection", "data", "index", "query", "runs"}  # they have no flag
+
+
+def _as_typed(text: str) -> str:
+    """A message of the library, with the options that it names, such as `top_k=5`, as they are typed here: --top-k 5."""
+
+    def typed(option: re.Match[str]) -> str:
+        name, value = option.groups()
+        flag = name.upper() if name in _ARGUMENTS else "--out" if name == "output" else f"--{name.replace('_', '-')}"
+        return flag if value is None else f"{flag} {value}"
+
+    return without_credentials(re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", typed, text))
+
+
+class _Formatter(logging.Formatter):
+    """Messages of anysplade and of other libraries, none with a password or a token."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _as_typed(super().format(record))
+
+
+def _quiet_libraries() -> None:
+    """Keep standard error for anysplade's own progress and for warnings that ask for something."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; anysplade's own decide for themselves
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries; users can do nothing about them
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
+    for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2", "opensearch", "urllib3"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app.config = config_file(arguments)
+        app(arguments, exit_on_error=False, print_error=False)
+    except (CycloptsError, UsageError) as error:
+        _report(error)
+        return 2
+    except (AnyspladeError, OSError, MemoryError) as error:
+        _report(error)
+        return 1
+    except KeyboardInterrupt:
+        print("anysplade: interrupted; run the same command again to continue where it can", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run() -> None:
+    """Entry point of the ``anysplade`` command."""
+    sys.exit(main())
+
+
+def _report(error: BaseException) -> None:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        allow = "; allow it, or name another place" if error.errno in READ_ONLY else ""
+        text = f"{error.filename}: {error.strerror}{allow}"
+    print(f"anysplade: {_as_typed(text)}", file=sys.stderr)

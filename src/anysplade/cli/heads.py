@@ -1,0 +1,73 @@
+"""Commands on a masked LM's head: inspect, rescale."""
+
+from pathlib import Path
+
+from anysplade.cli.app import Json, Out, Result, command, is_watched
+from anysplade.model.options import BiasPolicy, Choice
+
+
+@command
+def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, json: Json = False) -> Result:
+    """Measure a masked LM's head: what its scale will do, and the k and shift it wants.
+
+    Args:
+        model: a masked LM's or sparse encoder's folder or hub id.
+        data: training pairs to probe with (BEIR folder, JSONL, python-docs); everyday texts otherwise.
+        svg: a file for a picture of the logits before and after.
+    """
+    from anysplade._common import files
+    from anysplade.cli import rendering as report
+    from anysplade.model import calibration, encoder, head
+
+    loaded, tokenizer, trained = encoder.open_masked_lm(model)
+    queries, documents = calibration.probe_texts(data, progress=is_watched())
+    probe = head.measure_logits(loaded, tokenizer, queries, documents)
+    measured = head.describe_head(loaded, probe, model)
+    suggested = calibration.choose(probe, trained=trained)
+    verdict = dict(zip(("raw", "calibrated"), suggested.verdicts or (None, None), strict=True))
+    if svg is not None:
+        files.write_whole(svg, calibration.logit_figure(suggested))
+    return Result(
+        measured.to_dict() | {"suggested": suggested.to_dict(), "verdict": verdict}, report.head_tables(measured, suggested)
+    )
+
+
+@command
+def rescale(
+    model: str,
+    /,
+    *,
+    out: Out,
+    k: Choice = 8.0,
+    shift: Choice = 0.0,
+    bias: BiasPolicy = "scale",
+    data: str | None = None,
+    json: Json = False,
+) -> Result:
+    """Write a stock checkpoint whose MLM logits are logits / k - shift.
+
+    Args:
+        model: a masked LM's folder or hub id.
+        out: the new checkpoint's folder.
+        k: divides the head; "auto" measures what it wants.
+        shift: lowers the logits by way of the bias; "auto" likewise.
+        bias: whether k divides the decoder's bias too ("scale") or not ("keep").
+        data: training pairs to probe with for "auto"; everyday texts otherwise.
+    """
+    from anysplade._common import files
+    from anysplade.cli import rendering as report
+    from anysplade.model import calibration, head
+
+    files.require_empty(out)
+    loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
+    texts = calibration.probe_texts(data, progress=is_watched()) if "auto" in (k, shift) else ((), ())
+    chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
+    head.rescale_head(loaded, chosen.k, chosen.shift, bias)
+    with files.whole_folder(out) as folder:
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    written = head.describe_head(loaded, None, str(out))
+    return Result(
+        written.to_dict() | {"k": chosen.k, "shift": chosen.shift, "bias_policy": bias, "out": str(out)},
+        report.rescaled_lines(written, chosen, out),
+    )

@@ -1,0 +1,199 @@
+"""Commands on indexes: index, search, serve, size, export."""
+
+import contextlib
+import json as jsonlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import RenderableType
+
+from anysplade.cli.app import Json, Out, Result, command, is_watched
+from anysplade.errors import OptionError, OutputError, without_credentials
+from anysplade.model.options import Precision
+
+
+@command
+def index(
+    model: str,
+    corpus: str,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(name="--out")] = None,
+    to: str | None = None,
+    precision: Precision = "float32",
+    top_k: int | None = None,
+    max_length: int | None = None,
+    workers: int = 1,
+    ray: bool = False,
+    json: Json = False,
+) -> Result:
+    """Encode a corpus and write an index; interrupted, or when the corpus changed, the same command brings it up to date.
+
+    Args:
+        model: a sparse encoder's folder or hub id.
+        corpus: a file (JSONL, CSV, TSV, Parquet), or any collection that evaluate takes.
+        out: the index's folder.
+        to: a server instead: qdrant://host:6333/name or opensearch://host:9200/name.
+        precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
+        top_k: keep only the so many largest weights of each document: an approximation, recorded.
+        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
+        workers: processes that encode, each with the model.
+        ray: encode on a Ray cluster, workers at once.
+    """
+    from anysplade.evaluation.evaluations import default_cache
+    from anysplade.search.index import Index
+    from anysplade.search.remote import RemoteIndex
+
+    if (out is None) == (to is None):
+        raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
+    options: dict[str, Any] = {"precision": precision, "top_k": top_k, "max_length": max_length}
+    options |= {"workers": workers, "ray": ray, "progress": is_watched()}
+    if to is not None:
+        work = default_cache()
+        if work is None:
+            raise OutputError(f"--to {without_credentials(to)}: the encoded corpus needs a folder; set ANYSPLADE_CACHE to one")
+        sent = RemoteIndex.build(model, corpus, to, work, **options)
+        found = {"documents": len(sent), "sent": sent.sent, "left_over": sent.left_over, "index": sent.address}
+        lines: list[RenderableType] = [
+            f"{len(sent):,} documents ({sent.sent:,} sent now), at {sent.address}",
+            f'next: anysplade search {sent.address} "your query"',
+        ]
+        return Result(sent.about | found, lines)
+    assert out is not None
+    with Index.build(model, corpus, out, **options) as built:
+        found = built.describe() | built.changes._asdict() | {"index": str(out)}
+    changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
+    return Result(
+        found,
+        [
+            f"{found['documents']:,} documents ({changed}), {found['document_active_dims']:.0f} active dims a document, in {out}",
+            f'next: anysplade search {out} "your query"',
+        ],
+    )
+
+
+@command
+def search(
+    index: str,
+    query: str,
+    /,
+    *,
+    k: int = 10,
+    filter: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    exact: bool = False,
+    model: str | None = None,
+    json: Json = False,
+) -> Result:
+    """Search an index; each hit says which terms made its score.
+
+    Args:
+        index: an index's folder, or its address on a server.
+        query: the text to search for.
+        k: how many hits at most.
+        filter: metadata that hits must have, as name=value; a name twice means any of its values.
+        exact: search the vectors in memory, in float64, instead of the engine.
+        model: where the index's model lies, if it was moved.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.search.remote import open_index
+
+    wanted: dict[str, list[Any]] = {}
+    for condition in filter or []:
+        name, equals, value = condition.partition("=")
+        if not name or not equals:
+            raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
+        with contextlib.suppress(ValueError):  # numbers and true are what they are in JSON; the rest is text
+            value = jsonlib.loads(value)
+        wanted.setdefault(name, []).append(value)
+    hits = open_index(index, model).search(query, k=k, explain=True, filter=wanted or None, exact=exact)
+    return Result({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
+
+
+@command
+def serve(
+    index: str,
+    beside: str | None = None,
+    /,
+    *,
+    model: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token: str | None = None,
+    json: Json = False,
+) -> Result:
+    """Serve a search page and an HTTP API over an index, until stopped.
+
+    Args:
+        index: an index's folder.
+        beside: another index's folder, or bm25, for the page that compares.
+        model: where the index's model lies, if it was moved.
+        host: an address of this machine; one that others reach needs a token.
+        port: 0 for any that is free.
+        token: what every request must carry; ANYSPLADE_TOKEN, if that is set.
+    """
+    from anysplade.serving import app as server
+
+    served = server.serve(index, beside, model=model, host=host, port=port, token=token or os.environ.get("ANYSPLADE_TOKEN"))
+    return Result(served.to_dict(), [f"{served.requests:,} requests answered"])
+
+
+@command
+def size(
+    model: str,
+    /,
+    *,
+    documents: str,
+    corpus: str | None = None,
+    sample: int = 500,
+    qps: float = 100.0,
+    memory: float = 32.0,
+    json: Json = False,
+) -> Result:
+    """Tell what an index will need: bytes, postings a query, queries a second a core, shards, hours of encoding.
+
+    Args:
+        model: a sparse encoder's folder or hub id.
+        documents: how many, such as 100M.
+        corpus: texts like those that will be indexed; a collection brings its queries too.
+        sample: documents, and queries, that are encoded to measure.
+        qps: queries a second wanted.
+        memory: GiB of a machine, for postings.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.search import sizing
+
+    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": is_watched()}
+    found = sizing.size(model, sizing.parse_count(documents), **options)
+    return Result(found.to_dict(), report.size_lines(found))
+
+
+@command
+def export(
+    index: str,
+    /,
+    *,
+    format: Literal["anserini", "ciff"],
+    out: Out,
+    quantization: int = 100,
+    model: str | None = None,
+    json: Json = False,
+) -> Result:
+    """Write an index's vectors for Lucene: Anserini's JSONL, or the Common Index File Format.
+
+    Args:
+        index: an index's folder.
+        format: anserini (a folder of JSONL files) or ciff (one file).
+        out: the folder or file to write.
+        quantization: weights are written as whole numbers, times this.
+        model: where the index's model lies, if it was moved.
+    """
+    from anysplade.model.encoder import term_names
+    from anysplade.search.engines import export as exporting
+    from anysplade.search.index import Index
+
+    with Index.load(index, model) as opened:
+        write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
+        count = write(opened.store, term_names(opened.encoder), out, quantization)
+    return Result({"documents": count, "out": str(out), "format": format}, [f"{count:,} documents in {out}"])

@@ -1,0 +1,87 @@
+"""Commands that train and prepare training data: train, mine, score."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from anysplade.cli.app import Json, Out, Result, command, is_watched
+from anysplade.training.config import TrainingConfig
+
+
+@command
+def train(
+    options: Annotated[TrainingConfig, Parameter(name="*")],
+    *,
+    config: Annotated[Path | None, Parameter(name="--config")] = None,
+    json: Json = False,
+) -> Result:
+    """Train a SPLADE encoder; interrupted and started again, it goes on from its last checkpoint.
+
+    Args:
+        config: a YAML or TOML file with options by their names in Python; flags win over it.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.training import run as training
+
+    result = training.train(options, progress=is_watched())
+    return Result(result.to_dict(), report.training_lines(result))
+
+
+@command
+def mine(
+    data: str,
+    /,
+    *,
+    out: Out,
+    miner: str = "bm25",
+    corpus: str | None = None,
+    texts: str | None = None,
+    negatives: int = 8,
+    depth: int = 100,
+    margin: float = 0.05,
+    json: Json = False,
+) -> Result:
+    """Find hard negatives for training examples; interrupted and started again, it goes on.
+
+    Args:
+        data: training examples, in any form that train takes.
+        out: the JSONL file to write.
+        miner: bm25, or a sparse encoder's folder or hub id.
+        corpus: where to look (JSONL, BEIR folder); the data's own positives otherwise.
+        texts: where the ids in the data have their texts.
+        negatives: wanted of each example.
+        depth: of the ranking they are taken from.
+        margin: a document that scores above (1 - margin) times the positive is likely an answer too, and left out.
+    """
+    from anysplade.training import mining
+
+    mined = mining.mine(
+        data,
+        out,
+        miner=miner,
+        corpus=corpus,
+        texts=texts,
+        negatives=negatives,
+        depth=depth,
+        margin=margin,
+        progress=is_watched(),
+    )
+    return Result(mined.to_dict() | {"out": str(out)}, [f"{mined.examples:,} examples with {negatives} negatives each, in {out}"])
+
+
+@command
+def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512, json: Json = False) -> Result:
+    """Have a teacher score examples with negatives, for distillation; interrupted and started again, it goes on.
+
+    Args:
+        data: training examples with negatives.
+        teacher: a cross-encoder's folder or hub id, or bm25.
+        out: the JSONL file to write.
+        texts: where the ids in the data have their texts.
+        max_length: tokens that a query with a document is cut to.
+    """
+    from anysplade.training import mining
+
+    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=is_watched())
+    return Result(scored.to_dict() | {"out": str(out)}, [f"{scored.examples:,} examples scored by {teacher}, in {out}"])

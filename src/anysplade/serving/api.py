@@ -1,0 +1,247 @@
+"""The HTTP API: the models of its requests and responses, and the handlers. FastAPI makes the OpenAPI description from them."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from prometheus_client import generate_latest
+from pydantic import BaseModel, BeforeValidator, Field
+from scipy import sparse
+from sentence_transformers import SparseEncoder
+from starlette.requests import ClientDisconnect
+
+from anysplade import __version__
+from anysplade.model.encoder import term_names
+from anysplade.model.options import Role
+from anysplade.search.documents import Hit, TermMatch, check_filter
+from anysplade.serving.batching import Searcher, StoppedError
+
+MAX_BODY = 2**20  # bytes
+MAX_TEXT = 10_000  # characters of a query, a text, an id or a value of a filter
+MAX_TEXTS = 64  # in one request to /encode
+MAX_K = 1000
+DEFAULT_K = 10
+_BODY_SECONDS = 10  # the time that a client has to send its body
+
+
+def _check_filter(value: Any) -> Any:
+    if isinstance(value, dict):  # pydantic names every type that a value could have had; this message names the fix
+        check_filter(value)
+    return value
+
+
+_Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+_Name = Annotated[str, Field(min_length=1, pattern=r'^[^"\\]+$')]
+_Value = Annotated[str, Field(max_length=MAX_TEXT)] | int | bool
+
+
+class SearchRequest(BaseModel, extra="forbid", strict=True):
+    """A query."""
+
+    query: _Text
+    k: Annotated[int, Field(ge=1, le=MAX_K)] = DEFAULT_K
+    explain: Annotated[bool, Field(description="return the terms that add up to each score")] = False
+    filter: Annotated[
+        dict[_Name, _Value | Annotated[list[_Value], Field(min_length=1)]],
+        BeforeValidator(_check_filter),
+        Field(
+            description="metadata that a hit must have: a value by name, or a list of values of which one must match",
+            json_schema_extra={"additionalProperties": False},  # pydantic's description allows names that it refuses
+        ),
+    ] = {}
+
+
+class EncodeRequest(BaseModel, extra="forbid", strict=True):
+    """Texts to encode."""
+
+    texts: Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    role: Role = "query"
+
+
+class ExplainRequest(BaseModel, extra="forbid", strict=True):
+    """A query and the id of a document."""
+
+    query: _Text
+    id: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class SearchResponse(BaseModel):
+    """Hits, best first."""
+
+    query: str
+    hits: list[Hit]
+
+
+class EncodeResponse(BaseModel):
+    """A vector for each text: a weight by term."""
+
+    vectors: list[dict[str, float]]
+
+
+class ExplainResponse(BaseModel):
+    """The score of a document and the terms that add up to it, the largest product first."""
+
+    id: str
+    score: float
+    terms: list[TermMatch]
+
+
+class HealthResponse(BaseModel):
+    """The index that is being served."""
+
+    status: Literal["ok"]
+    documents: int
+    model: str
+    version: str
+
+
+class ErrorResponse(BaseModel):
+    """The reason of an error, in one line."""
+
+    error: str
+
+
+def errors(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Error responses as FastAPI describes them, from descriptions by status."""
+    return {status: {"model": ErrorResponse, "description": text} for status, text in descriptions.items()}
+
+
+_POST_ERRORS = {
+    400: "the body is not JSON or not UTF-8",
+    408: f"the body did not arrive within {_BODY_SECONDS} seconds",
+    413: f"the body is larger than {MAX_BODY:,} bytes",
+    415: "the content type is not application/json",
+    422: "a field is missing, unknown or invalid",
+    503: "too many requests are waiting, try again in a moment; or the server is stopping",
+}
+
+
+class ASCIIResponse(JSONResponse):
+    """JSON in ASCII: ids and texts of documents can hold lone surrogates, which UTF-8 cannot encode."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request, within limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)
+
+    Raises:
+        HTTPException: 413, 408, or 400 if the client disconnected.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise HTTPException(413, f"the body is larger than {MAX_BODY:,} bytes; send less at once")
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS} seconds", {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the client disconnected") from None
+    return bytes(body)
+
+
+class _JSONRequest(Request):
+    """A request with a JSON body. FastAPI by itself sets no limits, accepts NaN, and answers an empty body with 422."""
+
+    async def body(self) -> bytes:
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "send the body as application/json")
+        self._body = await read_body(self)  # Starlette's own name for it: the stream can be read once
+        if not self._body:
+            raise HTTPException(400, "the body is empty; send JSON")
+        return self._body
+
+    async def json(self) -> Any:
+        try:
+            return json.loads((await self.body()).decode(), parse_constant=_refuse_constant, parse_float=_parse_float)
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"the body is not JSON: {str(error)[:100]}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _parse_float(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value.is_integer() else value  # 5.0 is an integer in JSON Schema, and so in the OpenAPI description
+
+
+class _JSONRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JSONRequest(request.scope, request.receive))
+
+        return handle
+
+
+async def _get_searcher(request: Request) -> Searcher:
+    return request.app.state.searcher
+
+
+CurrentSearcher = Annotated[Searcher, Depends(_get_searcher)]
+router = APIRouter(route_class=_JSONRoute)
+
+
+@router.post("/search", response_model=SearchResponse, responses=errors(_POST_ERRORS))
+async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
+    """The best documents for a query: scores above 0, best first."""
+    hits = await searcher.search(body.query, body.k, body.explain, body.filter)
+    return ASCIIResponse({"query": body.query, "hits": [hit.to_dict() for hit in hits]})
+
+
+@router.post("/encode", response_model=EncodeResponse, responses=errors(_POST_ERRORS))
+async def encode(searcher: CurrentSearcher, body: EncodeRequest) -> Response:
+    """Sparse vectors of texts: a weight by term."""
+    rows = await searcher.encode(body.texts, body.role)
+    vectors = await searcher.run(lambda: [dict(weighted_terms(searcher.index.encoder, row)) for row in rows])
+    return ASCIIResponse({"vectors": vectors})
+
+
+@router.post("/explain", response_model=ExplainResponse, responses=errors(_POST_ERRORS | {404: "there is no such document"}))
+async def explain(searcher: CurrentSearcher, body: ExplainRequest) -> Response:
+    """The terms that add up to the score of a document for a query."""
+    terms = await searcher.explain(body.query, body.id)
+    if terms is None:
+        raise HTTPException(404, f"no document {body.id[:80]!r}")
+    return ASCIIResponse({"id": body.id, "score": sum(t.product for t in terms), "terms": [asdict(t) for t in terms]})
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health", response_model=HealthResponse, responses=errors({503: "the index cannot be searched any more"}))
+async def health(searcher: CurrentSearcher) -> Response:
+    """Whether the index can be searched."""
+    if not searcher.running:
+        raise StoppedError
+    model = short_name(searcher.index.about["model"])
+    return ASCIIResponse({"status": "ok", "documents": searcher.documents, "model": model, "version": __version__})
+
+
+@router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    """Counts and times for Prometheus."""
+    return Response(generate_latest(request.app.state.registry), media_type="text/plain; version=0.0.4")
+
+
+def weighted_terms(encoder: SparseEncoder, row: sparse.csr_matrix) -> list[tuple[str, float]]:
+    """The terms and weights of a vector, (1, vocabulary), the highest weight first."""
+    names = term_names(encoder)
+    pairs = [(names[term], float(weight)) for term, weight in zip(row.indices, row.data, strict=True)]
+    return sorted(pairs, key=lambda pair: -pair[1])
+
+
+def short_name(model: str) -> str:
+    """A hub id as it is; for a folder its name, and the folder above it too if the name is only "model"."""
+    path = Path(model)
+    return model if not path.is_absolute() else "/".join(path.parts[-2:]) if path.name == "model" else path.name

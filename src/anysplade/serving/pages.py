@@ -1,0 +1,201 @@
+"""The HTML pages: search, inspect, compare, head, cost and the login form."""
+
+import asyncio
+import hmac
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs
+
+import numpy as np
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+from jinja2 import Environment, PackageLoader
+from scipy import sparse
+from sentence_transformers import SparseEncoder
+
+from anysplade.model.calibration import choose, logit_figure
+from anysplade.model.encoder import is_saved_encoder, masked_lm, term_names
+from anysplade.model.encoding import encode
+from anysplade.model.head import describe_head, measure_logits
+from anysplade.model.options import Role
+from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.search.documents import Hit
+from anysplade.search.index import Index
+from anysplade.serving.api import DEFAULT_K, MAX_K, MAX_TEXT, CurrentSearcher, read_body, short_name, weighted_terms
+from anysplade.serving.batching import Searcher
+
+COOKIE = "anysplade-token"
+_SNIPPET = 600  # characters shown of a document
+_TERMS = 24  # terms shown of a query, and of the most frequent ones
+_TEMPLATES = Environment(loader=PackageLoader("anysplade.serving"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+_Text = Annotated[str, Query(max_length=MAX_TEXT)]
+_K = Annotated[int, Query(ge=1, le=MAX_K)]
+
+router = APIRouter(include_in_schema=False)
+_page = partial(router.api_route, methods=["GET", "HEAD"])
+
+
+def html(template: str, request: Request, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> Response:
+    """A page from a template."""
+    searcher: Searcher = request.app.state.searcher
+    values |= {
+        "path": request.url.path,
+        "searcher": searcher,
+        "model": short_name(searcher.index.about["model"]),
+        "limit": MAX_TEXT,
+    }
+    text = _TEMPLATES.get_template(template).render(values)
+    return HTMLResponse(text.encode("utf-8", "replace"), status, headers)  # ids can hold lone surrogates
+
+
+@_page("/")
+@_page("/results")
+async def _search(request: Request, searcher: CurrentSearcher, q: _Text = "", k: _K = DEFAULT_K) -> Response:
+    template = "results.html" if request.url.path == "/results" else "search.html"
+    if not q.strip():
+        return html(template, request, query="", results=None)
+    start = time.perf_counter()
+    hits, row = await searcher.search_and_encode(q, k)
+    seconds = time.perf_counter() - start
+    results, expansion = await searcher.run(
+        lambda: ([_result(searcher.index.encoder, hit) for hit in hits], _expansion(searcher.index.encoder, row, q))
+    )
+    return html(template, request, query=q, results=results, seconds=seconds, expansion=expansion, term_limit=_TERMS)
+
+
+@_page("/inspect")
+async def _inspect(request: Request, searcher: CurrentSearcher, text: _Text = "", role: Role = "query") -> Response:
+    expansion = None
+    if text.strip():
+        row = await searcher.encode([text], role)
+        expansion = await searcher.run(lambda: _expansion(searcher.index.encoder, row, text))
+    return html("inspect.html", request, text=text, role=role, expansion=expansion)
+
+
+@_page("/compare")
+async def _compare(request: Request, searcher: CurrentSearcher, q: _Text = "") -> Response:
+    if searcher.beside is None:
+        raise HTTPException(404, "there is nothing to compare with; start the server with a second index, or bm25")
+    columns, shared_ids = None, set[str]()
+    if q.strip():
+        (left, _), right = await asyncio.gather(searcher.search_and_encode(q, DEFAULT_K), searcher.search_beside(q, DEFAULT_K))
+        shared_ids = {hit.id for hit in left} & {hit.id for hit in right}
+        lists = await searcher.run(lambda: [[_result(searcher.index.encoder, hit) for hit in hits] for hits in (left, right)])
+        columns = [(searcher.folder.name, lists[0]), (Path(searcher.beside).name, lists[1])]
+    return html("compare.html", request, query=q, columns=columns, shared_ids=shared_ids)
+
+
+@_page("/head")
+async def _head(request: Request, searcher: CurrentSearcher) -> Response:
+    values, _ = await searcher.cached("head", partial(_measure_head, searcher))
+    return html("head.html", request, **values)
+
+
+@_page("/head.svg")
+async def _head_figure(searcher: CurrentSearcher) -> Response:
+    _, figure = await searcher.cached("head", partial(_measure_head, searcher))
+    return Response(figure, media_type="image/svg+xml")
+
+
+@_page("/cost")
+async def _cost(request: Request, searcher: CurrentSearcher) -> Response:
+    return html("cost.html", request, **await searcher.cached("cost", partial(_measure_cost, searcher)))
+
+
+@_page("/login")
+async def _login_form(request: Request) -> Response:
+    return html("login.html", request)
+
+
+@router.post("/login")
+async def _login(request: Request) -> Response:
+    token: str | None = request.app.state.token
+    form = parse_qs((await read_body(request)).decode("utf-8", "replace"))  # FastAPI's forms need another package
+    if not token_matches(token, form.get("token", [""])[0]):
+        return html("login.html", request, 401, wrong=True)
+    response = RedirectResponse("/", 303)
+    if token is not None:
+        response.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+    return response
+
+
+def token_matches(token: str | None, given: str) -> bool:
+    """Whether a client gave the token, compared in constant time; True if the server needs none."""
+    return token is None or hmac.compare_digest(given.encode(), token.encode())
+
+
+def _expansion(encoder: SparseEncoder, row: sparse.csr_matrix, text: str) -> dict[str, Any]:
+    """The terms of the vector of a text, (1, vocabulary), and which of them the model added."""
+    names = term_names(encoder)
+    tokens = {names[token] for token in encoder.tokenizer(text, truncation=True)["input_ids"]}
+    terms = [{"term": term, "weight": weight, "added": term not in tokens} for term, weight in weighted_terms(encoder, row)]
+    return {"terms": terms, "highest": terms[0]["weight"] if terms else 1.0}
+
+
+def _result(encoder: SparseEncoder, hit: Hit) -> dict[str, Any]:
+    """A hit, with its text in pieces: a piece that is a token of a shared term comes with the product of the term."""
+    products = {match.term: match.product for match in hit.terms or []}
+    text = hit.text[:_SNIPPET]
+    pieces: list[tuple[str, float | None]] = []
+    done = 0
+    if products and text:
+        tokens = encoder.tokenizer(text, return_offsets_mapping=True, truncation=True, add_special_tokens=False)
+        names = term_names(encoder)
+        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            term = names[token]
+            if term in products and start >= done and end > start:
+                pieces += [(text[done:start], None), (text[start:end], products[term])]
+                done = end
+    pieces.append((text[done:], None))
+    highest = max(products.values(), default=1.0)
+    return {"hit": hit, "pieces": [piece for piece in pieces if piece[0]], "cut": len(hit.text) > _SNIPPET, "highest": highest}
+
+
+async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any], str]:
+    """The head report of the model, and the histogram as SVG.
+
+    Searches wait only for the logits, which need the model and take as long as encoding the 48 short probe texts.
+    """
+    encoder = index.encoder
+    model = masked_lm(encoder)
+    probe = await searcher.run(lambda: measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS))
+
+    def describe() -> tuple[dict[str, Any], str]:
+        calibration = choose(probe, trained=is_saved_encoder(str(model.name_or_path)))
+        report = describe_head(model, probe, short_name(index.about["model"]))
+        return {"report": report, "calibration": calibration}, logit_figure(calibration)
+
+    return await searcher.run_second(describe)
+
+
+async def _measure_cost(searcher: Searcher, index: Index) -> dict[str, Any]:
+    """The size of the index and its postings, counted in a pass over all documents."""
+    queries, names = await searcher.run(lambda: (encode(index.encoder, list(PROBE_QUERIES), "query"), term_names(index.encoder)))
+
+    def count() -> dict[str, Any]:
+        frequency = np.zeros(index.about["vocabulary"], np.int64)
+        documents = 0
+        for document in searcher.read_documents(index):
+            frequency[document.terms] += 1
+            documents += 1
+        postings = int(frequency.sum())
+        return {
+            "count": documents,
+            "postings": postings,
+            "document_dims": postings / max(1, documents),
+            "query_dims": queries.nnz / len(PROBE_QUERIES),
+            "query_postings": float(frequency[queries.indices].sum() / len(PROBE_QUERIES)),
+            "bytes": sum(path.stat().st_size for path in index.folder.rglob("*") if path.is_file()),
+            "used": int((frequency > 0).sum()),
+            "vocabulary": len(frequency),
+            "frequent": [
+                (names[term], int(frequency[term]) / max(1, documents))
+                for term in np.argsort(-frequency, kind="stable")[:_TERMS]
+                if frequency[term]
+            ],
+        }
+
+    return await searcher.run_second(count)

@@ -1,0 +1,152 @@
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SparseEncoder
+
+from anysplade import AnyspladeError, Document, ModelError, OptionError, load_collection
+from anysplade.model.encoder import masked_lm, open_encoder
+from anysplade.model.encoding import encode
+from anysplade.search import build
+from anysplade.search.build import Options, encode_documents
+from tiny import counted_copy
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(build, "PART", 16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of several workers has
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def corpus(collection_folder):
+    return load_collection(collection_folder).corpus
+
+
+def options(model, **changes):
+    return Options(str(model), "float32", None, None)._replace(**changes)
+
+
+def batches(corpus, chosen, **arguments):
+    return list(encode_documents(corpus.items(), chosen, **arguments))
+
+
+def rows(found):
+    """Comparable with ==."""
+    return [(d.id, d.content, d.terms.tobytes(), d.weights.tobytes()) for batch in found for d in batch]
+
+
+def test_documents_with_their_vectors_in_order(backbone, corpus):
+    found = batches(corpus, options(backbone))
+    assert [len(batch) for batch in found] == [16, 16, 8]
+    expected = encode(open_encoder(backbone), [document.full_text for document in corpus.values()], "document").toarray()
+    for i, document in enumerate(document for batch in found for document in batch):
+        assert (document.id, document.content) == list(corpus.items())[i]
+        assert document.terms.dtype == np.int32
+        dense = np.zeros(expected.shape[1], np.float32)
+        dense[document.terms] = document.weights
+        np.testing.assert_allclose(dense, expected[i], rtol=1e-4, atol=1e-4)
+
+
+def test_several_processes_give_the_same_bytes(backbone, corpus):
+    assert rows(batches(corpus, options(backbone), workers=2)) == rows(batches(corpus, options(backbone)))
+
+
+def test_a_worker_that_dies_is_reported(backbone, corpus, tmp_path, monkeypatch):
+    read = build._read_shard
+
+    def kill_them(folder, number, part):
+        if number == 2:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return read(folder, number, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "_read_shard", kill_them)
+        with pytest.raises(AnyspladeError, match="fewer `workers`"):
+            batches(corpus, options(backbone), workers=2, shards=tmp_path)
+    assert len(rows(batches(corpus, options(backbone), workers=2, shards=tmp_path))) == 40
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_that_cannot_be_opened_is_reported_by_any_number_of_workers(workers, backbone, corpus, tmp_path):
+    open_encoder(backbone).save_pretrained(str(tmp_path / "torn"))
+    (weights,) = (tmp_path / "torn").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="torn: cannot be loaded"):
+        batches(corpus, options(tmp_path / "torn"), workers=workers)
+
+
+def test_a_document_that_the_model_cannot_encode_is_named(backbone, corpus, tmp_path):
+    encoder = open_encoder(backbone)
+    word = corpus["d37"].text.split()[0]  # of the third part
+    with torch.no_grad():
+        masked_lm(encoder).get_input_embeddings().weight[encoder.tokenizer.convert_tokens_to_ids(word)] = torch.nan
+    encoder.save_pretrained(str(tmp_path / "diverged"))
+    with pytest.raises(ModelError, match=r"NaN or infinity for document 'd\d+'; its training diverged"):
+        batches(corpus, options(tmp_path / "diverged"))
+
+
+def test_one_copy_in_bfloat16_a_process(backbone, corpus, monkeypatch):
+    copies = []
+    monkeypatch.setattr(SparseEncoder, "__deepcopy__", counted_copy(copies), raising=False)
+    assert len(batches(corpus, options(backbone, precision="bfloat16"))) == 3
+    assert len(copies) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monkeypatch):
+    whole = rows(batches(corpus, options(backbone), workers=workers, shards=tmp_path))
+    (tmp_path / "000001.npz").unlink()
+    torn = tmp_path / "000002.npz"
+    torn.write_bytes(torn.read_bytes()[:100])
+    encoded, encode_part = [], build._encode
+
+    def recorded(encoder, part, top_k):
+        encoded.append(part.ids[0])
+        return encode_part(encoder, part, top_k)
+
+    monkeypatch.setattr(build, "_encode", recorded)
+    assert rows(batches(corpus, options(backbone), shards=tmp_path)) == whole
+    assert encoded == ["d16", "d32"]
+    encoded.clear()
+    corpus["d20"] = Document("", "kabel")
+    changed = rows(batches(corpus, options(backbone), shards=tmp_path))
+    assert encoded == ["d16"]
+    assert [a == b for a, b in zip(changed, whole, strict=True)].count(False) >= 1
+    assert changed[:16] == whole[:16]
+    assert changed[32:] == whole[32:]
+
+
+def test_only_the_largest_weights(backbone, corpus):
+    assert all(len(document.terms) == 5 for batch in batches(corpus, options(backbone, top_k=5)) for document in batch)
+
+
+def test_the_model_is_not_opened_for_nothing(tmp_path):
+    assert batches({}, options(tmp_path / "nowhere")) == []
+
+
+def test_faults(backbone, corpus, tmp_path):
+    for wrong in ({"workers": 0}, {"workers": -1}):
+        with pytest.raises(OptionError, match="workers"):
+            batches(corpus, options(backbone), **wrong)
+    with pytest.raises(OptionError, match="top_k 0"):
+        batches(corpus, options(backbone, top_k=0))
+    with pytest.raises(ModelError):
+        batches(corpus, options(tmp_path / "nowhere"))
+
+
+@pytest.mark.slow  # half a minute, and Ray is large: CI does without
+def test_ray_gives_the_same_bytes(backbone, corpus, tmp_path):
+    ray = pytest.importorskip("ray", reason='pip install "anysplade[ray]"')
+    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True)
+    try:
+        expected = rows(batches(corpus, options(backbone)))
+        batches(dict(list(corpus.items())[:16]), options(backbone), shards=tmp_path)  # an interrupted call's first part
+        assert rows(batches(corpus, options(backbone), workers=2, ray=True, shards=tmp_path)) == expected
+    finally:
+        ray.shutdown()

@@ -1,0 +1,227 @@
+import concurrent.futures
+import http.client
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from starlette.testclient import TestClient
+
+from anysplade import Index
+from anysplade.serving import api, batching
+from anysplade.serving.api import MAX_BODY, MAX_TEXT
+from anysplade.serving.app import create_app
+from anysplade.serving.batching import Searcher
+from servers import http_get, running
+
+
+def test_the_api_returns_the_results_of_the_index(client, folder):
+    results = client.post("/search", json={"query": "kabel locor", "k": 3, "explain": True}).json()
+    encoded = client.post("/encode", json={"texts": ["kabel locor", "kabel"]}).json()
+    explained = client.post("/explain", json={"query": "kabel locor", "id": results["hits"][0]["id"]}).json()
+    filtered = client.post("/search", json={"query": "kabel", "k": 1000, "filter": {"lang": ["en", "de"]}}).json()
+    health = client.get("/health").json()
+    assert health["status"] == "ok"
+    assert health["documents"] == 42
+    assert explained["score"] == pytest.approx(results["hits"][0]["score"])
+    assert [hit["id"] for hit in filtered["hits"]] == ["<b>&"]
+    assert filtered["hits"][0]["metadata"]["odd"] == "\ud800"
+    client.__exit__(None, None, None)
+    with Index.load(folder) as index:
+        expected = index.search("kabel locor", 3, explain=True)
+        assert [hit["id"] for hit in results["hits"]] == [hit.id for hit in expected]
+        for result, hit in zip(results["hits"], expected, strict=True):
+            assert sum(term["product"] for term in result["terms"]) == pytest.approx(hit.score, rel=1e-5)
+        assert len(encoded["vectors"]) == 2
+        assert max(encoded["vectors"][1].values()) > 0
+    client.__enter__()
+
+
+BAD_BODIES = {
+    "no JSON": (b"{", 400),
+    "no UTF-8": (b'{"query": "\xff\xfe"}', 400),
+    "NaN": (b'{"query": "a", "k": NaN}', 400),
+    "deep": (b"[" * 100_000, 400),
+    "a list": (b"[]", 422),
+    "empty": (b"", 400),
+    "no query": (b"{}", 422),
+    "empty query": (b'{"query": ""}', 422),
+    "k of -1": (b'{"query": "a", "k": -1}', 422),
+    "k of 0": (b'{"query": "a", "k": 0}', 422),
+    "k of 1001": (b'{"query": "a", "k": 1001}', 422),
+    "k of 1e400": (b'{"query": "a", "k": 1e400}', 422),
+    "k is a string": (b'{"query": "a", "k": "5"}', 422),
+    "k is a boolean": (b'{"query": "a", "k": true}', 422),
+    "k is a float": (b'{"query": "a", "k": 5.5}', 422),
+    "k of 5000 digits": (b'{"query": "a", "k": 1' + b"0" * 5000 + b"}", 400),
+    "unknown field": (b'{"query": "a", "size": 5}', 422),
+    "long unknown field with a line break": (json.dumps({"query": "a", "\n" + "b" * 1000: 5}).encode(), 422),
+    "unknown field that is a lone surrogate": (b'{"query": "a", "\\ud800": 5}', 422),
+    "lone surrogate": (b'{"query": "\\ud800"}', 422),
+    "long query": (json.dumps({"query": "a" * (MAX_TEXT + 1)}).encode(), 422),
+    "a million characters": (json.dumps({"query": "a" * 1_000_000}).encode(), 422),
+    "ten megabytes": (b" " * 10 * 2**20, 413),
+    "filter by a float": (b'{"query": "a", "filter": {"x": 1.5}}', 422),
+    "filter by an empty list": (b'{"query": "a", "filter": {"x": []}}', 422),
+    "filter by null": (b'{"query": "a", "filter": null}', 422),
+    "filter is a list": (b'{"query": "a", "filter": ["x"]}', 422),
+    "filter by an object": (b'{"query": "a", "filter": {"x": {"y": 1}}}', 422),
+    "filter with a quote in a name": (b'{"query": "a", "filter": {"x\\"": 1}}', 422),
+    "lone surrogate in the name of a filter": (b'{"query": "a", "filter": {"\\ud800": 1}}', 422),
+    "lone surrogate in the value of a filter": (b'{"query": "a", "filter": {"x": "\\ud800"}}', 422),
+    "lone surrogate in the values of a filter": (b'{"query": "a", "filter": {"x": ["y", "\\ud800"]}}', 422),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_bad_body_gets_a_status_and_one_line(client, name):
+    body, status = BAD_BODIES[name]
+    response = client.post("/search", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    assert "\n" not in response.json()["error"]
+    assert len(response.json()["error"]) < 400
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"query": "a", "k": 0}, "k: Input should be greater than or equal to 1"),
+        ({"query": "a", "size": 5}, "size: Extra inputs are not permitted"),
+        ({"query": "a", "filter": {"x": 1.5}}, """filter: filter 'x': [1.5]; give {"name": value} or a list of values"""),
+        ([], "the body: Input should be"),
+    ],
+)
+def test_an_error_names_the_field_and_the_reason(client, body, message):
+    assert client.post("/search", json=body).json()["error"].startswith(message)
+
+
+def test_a_float_without_a_fraction_is_an_integer(client):
+    for body in (b'{"query": "kabel", "k": 2.0}', b'{"query": "kabel", "k": 0.2e1}'):
+        response = client.post("/search", content=body, headers={"content-type": "application/json"})
+        assert len(response.json()["hits"]) == 2
+
+
+def test_other_bad_requests(client):
+    for method, path, status in (
+        ("GET", "/search", 405),
+        ("POST", "/health", 405),
+        ("GET", "/nowhere", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/redoc", 404),
+        ("GET", "/static/../app.py", 404),
+        ("GET", "/static/%2e%2e%2fapp.py", 404),
+        ("GET", "/static/page.html", 404),
+        ("GET", f"/?q={'a' * (MAX_TEXT + 1)}", 422),
+        ("GET", "/?q=a&k=1001", 422),
+        ("GET", "/?q=a&k=-1", 422),
+        ("GET", "/?q=a&k=²", 422),
+    ):
+        response = client.request(method, path)
+        assert response.status_code == status, (path, response.text)
+        assert response.json()["error"]
+    assert client.post("/search", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert client.post("/explain", json={"query": "a", "id": "no such"}).status_code == 404
+    assert client.post("/encode", json={"texts": ["a"] * 65}).status_code == 422
+    assert client.post("/encode", json={"texts": ["a"], "role": "both"}).status_code == 422
+
+
+def test_unusual_texts_are_searched(client):
+    for text in (" ", "😀😀", "\x00", "a\u202eb", "'; DROP TABLE ids; --", "\n\n", "[MASK] [SEP]", "kabel " * 1600):
+        response = client.post("/search", json={"query": text})
+        assert response.status_code == 200, text
+        assert client.get("/", params={"q": text}).status_code == 200
+
+
+def test_health_is_503_when_the_index_cannot_be_searched(folder):
+    searcher = Searcher(folder)
+    with TestClient(create_app(searcher), base_url="http://localhost") as client:
+        assert client.get("/health").status_code == 200
+        client.portal.call(searcher._loop.cancel)
+        for response in (client.get("/health"), client.post("/search", json={"query": "kabel"}), client.get("/cost")):
+            assert response.status_code == 503
+            assert "start the server again" in response.json()["error"]
+        assert client.get("/metrics").status_code == 200
+
+
+def test_the_openapi_description(client):
+    description = client.get("/openapi.json").json()
+    assert description["openapi"].startswith("3.1")
+    assert set(description["paths"]) == {"/search", "/encode", "/explain", "/health"}
+    search = description["paths"]["/search"]["post"]
+    assert search["operationId"] == "search"
+    assert set(search["responses"]) == {"200", "400", "408", "413", "415", "422", "503"}
+    schemas = description["components"]["schemas"]
+    assert schemas["SearchRequest"]["properties"]["k"]["maximum"] == 1000
+    assert schemas["SearchRequest"]["additionalProperties"] is False
+    assert "security" not in description
+
+
+def test_head_requests(client):
+    for path in ("/", "/?q=kabel", "/health", "/metrics", "/openapi.json", "/static/page.css"):
+        response = client.head(path)
+        assert (response.status_code, response.content) == (200, b""), path
+
+
+def test_metrics(client):
+    client.post("/search", json={"query": "kabel"})
+    client.get("/a-path-of-someone-else")
+    client.get("/static/page.js")
+    text = client.get("/metrics").text
+    assert 'anysplade_requests_total{path="/search",status="200"} 1.0' in text
+    assert 'anysplade_requests_total{path="other",status="404"} 1.0' in text
+    assert 'anysplade_requests_total{path="/static/page.js",status="200"} 1.0' in text
+    assert "anysplade_documents 42.0" in text
+    assert "anysplade_batch_size_count" in text
+
+
+def test_too_many_requests_get_503_and_later_ones_are_answered(folder, monkeypatch):
+    monkeypatch.setattr(batching, "MAX_WAITING", 2)
+    monkeypatch.setattr(batching, "MAX_BATCH", 1)
+    with running(folder) as address, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        place = urlsplit(address)
+
+        def send(_):
+            connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+            connection.request("POST", "/search", b'{"query": "kabel"}', {"content-type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.headers["retry-after"], response.read()
+
+        responses = list(pool.map(send, range(200)))
+        assert {status for status, _, _ in responses} == {200, 503}
+        assert all(retry == "1" for status, retry, _ in responses if status == 503)
+        assert send(0)[0] == 200
+
+
+def test_a_slow_client_is_disconnected(folder, monkeypatch):
+    monkeypatch.setattr(api, "_BODY_SECONDS", 0.3)
+    with running(folder) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port)) as connection:
+            connection.sendall(
+                b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            )
+            assert b"408" in connection.recv(1000)
+        assert http_get(address, "/health")[0] == 200
+
+
+def test_a_large_body_is_not_read(folder):
+    with running(folder) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port)) as connection:
+            connection.sendall(
+                b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
+            chunk = b"%x\r\n" % 2**16 + b" " * 2**16 + b"\r\n"
+            for _ in range(MAX_BODY // 2**16 + 1):
+                connection.sendall(chunk)
+            assert b"413" in connection.recv(1000)
+
+
+def test_the_server_behaves_as_its_openapi_description(folder, tmp_path):
+    with running(folder) as address:
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{address}/openapi.json", "--max-examples", "20"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout
