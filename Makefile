@@ -1,11 +1,11 @@
 # make demo: from a fresh clone to a table, an index and three searches, offline after the set-up.
-# make test: the tests.   make check: everything CI runs.
+# make test: the tests.   make check: everything CI runs.   make docs: the pages as a site, in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test lint check
+.PHONY: install demo test lint check docs
 
 install: $(STAMP)
 
@@ -27,3 +27,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 check: lint test
+
+# The variable silences an advertisement of mkdocs-material for its successor.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

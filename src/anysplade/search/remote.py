@@ -73,7 +73,7 @@ class RemoteIndex:
 
         Raises:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
-            AnyspladeError: as ``encode_corpus`` and the engine do.
+            AnyspladeError: as ``encode_documents`` and the engine do.
         """
         index = cls(address, model)
         source = resolve_model(model)
