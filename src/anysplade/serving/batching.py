@@ -10,16 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from scipy import sparse
 
 from anysplade.errors import AnyspladeError
-from anysplade.evaluation.bm25 import BM25
 from anysplade.model.encoding import encode
 from anysplade.model.options import Role
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.index import Index, explain_score
+
+if TYPE_CHECKING:
+    from anysplade.evaluation.bm25 import BM25
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +171,9 @@ class Searcher:
 
         return await self.run(work)
 
-    async def _build_bm25(self, index: Index) -> tuple[BM25, list[str]]:
+    async def _build_bm25(self, index: Index) -> "tuple[BM25, list[str]]":
+        from anysplade.evaluation.bm25 import BM25  # here, since serving without the comparison needs no bm25s
+
         def work() -> tuple[BM25, list[str]]:
             documents = [(document.id, document.content.full_text) for document in self.read_documents(index)]
             return BM25([text for _, text in documents]), [id_ for id_, _ in documents]
