@@ -4,11 +4,9 @@ A link in a page is one between files of the repository, as GitHub reads it. The
 the others are linked on GitHub.
 """
 
-import os.path
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
