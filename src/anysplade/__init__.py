@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from anysplade.model.head import HeadReport, inspect_head, rescale_head
     from anysplade.search.documents import Hit, TermMatch
     from anysplade.search.index import Index
-    from anysplade.study.plan import StudyConfig, StudyResult, run_study
+    from anysplade.study.plan import StudyConfig
+    from anysplade.study.run import StudyResult, run_study
     from anysplade.training.config import TrainingConfig
     from anysplade.training.mining import Mined, mine, score
     from anysplade.training.run import TrainingResult, train
@@ -51,7 +52,7 @@ _HOME = {
     "OutputError": "errors",
     "Pair": "data.collections",
     "StudyConfig": "study.plan",
-    "StudyResult": "study.plan",
+    "StudyResult": "study.run",
     "TermMatch": "search.documents",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.run",
@@ -68,7 +69,7 @@ _HOME = {
     "read_corpus": "data.collections",
     "read_pairs": "data.pairs",
     "rescale_head": "model.head",
-    "run_study": "study.plan",
+    "run_study": "study.run",
     "score": "training.mining",
     "train": "training.run",
     "write_collection": "data.collections",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anysplade.model.head import HeadReport
     from anysplade.search.documents import Hit
     from anysplade.search.sizing import Size
-    from anysplade.study.plan import StudyResult
+    from anysplade.study.run import StudyResult
     from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text

@@ -118,7 +118,7 @@ def cell_file(out: Path, cell: Cell) -> Path:
     return out / "cells" / f"{cell.hash}.json"
 
 
-def read_cell(out: Path, cell: Cell, collections: tuple[str, ...]) -> dict[str, Any] | None:
+def read_cell(out: Path, cell: Cell, collections: Sequence[str]) -> dict[str, Any] | None:
     """A cell's record, if it is there and was evaluated on all of these, as they are now."""
     try:
         record = json.loads(cell_file(out, cell).read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def read_cell(out: Path, cell: Cell, collections: tuple[str, ...]) -> dict[str, 
     return record if same else None
 
 
-def run_cell(cell: Cell, collections: tuple[str, ...], out: Path) -> Path:
+def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> Path:
     """Train and evaluate a cell; interrupted and called again, its training goes on from the last checkpoint."""
     if read_cell(out, cell, collections) is not None:
         return cell_file(out, cell)

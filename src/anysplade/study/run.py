@@ -1,0 +1,257 @@
+"""Run a study or any list of cells: in parallel processes, only what is missing, and again after an interruption."""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade._common.workers import devices_of_workers, take_device
+from anysplade.data.collections import Collection, load_python_docs, write_collection
+from anysplade.errors import AnyspladeError, OutputError, worker_died
+from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.head import describe_head, load_masked_lm
+from anysplade.study.cells import METRICS, Cell, collection_hash, read_anew, read_cell, read_collection, run_cell
+from anysplade.study.conclusions import summarize
+from anysplade.study.plan import STUDIES, StudyConfig, plan
+from anysplade.study.report import write_report
+from anysplade.training.config import TrainingConfig
+from anysplade.training.run import duration, train
+
+logger = logging.getLogger(__name__)
+
+_REHEARSED = 4  # steps that are timed before a study of a new backbone
+_REHEARSED_TEXTS = 100
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What lies in ``study.json``: every study made in the folder, and every cell's numbers with what makes them again."""
+
+    studies: dict[str, Any]
+    cells: dict[str, Any]
+    bm25: dict[str, Any]
+    failed: dict[str, str]  # messages of cells that could not be run, by hash
+    report: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
+    """Run what is missing of a study, and write the report of all studies that were made in the folder.
+
+    Interrupted and called again, it goes on: finished cells are kept, a half-trained one resumes.
+
+    Raises:
+        OutputError: another process works in the folder.
+        AnyspladeError: no cell could be run, or a worker died.
+        What ``train`` and ``evaluate`` raise, as far as it can be known before the first cell.
+    """
+    out = Path(config.output).expanduser()
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / "lock", timeout=0):
+            return _run_study(_with_python_docs(config, out), out, progress)
+    except Timeout:
+        raise OutputError(f"{out}: another process runs a study there; wait for it, or choose another --out") from None
+    except AnyspladeError:
+        if new and not (out / "cells").exists():  # a mistake leaves nothing behind; an interruption leaves what is done
+            shutil.rmtree(out)
+        raise
+
+
+def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
+    read_anew()
+    loaded = {name: read_collection(name) for name in config.collections}
+    norms = {name: describe_head(load_masked_lm(name)[0], None, name).mean_row_norm for name in config.backbones}
+    asked = {key: value for key, value in asdict(config).items() if key not in ("name", "output", "workers")}
+    made: dict[str, Any] = {"studies": {}, "cells": {}, "bm25": {}}
+    if (out / "study.json").exists():
+        made = json.loads((out / "study.json").read_text(encoding="utf-8"))
+        if not all("key" in row for study in made["studies"].values() for row in study["rows"]):
+            raise OutputError(f"{out}/study.json: made by an older version; remove it (the cells stay, and are used again)")
+
+    rows = {name: plan(name, config, norms) for name in config.names}
+    cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
+    missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
+    workers = config.workers or default_workers()
+    if missing:
+        seconds = _estimate(missing, config, out, loaded)
+        logger.info(
+            "%s: %d cells, %d of them done; %d to run, %d at a time, about %s",
+            ", ".join(config.names),
+            len(cells),
+            len(cells) - len(missing),
+            len(missing),
+            workers,
+            duration(seconds / workers),
+        )
+    records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
+    if not records:
+        raise AnyspladeError(f"{out}: no cell could be run; the first one: {next(iter(failed.values()))}")
+    studies = {}
+    for name, study in rows.items():
+        there = [
+            asdict(row)
+            | {"cells": [cell.hash for cell in row.cells if cell.hash in records]}
+            | {"failed": [failed[cell.hash] for cell in row.cells if cell.hash in failed]}
+            for row in study
+        ]
+        summary = summarize(name, there, records, config.collections)
+        studies[name] = {"settings": asked, **summary, "provenance": provenance()}
+    baselines = {}
+    for source, collection in loaded.items():
+        if made["bm25"].get(source, {}).get("data_hash") != collection_hash(source):
+            found = evaluate("bm25", collection, METRICS, depth=100)
+            baselines[source] = found.metrics | {"data_hash": found.data_hash}
+    result = StudyResult(
+        studies=dict(sorted((made["studies"] | studies).items(), key=lambda item: STUDIES.index(item[0]))),
+        cells=made["cells"] | {hash_: _short(record) for hash_, record in records.items()},
+        bm25=made["bm25"] | baselines,
+        failed=failed,
+        report=str(out / "report.html"),
+    )
+    content = json.loads(json.dumps(result.to_dict()))
+    write_whole(out / "study.json", json.dumps(content, indent=1) + "\n")
+    write_report(content, out)
+    return result
+
+
+def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
+    """The docstrings as a folder, so that not every cell reads the environment anew."""
+    if "python-docs" not in (config.data, *config.collections):
+        return config
+    folder = out / "python-docs"
+    if not folder.exists():
+        write_collection(folder, *load_python_docs())
+    data, *collections = (str(folder) if name == "python-docs" else name for name in (config.data, *config.collections))
+    return replace(config, data=data, collections=tuple(collections))
+
+
+def run_cells(
+    cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int | None = None, progress: bool = False
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run the cells that are missing in a folder, several at a time.
+
+    Args:
+        collections: what each cell is evaluated on.
+        out: the folder; records lie in ``cells/``.
+        workers: processes; one for every GPU, or for every core.
+
+    Returns:
+        The records of the cells, and the messages of those that failed, by hash.
+
+    Raises:
+        AnyspladeError: a worker process died.
+    """
+    wanted = {cell.hash: cell for cell in cells}
+    missing = [cell for cell in wanted.values() if read_cell(out, cell, collections) is None]
+    failed = _run_missing(missing, collections, out, workers or default_workers(), progress) if missing else {}
+    records = {hash_: record for hash_, cell in wanted.items() if (record := read_cell(out, cell, collections))}
+    return records, failed
+
+
+def default_workers() -> int:
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _run_missing(missing: Sequence[Cell], collections: Sequence[str], out: Path, workers: int, progress: bool) -> dict[str, str]:
+    """Messages of the cells that failed."""
+    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    devices = devices_of_workers(context, workers)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, (devices, threads)) as pool:
+        futures = {pool.submit(run_cell, cell, collections, out): cell for cell in missing}
+        bar = tqdm(as_completed(futures), total=len(futures), desc="cells", disable=not progress, file=sys.stderr)
+        for future in bar:
+            try:
+                future.result()
+            except BrokenProcessPool as error:
+                raise worker_died(out) from error
+            except AnyspladeError as error:
+                failed[futures[future].hash] = str(error)
+                logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return failed
+
+
+def _begin_worker(devices: Any, threads: int) -> None:
+    take_device(devices)
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", FutureWarning)
+    for library in ("sentence_transformers", "anysplade"):  # of so many trainings; the findings are in the cells
+        logging.getLogger(library).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: Mapping[str, Collection]) -> float:
+    """Seconds of all cells together: from those of the backbone that are done, or from a few steps and texts."""
+    seconds: dict[str, float] = {}
+    done: dict[str, list[float]] = {}
+    for path in (out / "cells").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["cell"]["options"].get("steps") == config.training.get("steps") and config.collections[0] in record["results"]:
+            done.setdefault(record["cell"]["backbone"], []).append(record["seconds"])
+    texts = sum(len(collection.corpus) + len(collection.queries) for collection in loaded.values())
+    for backbone in {cell.backbone for cell in missing}:
+        if backbone in done:
+            seconds[backbone] = statistics.median(done[backbone])
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=out) as work:
+            options = dict(config.training) | {"steps": _REHEARSED}
+            quiet = logging.getLogger("anysplade.training.run")
+            level = quiet.level
+            quiet.setLevel(logging.ERROR)
+            trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))
+            quiet.setLevel(level)
+            around = time.perf_counter() - start - trained.seconds
+            first = next(iter(loaded.values()))
+            ids = list(first.corpus)[:_REHEARSED_TEXTS]
+            queries = dict(list(first.queries.items())[:1])
+            few = Collection("rehearsal", {id_: first.corpus[id_] for id_ in ids}, queries, {id_: {ids[0]: 1} for id_ in queries})
+            found = evaluate(trained.model, few, METRICS[:1], depth=10)
+        steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
+        seconds[backbone] = around + steps * trained.seconds / _REHEARSED + texts * found.seconds["encoding"] / (len(ids) + 1)
+    return sum(seconds[cell.backbone] for cell in missing)
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a cell's record what the report shows of it."""
+    results = {
+        name: {key: value for key, value in found.items() if key != "per_query"} for name, found in record["results"].items()
+    }
+    kept = ("k", "shift", "temperature", "commands", "seconds", "backbone_fingerprint", "data_hash")
+    findings = [finding["name"] for finding in record["findings"]]
+    provenance = {key: record["provenance"][key] for key in ("commit", "versions", "hardware")}
+    return (
+        {key: record[key] for key in kept}
+        | {"seed": record["options"]["seed"], "results": results, "findings": findings}
+        | provenance
+    )
