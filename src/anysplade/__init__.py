@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from anysplade.search.documents import Hit, TermMatch
     from anysplade.search.index import Index
     from anysplade.study.plan import StudyConfig
-    from anysplade.study.run import StudyResult, run_study
+    from anysplade.study.results import StudyResult
+    from anysplade.study.run import run_study
     from anysplade.training.config import TrainingConfig
     from anysplade.training.mining import Mined, mine, score
     from anysplade.training.run import TrainingResult, train
@@ -52,7 +53,7 @@ _HOME = {
     "OutputError": "errors",
     "Pair": "data.collections",
     "StudyConfig": "study.plan",
-    "StudyResult": "study.run",
+    "StudyResult": "study.results",
     "TermMatch": "search.documents",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.run",

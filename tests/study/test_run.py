@@ -53,6 +53,7 @@ def test_all_six(made, place):
     for cell in made["cells"].values():
         assert cell["commands"]
         assert cell["versions"]["torch"]
+        assert "per_query" not in cell["results"][str(place / "collection")]
     arms = {row["arm"]: row for row in made["studies"]["controls"]["rows"]}
     same = [arms[name]["after"]["start_loss"] for name in ("k=8", "1/8 folded into the LayerNorm, tied", "runtime scalar 1/8")]
     assert same == pytest.approx([same[0]] * 3, rel=1e-4)  # one function at the start

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from anysplade.errors import OptionError
 from anysplade.model.backbones import BUNDLED
-from anysplade.study.arms import Arm, label
+from anysplade.study.arms import Arm
 from anysplade.study.cells import Cell
+from anysplade.study.results import Axis
 from anysplade.training.config import TrainingConfig
 
 Name = Literal["norm", "tradeoff", "dynamics", "sensitivity", "controls", "main"]
@@ -87,7 +88,7 @@ class Row:
     key: Arm
     arm: str  # its label
     cells: tuple[Cell, ...]  # by seed
-    axis: dict[str, float] = field(default_factory=dict)
+    axis: Axis
 
 
 # ---------------------------------------------------------------------------------------- the rows
@@ -113,17 +114,17 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Ro
                     side: config.training.get(side, getattr(TrainingConfig, side)) * weight
                     for side in ("query_regularizer_weight", "document_regularizer_weight")
                 }
-                point = {"weight": weights["document_regularizer_weight"]}
+                point = Axis(weight=weights["document_regularizer_weight"])
                 rows.append(arm(Arm.RAW, axis=point, **weights))
                 rows.append(arm(Arm.FIXED, axis=point, k=config.k, **weights))
                 rows.append(arm(Arm.AUTO, axis=point, k="auto", shift="auto", **weights))
         elif name == "sensitivity":
             powers = [2.0**power for power in range(6)]
-            rows += [arm(Arm.FIXED if k > 1 else Arm.RAW, axis={"k": k}, k=k) for k in powers]
+            rows += [arm(Arm.FIXED if k > 1 else Arm.RAW, axis=Axis(k=k), k=k) for k in powers]
             rows.append(auto)
             for k in powers[:4]:
                 for level in LEVELS:
-                    rows.append(arm(Arm.LEVEL, axis={"k": k, "level": level}, seeds=1, level=level, k=k))
+                    rows.append(arm(Arm.LEVEL, axis=Axis(k=k, level=level), seeds=1, level=level, k=k))
         else:
             rows += [raw, scaled, auto, *_controls(config, arm, norms, backbone)]
     return rows
@@ -154,13 +155,11 @@ def _controls(config: StudyConfig, arm: Any, norms: Mapping[str, float], backbon
     return rows
 
 
-def _row(
-    config: StudyConfig, backbone: str, key: Arm, *, axis: dict[str, float] | None = None, seeds: int | None = None, **changes: Any
-) -> Row:
+def _row(config: StudyConfig, backbone: str, key: Arm, axis: Axis | None = None, seeds: int | None = None, **changes: Any) -> Row:
     apart = {name: changes.pop(name) for name in ("edits", "level", "spread_of") if name in changes}
     options = {"k": 1.0, "shift": 0.0} | dict(config.training) | changes
     cells = tuple(
         Cell(backbone, config.data, options | {"seed": seed}, **apart) for seed in range(min(seeds or config.seeds, config.seeds))
     )
     k = options["k"] if key in (Arm.FIXED, Arm.LEVEL) else config.k
-    return Row(Path(backbone).name, key, label(key, k, apart.get("level")), cells, axis or {})
+    return Row(Path(backbone).name, key, key.label(k, apart.get("level")), cells, axis or Axis())

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,21 @@ from anysplade.data.collections import Collection, load_python_docs, write_colle
 from anysplade.errors import AnyspladeError, OutputError, worker_died
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.head import describe_head, load_masked_lm
-from anysplade.study.cells import METRICS, Cell, collection_hash, read_anew, read_cell, read_collection, run_cell
+from anysplade.study.cells import (
+    METRICS,
+    Cell,
+    CellRecord,
+    clear_caches,
+    collection_hash,
+    read_cell,
+    read_collection,
+    read_record,
+    run_cell,
+)
 from anysplade.study.conclusions import summarize
-from anysplade.study.plan import STUDIES, StudyConfig, plan
+from anysplade.study.plan import STUDIES, Row, StudyConfig, plan
 from anysplade.study.report import write_report
+from anysplade.study.results import RowRuns, Settings, StudyResult, baseline, read_results, summarize_cell
 from anysplade.training.config import TrainingConfig
 from anysplade.training.run import duration, train
 
@@ -39,20 +50,6 @@ logger = logging.getLogger(__name__)
 
 _REHEARSED = 4  # steps that are timed before a study of a new backbone
 _REHEARSED_TEXTS = 100
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """What lies in ``study.json``: every study made in the folder, and every cell's numbers with what makes them again."""
-
-    studies: dict[str, Any]
-    cells: dict[str, Any]
-    bm25: dict[str, Any]
-    failed: dict[str, str]  # messages of cells that could not be run, by hash
-    report: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
@@ -80,16 +77,10 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
 
 
 def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
-    read_anew()
+    clear_caches()
     loaded = {name: read_collection(name) for name in config.collections}
     norms = {name: describe_head(load_masked_lm(name)[0], None, name).mean_row_norm for name in config.backbones}
-    asked = {key: value for key, value in asdict(config).items() if key not in ("name", "output", "workers")}
-    made: dict[str, Any] = {"studies": {}, "cells": {}, "bm25": {}}
-    if (out / "study.json").exists():
-        made = json.loads((out / "study.json").read_text(encoding="utf-8"))
-        if not all("key" in row for study in made["studies"].values() for row in study["rows"]):
-            raise OutputError(f"{out}/study.json: made by an older version; remove it (the cells stay, and are used again)")
-
+    earlier = read_results(out / "study.json") if (out / "study.json").exists() else StudyResult({}, {}, {}, {}, "")
     rows = {name: plan(name, config, norms) for name in config.names}
     cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
     missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
@@ -108,32 +99,31 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
     if not records:
         raise AnyspladeError(f"{out}: no cell could be run; the first one: {next(iter(failed.values()))}")
-    studies = {}
-    for name, study in rows.items():
-        there = [
-            asdict(row)
-            | {"cells": [cell.hash for cell in row.cells if cell.hash in records]}
-            | {"failed": [failed[cell.hash] for cell in row.cells if cell.hash in failed]}
-            for row in study
-        ]
-        summary = summarize(name, there, records, config.collections)
-        studies[name] = {"settings": asked, **summary, "provenance": provenance()}
-    baselines = {}
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
+    studies = {
+        name: summarize(name, [_runs(row, records, failed) for row in study], records, settings, provenance())
+        for name, study in rows.items()
+    }
+    bm25 = dict(earlier.bm25)
     for source, collection in loaded.items():
-        if made["bm25"].get(source, {}).get("data_hash") != collection_hash(source):
-            found = evaluate("bm25", collection, METRICS, depth=100)
-            baselines[source] = found.metrics | {"data_hash": found.data_hash}
+        if source not in bm25 or bm25[source].data_hash != collection_hash(source):
+            bm25[source] = baseline(evaluate("bm25", collection, METRICS, depth=100))
     result = StudyResult(
-        studies=dict(sorted((made["studies"] | studies).items(), key=lambda item: STUDIES.index(item[0]))),
-        cells=made["cells"] | {hash_: _short(record) for hash_, record in records.items()},
-        bm25=made["bm25"] | baselines,
+        studies=dict(sorted((earlier.studies | studies).items(), key=lambda item: STUDIES.index(item[0]))),
+        cells=earlier.cells | {hash_: summarize_cell(record) for hash_, record in records.items()},
+        bm25=bm25,
         failed=failed,
         report=str(out / "report.html"),
     )
-    content = json.loads(json.dumps(result.to_dict()))
-    write_whole(out / "study.json", json.dumps(content, indent=1) + "\n")
-    write_report(content, out)
+    write_whole(out / "study.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    write_report(result, out)
     return result
+
+
+def _runs(row: Row, records: Mapping[str, CellRecord], failed: Mapping[str, str]) -> RowRuns:
+    hashes = [cell.hash for cell in row.cells]
+    cells, messages = [hash_ for hash_ in hashes if hash_ in records], [failed[hash_] for hash_ in hashes if hash_ in failed]
+    return RowRuns(**vars(row) | {"cells": cells, "failed": messages})
 
 
 def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
@@ -149,7 +139,7 @@ def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
 
 def run_cells(
     cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int | None = None, progress: bool = False
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+) -> tuple[dict[str, CellRecord], dict[str, str]]:
     """Run the cells that are missing in a folder, several at a time.
 
     Args:
@@ -215,9 +205,9 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
     seconds: dict[str, float] = {}
     done: dict[str, list[float]] = {}
     for path in (out / "cells").glob("*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["cell"]["options"].get("steps") == config.training.get("steps") and config.collections[0] in record["results"]:
-            done.setdefault(record["cell"]["backbone"], []).append(record["seconds"])
+        record = read_record(path)
+        if record.options.get("steps") == config.training.get("steps") and config.collections[0] in record.results:
+            done.setdefault(record.cell.backbone, []).append(record.seconds)
     texts = sum(len(collection.corpus) + len(collection.queries) for collection in loaded.values())
     for backbone in {cell.backbone for cell in missing}:
         if backbone in done:
@@ -240,18 +230,3 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
         steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
         seconds[backbone] = around + steps * trained.seconds / _REHEARSED + texts * found.seconds["encoding"] / (len(ids) + 1)
     return sum(seconds[cell.backbone] for cell in missing)
-
-
-def _short(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a cell's record what the report shows of it."""
-    results = {
-        name: {key: value for key, value in found.items() if key != "per_query"} for name, found in record["results"].items()
-    }
-    kept = ("k", "shift", "temperature", "commands", "seconds", "backbone_fingerprint", "data_hash")
-    findings = [finding["name"] for finding in record["findings"]]
-    provenance = {key: record["provenance"][key] for key in ("commit", "versions", "hardware")}
-    return (
-        {key: record[key] for key in kept}
-        | {"seed": record["options"]["seed"], "results": results, "findings": findings}
-        | provenance
-    )
