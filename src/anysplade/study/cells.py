@@ -148,6 +148,7 @@ class CellRecord:
     seconds: float
     commands: list[str]
     provenance: dict[str, Any]
+    training_active_dims: tuple[float, float] | None = None  # of queries and documents, on training texts; not in older records
 
 
 _RECORD, _START, _SCORES = TypeAdapter(CellRecord), TypeAdapter(Start), TypeAdapter(QueryScores)
@@ -238,6 +239,7 @@ def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:
         seconds=time.perf_counter() - start,
         commands=commands(cell, resolved),
         provenance=provenance(),
+        training_active_dims=(trained.query_active_dims, trained.document_active_dims),
     )
     write_whole(cell_file(out, cell), json.dumps(_RECORD.dump_python(record, mode="json", by_alias=True)) + "\n")
     shutil.rmtree(work)
