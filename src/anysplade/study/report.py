@@ -1,9 +1,9 @@
 """The results of the studies as one HTML file, Markdown and SVG figures. Nothing is computed here."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -137,14 +137,19 @@ def _entries(result: StudyResult) -> list[_Entry]:
     return list(entries.values())
 
 
-def _inline(svg: str, key: str, caption: str) -> str:
-    """An SVG file as a part of an HTML page: ids of its own, no namespaces, the page's colour of text."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"(?=[^<]*viewBox)', "", svg, count=8)
-    svg = re.sub(r'(viewBox="[^"]*")[^>]*>', r"\1>", svg, count=1)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", svg)
-    label = caption.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}" stroke-linejoin="round"', 1)
-    return svg.replace(INK, "currentColor")
+def _inline(svg: str, prefix: str, label: str) -> str:
+    """An SVG file of matplotlib as part of an HTML page: unique ids, no namespaces, the colour of the page's text."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {name.rpartition("}")[2]: value.replace(INK, "currentColor") for name, value in element.items()}
+        for name in attributes.keys() & {"id", "href", "clip-path"}:  # "name", "#name" and "url(#name)"
+            before, mark, target = attributes[name].rpartition("#")
+            attributes[name] = f"{before}{mark}{prefix}-{target}"
+        element.attrib = attributes
+    root.attrib = {"role": "img", "aria-label": label, "stroke-linejoin": "round", "viewBox": root.attrib["viewBox"]}
+    return ElementTree.tostring(root, encoding="unicode")
