@@ -24,7 +24,7 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_python_docs
 from anysplade.model.calibration import mean_excess, sample_pairs
 from anysplade.model.head import Probe, find_head, load_masked_lm, measure_logits
-from anysplade.study.cells import Cell, CellRecord
+from anysplade.study.cells import Cell, CellRecord, QueryScores
 from anysplade.study.plan import SMALL
 from anysplade.study.run import run_cells
 from anysplade.training.monitoring import diagnose
@@ -137,15 +137,15 @@ def best(rows: Sequence[Row], records: Records, count: int) -> list[Row]:
 # ------------------------------------------------------------------------------------- the summary
 
 
-def scores(record: CellRecord) -> Any:
-    (found,) = record.results.values()
-    return found
+def scores(record: CellRecord) -> QueryScores:
+    (of_collection,) = record.results.values()
+    return of_collection
 
 
 def spread(records: Sequence[CellRecord]) -> dict[str, Any]:
     """Mean and standard deviation over seeds, with the cost."""
-    found = [scores(record) for record in records]
-    values = [one.rr for one in found]
+    results = [scores(record) for record in records]
+    values = [result.rr for result in results]
     return {
         "runs": len(values),
         "k": float(np.mean([record.k for record in records])),
@@ -153,9 +153,9 @@ def spread(records: Sequence[CellRecord]) -> dict[str, Any]:
         "RR@10": float(np.mean(values)),
         "RR@10 sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "RR@10 lowest": min(values),
-        "nDCG@10": float(np.mean([one.ndcg for one in found])),
+        "nDCG@10": float(np.mean([result.ndcg for result in results])),
         **{
-            name: float(np.mean([getattr(one, name) for one in found]))
+            name: float(np.mean([getattr(result, name) for result in results]))
             for name in ("query_active_dims", "document_active_dims", "flops")
         },
     }
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = parser.parse_args()
     backbones = {Path(folder).name: str(Path(folder).resolve()) for folder in options.backbones}
-    if len(backbones) < len(options.backbones):  # what is made of them is kept by name
+    if len(backbones) < len(options.backbones):  # their folders are named after them
         parser.error("two backbones have the same name; rename a folder")
     out = options.out.resolve()
     if not (out / "collection").exists():

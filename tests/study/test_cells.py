@@ -36,16 +36,16 @@ def test_edits(architecture, tmp_path):
         return logits(folder), find_head(model).decoder.weight, model.get_input_embeddings().weight
 
     original = find_head(AutoModelForMaskedLM.from_pretrained(backbone)).decoder.weight
-    found, weight, embeddings = head_of(("untied", 1.0))
-    assert torch.equal(found, raw)
+    output, weight, embeddings = head_of(("untied", 1.0))
+    assert torch.equal(output, raw)
     assert weight is not embeddings
 
-    found, weight, embeddings = head_of(("scaled", 4.0))
-    torch.testing.assert_close(found, raw / 4)
+    output, weight, embeddings = head_of(("scaled", 4.0))
+    torch.testing.assert_close(output, raw / 4)
     torch.testing.assert_close(embeddings, original)
 
-    found, weight, embeddings = head_of(("folded", 4.0))
-    torch.testing.assert_close(found, raw / 4)
+    output, weight, embeddings = head_of(("folded", 4.0))
+    torch.testing.assert_close(output, raw / 4)
     assert weight is embeddings
     torch.testing.assert_close(weight, original)
 
@@ -53,8 +53,8 @@ def test_edits(architecture, tmp_path):
     assert weight is embeddings
     torch.testing.assert_close(weight, original / 4)
 
-    found, weight, _ = head_of(("scaled", 4.0), ("folded", 0.25))  # the raw function with a quarter of the norm
-    torch.testing.assert_close(found, raw)
+    output, weight, _ = head_of(("scaled", 4.0), ("folded", 0.25))  # the raw function with a quarter of the norm
+    torch.testing.assert_close(output, raw)
     torch.testing.assert_close(weight, original / 4)
 
 

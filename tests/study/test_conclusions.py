@@ -41,7 +41,7 @@ def record(value, seed, flops=1.0, k=1.0, start=1.0, wobble=0.02, per_query=None
 
 
 def planned(arm, axis, hashes, failed=()):
-    """A row, its key found by its label at k = 8 or, of k alone and of the map, by its axis."""
+    """A row, its key result by its label at k = 8 or, of k alone and of the map, by its axis."""
     keys = {key.label(8.0, 0.01): key for key in Arm}
     key = keys.get(arm) or (Arm.LEVEL if "level" in axis else Arm.FIXED)
     return RowRuns(backbone="bert", key=key, arm=arm, axis=Axis(**axis), cells=hashes, failed=list(failed))
@@ -84,7 +84,7 @@ def test_means_and_deviations():
     assert row.runs == 2
 
 
-def test_main_says_collapse_and_both_directions():
+def test_main_names_collapse_and_both_directions():
     better = study("main", [("raw", {}, 0.05, 9.0), ("k=4", {}, 0.3, 4.0), ("k=8", {}, 0.4, 4.0), ("auto", {}, 0.5, 1.0)])
     assert "the raw head collapses, at 11%" in better.conclusions[0]
     assert "auto is better than the best fixed k (k=8)" in better.conclusions[1]
@@ -106,13 +106,13 @@ def test_controls_say_what_follows():
         ("shift alone", {}, 0.5, 1.0),
         ("untied, not scaled", {}, 0.05, 9.0),
     ]
-    said = {pair.about: pair.conclusion for pair in study("controls", table).pairs}
-    assert said["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps as the paper has it.")
-    assert said["scale of the scores alone"].endswith("smaller scores alone do not help.")
-    assert "Adam's k times larger relative steps" in said["relative step size, given the scale"]
-    assert said["untying alone"].endswith("untying by itself does not help, rather the reverse.")
-    assert said["level against scale"].endswith("the level does more than the paper's scale.")
-    assert "temperature" not in said
+    sentences = {pair.about: pair.conclusion for pair in study("controls", table).pairs}
+    assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
+    assert sentences["scale of the scores alone"].endswith("smaller scores alone do not help.")
+    assert "Adam's k times larger relative steps" in sentences["relative step size, given the scale"]
+    assert sentences["untying alone"].endswith("untying by itself does not help, on the contrary.")
+    assert sentences["level against scale"].endswith("the level does more than the paper's scale.")
+    assert "temperature" not in sentences
 
 
 def test_a_difference_within_the_noise_of_the_seeds_is_none():
@@ -124,8 +124,8 @@ def test_a_difference_within_the_noise_of_the_seeds_is_none():
     against = {test.against: test for test in main.tests}
     assert against["k=8"].p_corrected < 1e-6  # over queries, whose values hardly differ
     assert "no difference shows between auto and the best fixed k" in main.conclusions[1]
-    said = {pair.about: pair.conclusion for pair in summary("controls", rows, records).pairs}
-    assert said["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps as the paper has it.")
+    sentences = {pair.about: pair.conclusion for pair in summary("controls", rows, records).pairs}
+    assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
 
 
 def test_norm_needs_three_heads_for_a_correlation():
@@ -142,27 +142,27 @@ def test_tradeoff_and_sensitivity():
     assert "is not reached by auto, whose best is 0.405" in study("tradeoff", points).conclusions[0]
     line = [(f"k={k}", {"k": float(k)}, value, 5.0) for k, value in ((1, 0.1), (4, 0.4), (8, 0.39), (16, 0.2))]
     grid = [("k=1, level", {"k": 1.0, "level": 0.01}, 0.6, 1.0)]
-    said = study("sensitivity", [*line, *grid, ("auto", {}, 0.5, 1.0)]).conclusions[0]
-    assert "of k alone 4 is best" in said
-    assert "k from 4 to 8 stays within 5%" in said
-    assert "auto has 0.505 ± 0.007, 0.83 of the map's best" in said
+    sentences = study("sensitivity", [*line, *grid, ("auto", {}, 0.5, 1.0)]).conclusions[0]
+    assert "k alone is best at 4" in sentences
+    assert "k from 4 to 8 is within 5%" in sentences
+    assert "auto has 0.505 ± 0.007, 0.83 of the map's best" in sentences
 
 
 def test_dynamics_keeps_every_seed():
-    found = study("dynamics", [("raw", {}, 0.1, 1.0)])
-    assert found.curves[0].curves.loss == [[(0, 2.0), (1, 1.0)]] * 2
-    assert "ranking loss 2 at first, 1 at last" in found.conclusions[0]
+    result = study("dynamics", [("raw", {}, 0.1, 1.0)])
+    assert result.curves[0].curves.loss == [[(0, 2.0), (1, 1.0)]] * 2
+    assert "ranking loss 2 in the first step and 1 in the last" in result.conclusions[0]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_conclusions_and_plan_have_the_same_arms(name):
-    """An arm that is planned under another key, or not at all, is an error; no control is planned that nothing is said of."""
+    """An arm that is planned under another key, or not at all, is an error; no control is planned without a conclusion."""
     config = StudyConfig(name, output="out", backbones=("bert-tiny", "modernbert-tiny"), seeds=2)
     rows, records = runs(name, config, {"bert-tiny": 1.0, "modernbert-tiny": 3.0})
-    found = summary(name, rows, records)
-    assert found.conclusions
+    result = summary(name, rows, records)
+    assert result.conclusions
     if name == "controls":
-        assert len(found.pairs) == 2 * len(_PAIRS) - 2  # each backbone has the other's norm alone
+        assert len(result.pairs) == 2 * len(_PAIRS) - 2  # each backbone has the other's norm alone
         assert {row.key for row in rows} == {arm for _, one, other, *_ in _PAIRS for arm in (one, other)}
     for key in {"controls": [Arm.TEMPERATURE], "dynamics": [], "norm": [Arm.RAW]}.get(name, [Arm.AUTO]):
         with pytest.raises(ValueError, match=f"{name}, bert-tiny: the plan lacks {key}"):
@@ -171,25 +171,27 @@ def test_conclusions_and_plan_have_the_same_arms(name):
 
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("arm", Arm)
-def test_rows_that_failed_are_said(name, arm):
-    """None is skipped in silence, and nothing is said of what was not trained."""
+def test_rows_that_failed_are_named(name, arm):
+    """None is skipped in silence, and no conclusion is drawn from what was not trained."""
     config = StudyConfig(name, output="out", backbones=("bert-tiny",), seeds=2)
     rows, records = runs(name, config, {"bert-tiny": 1.0}, arm)
-    found = summary(name, rows, records)
+    result = summary(name, rows, records)
     gone = [row for row in rows if row.failed]
-    said = [line for line in found.conclusions if "2 of 2 trainings failed (it broke); nothing follows about it" in line]
-    assert len(said) == len(gone)
-    assert all(row.arm in line for row, line in zip(gone, said, strict=True))
-    assert not any("nan" in line for line in found.conclusions)
+    sentences = [line for line in result.conclusions if "2 of 2 trainings failed (it broke); there is no conclusion" in line]
+        line for line in result.conclusions if "2 of 2 trainings failed (it broke); there is no conclusion about it" in line
+    ]
+    assert len(sentences) == len(gone)
+    assert all(row.arm in line for row, line in zip(gone, sentences, strict=True))
+    assert not any("nan" in line for line in result.conclusions)
     if arm == Arm.RAW:
-        assert not any("the raw head" in line for line in found.conclusions)
+        assert not any("the raw head" in line for line in result.conclusions)
 
 
 def test_a_row_that_lost_a_training_says_so():
     records = {hash_: record(0.2, 0) for hash_ in ("raw", "k", "auto")}
     rows = [planned("raw", {}, ["raw"], ["it broke"]), planned("k=8", {}, ["k"]), planned("auto", {}, ["auto"])]
-    said = summary("main", rows, records).conclusions
-    assert said[0] == "bert, raw: 1 of 2 trainings failed (it broke); its means are of the other 1."
+    sentences = summary("main", rows, records).conclusions
+    assert sentences[0] == "bert, raw: 1 of 2 trainings failed (it broke); its means cover the other 1."
 
 
 def test_no_value_is_nan():
@@ -198,5 +200,5 @@ def test_no_value_is_nan():
     for name in ("main", "norm", "controls"):
         assert "NaN" not in json.dumps(StudyResult({name: study(name, alike)}, {}, {}, {}, "").to_dict())
     records = {arm: record(value, 0, per_query={"q0": value}) for arm, value in (("raw", 0.1), ("k=8", 0.2), ("auto", 0.3))}
-    found = summary("main", [planned(arm, {}, [arm]) for arm in records], records)
-    assert [test.p_corrected for test in found.tests] == [1.0, 1.0]
+    result = summary("main", [planned(arm, {}, [arm]) for arm in records], records)
+    assert [test.p_corrected for test in result.tests] == [1.0, 1.0]

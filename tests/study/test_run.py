@@ -35,33 +35,33 @@ def arguments(place, name, out="out"):
 
 
 @pytest.fixture(scope="module")
-def made(place):
-    """All six studies, from the command."""
+def written(place):
+    """The study.json of all six studies, run by the command."""
     assert main(arguments(place, "all")) == 0
     return json.loads((place / "out" / "study.json").read_text())
 
 
-def test_all_six(made, place):
-    assert list(made["studies"]) == list(STUDIES)
-    assert not made["failed"]
-    for study in made["studies"].values():
+def test_all_six(written, place):
+    assert list(written["studies"]) == list(STUDIES)
+    assert not written["failed"]
+    for study in written["studies"].values():
         assert study["rows"]
         assert study["conclusions"]
         for row in study["rows"]:
-            assert all(cell in made["cells"] for cell in row["cells"])
+            assert all(cell in written["cells"] for cell in row["cells"])
             assert row["results"][str(place / "collection")]["flops"] >= 0
-    for cell in made["cells"].values():
+    for cell in written["cells"].values():
         assert cell["commands"]
         assert cell["versions"]["torch"]
         assert "per_query" not in cell["results"][str(place / "collection")]
-    arms = {row["arm"]: row for row in made["studies"]["controls"]["rows"]}
+    arms = {row["arm"]: row for row in written["studies"]["controls"]["rows"]}
     same = [arms[name]["after"]["start_loss"] for name in ("k=8", "1/8 folded into the LayerNorm, tied", "runtime scalar 1/8")]
     assert same == pytest.approx([same[0]] * 3, rel=1e-4)  # one function at the start
     assert arms["W/8, LayerNorm x8"]["after"]["start_loss"] == pytest.approx(arms["raw"]["after"]["start_loss"], rel=1e-4)
     assert arms["W/8, LayerNorm x8"]["after"]["mean_row_norm"] == pytest.approx(arms["raw"]["after"]["mean_row_norm"] / 8, rel=1e-4)
 
 
-def test_a_rerun_does_only_what_is_missing(made, place, capsys):
+def test_a_rerun_does_only_what_is_missing(written, place, capsys):
     cells = sorted((place / "out" / "cells").iterdir())
     times = {path: path.stat().st_mtime_ns for path in cells}
     lost = cells[3]
@@ -70,13 +70,13 @@ def test_a_rerun_does_only_what_is_missing(made, place, capsys):
     again = json.loads(capsys.readouterr().out)
     changed = [path for path in cells if path.stat().st_mtime_ns != times[path]]
     assert changed == [lost]
-    for name, study in made["studies"].items():
+    for name, study in written["studies"].items():
         assert again["studies"][name]["conclusions"] == study["conclusions"]
         assert [row["results"] for row in again["studies"][name]["rows"]] == [row["results"] for row in study["rows"]]
 
 
 @pytest.mark.slow  # a minute: training itself is killed and resumed in test_training
-def test_killed_and_called_again(place, made):
+def test_killed_and_called_again(place, written):
     """The parent dies; the cells that are done are kept, and the numbers are those of an undisturbed study."""
     code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments(place, "norm", "killed")], start_new_session=True)
@@ -90,19 +90,19 @@ def test_killed_and_called_again(place, made):
     assert main(arguments(place, "norm", "killed")) == 0
     assert {path: path.stat().st_mtime_ns for path in there} == there
     rows = json.loads((place / "killed" / "study.json").read_text())["studies"]["norm"]["rows"]
-    assert [row["results"] for row in rows] == [row["results"] for row in made["studies"]["norm"]["rows"]]
+    assert [row["results"] for row in rows] == [row["results"] for row in written["studies"]["norm"]["rows"]]
 
 
-def test_studies_of_a_folder_are_kept_beside_each_other(place, made):
+def test_studies_of_a_folder_are_kept_together(place, written):
     shutil.copytree(place / "out", place / "beside")
     (place / "beside" / "study.json").unlink()
     for name in ("norm", "dynamics"):
         assert main(arguments(place, name, "beside")) == 0
-    found = json.loads((place / "beside" / "study.json").read_text())
-    assert list(found["studies"]) == ["norm", "dynamics"]
+    kept = json.loads((place / "beside" / "study.json").read_text())
+    assert list(kept["studies"]) == ["norm", "dynamics"]
 
 
-def test_a_cell_that_cannot_be_run_is_said_and_the_others_go_on(place, tmp_path):
+def test_a_cell_that_fails_is_reported_and_the_others_run(place, tmp_path):
     broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
     options = TRAINING | {"shift": 0.0, "seed": 0}
     lost = Cell(broken, str(place / "collection"), options | {"k": 1.0}, level=0.01)
@@ -114,18 +114,18 @@ def test_a_cell_that_cannot_be_run_is_said_and_the_others_go_on(place, tmp_path)
     assert read_cell(tmp_path, fine, (str(place / "collection"),))
 
 
-def test_a_failed_arm_is_said(place, tmp_path, monkeypatch):
+def test_a_failed_arm_is_named(place, tmp_path, monkeypatch):
     broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
     monkeypatch.setattr("anysplade.study.plan.LEVELS", (0.01,))
     given = arguments(place, "sensitivity", "failed")
     given[given.index("--backbones") + 1] = broken
     assert main(given) == 0
     study = json.loads((place / "failed" / "study.json").read_text())
-    said = study["studies"]["sensitivity"]["conclusions"]
-    for line, k in zip(said, (1, 2, 4, 8), strict=False):
+    conclusions = study["studies"]["sensitivity"]["conclusions"]
+    for line, k in zip(conclusions, (1, 2, 4, 8), strict=False):
         assert line.startswith(f"no-bias, k={k}, level 1.00%: 1 of 1 trainings failed (")
         assert "no bias" in line
-    assert "of k alone" in said[4]
+    assert "k alone is best" in conclusions[4]
     assert "trainings failed" in (place / "failed" / "report.md").read_text()
     study["studies"]["sensitivity"]["rows"][0].pop("key")
     (place / "failed" / "study.json").write_text(json.dumps(study))
@@ -134,7 +134,7 @@ def test_a_failed_arm_is_said(place, tmp_path, monkeypatch):
 
 def test_mistakes(place, tmp_path, capsys):
     assert main(arguments(place, "everything")) == 2
-    assert "is no study; choose of norm" in capsys.readouterr().err
+    assert "is not a study; choose one of norm" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("k: 3\n")
     given = arguments(place, "norm")
     given[given.index("--training") + 1] = str(tmp_path / "bad.yaml")
@@ -147,14 +147,14 @@ def test_mistakes(place, tmp_path, capsys):
     assert not (place / "mistake").exists()
 
 
-def test_a_second_study_in_the_folder_waits(place, made):
+def test_a_second_study_in_the_folder_waits(place, written):
     from filelock import FileLock
 
     with FileLock(place / "out" / "lock"), pytest.raises(OutputError, match="another process runs a study there"):
         run_study(StudyConfig("norm", output=str(place / "out")))
 
 
-def test_names_in_the_report_are_short(made, place):
+def test_names_in_the_report_are_short(written, place):
     text = (place / "out" / "report.html").read_text()
     body = re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL)
     assert "small-bert" in body

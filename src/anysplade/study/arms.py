@@ -1,10 +1,10 @@
-"""What a study does to a backbone's head: an arm has a key, which code refers to, and a label, which people read."""
+"""The heads that a study trains: an arm has a key for code and files, and a label for people."""
 
 from enum import StrEnum
 
 
 class Arm(StrEnum):
-    """A head as a study trains it: its key, which is kept in ``study.json``, and its label."""
+    """A head as a study trains it: its key, as in ``study.json``, and its label."""
 
     RAW = "raw", "raw"
     FIXED = "fixed k", "k={k:g}"
@@ -31,5 +31,5 @@ class Arm(StrEnum):
         return arm
 
     def label(self, k: float, level: float | None = None) -> str:
-        """What a report calls the arm if it divides by k."""
+        """The label of the arm with numbers for k and the level."""
         return self._template.format(k=k, level=level)

@@ -1,4 +1,4 @@
-"""What follows from a study's cells: means over seeds, paired tests, and sentences made from the numbers."""
+"""What follows from a study's cells: means over seeds, paired tests, and sentences from the numbers."""
 
 import math
 import statistics
@@ -97,7 +97,7 @@ def _require_planned(name: str, rows: Sequence[RowRuns]) -> None:
 
 def _failure(row: RowRuns) -> str:
     """The sentence about a row some of whose trainings failed."""
-    rest = f"its means are of the other {len(row.cells)}" if row.cells else "nothing follows about it"
+    rest = f"its means cover the other {len(row.cells)}" if row.cells else "there is no conclusion about it"
     runs = len(row.cells) + len(row.failed)
     return f"{row.backbone}, {row.label}: {len(row.failed)} of {runs} trainings failed ({row.failed[0]}); {rest}."
 
@@ -141,9 +141,9 @@ def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -
     }
 
 
-def _counts(found: PairedTest | ControlPair) -> bool:
+def _counts(result: PairedTest | ControlPair) -> bool:
     """Whether a difference is above chance over queries and above the noise of the seeds."""
-    return found.p_corrected < _SURE and abs(found.difference) > found.noise
+    return result.p_corrected < _SURE and abs(result.difference) > result.noise
 
 
 def _by_arm(rows: Sequence[RowResult]) -> dict[Arm, RowResult]:
@@ -204,7 +204,7 @@ def _main(study: Study, collection: str) -> list[str]:
             ratio = test.flops / test.flops_of_other
             cost = f"{ratio:.2g} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
         lines.append(
-            f"{test.backbone} on {Path(test.collection).name}: {verdict} the best fixed k ({test.against}), by {test.difference:+.3f} "
+            f"{test.backbone} on {Path(test.collection).name}: {verdict} the best fixed k ({test.against}): {test.difference:+.3f} "
             f"(p {test.p_corrected:.2g}), at {cost}"
         )
     return lines
@@ -243,9 +243,9 @@ def _norm(study: Study, collection: str) -> list[str]:
         strongest = max(correlations, key=lambda name: abs(correlations[name]))
         norm = correlations.get("mean_row_norm")
         lines.append(
-            f"Over {count} {label}, {METRIC} on {Path(collection).name} goes with the head's mean row norm at rank correlation "
-            + ("that cannot be told" if norm is None else f"{norm:+.2f}")
-            + f"; the strongest of what is known before training is {strongest.replace('_', ' ')}, at {correlations[strongest]:+.2f}."
+            f"Over {count} {label}, the rank correlation of {METRIC} on {Path(collection).name} with the head's mean row norm is "
+            + ("undefined" if norm is None else f"{norm:+.2f}")
+            + f"; the strongest correlation with a statistic before training is {correlations[strongest]:+.2f}, for {strongest.replace('_', ' ')}."
         )
     if len(raw) > 1:
         listed = "; ".join(f"{row.backbone} {row.before.mean_row_norm:.2f}: {row.results[collection].text}" for row in raw)
@@ -283,8 +283,8 @@ def _sensitivity(rows: Sequence[RowResult], collection: str) -> list[str]:
         best_k, best = max(of_k.items(), key=lambda item: item[1].ndcg)
         near = [k for k, means in of_k.items() if means.ndcg >= _NEAR * best.ndcg]
         line = (
-            f"{backbone}: of k alone {best_k:g} is best ({best.text}); "
-            + (f"k from {min(near):g} to {max(near):g} stays" if len(near) > 1 else "no other stays")
+            f"{backbone}: k alone is best at {best_k:g} ({best.text}); "
+            + (f"k from {min(near):g} to {max(near):g} is" if len(near) > 1 else "no other k is")
             + f" within {1 - _NEAR:.0%} of it."
         )
         of_map = {row.axis: row.results[collection] for row in group if row.key == Arm.LEVEL}
@@ -324,10 +324,11 @@ def _dynamics(study: Study, collection: str) -> list[str]:
             [statistics.mean(curve[end][1] for curve in curves) for end in (0, -1)]
             for curves in (shown.curves.loss, shown.curves.score_std, shown.curves.document_similarity)
         )
-        named = f"; the monitor named: {', '.join(row.findings)}" if row.findings else ""
+        findings = f"; the monitor found: {', '.join(row.findings)}" if row.findings else ""
         lines.append(
-            f"{row.backbone}, {row.arm}: ranking loss {loss[0]:.3g} at first, {loss[1]:.3g} at last; scores spread by {spread[0]:.3g} "
-            f"and {spread[1]:.3g}; cosine between documents at the end {alike[1]:.2f}; {METRIC} {row.results[collection].text}{named}."
+            f"{row.backbone}, {row.arm}: ranking loss {loss[0]:.3g} in the first step and {loss[1]:.3g} in the last; standard deviation of "
+            f"the scores {spread[0]:.3g} and {spread[1]:.3g}; cosine between documents at the end {alike[1]:.2f}; "
+            f"{METRIC} {row.results[collection].text}{findings}."
         )
     return lines
 
@@ -335,17 +336,17 @@ def _dynamics(study: Study, collection: str) -> list[str]:
 # ---------------------------------------------------------------------------------------- controls
 
 
-# What two arms differ in, the two, and what it says when the first one is better and when it is not.
+# What two arms differ in, the two, and what follows if the first one is better and if it is not.
 _PAIRS = [
-    ("scale, with the step size that Adam gives it", Arm.FIXED, Arm.RAW, "dividing W and b by k helps as the paper has it",
+    ("scale, with the step size that Adam gives it", Arm.FIXED, Arm.RAW, "dividing W and b by k helps, as in the paper",
      "dividing W and b by k does not help"),
     ("scale of the scores alone", Arm.RUNTIME_SCALAR, Arm.RAW, "smaller scores help even at unchanged relative steps",
      "smaller scores alone do not help"),
     ("relative step size alone", Arm.LARGER_STEPS, Arm.UNTIED,
      "larger relative steps of the head help without any scale", "larger relative steps of the head alone do not help"),
     ("relative step size, given the scale", Arm.FIXED, Arm.RUNTIME_SCALAR,
-     "of what W/k gives, this part is Adam's k times larger relative steps on W, not the scale",
-     "the larger relative steps that W/k takes are not what helps"),
+     "this part of the gain of W/k comes from Adam's k times larger relative steps on W, not from the scale",
+     "W/k gains nothing from its larger relative steps"),
     ("where the scale sits (same function at the start)", Arm.FIXED, Arm.FOLDED,
      "the same function at the start ends better with W/k than with the LayerNorm scaled and the tie kept",
      "W/k is no better than the same scale in the LayerNorm"),
@@ -401,8 +402,8 @@ def _pairs(rows: Sequence[RowResult], records: Records, collection: str) -> list
 def _conclusion(pair: ControlPair) -> str:
     helps, not_helps = next((helps, not_helps) for about, _, _, helps, not_helps in _PAIRS if about == pair.about)
     meaning = helps if _counts(pair) and pair.difference > 0 else not_helps
-    if _counts(pair) and pair.difference < 0 and "not help" in not_helps:
-        meaning += ", rather the reverse"
+    if _counts(pair) and pair.difference < 0:
+        meaning = meaning.replace("not help", "not help, on the contrary")
     return (
         f"{pair.backbone}, {pair.about}: {pair.one} {pair.values[0]} against {pair.other} {pair.values[1]} "
         f"({pair.difference:+.3f}, p {pair.p_corrected:.2g}; FLOPS {pair.flops[0]:.2f} and {pair.flops[1]:.2f}): {meaning}."

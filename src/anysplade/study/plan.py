@@ -19,7 +19,7 @@ from anysplade.training.config import TrainingConfig
 
 Name = Literal["norm", "tradeoff", "dynamics", "sensitivity", "controls", "main"]
 STUDIES: tuple[Name, ...] = ("norm", "tradeoff", "dynamics", "sensitivity", "controls", "main")
-# What trains the bundled backbones in half a minute on one core.
+# Options that train a bundled backbone in half a minute on one core.
 SMALL: dict[str, Any] = {
     "steps": 90,
     "batch_size": 16,
@@ -34,18 +34,18 @@ LEVELS = (0.01, 0.003, 0.001, 0.0003)  # of the token logits above zero: the map
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What a study is made of.
+    """The settings of a study.
 
     Args:
         name: norm, tradeoff, dynamics, sensitivity, controls or main; all for all six.
-        output: folder of the cells, and of the report of every study that was made there.
-        backbones: masked LMs, folders or hub ids; the bundled ones if none is given.
+        output: folder for the cells, and for one report on all studies that were run there.
+        backbones: masked LMs: folders, hub ids or bundled names.
         data: training examples, in any form that train takes.
-        collections: what is evaluated; the first one is said to be in-domain.
-        seeds: trainings of every row.
-        k: the paper's; the main study also has its half and its double.
-        training: train's options of all cells, by name.
-        workers: cells at a time; one for every GPU, or for every core.
+        collections: to evaluate on; most tables and figures show the first one.
+        seeds: trainings for each row.
+        k: the paper's divisor of the head; the main study also has half and twice this value.
+        training: options of ``TrainingConfig`` for all cells.
+        workers: cells at a time; by default one for each GPU, or for each core.
     """
 
     name: str
@@ -61,12 +61,12 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if self.name != "all" and self.name not in STUDIES:
-            raise OptionError(f"{self.name!r} is no study; choose of {', '.join(STUDIES)}, or all")
+            raise OptionError(f"{self.name!r} is not a study; choose one of {', '.join(STUDIES)}, or all")
         for name, value in (("seeds", self.seeds), ("workers", self.workers)):
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}: it must be at least 1")
         if not 1 < self.k < float("inf"):
-            raise OptionError(f"k is {self.k:g}: the paper's divides the head, so it must be above 1")
+            raise OptionError(f"k is {self.k:g}: it divides the head, so it must be above 1")
         if not self.backbones or not self.collections:
             raise OptionError("a study needs at least one backbone and one collection")
         for name, named in (("backbones", self.backbones), ("collections", self.collections)):
@@ -98,7 +98,7 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Ro
     """The rows of a study.
 
     Args:
-        norms: mean row norm of each backbone's decoder, for heads that are to have another's.
+        norms: mean row norm of each backbone's decoder, for the controls that take another backbone's norm.
     """
     rows = []
     for backbone in config.backbones:
@@ -131,7 +131,7 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Ro
 
 
 def _controls(config: StudyConfig, arm: Any, norms: Mapping[str, float], backbone: str) -> list[Row]:
-    """Heads that differ from raw or from the paper's in one thing."""
+    """Heads that differ in one thing from the raw head or from the paper's."""
     k = config.k
     rate = config.training.get("learning_rate", TrainingConfig.learning_rate)
     rows = [

@@ -54,7 +54,7 @@ def _part(name: str, result: StudyResult) -> dict[str, Any]:
     return {
         "name": name,
         "settings": _settings(study.settings),
-        "made": _made(study.provenance),
+        "origin": _origin(study.provenance),
         "figures": [
             {
                 "name": figure.name,
@@ -80,7 +80,7 @@ def _settings(settings: Settings) -> str:
     return f"{names}; trained on {_short(settings.data)}, evaluated on {collections}; {settings.seeds} seeds. {options}."
 
 
-def _made(provenance: dict[str, Any]) -> str:
+def _origin(provenance: dict[str, Any]) -> str:
     hardware = provenance["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     machine = f"{hardware['machine']}, {hardware['cpus']} cores, {', '.join(hardware['gpus']) or 'no GPU'}"

@@ -53,14 +53,14 @@ _REHEARSED_TEXTS = 100
 
 
 def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
-    """Run what is missing of a study, and write the report of all studies that were made in the folder.
+    """Run the missing cells of a study, and write one report on all studies in the folder.
 
-    Interrupted and called again, it goes on: finished cells are kept, a half-trained one resumes.
+    After an interruption call it again: finished cells are kept, and a training resumes from its last checkpoint.
 
     Raises:
         OutputError: another process works in the folder.
-        AnyspladeError: no cell could be run, or a worker died.
-        What ``train`` and ``evaluate`` raise, as far as it can be known before the first cell.
+        AnyspladeError: every cell failed, or a worker process died.
+        UsageError: as ``train`` and ``evaluate`` do, before the first cell.
     """
     out = Path(config.output).expanduser()
     new = not out.exists()
@@ -69,9 +69,9 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
         with FileLock(out / "lock", timeout=0):
             return _run_study(_with_python_docs(config, out), out, progress)
     except Timeout:
-        raise OutputError(f"{out}: another process runs a study there; wait for it, or choose another --out") from None
+        raise OutputError(f"{out}: another process runs a study there; wait for it, or choose another folder") from None
     except AnyspladeError:
-        if new and not (out / "cells").exists():  # a mistake leaves nothing behind; an interruption leaves what is done
+        if new and not (out / "cells").exists():  # an error before the first cell leaves no folder behind
             shutil.rmtree(out)
         raise
 
@@ -87,18 +87,11 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     workers = config.workers or default_workers()
     if missing:
         seconds = _estimate(missing, config, out, loaded)
-        logger.info(
-            "%s: %d cells, %d of them done; %d to run, %d at a time, about %s",
-            ", ".join(config.names),
-            len(cells),
-            len(cells) - len(missing),
-            len(missing),
-            workers,
-            duration(seconds / workers),
-        )
+        counts = f"{len(cells)} cells, {len(cells) - len(missing)} of them done; {len(missing)} to run, {workers} at a time"
+        logger.info("%s: %s, about %s", ", ".join(config.names), counts, duration(seconds / workers))
     records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
     if not records:
-        raise AnyspladeError(f"{out}: no cell could be run; the first one: {next(iter(failed.values()))}")
+        raise AnyspladeError(f"{out}: every cell failed, the first one with: {next(iter(failed.values()))}")
     settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     studies = {
         name: summarize(name, [_runs(row, records, failed) for row in study], records, settings, provenance())
@@ -127,7 +120,7 @@ def _runs(row: Row, records: Mapping[str, CellRecord], failed: Mapping[str, str]
 
 
 def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
-    """The docstrings as a folder, so that not every cell reads the environment anew."""
+    """The config with python-docs as a folder: reading the installed packages again for each cell takes seconds."""
     if "python-docs" not in (config.data, *config.collections):
         return config
     folder = out / "python-docs"
@@ -145,7 +138,7 @@ def run_cells(
     Args:
         collections: what each cell is evaluated on.
         out: the folder; records lie in ``cells/``.
-        workers: processes; one for every GPU, or for every core.
+        workers: processes; by default one for each GPU, or for each core.
 
     Returns:
         The records of the cells, and the messages of those that failed, by hash.
@@ -165,7 +158,7 @@ def default_workers() -> int:
 
 
 def _run_missing(missing: Sequence[Cell], collections: Sequence[str], out: Path, workers: int, progress: bool) -> dict[str, str]:
-    """Messages of the cells that failed."""
+    """Run cells; returns the messages of those that failed."""
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     devices = devices_of_workers(context, workers)
@@ -191,7 +184,7 @@ def _begin_worker(devices: Any, threads: int) -> None:
     take_device(devices)
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", FutureWarning)
-    for library in ("sentence_transformers", "anysplade"):  # of so many trainings; the findings are in the cells
+    for library in ("sentence_transformers", "anysplade"):  # of many trainings at once; the findings are in the records
         logging.getLogger(library).setLevel(logging.ERROR)
     import datasets
     import transformers
@@ -201,7 +194,7 @@ def _begin_worker(devices: Any, threads: int) -> None:
 
 
 def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: Mapping[str, Collection]) -> float:
-    """Seconds of all cells together: from those of the backbone that are done, or from a few steps and texts."""
+    """Seconds for all cells, one after the other: from finished cells of the same backbone, or from a timed rehearsal."""
     seconds: dict[str, float] = {}
     done: dict[str, list[float]] = {}
     for path in (out / "cells").glob("*.json"):
@@ -215,18 +208,19 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=out) as work:
-            options = dict(config.training) | {"steps": _REHEARSED}
-            quiet = logging.getLogger("anysplade.training.run")
-            level = quiet.level
-            quiet.setLevel(logging.ERROR)
+            options = {**config.training, "steps": _REHEARSED}
+            training_logger = logging.getLogger("anysplade.training.run")
+            level = training_logger.level
+            training_logger.setLevel(logging.ERROR)
             trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))
-            quiet.setLevel(level)
-            around = time.perf_counter() - start - trained.seconds
+            training_logger.setLevel(level)
+            overhead = time.perf_counter() - start - trained.seconds
             first = next(iter(loaded.values()))
-            ids = list(first.corpus)[:_REHEARSED_TEXTS]
+            corpus = dict(list(first.corpus.items())[:_REHEARSED_TEXTS])
             queries = dict(list(first.queries.items())[:1])
-            few = Collection("rehearsal", {id_: first.corpus[id_] for id_ in ids}, queries, {id_: {ids[0]: 1} for id_ in queries})
-            found = evaluate(trained.model, few, METRICS[:1], depth=10)
+            qrels = {query_id: {next(iter(corpus)): 1} for query_id in queries}
+            evaluation = evaluate(trained.model, Collection("rehearsal", corpus, queries, qrels), METRICS[:1], depth=10)
         steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
-        seconds[backbone] = around + steps * trained.seconds / _REHEARSED + texts * found.seconds["encoding"] / (len(ids) + 1)
+        encoding = texts * evaluation.seconds["encoding"] / (len(corpus) + 1)
+        seconds[backbone] = overhead + steps * trained.seconds / _REHEARSED + encoding
     return sum(seconds[cell.backbone] for cell in missing)
