@@ -31,7 +31,8 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def row(backbone, arm, value, **axis):
-    start = Start(**{field.name: 1.0 for field in fields(Start)} | {"logit_percentiles": {}, "mean_row_norm": 1 + value})
+    values = {field.name: 1.0 for field in fields(Start)} | {"logit_percentiles": {}, "histogram": {}}
+    start = Start(**values | {"mean_row_norm": 1 + value})
     return RowResult(
         backbone=backbone,
         key={"raw": Arm.RAW, "auto": Arm.AUTO}.get(arm, Arm.LEVEL if "level" in axis else Arm.FIXED),

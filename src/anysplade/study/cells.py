@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -33,6 +33,7 @@ from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_S
 from anysplade.model.encoder import fingerprint
 from anysplade.model.head import (
     Probe,
+    ProbeReport,
     describe_head,
     find_head,
     load_masked_lm,
@@ -85,23 +86,11 @@ class Cell:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Start:
-    """A head on probe texts before the training; the fields are those of ``anysplade.model.head.ProbeReport``."""
+@dataclass(frozen=True, kw_only=True)
+class Start(ProbeReport):
+    """A head on probe texts before the training, without the histogram, which is large and not shown."""
 
-    queries: int
-    documents: int
-    tokens: int
-    logit_percentiles: dict[str, float]
-    positive_share: float
-    query_active_dims: float
-    document_active_dims: float
-    flops: float
-    score_mean: float
-    score_std: float
-    document_similarity: float
-    start_loss: float | None
-    chance: float
+    histogram: Annotated[dict[str, list[float]], Field(exclude=True)] = field(default_factory=dict)
     mean_row_norm: float  # of the decoder's weight
 
 
@@ -151,7 +140,7 @@ class CellRecord:
     training_active_dims: tuple[float, float] | None = None  # of queries and documents, on training texts; not in older records
 
 
-_RECORD, _START, _SCORES = TypeAdapter(CellRecord), TypeAdapter(Start), TypeAdapter(QueryScores)
+_RECORD, _SCORES = TypeAdapter(CellRecord), TypeAdapter(QueryScores)
 
 
 @cache
@@ -262,7 +251,7 @@ def _spread(probe: Probe) -> float:
 
 
 def _start(probe: Probe, mean_row_norm: float) -> Start:
-    return _START.validate_python(asdict(summarize_probe(probe)) | {"mean_row_norm": mean_row_norm})
+    return Start(**asdict(summarize_probe(probe)) | {"histogram": {}, "mean_row_norm": mean_row_norm})
 
 
 def commands(cell: Cell, options: Mapping[str, Any]) -> list[str]:

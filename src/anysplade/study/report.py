@@ -11,7 +11,7 @@ from anysplade._common.figures import INK
 from anysplade._common.files import write_whole
 from anysplade.study.cells import METRIC, METRICS
 from anysplade.study.figures import study_figures
-from anysplade.study.results import CellSummary, RowResult, Settings, Study, StudyResult, plus_minus
+from anysplade.study.results import RowResult, Settings, Study, StudyResult, plus_minus
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,13 @@ class _Table:
     rows: list[tuple[list[str], str | None]]  # values, and the id of the entry that they link to
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A row of the tables with the trainings that it is the mean of."""
-
-    id: str
-    backbone: str
-    arm: str
-    cells: dict[str, CellSummary]  # by hash
-    commands: list[str]
-
-
 def write_report(result: StudyResult, out: Path) -> None:
     """Write ``report.html``, ``report.md`` and ``figures/*.svg`` into a folder."""
     parts = [_part(name, result) for name in result.studies]
     content = {
         "studies": parts,
         "entries": _entries(result),
+        "cells": result.cells,
         "metric": METRIC,
     }
     environment = Environment(loader=PackageLoader("anysplade.study"), autoescape=select_autoescape(["html"]), trim_blocks=False)
@@ -126,15 +116,12 @@ def _entry_id(row: RowResult) -> str:
     return f"row-{row.cells[0]}-{row.runs}"
 
 
-def _entries(result: StudyResult) -> list[_Entry]:
-    """One for each row of any study; studies share rows."""
-    entries: dict[str, _Entry] = {}
+def _entries(result: StudyResult) -> dict[str, RowResult]:
+    """The rows of all studies by id; studies share rows."""
+    entries: dict[str, RowResult] = {}
     for row in (row for study in result.studies.values() for row in study.rows):
-        cells = {hash_: result.cells[hash_] for hash_ in row.cells}
-        first, *others = cells.values()
-        commands = [*first.commands, *(cell.commands[-1] for cell in others)]
-        entries.setdefault(_entry_id(row), _Entry(_entry_id(row), row.backbone, row.label, cells, commands))
-    return list(entries.values())
+        entries.setdefault(_entry_id(row), row)
+    return entries
 
 
 def _inline(svg: str, prefix: str, label: str) -> str:
