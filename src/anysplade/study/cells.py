@@ -162,11 +162,13 @@ def _data_hash(data: str) -> str:
 
 @cache
 def read_collection(name: str) -> Collection:
+    """``load_collection``, once in a process."""
     return load_collection(name)
 
 
 @cache
 def collection_hash(name: str) -> str:
+    """Of a collection's content."""
     return data_hash(read_collection(name))
 
 
@@ -177,10 +179,12 @@ def clear_caches() -> None:
 
 
 def cell_file(out: Path, cell: Cell) -> Path:
+    """Where the record of a cell lies in a folder of cells."""
     return out / "cells" / f"{cell.hash}.json"
 
 
 def read_record(file: Path) -> CellRecord:
+    """Read a ``cells/HASH.json``."""
     return _RECORD.validate_json(file.read_bytes())
 
 

@@ -52,6 +52,7 @@ class Means:
 
 
 def plus_minus(mean: float, sd: float | None) -> str:
+    """A mean and its standard deviation, if there is one, as text."""
     return f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
 
 
@@ -147,6 +148,7 @@ Grouped = TypeVar("Grouped", RowResult, RowCurves)
 
 
 def by_backbone(rows: Sequence[Grouped]) -> list[tuple[str, list[Grouped]]]:
+    """Rows grouped by backbone, in the order of its first row."""
     names = dict.fromkeys(row.backbone for row in rows)
     return [(name, [row for row in rows if row.backbone == name]) for name in names]
 
@@ -197,6 +199,7 @@ class CellSummary:
 
 
 def summarize_cell(record: CellRecord) -> CellSummary:
+    """The part of a record that ``study.json`` holds."""
     findings = [finding["name"] for finding in record.findings]
     values = vars(record) | record.provenance | {"seed": record.options["seed"], "findings": findings}
     return TypeAdapter(CellSummary).validate_python(values)
@@ -213,6 +216,7 @@ class Baseline:
 
 
 def baseline(evaluation: Evaluation) -> Baseline:
+    """The part of BM25's evaluation that ``study.json`` holds."""
     return TypeAdapter(Baseline).validate_python(evaluation.to_dict())
 
 
@@ -227,6 +231,7 @@ class StudyResult:
     report: str
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of ``study.json``."""
         return _RESULT.dump_python(self, mode="json", by_alias=True)
 
 

@@ -84,7 +84,7 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     rows = {name: plan(name, config, norms) for name in config.names}
     cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
     missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
-    workers = config.workers or default_workers()
+    workers = config.workers or _default_workers()
     if missing:
         seconds = _estimate(missing, config, out, loaded)
         counts = f"{len(cells)} cells, {len(cells) - len(missing)} of them done; {len(missing)} to run, {workers} at a time"
@@ -148,12 +148,12 @@ def run_cells(
     """
     wanted = {cell.hash: cell for cell in cells}
     missing = [cell for cell in wanted.values() if read_cell(out, cell, collections) is None]
-    failed = _run_missing(missing, collections, out, workers or default_workers(), progress) if missing else {}
+    failed = _run_missing(missing, collections, out, workers or _default_workers(), progress) if missing else {}
     records = {hash_: record for hash_, cell in wanted.items() if (record := read_cell(out, cell, collections))}
     return records, failed
 
 
-def default_workers() -> int:
+def _default_workers() -> int:
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
