@@ -1,21 +1,20 @@
 """Training on questions and paragraphs: in-domain and zero-shot effectiveness, raw and calibrated; distillation against contrast.
 
-Both experiments train on SQuAD pairs and evaluate on collections in BEIR layout that lie in --data (see --help). Every
-run is a cell with a file of its own in --out, which is made once; an interrupted experiment goes on.
+Both experiments train on SQuAD pairs and evaluate on collections in BEIR layout in --data (see --help). Every training is a
+cell of the study's engine, kept in --out: an interrupted experiment resumes.
 
 transfer      each backbone, raw head and calibrated, three seeds; nDCG@10 in-domain and on two other collections
-distillation  the same examples with four BM25 negatives each, the same steps and the same wanted active dims, trained
-              by contrast and from a teacher's scores: BM25's, and those of a cross-encoder trained on the spot
+distillation  the same examples with four BM25 negatives each, the same steps and the same target of active dims, trained
+              by contrast and from a teacher's scores: BM25's, and those of a cross-encoder that is trained here
 """
 
 import argparse
-import hashlib
 import json
-import multiprocessing
 import random
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,25 @@ from datasets import Dataset
 from scipy.stats import ttest_rel
 from sentence_transformers import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from anysplade import TrainingConfig, evaluate, load_pairs, mine, score, train
+from anysplade import evaluate, load_pairs, mine, score
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.comparisons import distinct_names
+from anysplade.study.cells import METRIC, METRICS, Cell, CellRecord
+from anysplade.study.run import run_cells
 
 TRAINING = ("squad-dev", "squad-nqg-sentences")
 IN_DOMAIN = "squad-dev"
 COLLECTIONS = (IN_DOMAIN, "vaswani", "cisi")
-METRICS = ("nDCG@10", "RR@10", "R@100")
-COSTS = ("query_active_dims", "document_active_dims", "flops")
+MEASURES = dict(zip(METRICS, ("ndcg", "rr", "recall"), strict=True)) | {
+    name: name for name in ("query_active_dims", "document_active_dims", "flops")
+}
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {"steps": 300, "batch_size": 32, "learning_rate": 8e-4, "max_length": 96, "checkpoint_steps": 10**6}
 HEADS: dict[str, dict[str, Any]] = {"raw": {"k": 1, "shift": 0}, "auto": {"k": "auto", "shift": "auto"}}
-# Equal cost in products (steps, texts a step) and in the index (wanted active dims).
+# Equal cost in products (steps, texts a step) and in the index (the target of active dims).
 DISTILLATION: dict[str, Any] = {
     "steps": 200, "batch_size": 16, "learning_rate": 8e-4, "max_length": 96, "checkpoint_steps": 10**6,
     "query_active_dims": 20, "document_active_dims": 80,
@@ -53,7 +54,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "contrastive + kl": {"objective": "contrastive + kl"},
 }
 WITH_CROSS_ENCODER = ("contrastive + kl",)
-Cell = dict[str, Any]
 
 
 def examples(data: Path, out: Path, most: int | None = None) -> str:
@@ -86,50 +86,26 @@ def train_teacher(backbone: str, mined: str, folder: Path) -> str:
     return str(folder)
 
 
-def name_of(cell: Cell) -> str:
-    return hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
+def run(groups: Sequence[Cell], collections: list[str], out: Path, workers: int) -> list[list[CellRecord]]:
+    """The records of each cell, by seed."""
+    cells = [[replace(cell, options={**cell.options, "seed": seed}) for seed in SEEDS] for cell in groups]
+    records, failed = run_cells([cell for seeds in cells for cell in seeds], collections, out, workers, progress=True)
+    if failed:
+        sys.exit(f"{len(failed)} cells failed, the first one: {next(iter(failed.values()))}")
+    return [[records[cell.hash] for cell in seeds] for seeds in cells]
 
 
-def run(cell: Cell, data: Path, out: Path) -> Cell:
-    """Train and evaluate; kept in the cell's file."""
-    torch.set_num_threads(1)
-    name = name_of(cell)
-    config = TrainingConfig(cell["backbone"], cell["data"], output=str(out / "runs" / name), **cell["options"])
-    trained = train(config)
-    results = {}
-    for collection in cell["collections"]:
-        found = evaluate(trained.model, str(data / collection), METRICS, depth=100).to_dict()
-        results[collection] = {key: found[key] for key in (*METRICS, *COSTS)}
-    findings = [finding["name"] for finding in trained.monitoring["findings"]]
-    made = {"calibration": {key: trained.calibration[key] for key in ("k", "shift")}, "findings": findings, "results": results}
-    cost = {"seconds": round(trained.seconds), "level_trim": trained.level_trim}
-    write_whole(out / "cells" / f"{name}.json", json.dumps({"cell": cell} | made | cost, indent=1) + "\n")
-    return cell | made
-
-
-def run_all(cells: list[Cell], data: Path, out: Path, workers: int) -> None:
-    missing = [cell for cell in cells if not (out / "cells" / f"{name_of(cell)}.json").exists()]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, cell, data, out) for cell in missing]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="cells", file=sys.stderr):
-            future.result()
-
-
-def read(cells: list[Cell], out: Path) -> list[Cell]:
-    return [json.loads((out / "cells" / f"{name_of(cell)}.json").read_text()) for cell in cells]
-
-
-def row(label: dict[str, Any], cells: list[Cell]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, a collection each."""
-    found: dict[str, Any] = {}
-    for collection in cells[0]["results"]:
-        values = {key: [cell["results"][collection][key] for cell in cells] for key in (*METRICS, *COSTS)}
-        found[collection] = {key: statistics.mean(value) for key, value in values.items()}
-        found[collection]["nDCG@10 sd"] = statistics.stdev(values["nDCG@10"])
-        found[collection]["nDCG@10 by seed"] = values["nDCG@10"]
-    first = cells[0]
-    findings = sorted({name for cell in cells for name in cell["findings"]})
-    return label | {"calibration": first["calibration"], "findings": findings, "results": found}
+def row(label: dict[str, Any], records: Sequence[CellRecord]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds for each collection."""
+    results: dict[str, Any] = {}
+    for path in records[0].results:
+        values = {key: [getattr(record.results[path], name) for record in records] for key, name in MEASURES.items()}
+        means = {key: statistics.mean(value) for key, value in values.items()}
+        spread = {f"{METRIC} sd": statistics.stdev(values[METRIC]), f"{METRIC} by seed": values[METRIC]}
+        results[Path(path).name] = means | spread
+    findings = sorted({finding["name"] for record in records for finding in record.findings})
+    calibration = {"k": records[0].k, "shift": records[0].shift}
+    return label | {"calibration": calibration, "findings": findings, "results": results}
 
 
 def bm25_row(data: Path, collections: tuple[str, ...]) -> dict[str, Any]:
@@ -139,16 +115,13 @@ def bm25_row(data: Path, collections: tuple[str, ...]) -> dict[str, Any]:
 
 def transfer(backbones: dict[str, str], data: Path, out: Path, workers: int) -> list[dict[str, Any]]:
     pairs = examples(data, out)
-    cells = {
-        (backbone, head): [
-            {"backbone": folder, "data": pairs, "options": SETTINGS | options | {"seed": seed}, "collections": COLLECTIONS}
-            for seed in SEEDS
-        ]
+    groups = {
+        (backbone, head): Cell(folder, pairs, SETTINGS | options)
         for backbone, folder in backbones.items()
         for head, options in HEADS.items()
     }
-    run_all([cell for group in cells.values() for cell in group], data, out, workers)
-    rows = [row({"model": backbone, "head": head}, read(group, out)) for (backbone, head), group in cells.items()]
+    records = run(list(groups.values()), [str(data / name) for name in COLLECTIONS], out, workers)
+    rows = [row({"model": model, "head": head}, seeds) for (model, head), seeds in zip(groups, records, strict=True)]
     return [*rows, bm25_row(data, COLLECTIONS)]
 
 
@@ -156,24 +129,16 @@ def distillation(backbone: str, data: Path, out: Path, workers: int) -> list[dic
     mined = str(out / "mined.jsonl")
     mine(examples(data, out, EXAMPLES), mined, negatives=NEGATIVES, margin=0.05, progress=True)
     teachers = {"bm25": "bm25", "cross-encoder": train_teacher(backbone, mined, out / "teacher")}
+    groups = {}
     for name, teacher in teachers.items():
-        score(mined, out / f"scored-{name}.jsonl", teacher=teacher, max_length=160, progress=True)
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for teacher in teachers:
+        scored = str(out / f"scored-{name}.jsonl")
+        score(mined, scored, teacher=teacher, max_length=160, progress=True)
         for objective, options in OBJECTIVES.items():
-            if teacher != "bm25" and objective not in WITH_CROSS_ENCODER:
-                continue
-            groups[objective, "none" if objective == "contrastive" else teacher] = [
-                {
-                    "backbone": backbone,
-                    "data": str(out / f"scored-{teacher}.jsonl"),
-                    "options": DISTILLATION | options | {"seed": seed},
-                    "collections": (IN_DOMAIN,),
-                }
-                for seed in SEEDS
-            ]
-    run_all([cell for group in groups.values() for cell in group], data, out, workers)
-    rows = [row({"objective": objective, "teacher": teacher}, read(group, out)) for (objective, teacher), group in groups.items()]
+            if name == "bm25" or objective in WITH_CROSS_ENCODER:
+                used = "none" if objective == "contrastive" else name
+                groups[objective, used] = Cell(backbone, scored, {"k": "auto", "shift": "auto"} | DISTILLATION | options)
+    records = run(list(groups.values()), [str(data / IN_DOMAIN)], out, workers)
+    rows = [row({"objective": name, "teacher": used}, seeds) for (name, used), seeds in zip(groups, records, strict=True)]
     base = rows[0]["results"][IN_DOMAIN]["nDCG@10 by seed"]
     for other in rows[1:]:
         values = other["results"][IN_DOMAIN]["nDCG@10 by seed"]
@@ -191,12 +156,12 @@ def teachers_ranking(out: Path, teachers: dict[str, str]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    for found in rows:
-        if "results" not in found:
-            print(found)
+    for line in rows:
+        if "results" not in line:
+            print(line)
             continue
-        label = ", ".join(str(found[key]) for key in ("model", "head", "objective", "teacher") if key in found)
-        for collection, values in found["results"].items():
+        label = ", ".join(str(line[key]) for key in ("model", "head", "objective", "teacher") if key in line)
+        for collection, values in line["results"].items():
             sd = f" ± {values['nDCG@10 sd']:.3f}" if "nDCG@10 sd" in values else ""
             dims = (
                 f"{values['query_active_dims']:.0f} / {values['document_active_dims']:.0f} | {values['flops']:.2f}"

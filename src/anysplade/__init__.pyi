@@ -41,8 +41,8 @@ from .search.index import Index as Index
 from .search.remote import RemoteIndex as RemoteIndex
 from .search.remote import open_index as open_index
 from .study.plan import StudyConfig as StudyConfig
-from .study.plan import StudyResult as StudyResult
-from .study.plan import run_study as run_study
+from .study.results import StudyResult as StudyResult
+from .study.run import run_study as run_study
 from .training.config import TrainingConfig as TrainingConfig
 from .training.mining import Mined as Mined
 from .training.mining import mine as mine

@@ -36,16 +36,16 @@ def test_edits(architecture, tmp_path):
         return logits(folder), find_head(model).decoder.weight, model.get_input_embeddings().weight
 
     original = find_head(AutoModelForMaskedLM.from_pretrained(backbone)).decoder.weight
-    found, weight, embeddings = head_of(("untied", 1.0))
-    assert torch.equal(found, raw)
+    output, weight, embeddings = head_of(("untied", 1.0))
+    assert torch.equal(output, raw)
     assert weight is not embeddings
 
-    found, weight, embeddings = head_of(("scaled", 4.0))
-    torch.testing.assert_close(found, raw / 4)
+    output, weight, embeddings = head_of(("scaled", 4.0))
+    torch.testing.assert_close(output, raw / 4)
     torch.testing.assert_close(embeddings, original)
 
-    found, weight, embeddings = head_of(("folded", 4.0))
-    torch.testing.assert_close(found, raw / 4)
+    output, weight, embeddings = head_of(("folded", 4.0))
+    torch.testing.assert_close(output, raw / 4)
     assert weight is embeddings
     torch.testing.assert_close(weight, original)
 
@@ -53,19 +53,19 @@ def test_edits(architecture, tmp_path):
     assert weight is embeddings
     torch.testing.assert_close(weight, original / 4)
 
-    found, weight, _ = head_of(("scaled", 4.0), ("folded", 0.25))  # the raw function with a quarter of the norm
-    torch.testing.assert_close(found, raw)
+    output, weight, _ = head_of(("scaled", 4.0), ("folded", 0.25))  # the raw function with a quarter of the norm
+    torch.testing.assert_close(output, raw)
     torch.testing.assert_close(weight, original / 4)
 
 
-def test_edits_are_made_once_and_refused_where_they_cannot_be(tmp_path, monkeypatch):
+def test_edits_are_written_once_and_refused_where_impossible(tmp_path, monkeypatch):
     backbone = make_backbone("bert", tmp_path / "backbone")
     assert edited(backbone, (), tmp_path) == backbone
     folder = edited(backbone, (("folded", 2.0),), tmp_path / "edited")
-    monkeypatch.setattr(cells, "_edit", None)  # a second making would need it
+    monkeypatch.setattr(cells, "_edit", None)  # editing again would need it
     assert edited(backbone, (("folded", 2.0),), tmp_path / "edited") == folder
     monkeypatch.undo()
-    with pytest.raises(OptionError, match="'bent' is no edit"):
+    with pytest.raises(OptionError, match="'bent' is not an edit"):
         edited(backbone, (("bent", 2.0),), tmp_path / "edited")
     model = AutoModelForMaskedLM.from_pretrained(backbone)
     model.cls.predictions.transform.LayerNorm = torch.nn.Identity()
@@ -127,24 +127,29 @@ def test_a_cell_is_run_once_and_its_commands_make_it_again(place, monkeypatch, c
     cell = Cell("backbone", "collection", OPTIONS | odd, edits=(("folded", 2.0),), level=0.05, spread_of=2.0)
     collections = ("collection",)
     assert read_cell(place, cell, collections) is None
-    path = run_cell(cell, collections, place)
+    run_cell(cell, collections, place)
     record = read_cell(place, cell, collections)
-    assert record["shift"] != 0
-    assert record["temperature"] > 1
-    assert record["after"]["positive_share"] == pytest.approx(0.05, abs=0.005)
-    assert len(record["results"]["collection"]["per_query"]) == record["results"]["collection"]["queries"] == 20
+    assert record.shift != 0
+    assert record.temperature > 1
+    assert record.after.positive_share == pytest.approx(0.05, abs=0.005)
+    assert len(record.results["collection"].per_query) == record.results["collection"].queries == 20
+    path = cells.cell_file(place, cell)
+    kept = json.loads(path.read_text())
+    assert kept["results"]["collection"]["nDCG@10"] == record.results["collection"].ndcg
+    assert kept["cell"]["edits"] == [["folded", 2.0]]
+    assert kept["after"]["mean_row_norm"] == record.after.mean_row_norm
     assert not list((place / "runs").iterdir())
     written = path.read_bytes()
-    assert run_cell(cell, collections, place) == path
+    run_cell(cell, collections, place)
     assert path.read_bytes() == written
     assert read_cell(place, cell, ("collection", "another")) is None
 
-    make, train = record["commands"]
+    make, train = record.commands
     exec(shlex.split(make)[2])
     assert main(shlex.split(train)[1:]) == 0
     again = evaluate("run/model", "collection", ["nDCG@10"], depth=100)
-    assert again.metrics["nDCG@10"] == record["results"]["collection"]["nDCG@10"]
-    assert json.loads((place / "run" / "run.json").read_text())["calibration"]["shift"] == record["shift"]
+    assert again.metrics["nDCG@10"] == record.results["collection"].ndcg
+    assert json.loads((place / "run" / "run.json").read_text())["calibration"]["shift"] == record.shift
 
 
 WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
@@ -204,15 +209,21 @@ def test_the_command_of_an_edited_backbone_is_quoted(place, monkeypatch, capsys,
 def test_a_cell_is_not_read_for_a_collection_that_changed(place, tmp_path):
     collection = make_collection(tmp_path / "collection")
     cell = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
-    record = {"results": {str(collection): {"data_hash": cells.collection_hash(str(collection))}}}
-    path = cells.cell_file(tmp_path, cell)
-    path.parent.mkdir()
-    path.write_text(json.dumps(record))
-    assert read_cell(tmp_path, cell, (str(collection),)) == record
+    run_cell(cell, (str(collection),), tmp_path)
+    assert read_cell(tmp_path, cell, (str(collection),)).hash == cell.hash
     with open(collection / "corpus.jsonl", "a") as file:
         file.write('{"_id": "new", "text": "kabel"}\n')
-    cells.read_anew()
+    cells.clear_caches()
     assert read_cell(tmp_path, cell, (str(collection),)) is None
+
+
+def test_the_hash_covers_the_scores_of_a_teacher(place, tmp_path):
+    pair = {"query": "a", "positive": "b", "negatives": ["c"]}
+    hashes = set()
+    for i, scores in enumerate(({}, {"scores": [2.0, 1.0]}, {"scores": [3.0, 1.0]})):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(pair | scores) + "\n")
+        hashes.add(Cell(str(place / "backbone"), str(tmp_path / f"{i}.jsonl"), OPTIONS).hash)
+    assert len(hashes) == 3
 
 
 def test_a_learning_rate_for_the_head_alone(place, tmp_path, capsys):

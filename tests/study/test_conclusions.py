@@ -1,56 +1,62 @@
 import json
+from dataclasses import fields
 
 import pytest
 
-from anysplade.study.arms import Arm, label
-from anysplade.study.cells import COSTS, METRICS
+from anysplade.study.arms import Arm
+from anysplade.study.cells import Cell, CellRecord, QueryScores, Start
 from anysplade.study.conclusions import _PAIRS, summarize
 from anysplade.study.plan import STUDIES, StudyConfig, plan
+from anysplade.study.results import Axis, RowRuns, Settings, StudyResult
+from anysplade.training.monitoring import Observation
 
 QUERIES = [f"q{i}" for i in range(40)]
+SETTINGS = Settings(("bert",), "pairs", ("docs",), 2, 8.0, {})
 
 
-def record(value, seed, flops=1.0, k=1.0, start=1.0, wobble=0.02):
-    per_query = {id_: value + wobble * ((i + seed) % 3 - 1) for i, id_ in enumerate(QUERIES)}
-    found = dict.fromkeys((*METRICS, *COSTS), value) | {"flops": flops, "per_query": per_query}
-    seen = [
-        {
-            "step": s,
-            "loss": 2.0 / (s + 1),
-            "score_std": 1.0,
-            "document_similarity": 0.5,
-            "query_active_dims": 3.0,
-            "document_active_dims": 9.0,
-        }
-        for s in (0, 1)
-    ]
-    known = ("mean_row_norm", "positive_share", "document_active_dims", "score_std", "document_similarity", "start_loss")
-    return {
-        "k": k,
-        "shift": 0.0,
-        "temperature": 1.0,
-        "results": {"docs": found},
-        "before": dict.fromkeys(known, start),
-        "after": dict.fromkeys(known, start),
-        "findings": [],
-        "observations": seen,
-        "log": [{"step": 1, "grad_norm": 2.0}],
-    }
+def record(value, seed, flops=1.0, k=1.0, start=1.0, wobble=0.02, per_query=None):
+    per_query = per_query or {id_: value + wobble * ((i + seed) % 3 - 1) for i, id_ in enumerate(QUERIES)}
+    scores = QueryScores(*[value] * 5, flops, len(per_query), 9, "hash", per_query)
+    seen = {field.name: 1.0 for field in fields(Observation)} | {"document_similarity": 0.5}
+    at_start = Start(**{field.name: start for field in fields(Start)} | {"logit_percentiles": {}, "histogram": {}})
+    return CellRecord(
+        hash="",
+        cell=Cell("bert", "pairs", {}),
+        options={"seed": seed},
+        k=k,
+        shift=0.0,
+        temperature=1.0,
+        backbone_fingerprint=None,
+        data_hash="",
+        before=at_start,
+        after=at_start,
+        results={"docs": scores},
+        log=[{"step": 1, "grad_norm": 2.0}],
+        observations=[Observation(**seen | {"step": step, "loss": 2.0 / (step + 1)}) for step in (0, 1)],
+        findings=[],
+        seconds=1.0,
+        commands=[],
+        provenance={},
+    )
 
 
 def planned(arm, axis, hashes, failed=()):
-    """A row, its key found by its label at k = 8 or, of k alone and of the map, by its axis."""
-    keys = {label(key, 8.0, 0.01): key for key in Arm}
+    """A row, its key result by its label at k = 8 or, of k alone and of the map, by its axis."""
+    keys = {key.label(8.0, 0.01): key for key in Arm}
     key = keys.get(arm) or (Arm.LEVEL if "level" in axis else Arm.FIXED)
-    return {"backbone": "bert", "key": key, "arm": arm, "axis": axis, "cells": hashes, "failed": list(failed)}
+    return RowRuns(backbone="bert", key=key, arm=arm, axis=Axis(**axis), cells=hashes, failed=list(failed))
 
 
 def lost(*arms):
     """Rows none of whose trainings could be run."""
-    return [planned(label(key, 8.0, 0.01), {}, [], ["out of memory"]) for key in arms]
+    return [planned(key.label(8.0, 0.01), {}, [], ["out of memory"]) for key in arms]
 
 
-def made(name, table):
+def summary(name, rows, records):
+    return summarize(name, rows, records, SETTINGS, {})
+
+
+def study(name, table):
     """table: (arm, axis, value, flops) each; other rows that the study needs could not be run."""
     records, rows = {}, []
     for i, (arm, axis, value, flops) in enumerate(table):
@@ -58,29 +64,38 @@ def made(name, table):
         records |= {hash_: record(value + 0.01 * seed, seed, flops, start=i + 1) for seed, hash_ in enumerate(hashes)}
         rows.append(planned(arm, axis, hashes))
     if name == "controls":
-        rows += lost(*({*Arm} - {row["key"] for row in rows}))
-    return summarize(name, rows, records, ["docs"])
+        rows += lost(*({*Arm} - {row.key for row in rows}))
+    return summary(name, rows, records)
+
+
+def runs(name, config, norms, failed_arm=None):
+    """The rows of a plan with two trainings each, which failed for one arm."""
+    rows = []
+    for i, row in enumerate(plan(name, config, norms)):
+        outcome = {"cells": [], "failed": ["it broke"] * 2} if row.key == failed_arm else {"cells": [f"{i}-0", f"{i}-1"]}
+        rows.append(RowRuns(**vars(row) | outcome))
+    return rows, {hash_: record(0.1 + i / 100, i % 2) for i, hash_ in enumerate(h for row in rows for h in row.cells)}
 
 
 def test_means_and_deviations():
-    row = made("norm", [("raw", {}, 0.3, 2.0)])["rows"][0]
-    assert row["results"]["docs"]["nDCG@10"] == pytest.approx(0.305)
-    assert row["results"]["docs"]["nDCG@10 sd"] == pytest.approx(0.01 / 2**0.5)
-    assert row["runs"] == 2
+    row = study("norm", [("raw", {}, 0.3, 2.0)]).rows[0]
+    assert row.results["docs"].ndcg == pytest.approx(0.305)
+    assert row.results["docs"].ndcg_sd == pytest.approx(0.01 / 2**0.5)
+    assert row.runs == 2
 
 
-def test_main_says_collapse_and_both_directions():
-    better = made("main", [("raw", {}, 0.05, 9.0), ("k=4", {}, 0.3, 4.0), ("k=8", {}, 0.4, 4.0), ("auto", {}, 0.5, 1.0)])
-    assert "the raw head collapses, at 11%" in better["conclusions"][0]
-    assert "auto is better than the best fixed k (k=8)" in better["conclusions"][1]
-    assert "0.25 times its FLOPS." in better["conclusions"][1]
-    worse = made("main", [("raw", {}, 0.5, 9.0), ("k=8", {}, 0.5, 1.0), ("auto", {}, 0.3, 4.0)])
-    assert "trains as well as the best" in worse["conclusions"][0]
-    assert "auto is worse than the best fixed k" in worse["conclusions"][1]
-    assert "4 times its FLOPS: a higher cost." in worse["conclusions"][1]
-    even = made("main", [("raw", {}, 0.4, 9.0), ("k=8", {}, 0.4, 1.0), ("auto", {}, 0.4, 1.0)])
-    assert "no difference shows" in even["conclusions"][1]
-    assert {test["against"] for test in even["tests"]} == {"raw", "k=8"}
+def test_main_names_collapse_and_both_directions():
+    better = study("main", [("raw", {}, 0.05, 9.0), ("k=4", {}, 0.3, 4.0), ("k=8", {}, 0.4, 4.0), ("auto", {}, 0.5, 1.0)])
+    assert "the raw head collapses, at 11%" in better.conclusions[0]
+    assert "auto is better than the best fixed k (k=8)" in better.conclusions[1]
+    assert "0.25 times its FLOPS." in better.conclusions[1]
+    worse = study("main", [("raw", {}, 0.5, 9.0), ("k=8", {}, 0.5, 1.0), ("auto", {}, 0.3, 4.0)])
+    assert "trains as well as the best" in worse.conclusions[0]
+    assert "auto is worse than the best fixed k" in worse.conclusions[1]
+    assert "4 times its FLOPS: a higher cost." in worse.conclusions[1]
+    even = study("main", [("raw", {}, 0.4, 9.0), ("k=8", {}, 0.4, 1.0), ("auto", {}, 0.4, 1.0)])
+    assert "no difference shows" in even.conclusions[1]
+    assert {test.against for test in even.tests} == {"raw", "k=8"}
 
 
 def test_controls_say_what_follows():
@@ -91,108 +106,97 @@ def test_controls_say_what_follows():
         ("shift alone", {}, 0.5, 1.0),
         ("untied, not scaled", {}, 0.05, 9.0),
     ]
-    said = {pair["about"]: pair["said"] for pair in made("controls", table)["pairs"]}
-    assert said["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps as the paper has it.")
-    assert said["scale of the scores alone"].endswith("smaller scores alone do not help.")
-    assert "Adam's k times larger relative steps" in said["relative step size, given the scale"]
-    assert said["untying alone"].endswith("untying by itself does not help, rather the reverse.")
-    assert said["level against scale"].endswith("the level does more than the paper's scale.")
-    assert "temperature" not in said
+    sentences = {pair.about: pair.conclusion for pair in study("controls", table).pairs}
+    assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
+    assert sentences["scale of the scores alone"].endswith("smaller scores alone do not help.")
+    assert "Adam's k times larger relative steps" in sentences["relative step size, given the scale"]
+    assert sentences["untying alone"].endswith("untying by itself does not help, on the contrary.")
+    assert sentences["level against scale"].endswith("the level does more than the paper's scale.")
+    assert "temperature" not in sentences
 
 
 def test_a_difference_within_the_noise_of_the_seeds_is_none():
     rows = [planned(arm, {}, [f"{arm}-0", f"{arm}-1"]) for arm in ("raw", "k=8", "auto")]
     values = {"raw": (0.05, 0.05), "k=8": (0.2, 0.4), "auto": (0.35, 0.36)}
     records = {f"{arm}-{seed}": record(value, seed) for arm, of in values.items() for seed, value in enumerate(of)}
-    main = summarize("main", rows, records, ["docs"])
-    rows += lost(*({*Arm} - {row["key"] for row in rows}))
-    against = {test["against"]: test for test in main["tests"]}
-    assert against["k=8"]["p_corrected"] < 1e-6  # over queries, whose values hardly differ
-    assert "no difference shows between auto and the best fixed k" in main["conclusions"][1]
-    said = {pair["about"]: pair["said"] for pair in summarize("controls", rows, records, ["docs"])["pairs"]}
-    assert said["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps as the paper has it.")
+    main = summary("main", rows, records)
+    rows += lost(*({*Arm} - {row.key for row in rows}))
+    against = {test.against: test for test in main.tests}
+    assert against["k=8"].p_corrected < 1e-6  # over queries, whose values hardly differ
+    assert "no difference shows between auto and the best fixed k" in main.conclusions[1]
+    sentences = {pair.about: pair.conclusion for pair in summary("controls", rows, records).pairs}
+    assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
 
 
 def test_norm_needs_three_heads_for_a_correlation():
-    few = made("norm", [("raw", {}, 0.1, 1.0), ("auto", {}, 0.2, 1.0)])
-    assert few["correlations"] == {}
-    rising = made("norm", [("raw", {}, 0.1, 1.0), ("k=8", {}, 0.2, 1.0), ("auto", {}, 0.3, 1.0)])
-    assert rising["correlations"]["heads, raw and calibrated"]["mean_row_norm"] == pytest.approx(1.0)
+    few = study("norm", [("raw", {}, 0.1, 1.0), ("auto", {}, 0.2, 1.0)])
+    assert few.correlations == {}
+    rising = study("norm", [("raw", {}, 0.1, 1.0), ("k=8", {}, 0.2, 1.0), ("auto", {}, 0.3, 1.0)])
+    assert rising.correlations["heads, raw and calibrated"]["mean_row_norm"] == pytest.approx(1.0)
 
 
 def test_tradeoff_and_sensitivity():
     points = [("raw", {"weight": 1}, 0.3, 10.0), ("auto", {"weight": 1}, 0.4, 2.0), ("auto", {"weight": 2}, 0.35, 1.0)]
-    assert "is reached by auto with 0.355 ± 0.007 at 1.00, 10 times fewer" in made("tradeoff", points)["conclusions"][0]
+    assert "is reached by auto with 0.355 ± 0.007 at 1.00, 10 times fewer" in study("tradeoff", points).conclusions[0]
     points = [("raw", {"weight": 1}, 0.5, 10.0), ("auto", {"weight": 1}, 0.4, 2.0)]
-    assert "is not reached by auto, whose best is 0.405" in made("tradeoff", points)["conclusions"][0]
+    assert "is not reached by auto, whose best is 0.405" in study("tradeoff", points).conclusions[0]
     line = [(f"k={k}", {"k": float(k)}, value, 5.0) for k, value in ((1, 0.1), (4, 0.4), (8, 0.39), (16, 0.2))]
     grid = [("k=1, level", {"k": 1.0, "level": 0.01}, 0.6, 1.0)]
-    said = made("sensitivity", [*line, *grid, ("auto", {}, 0.5, 1.0)])["conclusions"][0]
-    assert "of k alone 4 is best" in said
-    assert "k from 4 to 8 stays within 5%" in said
-    assert "auto has 0.505 ± 0.007, 0.83 of the map's best" in said
+    sentences = study("sensitivity", [*line, *grid, ("auto", {}, 0.5, 1.0)]).conclusions[0]
+    assert "k alone is best at 4" in sentences
+    assert "k from 4 to 8 is within 5%" in sentences
+    assert "auto has 0.505 ± 0.007, 0.83 of the map's best" in sentences
 
 
 def test_dynamics_keeps_every_seed():
-    found = made("dynamics", [("raw", {}, 0.1, 1.0)])
-    assert found["curves"][0]["curves"]["loss"] == [[[0, 2.0], [1, 1.0]]] * 2
-    assert "ranking loss 2 at first, 1 at last" in found["conclusions"][0]
+    result = study("dynamics", [("raw", {}, 0.1, 1.0)])
+    assert result.curves[0].curves.loss == [[(0, 2.0), (1, 1.0)]] * 2
+    assert "ranking loss 2 in the first step and 1 in the last" in result.conclusions[0]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_conclusions_and_plan_have_the_same_arms(name):
-    """An arm that is planned under another key, or not at all, is an error; no control is planned that nothing is said of."""
+    """An arm that is planned under another key, or not at all, is an error; no control is planned without a conclusion."""
     config = StudyConfig(name, output="out", backbones=("bert-tiny", "modernbert-tiny"), seeds=2)
-    rows = [
-        {"backbone": row.backbone, "key": row.key, "arm": row.arm, "axis": row.axis, "failed": [], "cells": [f"{i}-0", f"{i}-1"]}
-        for i, row in enumerate(plan(name, config, {"bert-tiny": 1.0, "modernbert-tiny": 3.0}))
-    ]
-    records = {hash_: record(0.1 + i / 100, i % 2) for i, hash_ in enumerate(h for row in rows for h in row["cells"])}
-    summary = summarize(name, rows, records, ["docs"])
-    assert summary["conclusions"]
+    rows, records = runs(name, config, {"bert-tiny": 1.0, "modernbert-tiny": 3.0})
+    result = summary(name, rows, records)
+    assert result.conclusions
     if name == "controls":
-        assert len(summary["pairs"]) == 2 * len(_PAIRS) - 2  # each backbone has the other's norm alone
-        assert {row["key"] for row in rows} == {arm for _, one, other, *_ in _PAIRS for arm in (one, other)}
+        assert len(result.pairs) == 2 * len(_PAIRS) - 2  # each backbone has the other's norm alone
+        assert {row.key for row in rows} == {arm for _, one, other, *_ in _PAIRS for arm in (one, other)}
     for key in {"controls": [Arm.TEMPERATURE], "dynamics": [], "norm": [Arm.RAW]}.get(name, [Arm.AUTO]):
         with pytest.raises(ValueError, match=f"{name}, bert-tiny: the plan lacks {key}"):
-            summarize(name, [row for row in rows if row["key"] != key], records, ["docs"])
+            summary(name, [row for row in rows if row.key != key], records)
 
 
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("arm", Arm)
-def test_rows_that_failed_are_said(name, arm):
-    """None is skipped in silence, and nothing is said of what was not trained."""
+def test_rows_that_failed_are_named(name, arm):
+    """None is skipped in silence, and no conclusion is drawn from what was not trained."""
     config = StudyConfig(name, output="out", backbones=("bert-tiny",), seeds=2)
-    rows = [
-        {"backbone": row.backbone, "key": row.key, "arm": row.arm, "axis": row.axis}
-        | ({"cells": [], "failed": ["it broke"] * 2} if row.key == arm else {"cells": [f"{i}-0", f"{i}-1"], "failed": []})
-        for i, row in enumerate(plan(name, config, {"bert-tiny": 1.0}))
-    ]
-    records = {hash_: record(0.1 + i / 100, i % 2) for i, hash_ in enumerate(h for row in rows for h in row["cells"])}
-    summary = summarize(name, rows, records, ["docs"])
-    gone = [row for row in rows if row["failed"]]
-    said = [line for line in summary["conclusions"] if "2 of 2 trainings failed (it broke); nothing follows about it" in line]
-    assert len(said) == len(gone)
-    assert all(row["arm"] in line for row, line in zip(gone, said, strict=True))
-    assert not any("nan" in line for line in summary["conclusions"])
+    rows, records = runs(name, config, {"bert-tiny": 1.0}, arm)
+    result = summary(name, rows, records)
+    gone = [row for row in rows if row.failed]
+    sentences = [line for line in result.conclusions if "2 of 2 trainings failed (it broke); there is no conclusion about" in line]
+    assert len(sentences) == len(gone)
+    assert all(row.arm in line for row, line in zip(gone, sentences, strict=True))
+    assert not any("nan" in line for line in result.conclusions)
     if arm == Arm.RAW:
-        assert not any("the raw head" in line for line in summary["conclusions"])
+        assert not any("the raw head" in line for line in result.conclusions)
 
 
 def test_a_row_that_lost_a_training_says_so():
     records = {hash_: record(0.2, 0) for hash_ in ("raw", "k", "auto")}
     rows = [planned("raw", {}, ["raw"], ["it broke"]), planned("k=8", {}, ["k"]), planned("auto", {}, ["auto"])]
-    said = summarize("main", rows, records, ["docs"])["conclusions"]
-    assert said[0] == "bert, raw: 1 of 2 trainings failed (it broke); its means are of the other 1."
+    sentences = summary("main", rows, records).conclusions
+    assert sentences[0] == "bert, raw: 1 of 2 trainings failed (it broke); its means cover the other 1."
 
 
 def test_no_value_is_nan():
     """Rows that are all alike, of a single query, and of no products."""
     alike = [("raw", {}, 0.0, 0.0), ("k=8", {}, 0.0, 0.0), ("auto", {}, 0.0, 0.0)]
     for name in ("main", "norm", "controls"):
-        assert "NaN" not in json.dumps(made(name, alike))
-    records = {arm: record(value, 0) for arm, value in (("raw", 0.1), ("k=8", 0.2), ("auto", 0.3))}
-    for one in records.values():
-        one["results"]["docs"]["per_query"] = {"q0": one["results"]["docs"]["nDCG@10"]}
-    summary = summarize("main", [planned(arm, {}, [arm]) for arm in records], records, ["docs"])
-    assert [test["p_corrected"] for test in summary["tests"]] == [1.0, 1.0]
+        assert "NaN" not in json.dumps(StudyResult({name: study(name, alike)}, {}, {}, {}, "").to_dict())
+    records = {arm: record(value, 0, per_query={"q0": value}) for arm, value in (("raw", 0.1), ("k=8", 0.2), ("auto", 0.3))}
+    result = summary("main", [planned(arm, {}, [arm]) for arm in records], records)
+    assert [test.p_corrected for test in result.tests] == [1.0, 1.0]

@@ -1,101 +1,89 @@
 import re
 import shutil
 import subprocess
+from dataclasses import fields, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import html5lib
 import pytest
 
 from anysplade.study.arms import Arm
+from anysplade.study.cells import Scores, Start
 from anysplade.study.report import write_report
+from anysplade.study.results import (
+    Axis,
+    Baseline,
+    CellSummary,
+    Curves,
+    Means,
+    PairedTest,
+    RowCurves,
+    RowResult,
+    Settings,
+    Study,
+    StudyResult,
+    read_results,
+)
 
-METRICS = ("nDCG@10", "RR@10", "R@100")
 HOSTILE = "<script>alert(1)</script>"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
-def row(backbone, arm, value, axis=None):
-    found = dict.fromkeys((*METRICS, "query_active_dims", "document_active_dims", "flops"), value)
-    start = {"mean_row_norm": 1 + value}
-    return {
-        "backbone": backbone,
-        "key": {"raw": Arm.RAW, "auto": Arm.AUTO}.get(arm, Arm.LEVEL if "level" in (axis or {}) else Arm.FIXED),
-        "arm": arm,
-        "axis": axis or {},
-        "cells": [f"{backbone}{arm}{axis}".encode().hex()[-12:]],
-        "runs": 1,
-        "k": 1.0,
-        "shift": 0.0,
-        "findings": ["dead vocabulary"],
-        "before": start,
-        "after": start,
-        "results": {"docs": found | {f"{name} sd": 0.01 for name in found}},
-    }
+def row(backbone, arm, value, **axis):
+    values = {field.name: 1.0 for field in fields(Start)} | {"logit_percentiles": {}, "histogram": {}}
+    start = Start(**values | {"mean_row_norm": 1 + value})
+    return RowResult(
+        backbone=backbone,
+        key={"raw": Arm.RAW, "auto": Arm.AUTO}.get(arm, Arm.LEVEL if "level" in axis else Arm.FIXED),
+        arm=arm,
+        axis=Axis(**axis),
+        cells=[f"{backbone}{arm}{axis}".encode().hex()[-12:]],
+        runs=1,
+        k=1.0,
+        shift=0.0,
+        temperature=1.0,
+        findings=["dead vocabulary"],
+        before=start,
+        after=start,
+        results={"docs": Means(*[value, 0.01] * 6)},
+    )
 
 
-def study():
-    made = {
-        "commit": "c" * 40,
-        "versions": {"torch": "2"},
-        "hardware": {"machine": "x86_64", "cpus": 2, "gpus": []},
-        "command": "anysplade",
-    }
-    settings = {"backbones": ["a"], "collections": ["docs"], "data": "pairs", "seeds": 1, "training": {"steps": 2}}
+def result():
+    machine = {"versions": {"torch": "2"}, "hardware": {"machine": "x86_64", "cpus": 2, "gpus": []}}
+    settings = Settings(("a",), "pairs", ("docs",), 1, 8.0, {"steps": 2})
     rows = [row("a", "raw", 0.1), row("a", "k=8", 0.2), row("a", "auto", 0.3), row(HOSTILE, "raw", 0.2)]
-    line = [row("a", f"k={k}", k / 10, {"k": float(k)}) for k in (1, 2, 4)]
-    grid = [row("a", f"k={k}, {level}", k / 10, {"k": float(k), "level": level}) for k in (1, 2) for level in (0.1, 0.01)]
-    names = ("loss", "document_active_dims", "gradient_norm", "score_std")
-    curves = [
-        {"backbone": "a", "key": arm, "arm": arm, "curves": {name: [[[0, 2.0], [1, 1.0]]] for name in names}}
-        for arm in ("raw", "auto")
-    ]
-    test = {
-        "backbone": "a",
-        "collection": "docs",
-        "against": "raw",
-        "difference": 0.1,
-        "noise": 0.02,
-        "p_corrected": 0.01,
-        "flops": 1.0,
-        "flops of the other": 2.0,
-    }
-    every = {
+    line = [row("a", f"k={k}", k / 10, k=float(k)) for k in (1, 2, 4)]
+    grid = [row("a", f"k={k}, {level}", k / 10, k=float(k), level=level) for k in (1, 2) for level in (0.1, 0.01)]
+    curves = [RowCurves("a", arm, arm, Curves(*[[[(0, 2.0), (1, 1.0)]]] * 6)) for arm in (Arm.RAW, Arm.AUTO)]
+    parts = {
         "norm": {"rows": rows},
-        "tradeoff": {"rows": [row("a", arm, w / 9, {"weight": w}) for arm in ("raw", "auto") for w in (1, 2)]},
+        "tradeoff": {"rows": [row("a", arm, w / 9, weight=w) for arm in ("raw", "auto") for w in (1, 2)]},
         "dynamics": {"rows": rows, "curves": curves},
         "sensitivity": {"rows": [*line, *grid, row("a", "auto", 0.3)]},
         "controls": {"rows": rows},
-        "main": {"rows": rows, "tests": [test]},
+        "main": {"rows": rows, "tests": [PairedTest("a", "docs", Arm.RAW, "raw", 0.1, 0.01, 0.02, 1.0, 2.0, 0.01)]},
     }
+    provenance = machine | {"commit": "c" * 40, "command": "anysplade"}
     studies = {
-        name: {"settings": settings, "provenance": made, "conclusions": [f"a & b <{name}>"], **part} for name, part in every.items()
+        name: Study(settings=settings, provenance=provenance, conclusions=[f"a & b <{name}>"], **part)
+        for name, part in parts.items()
     }
+    scores = {"docs": Scores(*[0.1] * 6, 3, 4, "hash")}
     cells = {
-        hash_: {
-            "seed": 0,
-            "results": {"docs": {"nDCG@10": 0.1}},
-            "k": 1.0,
-            "shift": 0.0,
-            "seconds": 3.0,
-            "commands": ["anysplade train"],
-        }
-        | made
-        for part in every.values()
-        for one in part["rows"]
-        for hash_ in one["cells"]
+        hash_: CellSummary(1.0, 0.0, 1.0, ["anysplade train"], 3.0, None, "hash", 0, scores, [], "c" * 40, **machine)
+        for study in studies.values()
+        for row in study.rows
+        for hash_ in row.cells
     }
-    return {
-        "studies": studies,
-        "cells": cells,
-        "bm25": {"docs": dict.fromkeys(METRICS, 0.5)},
-        "failed": {},
-        "report": "report.html",
-    }
+    return StudyResult(studies, cells, {"docs": Baseline(0.5, 0.5, 0.5)}, {}, "report.html")
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    write_report(study(), folder)
+    write_report(result(), folder)
     return folder
 
 
@@ -137,27 +125,37 @@ def test_markdown_shows_the_figures(out):
 
 
 def test_the_same_again(out, tmp_path):
-    write_report(study(), tmp_path)
+    write_report(result(), tmp_path)
     for path in out.rglob("*.*"):
         assert (tmp_path / path.relative_to(out)).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium, of Debian's package")
-def test_opens_in_a_browser_without_a_word(out):
+def test_opens_in_a_browser_without_messages(out):
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=400,800", "--dump-dom"]
     shown = subprocess.run(
         ["chromium", *arguments, f"file://{out}/report.html"], capture_output=True, text=True, timeout=120, check=True
     )
-    assert "What the numbers say" in shown.stdout
+    assert "Conclusions" in shown.stdout
     assert "CONSOLE" not in shown.stderr
 
 
-def test_rows_that_failed_leave_holes(tmp_path):
+def test_rows_that_failed_leave_gaps(tmp_path):
     """A map without one of its cells, a backbone without its line, the first backbone without a row of the legend."""
-    content = study()
-    rows = content["studies"]["sensitivity"]["rows"]
-    content["studies"]["sensitivity"]["rows"] = [row for row in rows if row["axis"] not in ({"k": 1.0, "level": 0.1}, {"k": 2.0})]
-    content["studies"]["main"]["rows"] = [row for row in content["studies"]["main"]["rows"] if row["key"] != Arm.RAW]
-    content["studies"]["dynamics"]["curves"].pop()
+    content = result()
+    studies = content.studies
+    kept = [row for row in studies["sensitivity"].rows if row.axis not in (Axis(k=1.0, level=0.1), Axis(k=2.0))]
+    studies["sensitivity"] = replace(studies["sensitivity"], rows=kept)
+    studies["main"] = replace(studies["main"], rows=[row for row in studies["main"].rows if row.key != Arm.RAW])
+    studies["dynamics"].curves.pop()
     write_report(content, tmp_path)
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["study", "study-squad"])
+def test_a_committed_result_gives_its_report(name, tmp_path):
+    write_report(read_results(RESULTS / name / "study.json"), tmp_path)
+    assert (tmp_path / "report.md").read_text() == (RESULTS / name / "report.md").read_text()
+    assert sorted(path.name for path in tmp_path.glob("figures/*")) == sorted(
+        path.name for path in (RESULTS / name).glob("figures/*")
+    )

@@ -6,22 +6,28 @@ from typing import Any
 
 from anysplade._common.extras import extra
 
+INK = "#010203"  # the colour of all text and axes under ON_A_PAGE, to be replaced by the colour of the page's text
+ON_A_PAGE: dict[str, Any] = {
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "savefig.transparent": True,
+}  # fmt: skip
+
 
 def draw(paint: Callable[[Any], None], width: float, height: float, settings: dict[str, Any] | None = None) -> str:
     """An SVG figure of a size in inches; the same data gives the same bytes.
 
     Args:
         paint: draws into a ``matplotlib.figure.Figure``.
-        settings: of matplotlib, beside those of every figure here.
+        settings: of matplotlib, beside those of every figure here; ``ON_A_PAGE`` for a figure that takes a page's colours.
     """
     with extra("evaluation"):
         import matplotlib
         from matplotlib.figure import Figure
 
-    # A fixed salt for the ids and no date: files that did not change stay the same. Text stays text.
+    # A fixed salt for the ids and no metadata: files whose data did not change stay the same. Text stays text.
     with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"} | (settings or {})):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
     return out.getvalue()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anysplade.model.head import HeadReport
     from anysplade.search.documents import Hit
     from anysplade.search.sizing import Size
-    from anysplade.study.plan import StudyResult
+    from anysplade.study.results import StudyResult
     from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
@@ -212,8 +212,8 @@ def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:
 def study_lines(result: "StudyResult") -> list[RenderableType]:
     """What each study that was made says, and where the report is."""
     parts: list[RenderableType] = []
-    for name, summary in result.studies.items():
-        parts += [Text(name, style="bold"), *(Text(f"- {line}") for line in summary["conclusions"]), ""]
+    for name, study in result.studies.items():
+        parts += [Text(name, style="bold"), *(Text(f"- {line}") for line in study.conclusions), ""]
     if result.failed:
         parts.append(f"{len(result.failed)} cells failed; the same command tries them again")
     return [*parts, f"report: {result.report}"]

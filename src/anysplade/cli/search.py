@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import RenderableType
 
-from anysplade._common.extras import extra
 from anysplade.cli.app import Json, Out, Result, command, is_watched
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision
@@ -134,8 +133,7 @@ def serve(
         port: 0 for any that is free.
         token: what every request must carry; ANYSPLADE_TOKEN, if that is set.
     """
-    with extra("serve"):
-        from anysplade.serving import app as server
+    from anysplade.serving import app as server
 
     served = server.serve(index, beside, model=model, host=host, port=port, token=token or os.environ.get("ANYSPLADE_TOKEN"))
     return Result(served.to_dict(), [f"{served.requests:,} requests answered"])

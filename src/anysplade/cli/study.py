@@ -39,7 +39,8 @@ def study(
         workers: cells at a time; one for every GPU, or for every core.
     """
     from anysplade.cli import rendering as report
-    from anysplade.study.plan import StudyConfig, run_study
+    from anysplade.study.plan import StudyConfig
+    from anysplade.study.run import run_study
 
     options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
     if backbones:

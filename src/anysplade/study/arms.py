@@ -1,49 +1,35 @@
-"""What a study does to a backbone's head: an arm has a key, which code refers to, and a label, which people read."""
+"""The heads that a study trains: an arm has a key for code and files, and a label for people."""
 
 from enum import StrEnum
 
 
 class Arm(StrEnum):
-    """A head as a study trains it. The values are kept in ``study.json``."""
+    """A head as a study trains it: its key, as in ``study.json``, and its label."""
 
-    RAW = "raw"
-    FIXED = "fixed k"
-    AUTO = "auto"
-    LEVEL = "k and level"
-    BIAS_KEPT = "bias kept"
-    LEFT_TIED = "left tied"
-    FOLDED = "folded"
-    RUNTIME_SCALAR = "runtime scalar"
-    UNTIED = "untied"
-    LARGER_STEPS = "larger steps"
-    SMALL_NORM = "small norm"
-    TEMPERATURE = "temperature"
-    SHIFT_ALONE = "shift alone"
-    SCALE_ALONE = "scale alone"
-    LOWEST_NORM = "lowest norm"
-    HIGHEST_NORM = "highest norm"
+    RAW = "raw", "raw"
+    FIXED = "fixed k", "k={k:g}"
+    AUTO = "auto", "auto"
+    LEVEL = "k and level", "k={k:g}, level {level:.2%}"
+    BIAS_KEPT = "bias kept", "k={k:g}, bias kept"
+    LEFT_TIED = "left tied", "k={k:g}, left tied"
+    FOLDED = "folded", "1/{k:g} folded into the LayerNorm, tied"
+    RUNTIME_SCALAR = "runtime scalar", "runtime scalar 1/{k:g}"
+    UNTIED = "untied", "untied, not scaled"
+    LARGER_STEPS = "larger steps", "head's learning rate x{k:g}, not scaled"
+    SMALL_NORM = "small norm", "W/{k:g}, LayerNorm x{k:g}"
+    TEMPERATURE = "temperature", "temperature for the spread of k={k:g}"
+    SHIFT_ALONE = "shift alone", "shift alone"
+    SCALE_ALONE = "scale alone", "scale alone"
+    LOWEST_NORM = "lowest norm", "norm of the lowest backbone"
+    HIGHEST_NORM = "highest norm", "norm of the highest backbone"
 
+    _template: str
 
-_LABELS = {
-    Arm.RAW: "raw",
-    Arm.FIXED: "k={k:g}",
-    Arm.AUTO: "auto",
-    Arm.LEVEL: "k={k:g}, level {level:.2%}",
-    Arm.BIAS_KEPT: "k={k:g}, bias kept",
-    Arm.LEFT_TIED: "k={k:g}, left tied",
-    Arm.FOLDED: "1/{k:g} folded into the LayerNorm, tied",
-    Arm.RUNTIME_SCALAR: "runtime scalar 1/{k:g}",
-    Arm.UNTIED: "untied, not scaled",
-    Arm.LARGER_STEPS: "head's learning rate x{k:g}, not scaled",
-    Arm.SMALL_NORM: "W/{k:g}, LayerNorm x{k:g}",
-    Arm.TEMPERATURE: "temperature for the spread of k={k:g}",
-    Arm.SHIFT_ALONE: "shift alone",
-    Arm.SCALE_ALONE: "scale alone",
-    Arm.LOWEST_NORM: "norm of the lowest backbone",
-    Arm.HIGHEST_NORM: "norm of the highest backbone",
-}
+    def __new__(cls, key: str, template: str) -> "Arm":
+        arm = str.__new__(cls, key)
+        arm._value_, arm._template = key, template
+        return arm
 
-
-def label(arm: Arm, k: float, level: float | None = None) -> str:
-    """What a report calls an arm that divides by k."""
-    return _LABELS[arm].format(k=k, level=level)
+    def label(self, k: float, level: float | None = None) -> str:
+        """The label of the arm with numbers for k and the level."""
+        return self._template.format(k=k, level=level)

@@ -1,7 +1,7 @@
-"""One cell of a study: a backbone whose head was changed, trained with certain options, evaluated; kept by its content.
+"""One cell of an experiment: a backbone whose head is edited, trained with some options, and evaluated.
 
-A cell's file in ``cells/`` appears when all of it is done, so that a rerun does only what is missing. What makes
-a cell: the backbone's files, the training data, what was done to the head, and every option of the training.
+A cell's record is the file ``cells/HASH.json``. It is written when all of the cell is done, so a rerun does only what is
+missing. The hash covers the backbone's files, the training data, the edits of the head and every option of the training.
 """
 
 import hashlib
@@ -11,14 +11,15 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from filelock import FileLock
+from pydantic import Field, TypeAdapter
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_S
 from anysplade.model.encoder import fingerprint
 from anysplade.model.head import (
     Probe,
+    ProbeReport,
     describe_head,
     find_head,
     load_masked_lm,
@@ -42,30 +44,31 @@ from anysplade.model.head import (
     untie_head,
 )
 from anysplade.training.config import TrainingConfig
+from anysplade.training.monitoring import Observation
 from anysplade.training.run import train
 
-METRICS: tuple[str, ...] = ("nDCG@10", "RR@10", "R@100")
-COSTS = ("query_active_dims", "document_active_dims", "flops")
+METRIC = "nDCG@10"  # the one that means are compared by
+METRICS: tuple[str, ...] = (METRIC, "RR@10", "R@100")
 
-# What is done to a checkpoint before the training sees it.
+# A change of a checkpoint before the training.
 #   untied    the decoder gets weights of its own; nothing else changes
 #   scaled    W / value and b / value, untied
-#   tied      W / value in place, where it is the input embeddings too; b / value
-#   folded    1 / value into the LayerNorm before the decoder, b / value, W and its tie as they are
+#   tied      W / value in place, where W is also the input embeddings; b / value
+#   folded    1 / value into the LayerNorm before the decoder, b / value; W and its tie stay
 Edit = Literal["untied", "scaled", "tied", "folded"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained and how.
+    """A training and its evaluation.
 
     Args:
         backbone: a masked LM's folder or hub id.
         data: training examples, in any form that ``train`` takes.
-        edits: what is done to the checkpoint, in order: (edit, value) pairs.
         options: of ``TrainingConfig``, with ``k``, ``shift`` and ``seed``.
-        level: the share of token logits that ``shift`` is to leave above zero, in place of a number for it.
-        spread_of: temperature so that the scores' standard deviation at the start is that of the head divided by this.
+        edits: changes of the checkpoint, in order: (edit, value) pairs.
+        level: the share of token logits above zero at the start; replaces the number in ``shift``.
+        spread_of: sets the temperature so that the scores' standard deviation at the start is that of the head divided by this.
     """
 
     backbone: str
@@ -83,6 +86,63 @@ class Cell:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start(ProbeReport):
+    """A head on probe texts before the training, without the histogram, which is large and not shown."""
+
+    histogram: Annotated[dict[str, list[float]], Field(exclude=True)] = field(default_factory=dict)
+    mean_row_norm: float  # of the decoder's weight
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A trained cell on one collection: effectiveness and cost."""
+
+    ndcg: Annotated[float, Field(alias=METRICS[0])]
+    rr: Annotated[float, Field(alias=METRICS[1])]
+    recall: Annotated[float, Field(alias=METRICS[2])]
+    query_active_dims: float
+    document_active_dims: float
+    flops: float
+    queries: int
+    documents: int
+    data_hash: str
+
+
+@dataclass(frozen=True)
+class QueryScores(Scores):
+    """With the main metric of each query, by id."""
+
+    per_query: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """The content of ``cells/HASH.json``."""
+
+    hash: str
+    cell: Cell
+    options: dict[str, Any]  # of the cell, with numbers for ``level`` and ``spread_of``
+    k: float
+    shift: float
+    temperature: float
+    backbone_fingerprint: str | None
+    data_hash: str
+    before: Start  # the head without k and shift
+    after: Start  # and with them
+    results: dict[str, QueryScores]  # by collection
+    log: list[dict[str, float]]
+    observations: list[Observation]
+    findings: list[dict[str, Any]]  # of the monitor
+    seconds: float
+    commands: list[str]
+    provenance: dict[str, Any]
+    training_active_dims: tuple[float, float] | None = None  # of queries and documents, on training texts; not in older records
+
+
+_RECORD, _SCORES = TypeAdapter(CellRecord), TypeAdapter(QueryScores)
+
+
 @cache
 def _fingerprint(backbone: str) -> str | None:
     return fingerprint(resolve_model(backbone))
@@ -95,44 +155,53 @@ def _pairs(data: str) -> Sequence[Pair]:
 
 @cache
 def _data_hash(data: str) -> str:
-    return hash_texts(text for pair in _pairs(data) for text in (pair.query, pair.positive, *pair.negatives))
+    """Of all texts, and of a teacher's scores where there are any."""
+    scored = ((pair, () if pair.scores is None else (json.dumps(pair.scores),)) for pair in _pairs(data))
+    return hash_texts(text for pair, scores in scored for text in (pair.query, pair.positive, *pair.negatives, *scores))
 
 
 @cache
 def read_collection(name: str) -> Collection:
+    """``load_collection``, once in a process."""
     return load_collection(name)
 
 
 @cache
 def collection_hash(name: str) -> str:
+    """Of a collection's content."""
     return data_hash(read_collection(name))
 
 
-def read_anew() -> None:
-    """Forget what was read of backbones, data and collections; they may have changed since."""
-    for kept in (_fingerprint, _pairs, _data_hash, read_collection, collection_hash):
-        kept.cache_clear()
+def clear_caches() -> None:
+    """Forget the backbones, data and collections that were read: their files may have changed."""
+    for cached in (_fingerprint, _pairs, _data_hash, read_collection, collection_hash):
+        cached.cache_clear()
 
 
 def cell_file(out: Path, cell: Cell) -> Path:
+    """Where the record of a cell lies in a folder of cells."""
     return out / "cells" / f"{cell.hash}.json"
 
 
-def read_cell(out: Path, cell: Cell, collections: tuple[str, ...]) -> dict[str, Any] | None:
-    """A cell's record, if it is there and was evaluated on all of these, as they are now."""
+def read_record(file: Path) -> CellRecord:
+    """Read a ``cells/HASH.json``."""
+    return _RECORD.validate_json(file.read_bytes())
+
+
+def read_cell(out: Path, cell: Cell, collections: Sequence[str]) -> CellRecord | None:
+    """A cell's record, if there is one and it covers all of these collections with their present content."""
     try:
-        record = json.loads(cell_file(out, cell).read_text(encoding="utf-8"))
+        record = read_record(cell_file(out, cell))
     except FileNotFoundError:
         return None
-    results = record["results"]
-    same = all(name in results and results[name]["data_hash"] == collection_hash(name) for name in collections)
+    same = all(name in record.results and record.results[name].data_hash == collection_hash(name) for name in collections)
     return record if same else None
 
 
-def run_cell(cell: Cell, collections: tuple[str, ...], out: Path) -> Path:
-    """Train and evaluate a cell; interrupted and called again, its training goes on from the last checkpoint."""
+def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:
+    """Train and evaluate a cell. After an interruption its training resumes from the last checkpoint."""
     if read_cell(out, cell, collections) is not None:
-        return cell_file(out, cell)
+        return
     start = time.perf_counter()
     folder = edited(cell.backbone, cell.edits, out / "backbones")
     resolved, probe, norm = _resolve(cell, folder)
@@ -141,36 +210,36 @@ def run_cell(cell: Cell, collections: tuple[str, ...], out: Path) -> Path:
     trained = train(config)
     results = {}
     for name in collections:
-        found = evaluate(trained.model, read_collection(name), METRICS, depth=100)
-        values = {key: found.to_dict()[key] for key in (*METRICS, *COSTS, "queries", "documents", "data_hash")}
-        results[name] = values | {"per_query": {id_: round(v, 6) for id_, v in found.per_query[METRICS[0]].items()}}
+        evaluation = evaluate(trained.model, read_collection(name), METRICS, depth=100)
+        per_query = {id_: round(value, 6) for id_, value in evaluation.per_query[METRIC].items()}
+        results[name] = _SCORES.validate_python(evaluation.to_dict() | {"per_query": per_query})
     k, shift = trained.calibration["k"], trained.calibration["shift"]
-    record = {
-        "hash": cell.hash,
-        "cell": asdict(cell),
-        "options": resolved,
-        "k": k,
-        "shift": shift,
-        "temperature": config.temperature,
-        "backbone_fingerprint": _fingerprint(cell.backbone),
-        "data_hash": trained.data_hash,
-        "before": _start(probe, norm),
-        "after": _start(probe.affine(k, shift, config.bias), norm / k),
-        "results": results,
-        "log": [{key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry} for entry in trained.log],
-        "observations": trained.monitoring["observations"],
-        "findings": trained.monitoring["findings"],
-        "seconds": time.perf_counter() - start,
-        "commands": commands(cell, resolved),
-        "provenance": provenance(),
-    }
-    write_whole(cell_file(out, cell), json.dumps(record) + "\n")
+    record = CellRecord(
+        hash=cell.hash,
+        cell=cell,
+        options=resolved,
+        k=k,
+        shift=shift,
+        temperature=config.temperature,
+        backbone_fingerprint=_fingerprint(cell.backbone),
+        data_hash=trained.data_hash,
+        before=_start(probe, norm),
+        after=_start(probe.affine(k, shift, config.bias), norm / k),
+        results=results,
+        log=[{key: entry[key] for key in ("step", "loss", "grad_norm") if key in entry} for entry in trained.log],
+        observations=[Observation(**observation) for observation in trained.monitoring["observations"]],
+        findings=trained.monitoring["findings"],
+        seconds=time.perf_counter() - start,
+        commands=commands(cell, resolved),
+        provenance=provenance(),
+        training_active_dims=(trained.query_active_dims, trained.document_active_dims),
+    )
+    write_whole(cell_file(out, cell), json.dumps(_RECORD.dump_python(record, mode="json", by_alias=True)) + "\n")
     shutil.rmtree(work)
-    return cell_file(out, cell)
 
 
 def _resolve(cell: Cell, folder: str) -> tuple[dict[str, Any], Probe, float]:
-    """The training's options in numbers, and what the head is like before k and shift: its logits, its mean row norm."""
+    """The training's options in numbers, and the head before k and shift: its logits and its mean row norm."""
     model, tokenizer = load_masked_lm(folder)
     probe = measure_logits(model, tokenizer, *sample_pairs(_pairs(cell.data), cell.options["seed"]))
     options = dict(cell.options)
@@ -185,21 +254,20 @@ def _spread(probe: Probe) -> float:
     return summarize_probe(probe).score_std
 
 
-def _start(probe: Probe, mean_row_norm: float) -> dict[str, Any]:
-    found = asdict(summarize_probe(probe))
-    return {key: value for key, value in found.items() if key != "histogram"} | {"mean_row_norm": mean_row_norm}
+def _start(probe: Probe, mean_row_norm: float) -> Start:
+    return Start(**asdict(summarize_probe(probe)) | {"histogram": {}, "mean_row_norm": mean_row_norm})
 
 
 def commands(cell: Cell, options: Mapping[str, Any]) -> list[str]:
     """The command lines that train the same model."""
     backbone = cell.backbone
-    made = []
+    lines = []
     if cell.edits:
         call = f"from anysplade.study.cells import edited; print(edited({backbone!r}, {cell.edits!r}, 'backbones'))"
-        made.append(shlex.join([Path(sys.executable).name, "-c", call]))
+        lines.append(shlex.join([Path(sys.executable).name, "-c", call]))
         backbone = f"backbones/{_edited_name(backbone, cell.edits)}"
     flags = [flag for name, value in options.items() for flag in _flags(name, value)]
-    return [*made, shlex.join(["anysplade", "train", backbone, cell.data, "--out", "run", *flags])]
+    return [*lines, shlex.join(["anysplade", "train", backbone, cell.data, "--out", "run", *flags])]
 
 
 def _flags(name: str, value: Any) -> list[str]:
@@ -218,17 +286,17 @@ def _flags(name: str, value: Any) -> list[str]:
 
 
 def edited(backbone: str, edits: tuple[tuple[Edit, float], ...], out: str | Path) -> str:
-    """A stock checkpoint of the backbone with its head changed, made once; the backbone itself without edits.
+    """The folder of a stock checkpoint of the backbone with its head edited, written once; the backbone itself without edits.
 
     Raises:
-        OptionError: an edit that there is not.
-        ModelError: the head has no LayerNorm to fold into, or is tied in a way that cannot be kept.
+        OptionError: an unknown edit.
+        ModelError: the head has no LayerNorm to fold into.
     """
     if not edits:
         return backbone
     target = Path(out) / _edited_name(backbone, edits)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):  # cells that run beside this one may want the same
+    with FileLock(target.with_name(f".{target.name}.lock")):  # other cells may need the same folder now
         if not target.exists():
             model, tokenizer = load_masked_lm(backbone)
             for edit, value in edits:
@@ -240,8 +308,8 @@ def edited(backbone: str, edits: tuple[tuple[Edit, float], ...], out: str | Path
 
 
 def _edited_name(backbone: str, edits: tuple[tuple[Edit, float], ...]) -> str:
-    said = "-".join(f"{edit}-{value:.6g}" for edit, value in edits)
-    return f"{Path(backbone).name}-{said}-{(_fingerprint(backbone) or '')[:8]}"
+    names = "-".join(f"{edit}-{value:.6g}" for edit, value in edits)
+    return f"{Path(backbone).name}-{names}-{(_fingerprint(backbone) or '')[:8]}"
 
 
 @torch.no_grad()
@@ -260,17 +328,17 @@ def _edit(model: PreTrainedModel, edit: Edit, value: float) -> None:
             if tensor is not None:
                 tensor /= value
     else:
-        raise OptionError(f"{edit!r} is no edit; choose of untied, scaled, tied, folded")
+        raise OptionError(f"{edit!r} is not an edit; choose one of {', '.join(get_args(Edit))}")
 
 
 def _norm_before_decoder(model: PreTrainedModel) -> nn.LayerNorm:
     """The LayerNorm whose output the decoder projects: the head's last one.
 
     Raises:
-        ModelError: the head has none.
+        ModelError: there is none.
     """
     prefix = f"{model.base_model_prefix}."
-    found = [module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not name.startswith(prefix)]
-    if not found:
+    norms = [module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not name.startswith(prefix)]
+    if not norms:
         raise ModelError(f"{type(model).__name__}: its head has no LayerNorm before the decoder to fold a scale into")
-    return found[-1]
+    return norms[-1]

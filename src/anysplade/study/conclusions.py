@@ -1,8 +1,9 @@
-"""What a study's cells say: means over seeds, tests, and sentences made from the numbers."""
+"""What follows from a study's cells: means over seeds, paired tests, and sentences from the numbers."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,349 +12,341 @@ from scipy import stats
 
 from anysplade.evaluation.comparisons import holm, paired_p
 from anysplade.study.arms import Arm
-from anysplade.study.cells import COSTS, METRICS
+from anysplade.study.cells import METRIC, CellRecord
+from anysplade.study.results import (
+    ControlPair,
+    Curve,
+    Curves,
+    Means,
+    PairedTest,
+    RowCurves,
+    RowResult,
+    RowRuns,
+    Settings,
+    Study,
+    by_backbone,
+)
 
-METRIC = METRICS[0]
 _SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too
-_COLLAPSED = 0.25  # of the backbone's best row, below which a row is said to have collapsed
-_NEAR = 0.95  # of the best, above which a row is said to be as good
+_COLLAPSED = 0.25  # of the backbone's best row: a row below has collapsed
+_NEAR = 0.95  # of the best: a row above is as good
 
-Row = dict[str, Any]
+Records = Mapping[str, CellRecord]
 
 
-def summarize(name: str, rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collections: Sequence[str]) -> dict[str, Any]:
+def summarize(name: str, rows: Sequence[RowRuns], records: Records, settings: Settings, provenance: dict[str, Any]) -> Study:
     """A study's rows with their means, and what follows from them.
 
     Args:
-        rows: all that were planned: ``backbone``, ``key``, ``arm``, ``axis``, ``cells`` (the hashes of its records) and
-            ``failed`` (the messages of its other trainings) each.
+        name: of the study.
+        rows: all rows of the plan.
+        records: of the rows' cells, by hash.
 
     Raises:
-        ValueError: a row that the conclusions rest on was not planned.
+        ValueError: the plan lacks a row that the conclusions refer to.
     """
-    made = [_row(row, records, collections) for row in rows if row["cells"]]
-    summary: dict[str, Any] = {"rows": made}
-    first = collections[0]
     _require_planned(name, rows)
+    trained = [_means(row, records, settings.collections) for row in rows if row.cells]
+    first = settings.collections[0]
+    study = Study(
+        settings=settings,
+        rows=trained,
+        tests=_tests(trained, records, settings.collections) if name == "main" else None,
+        pairs=_pairs(trained, records, first) if name == "controls" else None,
+        correlations=_correlations(trained, first) if name == "norm" else None,
+        curves=[_curves(row, records) for row in trained] if name == "dynamics" else None,
+        conclusions=[],
+        provenance=provenance,
+    )
+    failures = [_failure(row) for row in rows if row.failed]
+    return replace(study, conclusions=[*failures, *conclude(name, study)])
+
+
+def conclude(name: str, study: Study) -> list[str]:
+    """Sentences from a study's numbers alone."""
+    first = study.settings.collections[0]
     if name == "main":
-        tests = _tests(made, records, collections)
-        summary |= {"tests": tests, "conclusions": _main(made, tests, collections)}
-    elif name == "controls":
-        pairs = _controls(made, records, first)
-        summary |= {"pairs": pairs, "conclusions": [pair["said"] for pair in pairs]}
-    elif name == "norm":
-        correlations = _correlations(made, first)
-        summary |= {"correlations": correlations, "conclusions": _norm(made, correlations, first)}
-    elif name == "dynamics":
-        summary |= {"curves": [_curves(row, records) for row in made], "conclusions": _dynamics(made, records, first)}
-    elif name == "tradeoff":
-        summary["conclusions"] = _tradeoff(made, first)
-    else:
-        summary["conclusions"] = _sensitivity(made, first)
-    summary["conclusions"] = [_failure(row) for row in rows if row["failed"]] + summary["conclusions"]
-    return summary
+        return _main(study, first)
+    if name == "controls":
+        return [pair.conclusion for pair in study.pairs or ()]
+    if name == "norm":
+        return _norm(study, first)
+    if name == "dynamics":
+        return _dynamics(study, first)
+    return _tradeoff(study.rows, first) if name == "tradeoff" else _sensitivity(study.rows, first)
 
 
-# What the conclusions refer to, besides the controls' pairs.
+# The arms that the conclusions refer to, besides the controls' pairs.
 _NEEDED = {
     "main": {Arm.RAW, Arm.FIXED, Arm.AUTO},
     "norm": {Arm.RAW},
     "tradeoff": {Arm.AUTO},
     "sensitivity": {Arm.LEVEL, Arm.AUTO},
 }
-_NOT_OF_ALL = {Arm.LOWEST_NORM, Arm.HIGHEST_NORM}  # a backbone that has this norm itself has no such row
+_NOT_OF_ALL = {Arm.LOWEST_NORM, Arm.HIGHEST_NORM}  # the backbone that has this norm itself has no such row
 
 
-def _require_planned(name: str, rows: Sequence[Row]) -> None:
+def _require_planned(name: str, rows: Sequence[RowRuns]) -> None:
     paired = {arm for _, one, other, *_ in _PAIRS for arm in (one, other)} - _NOT_OF_ALL
     needed = paired if name == "controls" else _NEEDED.get(name, set())
-    for backbone, of in _by_backbone(rows).items():
-        missing = needed - {row["key"] for row in of}
+    for backbone in dict.fromkeys(row.backbone for row in rows):
+        missing = needed - {row.key for row in rows if row.backbone == backbone}
         if missing:
             raise ValueError(f"{name}, {backbone}: the plan lacks {', '.join(sorted(missing))}, which the conclusions refer to")
 
 
-def _failure(row: Row) -> str:
-    """What is said of a row that has not all of its trainings."""
-    runs = len(row["cells"]) + len(row["failed"])
-    rest = f"its means are of the other {len(row['cells'])}" if row["cells"] else "nothing follows about it"
-    weight = f", weight {row['axis']['weight']:g}" if "weight" in row["axis"] else ""
-    return f"{row['backbone']}, {row['arm']}{weight}: {len(row['failed'])} of {runs} trainings failed ({row['failed'][0]}); {rest}."
+def _failure(row: RowRuns) -> str:
+    """The sentence about a row some of whose trainings failed."""
+    rest = f"its means cover the other {len(row.cells)}" if row.cells else "there is no conclusion about it"
+    runs = len(row.cells) + len(row.failed)
+    return f"{row.backbone}, {row.label}: {len(row.failed)} of {runs} trainings failed ({row.failed[0]}); {rest}."
 
 
-def _row(row: Row, records: Mapping[str, dict[str, Any]], collections: Sequence[str]) -> Row:
-    of = [records[hash_] for hash_ in row["cells"]]
-    results: dict[str, Any] = {}
-    for name in collections:
-        results[name] = {}
-        for key in (*METRICS, *COSTS):
-            values = [record["results"][name][key] for record in of]
-            results[name][key] = statistics.mean(values)
-            results[name][f"{key} sd"] = statistics.stdev(values) if len(values) > 1 else None
-    return row | {
-        "runs": len(of),
-        "k": statistics.mean(record["k"] for record in of),
-        "shift": statistics.mean(record["shift"] for record in of),
-        "temperature": of[0]["temperature"],
-        "results": results,
-        "before": of[0]["before"],
-        "after": of[0]["after"],
-        "findings": sorted({finding["name"] for record in of for finding in record["findings"]}),
+def _means(row: RowRuns, records: Records, collections: Sequence[str]) -> RowResult:
+    trained = [records[hash_] for hash_ in row.cells]
+    results = {}
+    for collection in collections:
+        values: dict[str, float | None] = {}
+        for name in [field.name for field in fields(Means)][::2]:
+            column = [getattr(record.results[collection], name) for record in trained]
+            values |= {name: statistics.mean(column), f"{name}_sd": statistics.stdev(column) if len(column) > 1 else None}
+        results[collection] = Means(**values)  # type: ignore[arg-type]
+    return RowResult(
+        **vars(row),
+        runs=len(trained),
+        k=statistics.mean(record.k for record in trained),
+        shift=statistics.mean(record.shift for record in trained),
+        temperature=trained[0].temperature,
+        results=results,
+        before=trained[0].before,
+        after=trained[0].after,
+        findings=sorted({finding["name"] for record in trained for finding in record.findings}),
+    )
+
+
+def _per_query(row: RowResult, records: Records, collection: str) -> np.ndarray:
+    """(queries,): means over seeds."""
+    seeds = [records[hash_].results[collection].per_query for hash_ in row.cells]
+    return np.array([[values[id_] for id_ in seeds[0]] for values in seeds]).mean(axis=0)
+
+
+def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -> dict[str, float]:
+    """Of two rows' means, with the paired p over queries and two standard errors of the difference over seeds (0 of single trainings)."""
+    deviations = [(row.results[collection].ndcg_sd or 0.0, row.runs) for row in (a, b)]
+    ours, theirs = (_per_query(row, records, collection) for row in (a, b))
+    return {
+        "difference": a.results[collection].ndcg - b.results[collection].ndcg,
+        "p": paired_p(theirs, ours),
+        "noise": 2 * math.sqrt(sum(sd**2 / runs for sd, runs in deviations)),
     }
 
 
-def _value(row: Row, collection: str) -> float:
-    return row["results"][collection][METRIC]
+def _counts(result: PairedTest | ControlPair) -> bool:
+    """Whether a difference is above chance over queries and above the noise of the seeds."""
+    return result.p_corrected < _SURE and abs(result.difference) > result.noise
 
 
-def _per_query(row: Row, records: Mapping[str, dict[str, Any]], collection: str) -> np.ndarray:
-    """(queries,): means over seeds."""
-    of = [records[hash_]["results"][collection]["per_query"] for hash_ in row["cells"]]
-    return np.array([[values[id_] for id_ in of[0]] for values in of]).mean(axis=0)
-
-
-def _noise(a: Row, b: Row, collection: str) -> float:
-    """Two standard errors, over seeds, of the difference of two rows' means; 0 of single runs, which do not tell."""
-    deviations = [(row["results"][collection][f"{METRIC} sd"] or 0.0, row["runs"]) for row in (a, b)]
-    return 2 * math.sqrt(sum(sd**2 / runs for sd, runs in deviations))
-
-
-def _counts(found: Mapping[str, Any]) -> bool:
-    """A difference is above chance over queries, and above the noise of the seeds."""
-    return found["p_corrected"] < _SURE and abs(found["difference"]) > found["noise"]
-
-
-def _by_arm(rows: Sequence[Row]) -> dict[Arm, Row]:
-    return {row["key"]: row for row in rows}
-
-
-def _by_backbone(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["backbone"], []).append(row)
-    return found
-
-
-def _said(row: Row, collection: str) -> str:
-    value, sd = _value(row, collection), row["results"][collection][f"{METRIC} sd"]
-    return f"{value:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
-
-
-def _flops(row: Row, collection: str) -> float:
-    return row["results"][collection]["flops"]
+def _by_arm(rows: Sequence[RowResult]) -> dict[Arm, RowResult]:
+    return {row.key: row for row in rows}
 
 
 # -------------------------------------------------------------------------------------------- main
 
 
-def _tests(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collections: Sequence[str]) -> list[dict[str, Any]]:
+def _tests(rows: Sequence[RowResult], records: Records, collections: Sequence[str]) -> list[PairedTest]:
     """``auto`` against raw and against the fixed k that is best on each collection; Holm over all of them."""
     tests = []
-    for backbone, of in _by_backbone(rows).items():
-        arms = _by_arm(of)
-        fixed = [row for row in of if row["key"] == Arm.FIXED]
+    for backbone, group in by_backbone(rows):
+        arms = _by_arm(group)
+        fixed = [row for row in group if row.key == Arm.FIXED]
         for collection in collections:
-            others = [arms.get(Arm.RAW), max(fixed, key=lambda row: _value(row, collection), default=None)]
-            for other in others:
+            best = max(fixed, key=lambda row: row.results[collection].ndcg, default=None)
+            for other in (arms.get(Arm.RAW), best):
                 if other is None or Arm.AUTO not in arms:  # they failed
                     continue
-                ours, theirs = (_per_query(row, records, collection) for row in (arms[Arm.AUTO], other))
-                costs = [_flops(row, collection) for row in (arms[Arm.AUTO], other)]
+                auto = arms[Arm.AUTO]
                 tests.append(
-                    {
-                        "backbone": backbone,
-                        "collection": collection,
-                        "against": other["arm"],
-                        "key": other["key"],
-                        "difference": float((ours - theirs).mean()),
-                        "p": paired_p(theirs, ours),
-                        "noise": _noise(arms[Arm.AUTO], other, collection),
-                        "flops": costs[0],
-                        "flops of the other": costs[1],
-                    }
+                    PairedTest(
+                        backbone=backbone,
+                        collection=collection,
+                        key=other.key,
+                        against=other.arm,
+                        **_difference(auto, other, records, collection),
+                        flops=auto.results[collection].flops,
+                        flops_of_other=other.results[collection].flops,
+                        p_corrected=math.nan,
+                    )
                 )
-    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
-        test["p_corrected"] = p
-    return tests
+    corrected = holm([test.p for test in tests])
+    return [replace(test, p_corrected=p) for test, p in zip(tests, corrected, strict=True)]
 
 
-def _main(rows: Sequence[Row], tests: Sequence[dict[str, Any]], collections: Sequence[str]) -> list[str]:
-    said = []
-    for backbone, of in _by_backbone(rows).items():
-        raw = _by_arm(of).get(Arm.RAW)
+def _main(study: Study, collection: str) -> list[str]:
+    lines = []
+    for backbone, group in by_backbone(study.rows):
+        raw = _by_arm(group).get(Arm.RAW)
         if raw is None:  # it failed
             continue
-        first = collections[0]
-        best = max(_value(row, first) for row in of)
-        share = _value(raw, first) / best if best else 1.0
+        best = max(row.results[collection].ndcg for row in group)
+        share = raw.results[collection].ndcg / best if best else 1.0
         state = "collapses" if share < _COLLAPSED else "degrades" if share < _NEAR else "trains as well as the best"
-        said.append(
-            f"{backbone} (mean row norm {raw['before']['mean_row_norm']:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {Path(first).name}."
+        lines.append(
+            f"{backbone} (mean row norm {raw.before.mean_row_norm:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {Path(collection).name}."
         )
-    for test in tests:
-        if test["key"] == Arm.RAW:
+    for test in study.tests or ():
+        if test.key == Arm.RAW:
             continue
-        sure = _counts(test)
-        better = test["difference"] > 0
-        ratio = test["flops"] / test["flops of the other"] if test["flops of the other"] else None
-        cost = (
-            f"{test['flops']:.2f} FLOPS against 0."
-            if ratio is None
-            else f"{ratio:.2g} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
+        verdict = "no difference shows between auto and"
+        if _counts(test):
+            verdict = f"auto is {'better' if test.difference > 0 else 'worse'} than"
+        cost = f"{test.flops:.2f} FLOPS against 0."
+        if test.flops_of_other:
+            ratio = test.flops / test.flops_of_other
+            cost = f"{ratio:.2g} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
+        lines.append(
+            f"{test.backbone} on {Path(test.collection).name}: {verdict} the best fixed k ({test.against}): {test.difference:+.3f} "
+            f"(p {test.p_corrected:.2g}), at {cost}"
         )
-        verdict = (
-            "auto is better than" if sure and better else "auto is worse than" if sure else "no difference shows between auto and"
-        )
-        said.append(
-            f"{test['backbone']} on {Path(test['collection']).name}: {verdict} the best fixed k ({test['against']}), by {test['difference']:+.3f} "
-            f"(p {test['p_corrected']:.2g}), at {cost}"
-        )
-    return said
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ others
 
 _STATISTICS = ("mean_row_norm", "positive_share", "document_active_dims", "score_std", "document_similarity", "start_loss")
+_RAW_HEADS = "raw heads"
 
 
-def _correlations(rows: Sequence[Row], collection: str) -> dict[str, dict[str, float]]:
-    """Spearman's, of what is known before the first step with effectiveness, over raw heads and over all."""
-    found: dict[str, dict[str, float]] = {}
-    for label, of in (("raw heads", [row for row in rows if row["key"] == Arm.RAW]), ("heads, raw and calibrated", list(rows))):
-        values = [_value(row, collection) for row in of]
-        if len(of) < 3 or not np.ptp(values):
+def _correlations(rows: Sequence[RowResult], collection: str) -> dict[str, dict[str, float]]:
+    """Spearman's, of the statistics before the first step with effectiveness, over raw heads and over all."""
+    correlations: dict[str, dict[str, float]] = {}
+    raw = [row for row in rows if row.key == Arm.RAW]
+    for label, group in ((_RAW_HEADS, raw), ("heads, raw and calibrated", rows)):
+        values = [row.results[collection].ndcg for row in group]
+        if len(group) < 3 or not np.ptp(values):
             continue
-        known = {name: [row["after"][name] for row in of] for name in _STATISTICS}
-        found[label] = {
+        columns = {name: [getattr(row.after, name) for row in group] for name in _STATISTICS}
+        correlations[label] = {
             name: float(stats.spearmanr(column, values)[0])
-            for name, column in known.items()
+            for name, column in columns.items()
             if None not in column and np.ptp(column)
         }
-    return found
+    return correlations
 
 
-def _norm(rows: Sequence[Row], correlations: dict[str, dict[str, float]], collection: str) -> list[str]:
-    said = []
-    for label, found in correlations.items():
-        if not found:
+def _norm(study: Study, collection: str) -> list[str]:
+    lines = []
+    raw = sorted((row for row in study.rows if row.key == Arm.RAW), key=lambda row: row.before.mean_row_norm)
+    for label, correlations in (study.correlations or {}).items():
+        if not correlations:
             continue
-        count = sum(1 for row in rows if label != "raw heads" or row["key"] == Arm.RAW)
-        strongest = max(found, key=lambda name: abs(found[name]))
-        norm = found.get("mean_row_norm")
-        said.append(
-            f"Over {count} {label}, {METRIC} on {Path(collection).name} goes with the head's mean row norm at rank correlation "
-            + ("that cannot be told" if norm is None else f"{norm:+.2f}")
-            + f"; the strongest of what is known before training is {strongest.replace('_', ' ')}, at {found[strongest]:+.2f}."
+        count = len(raw if label == _RAW_HEADS else study.rows)
+        strongest = max(correlations, key=lambda name: abs(correlations[name]))
+        norm = correlations.get("mean_row_norm")
+        lines.append(
+            f"Over {count} {label}, the rank correlation of {METRIC} on {Path(collection).name} with the head's mean row norm is "
+            + ("undefined" if norm is None else f"{norm:+.2f}")
+            + f"; the strongest correlation with a statistic before training is {correlations[strongest]:+.2f}, for {strongest.replace('_', ' ')}."
         )
-    raw = sorted((row for row in rows if row["key"] == Arm.RAW), key=lambda row: row["before"]["mean_row_norm"])
     if len(raw) > 1:
-        listed = "; ".join(f"{row['backbone']} {row['before']['mean_row_norm']:.2f}: {_said(row, collection)}" for row in raw)
-        said.append(f"Raw heads by norm: {listed}.")
-    return said
+        listed = "; ".join(f"{row.backbone} {row.before.mean_row_norm:.2f}: {row.results[collection].text}" for row in raw)
+        lines.append(f"Raw heads by norm: {listed}.")
+    return lines
 
 
-def _tradeoff(rows: Sequence[Row], collection: str) -> list[str]:
-    said = []
-    for backbone, of in _by_backbone(rows).items():
-        ours = [row for row in of if row["key"] == Arm.AUTO]
+def _tradeoff(rows: Sequence[RowResult], collection: str) -> list[str]:
+    lines = []
+    for backbone, group in by_backbone(rows):
+        ours = [row.results[collection] for row in group if row.key == Arm.AUTO]
         if not ours:  # they failed
             continue
-        for arm in dict.fromkeys(row["arm"] for row in of if row["key"] != Arm.AUTO):
-            theirs = [row for row in of if row["arm"] == arm]
-            best = max(theirs, key=lambda row: _value(row, collection))
-            match = [row for row in ours if _value(row, collection) >= _value(best, collection)]
-            if match:
-                least = min(match, key=lambda row: _flops(row, collection))
-                saved = _flops(best, collection) / max(_flops(least, collection), 1e-9)
-                said.append(
-                    f"{backbone}: the best point of {arm} ({_said(best, collection)} at {_flops(best, collection):.2f} FLOPS) is reached "
-                    f"by auto with {_said(least, collection)} at {_flops(least, collection):.2f}, {saved:,.{0 if saved >= 10 else 1}f} times fewer."
-                )
+        for arm in dict.fromkeys(row.arm for row in group if row.key != Arm.AUTO):
+            best = max((row.results[collection] for row in group if row.arm == arm), key=lambda point: point.ndcg)
+            line = f"{backbone}: the best point of {arm} ({best.text} at {best.flops:.2f} FLOPS) is "
+            reached = [point for point in ours if point.ndcg >= best.ndcg]
+            if reached:
+                least = min(reached, key=lambda point: point.flops)
+                saved = best.flops / max(least.flops, 1e-9)
+                line += f"reached by auto with {least.text} at {least.flops:.2f}, {saved:,.{0 if saved >= 10 else 1}f} times fewer."
             else:
-                top = max(ours, key=lambda row: _value(row, collection))
-                said.append(
-                    f"{backbone}: the best point of {arm} ({_said(best, collection)} at {_flops(best, collection):.2f} FLOPS) is not "
-                    f"reached by auto, whose best is {_said(top, collection)} at {_flops(top, collection):.2f}."
-                )
-    return said
+                top = max(ours, key=lambda point: point.ndcg)
+                line += f"not reached by auto, whose best is {top.text} at {top.flops:.2f}."
+            lines.append(line)
+    return lines
 
 
-def _sensitivity(rows: Sequence[Row], collection: str) -> list[str]:
-    said = []
-    for backbone, of in _by_backbone(rows).items():
-        line = [row for row in of if row["axis"].keys() == {"k"}]
-        grid = [row for row in of if row["key"] == Arm.LEVEL]
-        auto = _by_arm(of).get(Arm.AUTO)
-        if not line:  # they failed
+def _sensitivity(rows: Sequence[RowResult], collection: str) -> list[str]:
+    lines = []
+    for backbone, group in by_backbone(rows):
+        of_k = {row.axis.k: row.results[collection] for row in group if row.axis.k and not row.axis.level}
+        if not of_k:  # they failed
             continue
-        best = max(line, key=lambda row: _value(row, collection))
-        near = [row["axis"]["k"] for row in line if _value(row, collection) >= _NEAR * _value(best, collection)]
-        text = (
-            f"{backbone}: of k alone {best['axis']['k']:g} is best ({_said(best, collection)}); "
-            + (f"k from {min(near):g} to {max(near):g} stays" if len(near) > 1 else "no other stays")
+        best_k, best = max(of_k.items(), key=lambda item: item[1].ndcg)
+        near = [k for k, means in of_k.items() if means.ndcg >= _NEAR * best.ndcg]
+        line = (
+            f"{backbone}: k alone is best at {best_k:g} ({best.text}); "
+            + (f"k from {min(near):g} to {max(near):g} is" if len(near) > 1 else "no other k is")
             + f" within {1 - _NEAR:.0%} of it."
         )
-        if grid:
-            top = max(grid, key=lambda row: _value(row, collection))
-            gain = _value(top, collection) / max(_value(best, collection), 1e-9)
-            text += (
-                f" With the level lowered too, the best of the map (k {top['axis']['k']:g}, {top['axis']['level']:.2%} of the logits above "
-                f"zero, one seed) has {_said(top, collection)}, {gain:.2f} times as much, at {_flops(top, collection):.2f} FLOPS against "
-                f"{_flops(best, collection):.2f}."
+        of_map = {row.axis: row.results[collection] for row in group if row.key == Arm.LEVEL}
+        if of_map:
+            at, top = max(of_map.items(), key=lambda item: item[1].ndcg)
+            line += (
+                f" With the level lowered too, the best of the map (k {at.k:g}, {at.level:.2%} of the logits above "
+                f"zero, one seed) has {top.text}, {top.ndcg / max(best.ndcg, 1e-9):.2f} times as much, at {top.flops:.2f} FLOPS against "
+                f"{best.flops:.2f}."
             )
-            if auto is not None:
-                text += f" auto has {_said(auto, collection)}, {_value(auto, collection) / max(_value(top, collection), 1e-9):.2f} of the map's best."
-        said.append(text)
-    return said
+            if auto := _by_arm(group).get(Arm.AUTO):
+                means = auto.results[collection]
+                line += f" auto has {means.text}, {means.ndcg / max(top.ndcg, 1e-9):.2f} of the map's best."
+        lines.append(line)
+    return lines
 
 
-def _curves(row: Row, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What a row's trainings looked like, step by step: lists by seed."""
-    of = [records[hash_] for hash_ in row["cells"]]
-    observed = ("query_active_dims", "document_active_dims", "score_std", "document_similarity")
-    curves: dict[str, Any] = {
-        name: [[[seen["step"], _digits(seen[name])] for seen in record["observations"]] for record in of] for name in observed
+def _curves(row: RowRuns, records: Records) -> RowCurves:
+    trained = [records[hash_] for hash_ in row.cells]
+    curves: dict[str, list[Curve]] = {
+        field.name: [[(seen.step, _digits(getattr(seen, field.name))) for seen in record.observations] for record in trained]
+        for field in fields(Curves)
+        if field.name != "gradient_norm"
     }
-    curves["loss"] = [[[seen["step"], _digits(seen["loss"])] for seen in record["observations"]] for record in of]
-    curves["gradient_norm"] = [
-        [[entry["step"], _digits(entry["grad_norm"])] for entry in record["log"] if "grad_norm" in entry] for record in of
-    ]
-    return {"backbone": row["backbone"], "key": row["key"], "arm": row["arm"], "curves": curves}
+    gradients = [[(int(entry["step"]), _digits(entry["grad_norm"])) for entry in r.log if "grad_norm" in entry] for r in trained]
+    return RowCurves(row.backbone, row.key, row.arm, Curves(**curves, gradient_norm=gradients))
 
 
 def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _dynamics(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collection: str) -> list[str]:
-    said = []
-    for row in rows:
-        of = [records[hash_]["observations"] for hash_ in row["cells"]]
-        first, last = (statistics.mean(seen[end]["loss"] for seen in of) for end in (0, -1))
-        spreads = [statistics.mean(seen[end]["score_std"] for seen in of) for end in (0, -1)]
-        alike = statistics.mean(seen[-1]["document_similarity"] for seen in of)
-        named = f"; the monitor named: {', '.join(row['findings'])}" if row["findings"] else ""
-        said.append(
-            f"{row['backbone']}, {row['arm']}: ranking loss {first:.3g} at first, {last:.3g} at last; scores spread by {spreads[0]:.3g} "
-            f"and {spreads[1]:.3g}; cosine between documents at the end {alike:.2f}; {METRIC} {_said(row, collection)}{named}."
+def _dynamics(study: Study, collection: str) -> list[str]:
+    lines = []
+    for row, shown in zip(study.rows, study.curves or (), strict=True):
+        loss, spread, alike = (
+            [statistics.mean(curve[end][1] for curve in curves) for end in (0, -1)]
+            for curves in (shown.curves.loss, shown.curves.score_std, shown.curves.document_similarity)
         )
-    return said
+        findings = f"; the monitor found: {', '.join(row.findings)}" if row.findings else ""
+        lines.append(
+            f"{row.backbone}, {row.arm}: ranking loss {loss[0]:.3g} in the first step and {loss[1]:.3g} in the last; standard deviation of "
+            f"the scores {spread[0]:.3g} and {spread[1]:.3g}; cosine between documents at the end {alike[1]:.2f}; "
+            f"{METRIC} {row.results[collection].text}{findings}."
+        )
+    return lines
 
 
 # ---------------------------------------------------------------------------------------- controls
 
 
-# What two arms differ in, the two, and what it says when the first one is better and when it is not.
+# What two arms differ in, the two, and what follows if the first one is better and if it is not.
 _PAIRS = [
-    ("scale, with the step size that Adam gives it", Arm.FIXED, Arm.RAW, "dividing W and b by k helps as the paper has it",
+    ("scale, with the step size that Adam gives it", Arm.FIXED, Arm.RAW, "dividing W and b by k helps, as in the paper",
      "dividing W and b by k does not help"),
     ("scale of the scores alone", Arm.RUNTIME_SCALAR, Arm.RAW, "smaller scores help even at unchanged relative steps",
      "smaller scores alone do not help"),
     ("relative step size alone", Arm.LARGER_STEPS, Arm.UNTIED,
      "larger relative steps of the head help without any scale", "larger relative steps of the head alone do not help"),
     ("relative step size, given the scale", Arm.FIXED, Arm.RUNTIME_SCALAR,
-     "of what W/k gives, this part is Adam's k times larger relative steps on W, not the scale",
-     "the larger relative steps that W/k takes are not what helps"),
+     "this part of the gain of W/k comes from Adam's k times larger relative steps on W, not from the scale",
+     "W/k gains nothing from its larger relative steps"),
     ("where the scale sits (same function at the start)", Arm.FIXED, Arm.FOLDED,
      "the same function at the start ends better with W/k than with the LayerNorm scaled and the tie kept",
      "W/k is no better than the same scale in the LayerNorm"),
@@ -379,30 +372,39 @@ _PAIRS = [
 ]  # fmt: skip
 
 
-def _controls(rows: Sequence[Row], records: Mapping[str, dict[str, Any]], collection: str) -> list[dict[str, Any]]:
-    """Pairs of rows that differ in one thing, and what it says when one is better."""
-    found: list[dict[str, Any]] = []
-    for backbone, of in _by_backbone(rows).items():
-        arms = _by_arm(of)
-        for about, one, other, helps, not_helps in _PAIRS:
+def _pairs(rows: Sequence[RowResult], records: Records, collection: str) -> list[ControlPair]:
+    """Pairs of rows that differ in one thing, each with its conclusion; Holm over all of them."""
+    pairs = []
+    for backbone, group in by_backbone(rows):
+        arms = _by_arm(group)
+        for about, one, other, *_ in _PAIRS:
             if one not in arms or other not in arms:  # it failed, or is not of this backbone
                 continue
-            a, b = arms[one], arms[other]
-            ours, theirs = (_per_query(row, records, collection) for row in (a, b))
-            found.append(
-                {"backbone": backbone, "about": about, "one": a["arm"], "other": b["arm"], "difference": _value(a, collection) - _value(b, collection),
-                 "p": paired_p(theirs, ours), "noise": _noise(a, b, collection), "values": [_said(row, collection) for row in (a, b)],
-                 "flops": [_flops(row, collection) for row in (a, b)], "meanings": (helps, not_helps)}
-            )  # fmt: skip
-    for pair, p in zip(found, holm([pair["p"] for pair in found]), strict=True):
-        pair["p_corrected"] = p
-        sure = _counts(pair)
-        helps, not_helps = pair.pop("meanings")
-        meaning = helps if sure and pair["difference"] > 0 else not_helps
-        if sure and pair["difference"] < 0:
-            meaning += ", rather the reverse" if "not help" in not_helps else ""
-        pair["said"] = (
-            f"{pair['backbone']}, {pair['about']}: {pair['one']} {pair['values'][0]} against {pair['other']} {pair['values'][1]} "
-            f"({pair['difference']:+.3f}, p {p:.2g}; FLOPS {pair['flops'][0]:.2f} and {pair['flops'][1]:.2f}): {meaning}."
-        )
-    return found
+            a, b = (arms[key].results[collection] for key in (one, other))
+            pairs.append(
+                ControlPair(
+                    backbone=backbone,
+                    about=about,
+                    one=arms[one].arm,
+                    other=arms[other].arm,
+                    **_difference(arms[one], arms[other], records, collection),
+                    values=(a.text, b.text),
+                    flops=(a.flops, b.flops),
+                    p_corrected=math.nan,
+                    conclusion="",
+                )
+            )
+    corrected = holm([pair.p for pair in pairs])
+    pairs = [replace(pair, p_corrected=p) for pair, p in zip(pairs, corrected, strict=True)]
+    return [replace(pair, conclusion=_conclusion(pair)) for pair in pairs]
+
+
+def _conclusion(pair: ControlPair) -> str:
+    helps, not_helps = next((helps, not_helps) for about, _, _, helps, not_helps in _PAIRS if about == pair.about)
+    meaning = helps if _counts(pair) and pair.difference > 0 else not_helps
+    if _counts(pair) and pair.difference < 0:
+        meaning = meaning.replace("not help", "not help, on the contrary")
+    return (
+        f"{pair.backbone}, {pair.about}: {pair.one} {pair.values[0]} against {pair.other} {pair.values[1]} "
+        f"({pair.difference:+.3f}, p {pair.p_corrected:.2g}; FLOPS {pair.flops[0]:.2f} and {pair.flops[1]:.2f}): {meaning}."
+    )

@@ -1,0 +1,233 @@
+"""The figures of a study."""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anysplade._common.figures import INK, ON_A_PAGE, draw
+from anysplade.study.arms import Arm
+from anysplade.study.cells import METRIC
+from anysplade.study.results import Baseline, Means, RowCurves, RowResult, Study, StudyResult, by_backbone
+
+_COLORS = {Arm.RAW: "#d1495b", Arm.AUTO: "#2a9d8f"}
+_OTHERS = ("#e9a23b", "#7b6fd0", "#4c8bd6", "#9a9a9a")
+_MARKERS = {Arm.RAW: "s", Arm.AUTO: "o"}
+_WIDTH, _HEIGHT = 4.4, 3.2  # inches
+_LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.15), "frameon": False}
+_QUANTITIES = {
+    "loss": "ranking loss",
+    "document_active_dims": "active dims a document",
+    "gradient_norm": "gradient norm",
+    "score_std": "spread of the scores",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG image, its text and axes in the colour ``INK``."""
+
+    name: str  # of its file, unique within a report
+    caption: str
+    svg: str
+
+
+Sketch = tuple[str, str, float, Callable[[Any], None]]  # subject, caption, height in inches, and what draws it
+
+
+def study_figures(name: str, result: StudyResult) -> list[Figure]:
+    """The figures of one study of a result."""
+    study = result.studies[name]
+    first = study.settings.collections[0]
+    sketches = {
+        "norm": lambda: [_norm(study.rows, first)],
+        "tradeoff": lambda: [_tradeoff(*group, first) for group in by_backbone(study.rows)],
+        "dynamics": lambda: _dynamics(study.curves or ()),
+        "sensitivity": lambda: [sketch for group in by_backbone(study.rows) for sketch in _sensitivity(*group, first)],
+        "controls": lambda: [_controls(*group, first) for group in by_backbone(study.rows)],
+        "main": lambda: [_main(study, collection, result.bm25[collection]) for collection in study.settings.collections],
+    }[name]()
+    return [
+        Figure(
+            f"{name}-{number}-{re.sub(r'[^a-z0-9]+', '-', subject.lower()).strip('-')}",
+            caption,
+            draw(paint, _WIDTH, height, ON_A_PAGE),
+        )
+        for number, (subject, caption, height, paint) in enumerate(sketches, 1)
+    ]
+
+
+def _axes(figure: Any, x: str, y: str) -> Any:
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _arms(rows: Sequence[RowResult] | Sequence[RowCurves]) -> dict[str, Arm]:
+    """Keys by label, in the order of the rows."""
+    return {row.arm: row.key for row in rows}
+
+
+def _color(arm: str, arms: dict[str, Arm]) -> str:
+    others = [name for name, key in arms.items() if key not in _COLORS]
+    return _COLORS.get(arms[arm]) or _OTHERS[others.index(arm) % len(_OTHERS)]
+
+
+def _errorbars(axes: Any, x: Sequence[float], points: Sequence[Means], line: str, arm: str, arms: dict[str, Arm]) -> None:
+    axes.errorbar(
+        x, [point.ndcg for point in points], [point.ndcg_sd or 0 for point in points],
+        fmt=_MARKERS.get(arms[arm], "^") + line, color=_color(arm, arms), capsize=3, label=arm,
+    )  # fmt: skip
+
+
+def _norm(rows: Sequence[RowResult], collection: str) -> Sketch:
+    arms = _arms(rows)
+
+    def paint(figure: Any) -> None:
+        axes = _axes(figure, "mean row norm of the decoder, as trained", METRIC)
+        for arm in arms:
+            group = [row for row in rows if row.arm == arm]
+            _errorbars(axes, [row.after.mean_row_norm for row in group], [row.results[collection] for row in group], "", arm, arms)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.legend(**_LEGEND, ncols=3)
+
+    raw = sorted((row for row in rows if row.key == Arm.RAW), key=lambda row: row.after.mean_row_norm)
+    caption = (
+        f"{METRIC} on {Path(collection).name} against the norm of the head that training started from. Raw heads from left to "
+        f"right: {', '.join(row.backbone for row in raw)}."
+    )
+    return "norm", caption, _HEIGHT, paint
+
+
+def _tradeoff(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
+    arms = _arms(rows)
+
+    def paint(figure: Any) -> None:
+        axes = _axes(figure, "FLOPS", METRIC)
+        for arm in arms:
+            points = sorted((row.results[collection] for row in rows if row.arm == arm), key=lambda point: point.flops)
+            _errorbars(axes, [point.flops for point in points], points, "-", arm, arms)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.legend(**_LEGEND, ncols=3)
+
+    return backbone, f"{backbone}: one point for each weight of the regularizers; bars are standard deviations.", _HEIGHT, paint
+
+
+def _dynamics(rows: Sequence[RowCurves]) -> list[Sketch]:
+    return [
+        (f"{backbone} {name}", f"{backbone}: {label}.", _HEIGHT, partial(_paint_curves, group, name, label))
+        for backbone, group in by_backbone(rows)
+        for name, label in _QUANTITIES.items()
+    ]
+
+
+def _paint_curves(rows: Sequence[RowCurves], name: str, label: str, figure: Any) -> None:
+    axes = _axes(figure, "step", label)
+    for row in rows:
+        seeds = getattr(row.curves, name)
+        steps = [step for step, _ in seeds[0]]
+        columns = list(zip(*([max(value, 1e-3) for _, value in seed[: len(steps)]] for seed in seeds), strict=True))
+        steps = steps[: len(columns)]
+        color = _color(row.arm, _arms(rows))
+        axes.plot(steps, [sum(values) / len(values) for values in columns], color=color, label=row.arm)
+        axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2, linewidth=0)
+    axes.set_yscale("log")
+    axes.legend(**_LEGEND, ncols=3)
+
+
+def _sensitivity(backbone: str, rows: Sequence[RowResult], collection: str) -> list[Sketch]:
+    grid = {(row.axis.k, row.axis.level): row.results[collection] for row in rows if row.key == Arm.LEVEL}
+    line = (f"{backbone} k", f"{backbone}: k alone, the level left as it is; auto for comparison.")
+    sketches: list[Sketch] = [(*line, _HEIGHT, partial(_paint_k, rows, collection))]
+    if grid:
+        caption = f"{backbone}: {METRIC}, and FLOPS below it, for k and level; one seed."
+        sketches.append((f"{backbone} map", caption, _HEIGHT, partial(_paint_map, grid)))
+    return sketches
+
+
+def _paint_k(rows: Sequence[RowResult], collection: str, figure: Any) -> None:
+    axes = _axes(figure, "k", METRIC)
+    points = {row.axis.k: row.results[collection] for row in rows if row.axis.k and not row.axis.level}
+    means, sds = [point.ndcg for point in points.values()], [point.ndcg_sd or 0 for point in points.values()]
+    axes.errorbar(list(points), means, sds, fmt="^-", color=_OTHERS[0], capsize=3, label="k alone")
+    low, high = ([mean + sign * sd for mean, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
+    axes.fill_between(list(points), low, high, color=_OTHERS[0], alpha=0.2, linewidth=0)
+    for row in rows:
+        if row.key == Arm.AUTO:
+            axes.axhline(row.results[collection].ndcg, color=_COLORS[Arm.AUTO], linestyle="--", label=row.arm)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(points), [f"{k:g}" for k in points])
+    axes.set_ylim(bottom=0)
+    axes.legend(**_LEGEND, ncols=2)
+
+
+def _paint_map(grid: Mapping[tuple[Any, Any], Means], figure: Any) -> None:
+    axes = _axes(figure, "k", "token logits above zero")
+    axes.grid(visible=False)
+    ks, levels = sorted({k for k, _ in grid}), sorted({level for _, level in grid}, reverse=True)
+    values = [[grid[k, level].ndcg if (k, level) in grid else float("nan") for k in ks] for level in levels]
+    axes.pcolormesh(values, cmap="viridis", vmin=0)
+    highest = max(means.ndcg for means in grid.values())
+    for (i, level), (j, k) in itertools.product(enumerate(levels), enumerate(ks)):
+        if means := grid.get((k, level)):  # otherwise it failed
+            color = "black" if means.ndcg > 0.6 * highest else "white"
+            text = f"{means.ndcg:.3f}\n{means.flops:.1f}"
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=9, color=color)
+    axes.set_xticks([j + 0.5 for j in range(len(ks))], [f"{k:g}" for k in ks])
+    axes.set_yticks([i + 0.5 for i in range(len(levels))], [f"{level:.2%}" for level in levels])
+    axes.invert_yaxis()
+
+
+def _without_y(axes: Any, lowest: float) -> None:
+    """Rows from top to bottom, named within the axes."""
+    axes.set_ylim(lowest, -0.6)
+    axes.set_yticks([])
+    axes.set_xlim(left=0)
+    axes.spines["left"].set_visible(False)
+
+
+def _controls(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
+    def paint(figure: Any) -> None:
+        axes = _axes(figure, METRIC, "")
+        for i, row in enumerate(rows):
+            means = row.results[collection]
+            color = _COLORS.get(row.key, _OTHERS[2])
+            axes.barh(i + 0.18, means.ndcg, 0.36, xerr=means.ndcg_sd or 0, color=color, capsize=3, ecolor=INK)
+            axes.text(0, i - 0.04, row.arm, va="bottom", ha="left", fontsize=9)
+        _without_y(axes, len(rows) - 0.5)
+
+    caption = f"{backbone}: {METRIC} on {Path(collection).name}; bars are standard deviations over seeds."
+    return backbone, caption, 0.5 + 0.4 * len(rows), paint
+
+
+def _main(study: Study, collection: str, bm25: Baseline) -> Sketch:
+    arms = _arms(study.rows)
+    named = {row.arm: row for row in reversed(study.rows)}  # the first row of each arm has its name in the legend
+    groups = by_backbone(study.rows)
+
+    def paint(figure: Any) -> None:
+        axes = _axes(figure, METRIC, "")
+        for i, (backbone, rows) in enumerate(groups):
+            axes.text(0, i - 0.3, backbone, va="bottom", ha="left", fontsize=9)
+            for row in rows:
+                means = row.results[collection]
+                y = i - 0.2 + 0.55 * list(arms).index(row.arm) / max(1, len(arms) - 1)
+                axes.errorbar(
+                    means.ndcg, y, xerr=means.ndcg_sd or 0, fmt=_MARKERS.get(row.key, "^"), color=_color(row.arm, arms),
+                    capsize=3, label=row.arm if row is named[row.arm] else None,
+                )  # fmt: skip
+        axes.axvline(bm25.ndcg, color=INK, linestyle=":", label="BM25")
+        _without_y(axes, len(groups) - 0.4)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+
+    subject = Path(collection).name
+    return subject, f"{subject}: mean and standard deviation over seeds.", 1.0 + 0.75 * len(groups), paint

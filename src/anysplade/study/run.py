@@ -1,0 +1,226 @@
+"""Run a study or any list of cells: in parallel processes, only what is missing, and again after an interruption."""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade._common.workers import devices_of_workers, take_device
+from anysplade.data.collections import Collection, load_python_docs, write_collection
+from anysplade.errors import AnyspladeError, OutputError, worker_died
+from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.head import describe_head, load_masked_lm
+from anysplade.study.cells import (
+    METRICS,
+    Cell,
+    CellRecord,
+    clear_caches,
+    collection_hash,
+    read_cell,
+    read_collection,
+    read_record,
+    run_cell,
+)
+from anysplade.study.conclusions import summarize
+from anysplade.study.plan import STUDIES, Row, StudyConfig, plan
+from anysplade.study.report import write_report
+from anysplade.study.results import RowRuns, Settings, StudyResult, baseline, read_results, summarize_cell
+from anysplade.training.config import TrainingConfig
+from anysplade.training.run import duration, train
+
+logger = logging.getLogger(__name__)
+
+_REHEARSED = 4  # steps that are timed before a study of a new backbone
+_REHEARSED_TEXTS = 100
+
+
+def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
+    """Run the missing cells of a study, and write one report on all studies in the folder.
+
+    After an interruption call it again: finished cells are kept, and a training resumes from its last checkpoint.
+
+    Raises:
+        OutputError: another process works in the folder.
+        AnyspladeError: every cell failed, or a worker process died.
+        UsageError: as ``train`` and ``evaluate`` do, before the first cell.
+    """
+    out = Path(config.output).expanduser()
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / "lock", timeout=0):
+            return _run_study(_with_python_docs(config, out), out, progress)
+    except Timeout:
+        raise OutputError(f"{out}: another process runs a study there; wait for it, or choose another folder") from None
+    except AnyspladeError:
+        if new and not (out / "cells").exists():  # an error before the first cell leaves no folder behind
+            shutil.rmtree(out)
+        raise
+
+
+def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
+    clear_caches()
+    loaded = {name: read_collection(name) for name in config.collections}
+    norms = {name: describe_head(load_masked_lm(name)[0], None, name).mean_row_norm for name in config.backbones}
+    earlier = read_results(out / "study.json") if (out / "study.json").exists() else StudyResult({}, {}, {}, {}, "")
+    rows = {name: plan(name, config, norms) for name in config.names}
+    cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
+    missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
+    workers = config.workers or _default_workers()
+    if missing:
+        seconds = _estimate(missing, config, out, loaded)
+        counts = f"{len(cells)} cells, {len(cells) - len(missing)} of them done; {len(missing)} to run, {workers} at a time"
+        logger.info("%s: %s, about %s", ", ".join(config.names), counts, duration(seconds / workers))
+    records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
+    if not records:
+        raise AnyspladeError(f"{out}: every cell failed, the first one with: {next(iter(failed.values()))}")
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
+    studies = {
+        name: summarize(name, [_runs(row, records, failed) for row in study], records, settings, provenance())
+        for name, study in rows.items()
+    }
+    bm25 = dict(earlier.bm25)
+    for source, collection in loaded.items():
+        if source not in bm25 or bm25[source].data_hash != collection_hash(source):
+            bm25[source] = baseline(evaluate("bm25", collection, METRICS, depth=100))
+    result = StudyResult(
+        studies=dict(sorted((earlier.studies | studies).items(), key=lambda item: STUDIES.index(item[0]))),
+        cells=earlier.cells | {hash_: summarize_cell(record) for hash_, record in records.items()},
+        bm25=bm25,
+        failed=failed,
+        report=str(out / "report.html"),
+    )
+    write_whole(out / "study.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    write_report(result, out)
+    return result
+
+
+def _runs(row: Row, records: Mapping[str, CellRecord], failed: Mapping[str, str]) -> RowRuns:
+    hashes = [cell.hash for cell in row.cells]
+    cells, messages = [hash_ for hash_ in hashes if hash_ in records], [failed[hash_] for hash_ in hashes if hash_ in failed]
+    return RowRuns(**vars(row) | {"cells": cells, "failed": messages})
+
+
+def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
+    """The config with python-docs as a folder: reading the installed packages again for each cell takes seconds."""
+    if "python-docs" not in (config.data, *config.collections):
+        return config
+    folder = out / "python-docs"
+    if not folder.exists():
+        write_collection(folder, *load_python_docs())
+    data, *collections = (str(folder) if name == "python-docs" else name for name in (config.data, *config.collections))
+    return replace(config, data=data, collections=tuple(collections))
+
+
+def run_cells(
+    cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int | None = None, progress: bool = False
+) -> tuple[dict[str, CellRecord], dict[str, str]]:
+    """Run the cells that are missing in a folder, several at a time.
+
+    Args:
+        collections: what each cell is evaluated on.
+        out: the folder; records lie in ``cells/``.
+        workers: processes; by default one for each GPU, or for each core.
+
+    Returns:
+        The records of the cells, and the messages of those that failed, by hash.
+
+    Raises:
+        AnyspladeError: a worker process died.
+    """
+    wanted = {cell.hash: cell for cell in cells}
+    missing = [cell for cell in wanted.values() if read_cell(out, cell, collections) is None]
+    failed = _run_missing(missing, collections, out, workers or _default_workers(), progress) if missing else {}
+    records = {hash_: record for hash_, cell in wanted.items() if (record := read_cell(out, cell, collections))}
+    return records, failed
+
+
+def _default_workers() -> int:
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _run_missing(missing: Sequence[Cell], collections: Sequence[str], out: Path, workers: int, progress: bool) -> dict[str, str]:
+    """Run cells; returns the messages of those that failed."""
+    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    devices = devices_of_workers(context, workers)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, (devices, threads)) as pool:
+        futures = {pool.submit(run_cell, cell, collections, out): cell for cell in missing}
+        bar = tqdm(as_completed(futures), total=len(futures), desc="cells", disable=not progress, file=sys.stderr)
+        for future in bar:
+            try:
+                future.result()
+            except BrokenProcessPool as error:
+                raise worker_died(out) from error
+            except AnyspladeError as error:
+                failed[futures[future].hash] = str(error)
+                logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return failed
+
+
+def _begin_worker(devices: Any, threads: int) -> None:
+    take_device(devices)
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", FutureWarning)
+    for library in ("sentence_transformers", "anysplade"):  # of many trainings at once; the findings are in the records
+        logging.getLogger(library).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: Mapping[str, Collection]) -> float:
+    """Seconds for all cells, one after the other: from finished cells of the same backbone, or from a timed rehearsal."""
+    seconds: dict[str, float] = {}
+    done: dict[str, list[float]] = {}
+    for path in (out / "cells").glob("*.json"):
+        record = read_record(path)
+        if record.options.get("steps") == config.training.get("steps") and config.collections[0] in record.results:
+            done.setdefault(record.cell.backbone, []).append(record.seconds)
+    texts = sum(len(collection.corpus) + len(collection.queries) for collection in loaded.values())
+    for backbone in {cell.backbone for cell in missing}:
+        if backbone in done:
+            seconds[backbone] = statistics.median(done[backbone])
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=out) as work:
+            options = {**config.training, "steps": _REHEARSED}
+            training_logger = logging.getLogger("anysplade.training.run")
+            level = training_logger.level
+            training_logger.setLevel(logging.ERROR)
+            trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))
+            training_logger.setLevel(level)
+            overhead = time.perf_counter() - start - trained.seconds
+            first = next(iter(loaded.values()))
+            corpus = dict(list(first.corpus.items())[:_REHEARSED_TEXTS])
+            queries = dict(list(first.queries.items())[:1])
+            qrels = {query_id: {next(iter(corpus)): 1} for query_id in queries}
+            evaluation = evaluate(trained.model, Collection("rehearsal", corpus, queries, qrels), METRICS[:1], depth=10)
+        steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
+        encoding = texts * evaluation.seconds["encoding"] / (len(corpus) + 1)
+        seconds[backbone] = overhead + steps * trained.seconds / _REHEARSED + encoding
+    return sum(seconds[cell.backbone] for cell in missing)

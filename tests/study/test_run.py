@@ -1,0 +1,161 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from anysplade.cli import main
+from anysplade.errors import OutputError
+from anysplade.study.cells import Cell, read_cell
+from anysplade.study.plan import STUDIES, StudyConfig
+from anysplade.study.run import run_cells, run_study
+from tiny import make_backbone, make_collection
+
+TRAINING = {"steps": 2, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    make_backbone("bert", folder / "small-bert")
+    make_collection(folder / "collection")
+    (folder / "training.yaml").write_text("\n".join(f"{name}: {value}" for name, value in TRAINING.items()))
+    return folder
+
+
+def arguments(place, name, out="out"):
+    given = ["study", name, "--out", str(place / out), "--backbones", str(place / "small-bert")]
+    given += ["--data", str(place / "collection"), "--collections", str(place / "collection")]
+    return [*given, "--training", str(place / "training.yaml"), "--seeds", "1", "--workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def written(place):
+    """The study.json of all six studies, run by the command."""
+    assert main(arguments(place, "all")) == 0
+    return json.loads((place / "out" / "study.json").read_text())
+
+
+def test_all_six(written, place):
+    assert list(written["studies"]) == list(STUDIES)
+    assert not written["failed"]
+    for study in written["studies"].values():
+        assert study["rows"]
+        assert study["conclusions"]
+        for row in study["rows"]:
+            assert all(cell in written["cells"] for cell in row["cells"])
+            assert row["results"][str(place / "collection")]["flops"] >= 0
+    for cell in written["cells"].values():
+        assert cell["commands"]
+        assert cell["versions"]["torch"]
+        assert "per_query" not in cell["results"][str(place / "collection")]
+    arms = {row["arm"]: row for row in written["studies"]["controls"]["rows"]}
+    same = [arms[name]["after"]["start_loss"] for name in ("k=8", "1/8 folded into the LayerNorm, tied", "runtime scalar 1/8")]
+    assert same == pytest.approx([same[0]] * 3, rel=1e-4)  # one function at the start
+    assert arms["W/8, LayerNorm x8"]["after"]["start_loss"] == pytest.approx(arms["raw"]["after"]["start_loss"], rel=1e-4)
+    assert arms["W/8, LayerNorm x8"]["after"]["mean_row_norm"] == pytest.approx(arms["raw"]["after"]["mean_row_norm"] / 8, rel=1e-4)
+
+
+def test_a_rerun_does_only_what_is_missing(written, place, capsys):
+    cells = sorted((place / "out" / "cells").iterdir())
+    times = {path: path.stat().st_mtime_ns for path in cells}
+    lost = cells[3]
+    lost.unlink()
+    assert main([*arguments(place, "all"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    changed = [path for path in cells if path.stat().st_mtime_ns != times[path]]
+    assert changed == [lost]
+    for name, study in written["studies"].items():
+        assert again["studies"][name]["conclusions"] == study["conclusions"]
+        assert [row["results"] for row in again["studies"][name]["rows"]] == [row["results"] for row in study["rows"]]
+
+
+@pytest.mark.slow  # a minute: training itself is killed and resumed in test_training
+def test_killed_and_called_again(place, written):
+    """The parent dies; the cells that are done are kept, and the numbers are those of an undisturbed study."""
+    code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments(place, "norm", "killed")], start_new_session=True)
+    cells = place / "killed" / "cells"
+    while not (cells.is_dir() and any(cells.glob("*.json"))):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    assert main(arguments(place, "norm", "killed")) == 0
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    rows = json.loads((place / "killed" / "study.json").read_text())["studies"]["norm"]["rows"]
+    assert [row["results"] for row in rows] == [row["results"] for row in written["studies"]["norm"]["rows"]]
+
+
+def test_studies_of_a_folder_are_kept_together(place, written):
+    shutil.copytree(place / "out", place / "beside")
+    (place / "beside" / "study.json").unlink()
+    for name in ("norm", "dynamics"):
+        assert main(arguments(place, name, "beside")) == 0
+    kept = json.loads((place / "beside" / "study.json").read_text())
+    assert list(kept["studies"]) == ["norm", "dynamics"]
+
+
+def test_a_cell_that_fails_is_reported_and_the_others_run(place, tmp_path):
+    broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
+    options = TRAINING | {"shift": 0.0, "seed": 0}
+    lost = Cell(broken, str(place / "collection"), options | {"k": 1.0}, level=0.01)
+    fine = Cell(broken, str(place / "collection"), options | {"k": 2.0})
+    records, failed = run_cells([lost, fine], (str(place / "collection"),), tmp_path, 1)
+    assert list(records) == [fine.hash]
+    assert list(failed) == [lost.hash]
+    assert "no bias" in failed[lost.hash]
+    assert read_cell(tmp_path, fine, (str(place / "collection"),))
+
+
+def test_a_failed_arm_is_named(place, tmp_path, monkeypatch):
+    broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
+    monkeypatch.setattr("anysplade.study.plan.LEVELS", (0.01,))
+    given = arguments(place, "sensitivity", "failed")
+    given[given.index("--backbones") + 1] = broken
+    assert main(given) == 0
+    study = json.loads((place / "failed" / "study.json").read_text())
+    conclusions = study["studies"]["sensitivity"]["conclusions"]
+    for line, k in zip(conclusions, (1, 2, 4, 8), strict=False):
+        assert line.startswith(f"no-bias, k={k}, level 1.00%: 1 of 1 trainings failed (")
+        assert "no bias" in line
+    assert "k alone is best" in conclusions[4]
+    assert "trainings failed" in (place / "failed" / "report.md").read_text()
+    study["studies"]["sensitivity"]["rows"][0].pop("key")
+    (place / "failed" / "study.json").write_text(json.dumps(study))
+    assert main(given) == 2
+
+
+def test_mistakes(place, tmp_path, capsys):
+    assert main(arguments(place, "everything")) == 2
+    assert "is not a study; choose one of norm" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("k: 3\n")
+    given = arguments(place, "norm")
+    given[given.index("--training") + 1] = str(tmp_path / "bad.yaml")
+    assert main(given) == 2
+    assert "no option 'k'; the command itself sets it" in capsys.readouterr().err
+    given = arguments(place, "norm", out="mistake")
+    given[given.index("--data") + 1] = str(tmp_path / "nowhere")
+    assert main(given) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (place / "mistake").exists()
+
+
+def test_a_second_study_in_the_folder_waits(place, written):
+    from filelock import FileLock
+
+    with FileLock(place / "out" / "lock"), pytest.raises(OutputError, match="another process runs a study there"):
+        run_study(StudyConfig("norm", output=str(place / "out")))
+
+
+def test_names_in_the_report_are_short(written, place):
+    text = (place / "out" / "report.html").read_text()
+    body = re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL)
+    assert "small-bert" in body
+    assert str(place) not in body
