@@ -1,4 +1,4 @@
-"""Pretrain the bundled backbones: ``python -m anysplade.model.backbones.pretrain --out DIR``.
+"""Pretrain the bundled backbones: ``python benchmarks/pretrain.py --out DIR``.
 
 Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is
 not one of vocabulary. ``--architectures`` makes two more, for experiments: DistilBERT, wider and deeper,
