@@ -248,7 +248,8 @@ def parsed_config(*arguments):
     """What ``train`` would be called with."""
     app.config = config_file(["train", *arguments])
     _, bound, _ = app.parse_args(["train", *arguments], exit_on_error=False, print_error=False)
-    return bound.args[0] if bound.args else bound.kwargs["options"]
+    options = bound.args[0] if bound.args else bound.kwargs["options"]
+    return TrainingConfig(**asdict(options))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"])) | st.sampled_from(  # PyYAML reads some breaks as spaces

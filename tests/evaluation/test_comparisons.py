@@ -10,7 +10,7 @@ from scipy import stats
 from anysplade import DataError, OptionError, compare, evaluate, evaluate_all, load_collection
 from anysplade.cli import main
 from anysplade.evaluation.comparisons import distinct_names, holm, interval
-from anysplade.evaluation.evaluations import write_run
+from anysplade.evaluation.runs import write_run
 
 
 @pytest.fixture

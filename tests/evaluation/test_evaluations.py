@@ -16,7 +16,9 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.errors import OptionError
-from anysplade.evaluation.evaluations import curve, parse_metrics, read_run, write_run
+from anysplade.evaluation.evaluations import curve
+from anysplade.evaluation.measures import parse_metrics
+from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.encoding import prune
 
 
@@ -212,13 +214,13 @@ def test_a_run_with_ties_written_and_read_is_the_same(rankings, tmp_path_factory
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "an empty run"),
+        ("", "the run is empty"),
         ("q0 Q0 d0 1\n", "run:1: 4 columns"),
-        ("q0 Q0 d0 1 high x\n", "run:1: the score 'high' is no number"),
-        ("q0 Q0 d0 1 nan x\n", "run:1: the score 'nan' is no number"),
-        ("q0 Q0 d0 first 1 x\n", "run:1: the rank 'first' is no number"),
-        ("q0 Q0 d0 1 2 x\nq0 Q0 d0 2 1 x\n", "run:2: the document 'd0' stands twice"),
-        ("other Q0 d0 1 2 x\n", "no query of tiny in it"),
+        ("q0 Q0 d0 1 high x\n", "run:1: the score 'high' is not a number"),
+        ("q0 Q0 d0 1 nan x\n", "run:1: the score 'nan' is not a number"),
+        ("q0 Q0 d0 first 1 x\n", "run:1: the rank 'first' is not a number"),
+        ("q0 Q0 d0 1 2 x\nq0 Q0 d0 2 1 x\n", "run:2: duplicate document 'd0'"),
+        ("other Q0 d0 1 2 x\n", "has no query of tiny"),
     ],
 )
 def test_faulty_run_files(content, message, collection_folder, tmp_path):
@@ -263,7 +265,7 @@ def test_extremes_give_no_nan(backbone, tmp_path):
     assert not found.run["found"]
     for point in curve(found, collection):
         assert point["flops"] == 0
-    with pytest.raises(OptionError, match="depth is 0"):
+    with pytest.raises(OptionError, match="`depth` is 0"):
         evaluate("bm25", collection, depth=0)
     with pytest.raises(DataError, match="nobody: needs at least one document, one query and one judgement"):
         evaluate("bm25", Collection("nobody", corpus, {}, {}))

@@ -13,7 +13,7 @@ from qdrant_client import QdrantClient, models
 from scipy import sparse
 
 from anysplade.data.collections import Document
-from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
+from anysplade.errors import AnyspladeError, DataError, ExtraError, OptionError, OutputError
 from anysplade.search import remote
 from anysplade.search.documents import EncodedDocument, Hit
 from anysplade.search.engines import export_anserini, export_ciff, open_engine, sending
@@ -433,7 +433,7 @@ def test_malformed_addresses(address):
 def test_a_missing_library_is_named_with_its_extra(kind, library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, f"anysplade.search.engines.{kind}")
-    with pytest.raises(OptionError, match=rf'pip install "anysplade\[{kind}\]"'):
+    with pytest.raises(ExtraError, match=rf'pip install "anysplade\[{kind}\]"'):
         open_engine(f"{kind}://localhost/docs")
 
 

@@ -68,14 +68,14 @@ def test_what_was_looked_at():
 @pytest.mark.parametrize(
     "positives, negatives, size, processes, contrastive, message",
     [
-        ([0, 1, 2, 3, 4] * 40, None, 32, 1, True, "200 examples with 5 distinct positives give 5; use --batch-size 5$"),
-        ([0, 1, 2, 3, 4] * 40, None, 32, 2, True, "give 5; use --batch-size 4$"),
-        (range(200), [0] * 200, 32, 1, True, "200 examples with 200 distinct positives give 1; use --negatives 0$"),
-        (range(200), [0, 1, 2, 3] * 50, 32, 1, True, "give 4; use --batch-size 4 or --negatives 0$"),
-        ([0, 1, 2, 3] * 50, [0] * 200, 32, 1, True, "give 1; use --negatives 0 --batch-size 4$"),
+        ([0, 1, 2, 3, 4] * 40, None, 32, 1, True, "200 examples with 5 distinct positives give 5; use `batch_size=5`$"),
+        ([0, 1, 2, 3, 4] * 40, None, 32, 2, True, "give 5; use `batch_size=4`$"),
+        (range(200), [0] * 200, 32, 1, True, "200 examples with 200 distinct positives give 1; use `negatives=0`$"),
+        (range(200), [0, 1, 2, 3] * 50, 32, 1, True, "give 4; use `batch_size=4` or `negatives=0`$"),
+        ([0, 1, 2, 3] * 50, [0] * 200, 32, 1, True, "give 1; use `negatives=0` `batch_size=4`$"),
         ([0] * 200, [0] * 200, 32, 1, True, "1 distinct positives give 1; use examples with other documents$"),
-        (range(10), None, 32, 1, True, "10 examples with 10 distinct positives give 10; use --batch-size 10$"),
-        (range(10), None, 32, 1, False, "a batch needs 32 examples, and 10 examples give 10; use --batch-size 10$"),
+        (range(10), None, 32, 1, True, "10 examples with 10 distinct positives give 10; use `batch_size=10`$"),
+        (range(10), None, 32, 1, False, "a batch needs 32 examples, and 10 examples give 10; use `batch_size=10`$"),
     ],
 )
 def test_a_batch_that_cannot_be_filled(positives, negatives, size, processes, contrastive, message):

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named_with_evidence_and_mend(odd, name, collapse):
     assert finding.mend
 
 
-@pytest.mark.parametrize("first, mend", [(0.0, "lower --shift"), (40.0, "lower the regularizer weights")])
+@pytest.mark.parametrize("first, mend", [(0.0, "lower `shift`"), (40.0, "lower the regularizer weights")])
 def test_vectors_of_zeros_are_blamed_on_the_head_where_they_were_so_from_the_start(first, mend):
     seen = run(document_active_dims=0.0)
     seen[0] = Observation(**HEALTHY | {"document_active_dims": first})

@@ -32,7 +32,9 @@ from anysplade.data.collections import load_python_docs
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoder import build_encoder
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.training.run import _active_dims, _Estimate, _last_checkpoint, _ranking_loss, _trim_level
+from anysplade.training.callbacks import Estimate, last_checkpoint
+from anysplade.training.level import active_dims, trim_level
+from anysplade.training.run import _ranking_loss
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone
 
@@ -154,7 +156,7 @@ def test_what_changed_under_a_run_is_refused(file, finished, config, inputs, tmp
         opened.write(more)
     for name in ("data", "dev", "backbone"):
         message = message.replace(f"({name.upper()})", f"({inputs[name]})")
-    with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'run'}: {message}; choose another --out")):
+    with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'run'}: {message}; choose another `output`")):
         train(config(**inputs))
     assert (tmp_path / "run" / "data").exists() != finished
     assert (tmp_path / "run" / "model").exists()
@@ -217,7 +219,7 @@ def repeated(tmp_path):
 
 
 def test_a_batch_that_cannot_be_filled(config, repeated, tmp_path):
-    with pytest.raises(OptionError, match=r"repeated.jsonl: a batch needs 8 .* 5 distinct positives give 5; use --batch-size 5"):
+    with pytest.raises(OptionError, match=r"repeated.jsonl: a batch needs 8 .* 5 distinct positives give 5; use `batch_size=5`"):
         train(config(data=repeated, batch_size=8))
     assert not any((tmp_path / "run").iterdir())
 
@@ -250,7 +252,7 @@ def test_two_processes_on_few_documents(backbone, repeated, tmp_path):
     run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 60
     (tmp_path / "options.json").write_text(json.dumps(options | {"batch_size": 8, "output": str(tmp_path / "other")}))
-    with pytest.raises(AssertionError, match="give 5; use --batch-size 4") as refused:
+    with pytest.raises(AssertionError, match="give 5; use `batch_size=4`") as refused:
         run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "second-meeting")
     assert "the first process could not prepare the examples" in str(refused.value)
 
@@ -307,14 +309,14 @@ def test_active_dims_as_a_target(config, tmp_path):
 def test_the_level_corrects_what_the_weights_left(change):
     encoder = load_encoder("bert-tiny", max_length=32)
     pairs = [Pair(q, d) for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)]
-    queries, documents = _active_dims(encoder, pairs)
-    shift = _trim_level(encoder, pairs, (None, change * documents))
+    queries, documents = active_dims(encoder, pairs)
+    shift = trim_level(encoder, pairs, (None, change * documents))
     assert (shift > 0) == (change < 1)
-    assert _active_dims(encoder, pairs)[1] == pytest.approx(change * documents, rel=0.02)
-    assert _trim_level(encoder, pairs, (None, None)) == 0
-    both = _active_dims(encoder, pairs)
-    _trim_level(encoder, pairs, (queries, documents))
-    after = _active_dims(encoder, pairs)
+    assert active_dims(encoder, pairs)[1] == pytest.approx(change * documents, rel=0.02)
+    assert trim_level(encoder, pairs, (None, None)) == 0
+    both = active_dims(encoder, pairs)
+    trim_level(encoder, pairs, (queries, documents))
+    after = active_dims(encoder, pairs)
     assert max(abs(after[0] / queries - 1), abs(after[1] / documents - 1)) < max(
         abs(both[0] / queries - 1), abs(both[1] / documents - 1)
     )
@@ -325,10 +327,10 @@ def test_the_level_corrects_what_the_weights_left(change):
 def test_the_level_is_corrected_for_every_activation(pooling, double_log):
     encoder = build_encoder("bert-tiny", max_length=32, pooling=pooling, double_log=double_log)[0]
     pairs = [Pair(q, d) for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)][:16]
-    start = _active_dims(encoder, pairs)
+    start = active_dims(encoder, pairs)
     for targets in ((None, 0.9 * start[1]), start):
-        _trim_level(encoder, pairs, targets)
-        after = _active_dims(encoder, pairs)
+        trim_level(encoder, pairs, targets)
+        after = active_dims(encoder, pairs)
         assert all(target is None or n == pytest.approx(target, rel=0.02) for n, target in zip(after, targets, strict=True))
 
 
@@ -336,10 +338,10 @@ def test_two_targets_share_the_error():
     """More of queries and fewer of documents, which no shift gives: both end equally far from what is wanted."""
     encoder = load_encoder("bert-tiny", max_length=32)
     pairs = [Pair(q, d) for q, d in zip(PROBE_QUERIES, PROBE_DOCUMENTS, strict=True)]
-    queries, documents = _active_dims(encoder, pairs)
+    queries, documents = active_dims(encoder, pairs)
     targets = 1.3 * queries, 0.9 * documents
-    _trim_level(encoder, pairs, targets)
-    few, many = (n / target for n, target in zip(_active_dims(encoder, pairs), targets, strict=True))
+    trim_level(encoder, pairs, targets)
+    few, many = (n / target for n, target in zip(active_dims(encoder, pairs), targets, strict=True))
     assert few < 1 < many
     assert few * many == pytest.approx(1, abs=0.02)
 
@@ -379,7 +381,7 @@ def test_a_torn_checkpoint_is_removed(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if complete:
             (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    assert _last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
     assert not (tmp_path / "checkpoint-15").exists()
 
 
@@ -493,7 +495,7 @@ def test_the_best_checkpoint_on_the_dev_collection_is_kept(config, collection_fo
 
 
 def test_a_long_run_is_estimated(config, caplog, monkeypatch):
-    monkeypatch.setattr("anysplade.training.run._LONG", 0)
+    monkeypatch.setattr("anysplade.training.callbacks._LONG", 0)
     caplog.set_level("INFO")
     train(config(steps=8))
     for left in (3, 2, 1):  # after five steps, and at each tenth of the run
@@ -504,8 +506,8 @@ def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
     """Five quick steps and slow ones after them: the first estimate knows only the quick ones, the next ones all."""
     caplog.set_level("INFO", "anysplade")
     clock = SimpleNamespace(now=0)
-    monkeypatch.setattr("anysplade.training.run.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    estimate, arguments = _Estimate(), SimpleNamespace(world_size=1)
+    monkeypatch.setattr("anysplade.training.callbacks.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    estimate, arguments = Estimate(), SimpleNamespace(world_size=1)
     estimate.on_train_begin(arguments, SimpleNamespace(global_step=0), None)
     for step in range(1, 101):
         clock.now += 1 if step <= 5 else 5

@@ -1,14 +1,18 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
+import logging
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from anysplade.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -40,9 +44,9 @@ def require_empty(target: Path) -> None:
     """Raise OutputError unless ``target`` does not exist or is an empty folder."""
     with _permitted(target):
         if target.exists() and not target.is_dir():
-            raise OutputError(f"{target}: is a file; name a new folder")
+            raise OutputError(f"{target}: is a file; give a new folder")
         if target.is_dir() and any(target.iterdir()):
-            raise OutputError(f"{target}: the folder is not empty; name a new one, or remove it first")
+            raise OutputError(f"{target}: the folder is not empty; give a new one, or remove it first")
 
 
 def make_folder(folder: Path) -> None:
@@ -88,3 +92,19 @@ def _permitted(place: Path) -> Iterator[None]:
         if error.errno not in (*READ_ONLY, errno.ENOTDIR, errno.EEXIST):
             raise
         raise OutputError(f"{place}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
+
+
+def default_cache() -> Path | None:
+    """The folder where the command line keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
+
+    None, with a warning, if it cannot be written: a result needs no cache.
+    """
+    try:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        logger.warning("vectors are not kept (%s); set ANYSPLADE_CACHE to a folder that can be written", error)
+        return None
+    return folder

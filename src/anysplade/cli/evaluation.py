@@ -39,11 +39,12 @@ def evaluate(
         cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
     """
     from anysplade._common import files
+    from anysplade._common.files import default_cache
     from anysplade.cli import rendering as report
     from anysplade.evaluation import comparisons as comparison
-    from anysplade.evaluation import evaluations as evaluation
+    from anysplade.evaluation.measures import METRICS
 
-    measured = metrics or list(evaluation.METRICS)
+    measured = metrics or list(METRICS)
     found = comparison.evaluate_all(
         names,
         measured,
@@ -53,7 +54,7 @@ def evaluate(
         precision=precision,
         max_length=max_length,
         output=out,
-        cache=cache or evaluation.default_cache(),
+        cache=cache or default_cache(),
         progress=is_watched(),
     )
     if out is not None and found.curves:
@@ -77,14 +78,13 @@ def compare(
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 if none is given.
         split: which qrels.
     """
+    from anysplade._common.files import default_cache
     from anysplade.cli import rendering as report
     from anysplade.evaluation import comparisons as comparison
-    from anysplade.evaluation import evaluations as evaluation
+    from anysplade.evaluation.measures import METRICS
 
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
-    measured = metrics or list(evaluation.METRICS)
-    found = comparison.evaluate_all(
-        [*runs, collection], measured, split=split, cache=evaluation.default_cache(), progress=is_watched()
-    )
+    measured = metrics or list(METRICS)
+    found = comparison.evaluate_all([*runs, collection], measured, split=split, cache=default_cache(), progress=is_watched())
     return Result(found.to_dict(), report.evaluations_parts(found, measured))

@@ -42,7 +42,7 @@ def index(
         workers: processes that encode, each with the model.
         ray: encode on a Ray cluster, workers at once.
     """
-    from anysplade.evaluation.evaluations import default_cache
+    from anysplade._common.files import default_cache
     from anysplade.search.index import Index
     from anysplade.search.remote import RemoteIndex
 

@@ -1,5 +1,6 @@
 """Commands that train and prepare training data: train, mine, score."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,17 @@ from anysplade.cli.app import Json, Out, Result, command, is_watched
 from anysplade.training.config import TrainingConfig
 
 
+@dataclass(frozen=True)
+class _TrainingOptions(TrainingConfig):
+    output: Annotated[str, Parameter(name="--out")] = field(kw_only=True)
+    report_to: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = field(default=(), kw_only=True)
+
+    __doc__ = TrainingConfig.__doc__  # what the command line shows
+
+
 @command
 def train(
-    options: Annotated[TrainingConfig, Parameter(name="*")],
+    options: Annotated[_TrainingOptions, Parameter(name="*")],
     *,
     config: Annotated[Path | None, Parameter(name="--config")] = None,
     json: Json = False,

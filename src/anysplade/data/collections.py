@@ -417,3 +417,9 @@ def hash_texts(texts: Iterable[str]) -> str:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
+
+
+def data_hash(collection: Collection) -> str:
+    """SHA-256 of everything that decides what an evaluation measures: documents, queries and judgements."""
+    texts = (document.full_text for document in collection.corpus.values())
+    return hash_texts([*collection.corpus, *texts, *collection.queries.values(), json.dumps(collection.qrels)])

@@ -14,7 +14,8 @@ from scipy import stats
 from anysplade._common.files import write_whole
 from anysplade.data.collections import Collection, collection_names, is_collection, load_collection
 from anysplade.errors import DataError, OptionError
-from anysplade.evaluation.evaluations import METRICS, Evaluation, curve, evaluate
+from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
+from anysplade.evaluation.measures import METRICS
 from anysplade.model.options import Precision
 
 _RESAMPLES = 2000

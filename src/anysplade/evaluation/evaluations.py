@@ -1,13 +1,8 @@
-"""How good a model is on a collection, and at what cost."""
+"""Evaluate a model on a collection: its effectiveness, and what that costs."""
 
-import contextlib
-import difflib
 import hashlib
 import json
 import logging
-import math
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,59 +13,52 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.extras import extra
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Collection, hash_texts, load_collection
-from anysplade.data.sources import lines, whole_characters
-from anysplade.errors import DataError, MeasureError, OptionError, OutputError
+from anysplade.data.collections import Collection, data_hash, hash_texts, load_collection
+from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
+from anysplade.evaluation.measures import METRICS, measure, parse_metrics
+from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import fingerprint, open_encoder, term_names
-from anysplade.model.encoding import count_cut, encode, in_precision, prune, resolve_precision, say_cut
+from anysplade.model.encoding import count_cut, encode, in_precision, log_cut, prune, resolve_precision
 from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision, Role
 from anysplade.search.exact import Postings, highest
 
-with extra("evaluation"):
-    import ir_measures
-
 logger = logging.getLogger(__name__)
 
-METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")
-RUN_FILES = (".trec", ".run", ".txt", ".res", ".gz")
-CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept of each document
-CURVE_QUERIES = (4, 8, 16, 32)
+_CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept of each document
+_CURVE_QUERIES = (4, 8, 16, 32)
 _QUANTILE = 0.95
-
-Run = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Effectiveness, and the cost it came at. JSON: the metrics stand beside the costs by their own names."""
+    """The effectiveness of a model on a collection, and its cost. In JSON each metric has its own name, beside the costs."""
 
     model: str
     collection: str
-    metrics: dict[str, float]
-    query_active_dims: float | None  # mean number of terms with a weight; None for BM25 and for run files
+    metrics: dict[str, float]  # mean over the judged queries, by name
+    query_active_dims: float | None  # mean number of terms with a weight above 0; None for BM25 and for run files
     document_active_dims: float | None
-    flops: float | None  # expected products a (query, document) pair: sum over terms of P(in query) P(in document)
-    cost: dict[str, Any] | None  # the rest of it; see ``cost``
-    precision: str | None  # of encoding: what is below float32 is an approximation; None for BM25 and for run files
+    flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
+    cost: dict[str, Any] | None  # the other costs; see ``cost``
+    precision: str | None  # of encoding; anything below float32 is an approximation; None for BM25 and for run files
     queries: int
     documents: int
-    cut: dict[str, Any] | None  # by role: texts longer than max_length tokens, which the model did not read to their end
-    self_matches: int  # queries that are documents of the corpus too and were not counted as their own hit
-    data_hash: str
-    seconds: dict[str, float]
+    cut: dict[str, Any] | None  # by role: how many texts are longer than max_length tokens, of which the model reads no more
+    self_matches: int  # queries that are documents of the corpus too; such a document is left out of that query's ranking
+    data_hash: str  # SHA-256 of the collection
+    seconds: dict[str, float]  # by stage
     provenance: dict[str, Any]
-    per_query: dict[str, dict[str, float]]  # by metric and query id
+    per_query: dict[str, dict[str, float]]  # value by metric and query id
     run: Run
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # of queries and documents, in their order
-    terms: list[str] | None  # their names, by term id
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # (queries, vocabulary) and (documents, vocabulary), in order
+    terms: list[str] | None  # the name of each column of the vectors
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the run, the vectors and the values of each query, which are files of their own."""
+        """As JSON, without the run, the vectors, their terms and the values of each query."""
         apart = ("metrics", "run", "per_query", "vectors", "terms")
         rest = {name: value for name, value in vars(self).items() if name not in apart}
         return {"model": rest.pop("model"), "collection": rest.pop("collection")} | self.metrics | rest
@@ -89,71 +77,67 @@ def evaluate(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Rank the collection's documents for its queries and measure the ranking.
+    """Rank a collection's documents for each of its queries, and measure the rankings.
 
-    Scores are exact dot products; ties go to the document that comes first in the corpus, for every measure alike.
-    A query that stands in the corpus itself, by id and text (ArguAna, Quora), is not its own hit, as BEIR has it.
+    Scores are exact dot products; the document that comes first in the corpus wins ties, for every measure. A query that is
+    also a document, by id and text (ArguAna, Quora), does not get that document, as in BEIR.
 
     Args:
-        model: a sparse encoder or its path or hub id, a masked LM (as it is, without training), ``"bm25"``, or a
-            TREC run file.
+        model: a sparse encoder or its folder or hub id, a masked LM (used without training), ``"bm25"``, or a TREC run file.
         collection: a ``Collection``, or what ``load_collection`` takes.
-        metrics: names of ir-measures.
-        depth: documents that a query's ranking holds, at least 1.
-        precision: of encoding; see ``anysplade.model.encoding.in_precision``.
-        max_length: tokens a text is cut to; see ``open_encoder``. Not for an encoder that is loaded already.
+        metrics: names of measures, as ir-measures has them.
+        split: which relevance judgements to load.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
-        cache: a folder where vectors are kept by the content of model and texts; what is there is not encoded
-            again, and an interrupted evaluation goes on.
+        depth: documents in each ranking, at least 1.
+        precision: of encoding; see ``anysplade.model.encoding.in_precision``.
+        max_length: tokens a text is cut to; see ``open_encoder``. It has no effect on an encoder that is already loaded.
+        cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
+            evaluation resumes.
+        progress: show progress bars.
 
     Raises:
-        MeasureError: an unknown metric; the message has the nearest known one.
-        OutputError: an id that cannot stand in a run file.
-        ModelError, DataError: as ``open_encoder`` and ``load_collection`` do.
+        MeasureError: an unknown metric; the message suggests the nearest known one.
+        OptionError: an impossible option.
+        OutputError: ``output`` is given and a run file cannot hold one of the ids.
+        ModelError, DataError: as ``open_encoder`` and ``load_collection`` raise them.
     """
     measures = parse_metrics(metrics)
     if depth < 1:
-        raise OptionError(f"depth is {depth}: a ranking holds at least 1 document")
+        raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
     if not isinstance(collection, Collection):
         collection = load_collection(collection, split, progress=progress)
     if not collection.corpus or not collection.queries or not collection.qrels:
         raise DataError(f"{collection.name}: needs at least one document, one query and one judgement")
     if output is not None:
-        _require_trec_ids(collection)
-    ids = list(collection.corpus)
+        require_trec_ids(collection)
     texts = [document.full_text for document in collection.corpus.values()]
     questions = list(collection.queries.values())
-    itself = _self_matches(collection)
+    self_matches = _self_matches(collection)
     seconds: dict[str, float] = {}
     costs: dict[str, Any] | None = None
-    vectors = terms = None
     cut: dict[str, Any] | None = None
-    used: str | None = None
+    vectors = terms = weight_type = None
     start = time.perf_counter()
     if isinstance(model, str | Path) and is_run_file(model):
         run = read_run(model)
         if not run.keys() & collection.qrels.keys():
-            raise DataError(f"{model}: no query of {collection.name} in it")
-        itself = set()
+            raise DataError(f"{model}: has no query of {collection.name}")
+        self_matches = set()
     elif model == "bm25":
         bm25, everything = BM25(texts), np.arange(len(texts))
-        rankings = [highest(bm25.score(query, everything), depth + bool(itself)) for query in questions]
-        if not any(len(found) for found, _ in rankings):
+        rankings = [highest(bm25.score(query, everything), depth + bool(self_matches)) for query in questions]
+        if not any(len(documents) for documents, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", collection.name)
-        run = _as_run(rankings, list(collection.queries), ids, itself, depth)
+        run = _as_run(rankings, collection, self_matches, depth)
         seconds["bm25"] = time.perf_counter() - start
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=max_length)
-        asked = resolve_precision(precision, encoder.device)
-        folders = _cache_folders(
-            model,
-            cache,
-            f"{asked}, {max_length}" if max_length else asked,
-            {"document": texts, "query": questions},
-        )
+        resolved = resolve_precision(precision, encoder.device)
+        key = f"{resolved}, {max_length}" if max_length else resolved
+        folders = _cache_folders(model, cache, key, {"document": texts, "query": questions})
         cached = any(folder is not None and folder.exists() for folder in folders.values())
         start = time.perf_counter()
-        encoder = in_precision(encoder, asked)
+        encoder = in_precision(encoder, resolved)
         documents = encode(encoder, texts, "document", cache=folders["document"], progress=progress)
         queries = encode(encoder, questions, "query", cache=folders["query"], progress=progress)
         vectors = (queries, documents)
@@ -161,17 +145,17 @@ def evaluate(
         seconds["encoding"] = time.perf_counter() - start
         cut = {}
         role: Role
-        for role, said, given in (("document", "documents", texts), ("query", "queries", questions)):
+        for role, plural, given in (("document", "documents", texts), ("query", "queries", questions)):
             count, limit = count_cut(encoder, given, role)
-            say_cut(count, len(given), limit, said)
+            log_cut(count, len(given), limit, plural)
             cut[role] = {"count": count, "max_length": limit}
         start = time.perf_counter()
-        rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(itself))
-        run = _as_run(rankings, list(collection.queries), ids, itself, depth)
+        rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(self_matches))
+        run = _as_run(rankings, collection, self_matches, depth)
         seconds["search"] = time.perf_counter() - start
-        rate = None if cached else round((len(ids) + len(run)) / seconds["encoding"], 2)
+        rate = None if cached else round((len(texts) + len(run)) / seconds["encoding"], 2)
         costs = cost(queries, documents) | {"texts_per_second": rate}
-        used = str(encoder.dtype).removeprefix("torch.")  # that of the weights
+        weight_type = str(encoder.dtype).removeprefix("torch.")
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
         model = "a loaded SparseEncoder" + (f", base model {base}" if base else "")
@@ -184,11 +168,11 @@ def evaluate(
         document_active_dims=costs["document_active_dims"]["mean"] if costs else None,
         flops=costs["flops"] if costs else None,
         cost=costs,
-        precision=used,
-        queries=len(collection.queries),
-        documents=len(ids),
+        precision=weight_type,  # what the weights are, whatever option was given
+        queries=len(questions),
+        documents=len(texts),
         cut=cut,
-        self_matches=len(itself),
+        self_matches=len(self_matches),
         data_hash=data_hash(collection),
         seconds=seconds,
         provenance=provenance(),
@@ -205,37 +189,18 @@ def evaluate(
     return evaluation
 
 
-def data_hash(collection: Collection) -> str:
-    """Of all that decides what is measured: documents, queries and judgements."""
-    texts = (document.full_text for document in collection.corpus.values())
-    return hash_texts([*collection.corpus, *texts, *collection.queries.values(), json.dumps(collection.qrels)])
-
-
-def measure(
-    measures: dict[str, Any], qrels: dict[str, dict[str, int]], run: Run
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Means over all judged queries, and the value of each; a query without a ranking counts as 0.
-
-    A query's documents are ranked as they stand in the run. ir-measures' providers sort by score themselves, break
-    ties by id in opposite directions, and some compare in float32. So they get scores that fall by 1 a rank. Some
-    divide by the length of a ranking, so they do not get empty ones.
-    """
-    found: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in measures}
-    names = {value: name for name, value in measures.items()}
-    ranks = {
-        id_: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True)) for id_, ranking in run.items() if ranking
-    }
-    for value in ir_measures.iter_calc(list(measures.values()), qrels, ranks):
-        found[names[value.measure]][value.query_id] = float(value.value)
-    return {name: float(np.mean(list(values.values()))) for name, values in found.items()}, found
-
-
 def cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:
-    """What searching costs, from the vectors alone.
+    """What searching costs, computed from the vectors alone.
 
-    Active dims: mean, median and 95th percentile. FLOPS: Paria et al., arXiv 2004.05665. ``vocabulary_used``:
-    terms of any document. ``postings_per_query``: (document, weight) pairs that a query reads on average.
-    ``index_bytes``: of those postings as the index keeps them, without texts and ids.
+    Args:
+        queries, documents: (queries, vocabulary) and (documents, vocabulary), neither without rows.
+
+    Returns:
+        ``query_active_dims`` and ``document_active_dims``: mean, median and 95th percentile.
+        ``flops``: expected products per (query, document) pair (Paria et al., arXiv 2004.05665).
+        ``vocabulary_used``: terms that occur in any document.
+        ``postings_per_query``: mean number of (document, weight) pairs that a query reads.
+        ``index_bytes``: size of all postings as the index stores them, without texts and ids.
     """
     query_frequency = np.bincount(queries.indices, minlength=queries.shape[1])
     document_frequency = np.bincount(documents.indices, minlength=documents.shape[1])
@@ -260,7 +225,10 @@ def cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, 
 
 
 def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:
-    """Effectiveness against cost without training again: the largest weights of documents, and of queries, alone.
+    """Effectiveness against cost when documents, or queries, keep only their largest weights; nothing is trained again.
+
+    Returns:
+        One row for the full vectors, then one for each number of weights kept.
 
     Raises:
         OptionError: the evaluation is of BM25 or of a run file, which have no vectors.
@@ -269,123 +237,29 @@ def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> 
         raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
     measures = parse_metrics(list(evaluation.metrics))
     queries, documents = evaluation.vectors
-    ids, itself = list(collection.corpus), _self_matches(collection)
-    whole = Postings.from_documents(documents)
-    rows = []
+    self_matches = _self_matches(collection)
+    postings = Postings.from_documents(documents)
 
-    def add(query_k: int | None, document_k: int | None) -> None:
-        asked = queries if query_k is None else prune(queries, query_k)
-        held = documents if document_k is None else prune(documents, document_k)
-        postings = whole if document_k is None else Postings.from_documents(held)
-        run = _as_run(postings.top_rows(asked, depth + bool(itself)), list(collection.queries), ids, itself, depth)
-        costs = cost(asked, held)
+    def row(query_k: int | None, document_k: int | None) -> dict[str, Any]:
+        some_queries = queries if query_k is None else prune(queries, query_k)
+        some_documents = documents if document_k is None else prune(documents, document_k)
+        searched = postings if document_k is None else Postings.from_documents(some_documents)
+        run = _as_run(searched.top_rows(some_queries, depth + bool(self_matches)), collection, self_matches, depth)
+        costs = cost(some_queries, some_documents)
         dims = {name: costs[name]["mean"] for name in ("query_active_dims", "document_active_dims")}
         values = measure(measures, collection.qrels, run)[0]
-        rows.append({"query_top_k": query_k, "document_top_k": document_k} | values | dims | {"flops": costs["flops"]})
+        return {"query_top_k": query_k, "document_top_k": document_k} | values | dims | {"flops": costs["flops"]}
 
-    add(None, None)
-    for k in CURVE_DOCUMENTS:
-        if k < np.diff(documents.indptr).max():
-            add(None, k)
-    for k in CURVE_QUERIES:
-        if k < np.diff(queries.indptr).max():
-            add(k, None)
-    return rows
-
-
-def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
-    """ir-measures by the names they were asked for.
-
-    Raises:
-        MeasureError: a name that ir-measures does not know, or that no installed library computes.
-    """
-    if not names:
-        raise OptionError(f"no metric named; for example {' '.join(METRICS)}")
-    measures = {}
-    for name in names:
-        try:
-            measures[name] = ir_measures.parse_measure(name)
-        except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
-            base, at, cutoff = name.partition("@")
-            known = {alias.lower(): known.NAME for alias, known in ir_measures.measures.registry.items()}
-            near = difflib.get_close_matches(base.lower(), known, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {known[near[0]]}{at}{cutoff or '10' if at else ''}?" if near else f"for example {', '.join(METRICS)}"
-            )
-            raise MeasureError(f"unknown metric {name!r}: {hint}") from None
-        if not ir_measures.DefaultPipeline.supports(measures[name]):
-            raise MeasureError(f"metric {name!r}: no installed library computes it; for example {', '.join(METRICS)}")
-    return measures
-
-
-# ------------------------------------------------------------------------------------- run files
-
-
-def is_run_file(name: str | Path) -> bool:
-    path = Path(name).expanduser()
-    return path.suffix in RUN_FILES and path.is_file()
-
-
-def read_run(path: str | Path) -> Run:
-    """A TREC run file, gzipped or not: query, Q0, document, rank, score, tag.
-
-    Documents are ordered by score; those of equal score by the rank column, and then as they stand in the file.
-
-    Raises:
-        DataError: a line that is none; it is named.
-    """
-    path = Path(path).expanduser()
-    read: dict[str, dict[str, tuple[float, float]]] = {}  # -score and rank
-    with lines(path) as numbered:
-        for number, line in numbered:
-            parts = line.split()
-            if not parts:
-                continue
-            if len(parts) != 6:
-                raise DataError(f"{path}:{number}: {len(parts)} columns; a run has query, Q0, document, rank, score, tag")
-            ranking = read.setdefault(parts[0], {})
-            if parts[2] in ranking:
-                raise DataError(f"{path}:{number}: the document {parts[2]!r} stands twice in the ranking of {parts[0]!r}")
-            rank, score = (_number(path, number, what, text) for what, text in (("rank", parts[3]), ("score", parts[4])))
-            ranking[parts[2]] = (-score, rank)
-    if not read:
-        raise DataError(f"{path}: an empty run; each line is query, Q0, document, rank, score, tag")
-    return {
-        query_id: {id_: -negative for id_, (negative, _) in sorted(ranking.items(), key=lambda item: item[1])}
-        for query_id, ranking in read.items()
-    }
-
-
-def _number(path: Path, line: int, what: str, text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if not math.isnan(value := float(text)):
-            return value
-    raise DataError(f"{path}:{line}: the {what} {text[:40]!r} is no number")
-
-
-def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
-    """Write a TREC run file; scores to the last digit and ranks for those that tie, so that it measures the same."""
-    rows = [
-        f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
-        for query_id, ranking in run.items()
-        for rank, (document_id, score) in enumerate(ranking.items(), 1)
+    most_query_terms, most_document_terms = (int(np.diff(matrix.indptr).max()) for matrix in (queries, documents))
+    return [
+        row(None, None),
+        *(row(None, k) for k in _CURVE_DOCUMENTS if k < most_document_terms),
+        *(row(k, None) for k in _CURVE_QUERIES if k < most_query_terms),
     ]
-    write_whole(path, "".join(rows))
-
-
-def _require_trec_ids(collection: Collection) -> None:
-    for what, ids in (("query", collection.queries), ("document", collection.corpus)):
-        for id_ in ids:
-            if id_.split() != [id_] or id_ != whole_characters(id_):
-                fault = "white space" if id_.split() != [id_] else "a lone surrogate"
-                raise OutputError(f"{what} id {id_[:80]!r}: {fault} cannot stand in a run file; rename it, or leave --out away")
-
-
-# ----------------------------------------------------------------------------------------- parts
 
 
 def _self_matches(collection: Collection) -> set[str]:
-    """Queries that are documents themselves, by id and text."""
+    """Ids of queries that are also documents, by id and text."""
     return {
         id_
         for id_, text in collection.queries.items()
@@ -393,13 +267,13 @@ def _self_matches(collection: Collection) -> set[str]:
     }
 
 
-def _as_run(
-    rankings: Sequence[tuple[np.ndarray, np.ndarray]], query_ids: list[str], ids: list[str], itself: set[str], depth: int
-) -> Run:
+def _as_run(rankings: Sequence[tuple[np.ndarray, np.ndarray]], collection: Collection, self_matches: set[str], depth: int) -> Run:
+    """Positions and scores, one pair of arrays per query, as a run of at most ``depth`` documents a query."""
+    ids = list(collection.corpus)
     run: Run = {}
-    for query_id, (found, scores) in zip(query_ids, rankings, strict=True):
-        ranking = {ids[d]: s for d, s in zip(found.tolist(), scores.tolist(), strict=True)}
-        if query_id in itself:
+    for query_id, (positions, scores) in zip(collection.queries, rankings, strict=True):
+        ranking = {ids[d]: s for d, s in zip(positions.tolist(), scores.tolist(), strict=True)}
+        if query_id in self_matches:
             ranking.pop(query_id, None)
         while len(ranking) > depth:
             ranking.popitem()
@@ -407,26 +281,10 @@ def _as_run(
     return run
 
 
-def default_cache() -> Path | None:
-    """Where the command keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
-
-    None, and a warning, if that cannot be written: a result needs no cache.
-    """
-    try:
-        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home at all
-        logger.warning("vectors are not kept (%s); set ANYSPLADE_CACHE to a folder that can be written", error)
-        return None
-    return folder
-
-
 def _cache_folders(
     model: str | Path | SparseEncoder, cache: str | Path | None, precision: str, texts: dict[str, list[str]]
 ) -> dict[str, Path | None]:
-    """A folder for the vectors of each role, named after all that decides them."""
+    """By role a folder for the vectors, named after everything that determines them; None where nothing is kept."""
     known = None if cache is None or isinstance(model, SparseEncoder) else fingerprint(resolve_model(model))
     if cache is None or known is None:
         return dict.fromkeys(texts)

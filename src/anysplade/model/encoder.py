@@ -348,7 +348,7 @@ def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: b
     if rows != len(tokenizer):  # a stock SparseStaticEmbedding has a weight for each token, no more and no fewer
         raise OptionError(
             f"the head has {rows:,} rows and the tokenizer {len(tokenizer):,} tokens, so that queries by token and documents would "
-            "not go together; train with --query-encoder mlm, or give head and tokenizer the same size"
+            "not go together; train with `query_encoder=mlm`, or give head and tokenizer the same size"
         )
     frequency = np.zeros(len(tokenizer))
     count = 0

@@ -113,11 +113,12 @@ def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple
     return count, limit
 
 
-def say_cut(cut: int, texts: int, limit: int | None, what: str) -> None:
-    """Log how many texts were cut, if any was."""
+def log_cut(cut: int, texts: int, limit: int | None, what: str) -> None:
+    """Log how many of the texts were cut at the limit, if any was."""
     if cut:
         logger.info(
-            "%s of %s %s were cut at %s tokens, and what follows is not found; max_length sets another length, up to the model's",
+            "%s of %s %s were cut at %s tokens, and what follows cannot be found; `max_length` raises the limit as far as the "
+            "model's positions allow",
             f"{cut:,}",
             f"{texts:,}",
             what,

@@ -458,7 +458,7 @@ def rescale_head(model: PreTrainedModel, k: float = 8.0, shift: float = 0.0, bia
         return model
     head = find_head(model)
     if shift != 0 and not head.biases:
-        raise ModelError(f"{type(model).__name__}: the MLM head has no bias, so it cannot be shifted; use --shift 0 and k alone")
+        raise ModelError(f"{type(model).__name__}: the MLM head has no bias, so it cannot be shifted; use `shift=0` and k alone")
     earlier = getattr(model.config, RECORD, None)
     if earlier:
         logger.warning(

@@ -29,7 +29,7 @@ from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document, hash_texts
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import count_cut, encode, in_precision, say_cut
+from anysplade.model.encoding import count_cut, encode, in_precision, log_cut
 from anysplade.model.options import Precision
 from anysplade.search.documents import EncodedDocument
 
@@ -111,7 +111,7 @@ def encode_documents(
             cut, count, limit = cut + rows.cut, count + len(part.ids), rows.limit
             bar.update(len(part.ids))
             yield _with_vectors(part, rows.matrix)
-    say_cut(cut, count, limit, "documents")
+    log_cut(cut, count, limit, "documents")
 
 
 def corpus_name(corpus: str | Path) -> str:

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from anysplade._common.files import whole_folder, write_whole
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Collection, Pair, hash_texts, load_collection
+from anysplade.data.collections import Collection, Pair, data_hash, hash_texts, load_collection
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
-from anysplade.evaluation.evaluations import data_hash, evaluate
+from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY, sample_pairs
 from anysplade.model.encoder import fingerprint
 from anysplade.model.head import (

@@ -43,8 +43,9 @@ from anysplade.study.conclusions import summarize
 from anysplade.study.plan import STUDIES, Row, StudyConfig, plan
 from anysplade.study.report import write_report
 from anysplade.study.results import RowRuns, Settings, StudyResult, baseline, read_results, summarize_cell
+from anysplade.training.callbacks import duration
 from anysplade.training.config import TrainingConfig
-from anysplade.training.run import duration, train
+from anysplade.training.run import train
 
 logger = logging.getLogger(__name__)
 

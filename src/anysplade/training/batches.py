@@ -54,11 +54,11 @@ def check_batch_size(dataset: datasets.Dataset, batch_size: int, processes: int,
     if found == batch_size:
         return
     works = found - found % processes
-    mends = [f"--batch-size {works}"] if works >= 2 else []
+    mends = [f"`batch_size={works}`"] if works >= 2 else []
     alone = fill(pair)
     alone -= alone % processes
     if alone > max(works, 1):  # it is the negatives that repeat
-        mends.append("--negatives 0" + ("" if alone == batch_size else f" --batch-size {alone}"))
+        mends.append("`negatives=0`" + ("" if alone == batch_size else f" `batch_size={alone}`"))
     if not mends:
         mends = ["examples with other documents"]
     common, documents = "", ""
@@ -91,7 +91,7 @@ class DistinctBatches(NoDuplicatesBatchSampler):
             self._said = True
             logger.warning(
                 "texts repeat, so that an epoch's %s batches use %s of %s examples, some of them several times; "
-                "a smaller --batch-size uses more",
+                "a smaller `batch_size` uses more",
                 f"{len(self):,}",
                 f"{used:,}",
                 f"{len(self.dataset):,}",

@@ -2,9 +2,7 @@
 
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Literal
-
-from cyclopts import Parameter
+from typing import Literal
 
 from anysplade.errors import OptionError
 from anysplade.model.options import BiasPolicy, Choice, Pooling, QueryEncoder
@@ -91,7 +89,7 @@ class TrainingConfig:
     backbone: str
     data: str
     _: KW_ONLY
-    output: Annotated[str, Parameter(name="--out")]
+    output: str
     texts: str | None = None
     negatives: int | None = None
     objective: str = "contrastive"
@@ -129,7 +127,7 @@ class TrainingConfig:
     precision: TrainingPrecision = "float32"
     gradient_checkpointing: bool = False
     attention: str | None = None
-    report_to: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    report_to: tuple[str, ...] = ()
     fused: bool = True
 
     def __post_init__(self) -> None:
@@ -160,6 +158,6 @@ class TrainingConfig:
             raise OptionError(f"warmup_ratio is {self.warmup_ratio}: it is a share of the steps, at least 0 and below 1")
         parse_objective(self.objective)
         if self.patience is not None and self.dev is None:
-            raise OptionError("patience needs a dev collection to judge by; add --dev")
+            raise OptionError("patience needs a dev collection to judge by; name one with `dev`")
         if self.query_encoder != "mlm" and self.query_active_dims is not None:
             raise OptionError(f"query_active_dims: queries of the {self.query_encoder} encoder have a term a token; leave it out")

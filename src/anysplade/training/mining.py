@@ -113,9 +113,9 @@ def mine(
         raise DataError(
             f"{data}: no example has enough negatives"
             + (
-                "; ask for fewer, look deeper, or give a larger --corpus"
+                "; ask for fewer, look deeper, or give a larger `corpus`"
                 if found_any
-                else f": {miner} finds no document for any query, they have no {terms} in common; try another --miner or --corpus"
+                else f": {miner} finds no document for any query, they have no {terms} in common; try another `miner` or `corpus`"
             )
         )
     return mined
@@ -221,7 +221,7 @@ def _in_blocks(
         known = parts / "about.json" if parts.exists() else record
         before = json.loads(known.read_text()) if known.is_file() else {}
         if {name: before.get(name) for name in about} != about:
-            raise OutputError(f"{output}: exists and was not made from the same data and options; choose another --out")
+            raise OutputError(f"{output}: exists and was not made from the same data and options; choose another `output`")
         if output.exists() and record.is_file():
             return Mined(
                 before["examples"], before["left_out"], {k: v for k, v in before.items() if k not in ("examples", "left_out")}

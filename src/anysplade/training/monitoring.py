@@ -108,10 +108,10 @@ _ALIKE = 0.8  # cosine within queries and within documents above which vectors m
 _FLAT = 0.1  # of their mean: scores that spread by less say the same of every document
 _SATURATED = 3.0  # times the loss of guessing
 _SETTLED = 10  # observations after which a loss far above guessing is no longer the start
-_CALIBRATE = "calibrate the head (--k auto --shift auto, the default), or more strongly with --on-collapse recalibrate"
+_CALIBRATE = "calibrate the head (`k=auto` `shift=auto`, the default), or more strongly with `on_collapse=recalibrate`"
 _LIGHTER = "lower the regularizer weights or raise the target of active dims"
-_RAISE = "the head starts with no term above zero, whatever the regularizer: lower --shift, or leave it to auto"
-_SLOWER = "lower the learning rate, and calibrate the head (--k auto --shift auto)"
+_RAISE = "the head starts with no term above zero, whatever the regularizer: lower `shift`, or leave it to auto"
+_SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto`)"
 
 
 def diagnose(observations: Sequence[Observation], vocabulary: int) -> list[Finding]:

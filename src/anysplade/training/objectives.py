@@ -100,7 +100,7 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
         if np.abs(margins).max() <= 1:
             logger.warning(
                 "%s: the teacher's margins lie in [%.2g, %.2g], MarginMSE wants those of raw scores, several units wide: "
-                "vectors would shrink to nothing; use the teacher's logits instead of probabilities, or --objective kl",
+                "vectors would shrink to nothing; use the teacher's logits instead of probabilities, or `objective=kl`",
                 config.data,
                 margins.min(),
                 margins.max(),
@@ -115,7 +115,7 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
             spread = float(given.std(axis=1).mean())
             logger.warning(
                 "%s: at temperature %g the teacher is %s (its first choice gets %.1f %%); its scores spread by %.2g an "
-                "example, so try --teacher-temperature %.2g",
+                "example, so try `teacher_temperature=%.2g`",
                 config.data,
                 temperature,
                 "sure of one document" if best > 0.999 else "as good as undecided",

@@ -8,13 +8,11 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -23,27 +21,25 @@ from typing import Any
 import torch
 import yaml
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
-from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import nn
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from anysplade._common.files import whole_folder, write_whole
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Collection, Pair, load_collection
+from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.pairs import StoredPairs, read_pairs
 from anysplade.data.python_docs import PACKAGES
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
-from anysplade.evaluation.evaluations import data_hash, evaluate
 from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import build_encoder, check_model, fingerprint, has_static_queries, is_routed, masked_lm
-from anysplade.model.encoding import encode
 from anysplade.model.head import find_head, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
+from anysplade.training.callbacks import DevEvaluator, Estimate, MarkComplete, Progress, last_checkpoint, step_of
 from anysplade.training.card import write_card
 from anysplade.training.config import TrainingConfig, parse_objective
+from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import check_examples, make_loss
 from anysplade.training.regularization import ActiveDimsController
@@ -51,14 +47,8 @@ from anysplade.training.regularization import ActiveDimsController
 logger = logging.getLogger(__name__)
 
 _DATA = "data"  # the folder of the training examples while a run goes on
-_COMPLETE = "complete"  # marks a checkpoint whose files are all there
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
-_TRIM_STEP = 0.005  # of the shift that corrects active dims after training
-_SAMPLE = 200  # training pairs whose active dims are counted at the end
 _CHECKED = 1000  # examples that are looked at before the others are read
-_TIMED = 4  # steps, after the first one
-_LONG = 60  # seconds: what takes less needs no estimate
-DEV_METRICS = ("nDCG@10", "RR@10")
 _DEV_METRIC = "eval_dev_nDCG@10"
 
 
@@ -103,6 +93,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         ModelError, DataError, OptionError: as ``load_encoder`` and ``read_pairs`` do, before the first step.
         CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
+    if config.dev is not None:  # imported here, since it needs the extra; a missing one is told before hours of training
+        from anysplade.evaluation.evaluations import evaluate
     output = Path(config.output).expanduser()
     asked = json.loads(json.dumps(asdict(config)))
     arguments = _arguments(config, output)
@@ -129,7 +121,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         if changed:
             what = {"data": "training data", "backbone": "backbone", "dev": "dev collection"}[changed[0]]
             source = getattr(config, changed[0])
-            raise OutputError(f"{output}: the {what} changed since this run began ({source}); choose another --out")
+            raise OutputError(f"{output}: the {what} changed since this run began ({source}); choose another `output`")
         if finished is not None:
             if arguments.process_index == 0:
                 write_whole(output / "run.json", json.dumps(recorded | {"files": files, "hashes": hashes}, indent=2) + "\n")
@@ -144,7 +136,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
-            checkpoint = _last_checkpoint(output / "checkpoints")
+            checkpoint = last_checkpoint(output / "checkpoints")
         trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, progress)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -158,9 +150,9 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     if done < asked_for and config.patience is None:  # the trainer ends so when the batches run out, and says nothing
         raise AnyspladeError(f"{output}: the training ended at step {done} of {asked_for}; no model was written")
     if arguments.process_index == 0:
-        trim = _trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
-        dims = _active_dims(encoder, pairs)
-        _say_missed_targets(config, dims)
+        trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
+        dims = active_dims(encoder, pairs)
+        warn_of_missed_targets(config, dims)
         best = trainer.state.best_model_checkpoint
         result = TrainingResult(
             model=str(output / "model"),
@@ -170,8 +162,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             data_hash=pairs.data_hash,
             processes=arguments.world_size,
             steps=trainer.state.global_step,
-            best_step=None if best is None else _step(Path(best)),
-            resumed_from=0 if checkpoint is None else _step(checkpoint),
+            best_step=None if best is None else step_of(Path(best)),
+            resumed_from=0 if checkpoint is None else step_of(checkpoint),
             seconds=seconds,
             query_active_dims=dims[0],
             document_active_dims=dims[1],
@@ -263,12 +255,6 @@ def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any
     logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
 
 
-def _sample(pairs: Sequence[Pair]) -> list[Pair]:
-    """Evenly spaced training pairs."""
-    step = max(1, len(pairs) // _SAMPLE)
-    return [pairs[i] for i in range(0, len(pairs), step)][:_SAMPLE]
-
-
 def _ranking_loss(log: list[dict[str, float]]) -> dict[str, dict[str, float]] | None:
     """The ranking loss without the regularizers: its mean over the first and over the last tenth of the steps, ten at least.
 
@@ -298,73 +284,19 @@ def _ranking_loss(log: list[dict[str, float]]) -> dict[str, dict[str, float]] | 
     }
 
 
-def _say_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
-    targets = (config.query_active_dims, config.document_active_dims)
-    for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
-        if target is not None and not 0.9 <= measured / target <= 1.1:
-            logger.warning(
-                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, and a target far "
-                "above what the model uses without a regularizer cannot be met",
-                measured,
-                role,
-                target,
-            )
-
-
-def _active_dims(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Mean active dims of queries and of documents, over a sample of the training pairs."""
-    sample = _sample(pairs)
-    queries = encode(encoder, [pair.query for pair in sample], "query")
-    documents = encode(encoder, [pair.positive for pair in sample], "document")
-    return queries.nnz / len(sample), documents.nnz / len(sample)
-
-
-def _trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None]) -> float:
-    """Shift the decoder's bias by at most 1 so that a sample of the training texts meets the targets of active dims.
-
-    The regularizer's weight loses its force as the learning rate falls to 0; one constant corrects what is
-    left. Of two targets it makes the larger error, on a logarithmic scale, as small as it can be. Active dims are
-    counted, so that any pooling and activation will do: nine encodings of the sample, 400 texts each.
-    """
-    biases = find_head(masked_lm(encoder)).biases
-    if targets == (None, None) or not biases:
-        return 0.0
-    before = [bias.detach().clone() for bias in biases]
-    errors: dict[float, list[float]] = {}  # by shift, of each target
-    low, high = -1.0, 1.0
-    while high - low > _TRIM_STEP:
-        shift = (low + high) / 2  # 0 first: the result is never worse than no shift
-        _shift(biases, before, shift)
-        dims = _active_dims(encoder, pairs)
-        errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
-        if max(errors[shift]) + min(errors[shift]) > 0:  # fewer dims with each shift, so this changes its sign once
-            low = shift
-        else:
-            high = shift
-    best = min(errors, key=lambda shift: max(map(abs, errors[shift])))
-    _shift(biases, before, best)
-    return best
-
-
-@torch.no_grad()
-def _shift(biases: Iterable[torch.Tensor], before: Iterable[torch.Tensor], by: float) -> None:
-    for bias, value in zip(biases, before, strict=True):
-        bias.copy_(value - by)
-
-
 def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
     """Check that the output folder is new or holds this very run; the result if it is finished."""
     if not (output / "run.json").exists():
         if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - {_DATA}):
-            raise OutputError(f"{output}: holds something that is no run of anysplade; choose another --out")
+            raise OutputError(f"{output}: holds something that is no run of anysplade; choose another `output`")
         return None
     run = json.loads((output / "run.json").read_text())
     recorded = run["config"]
     different = [f"{name} {recorded.get(name)!r}, now {asked[name]!r}" for name in asked if recorded.get(name) != asked[name]]
     if different:
-        raise OutputError(f"{output}: holds a run with other options ({'; '.join(different)}); choose another --out or remove it")
+        raise OutputError(f"{output}: a run with other options ({'; '.join(different)}); use another `output` or remove it")
     if "collapsed" in run:
-        raise CollapseError(f"{output}: this run collapsed before; change the options and choose another --out")
+        raise CollapseError(f"{output}: this run collapsed before; change the options and choose another `output`")
     if (output / "training.json").exists() and (output / "model").is_dir():
         return _recorded_result(output)
     return None
@@ -474,11 +406,11 @@ def _trainer(
     callbacks: list[TrainerCallback] = [
         # Stands for the ramp that the trainer would add by itself.
         ActiveDimsController(loss, config.query_active_dims, config.document_active_dims),
-        _MarkComplete(),
-        _Progress(progress and main),
+        MarkComplete(),
+        Progress(progress and main),
     ]
     if main:
-        callbacks.append(_Estimate())
+        callbacks.append(Estimate())
     if config.patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
     trainer = _Trainer(
@@ -486,7 +418,7 @@ def _trainer(
         args=arguments,
         train_dataset=pairs.dataset,
         loss=loss,
-        evaluator=None if dev is None else _DevEvaluator(dev),
+        evaluator=None if dev is None else DevEvaluator(dev),
         callbacks=callbacks,
     )
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, which then get what it logs
@@ -511,103 +443,7 @@ def _head_parameters(loss: nn.Module, model: PreTrainedModel) -> str:
     if head.decoder.weight is model.get_input_embeddings().weight:
         raise ModelError(
             f"{type(model).__name__}: the decoder is tied to the input embeddings, so its learning rate is theirs; "
-            "choose a k other than 1, which unties it, or leave out --head-learning-rate"
+            "choose a k other than 1, which unties it, or leave out `head_learning_rate`"
         )
     wanted = {id(tensor) for tensor in (head.decoder.weight, *head.biases)}
     return "|".join(f"^{re.escape(name)}$" for name, tensor in loss.named_parameters() if id(tensor) in wanted)
-
-
-class _DevEvaluator(BaseEvaluator):
-    """Effectiveness and cost on the dev collection, at every checkpoint."""
-
-    def __init__(self, collection: Collection) -> None:
-        super().__init__()
-        self.collection = collection
-
-    def __call__(self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1) -> dict[str, float]:
-        found = evaluate(model, self.collection, DEV_METRICS)
-        names = [*DEV_METRICS, "query_active_dims", "document_active_dims", "flops"]
-        return {f"dev_{name}": found.to_dict()[name] for name in names}
-
-
-class _MarkComplete(TrainerCallback):
-    """Mark a checkpoint once all its files are written, by every process; one without the mark is a torn one."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
-
-
-class _Estimate(TrainerCallback):
-    """Say how long the steps to come will take: after a few, and again at each tenth of the run.
-
-    The first time it is the mean of the steps after the very first one, and counts no checkpoint and no evaluation on the dev
-    collection; later batches may be longer and their vectors denser, so it can be far off. From then on it is the mean
-    over all the time since the first step, with everything in it. What follows the last step never counts.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = state.global_step - self.start - 1  # without the first one, which warms up
-        if done == 0:
-            self.since = time.perf_counter()
-        if done < _TIMED or (done > _TIMED and state.global_step % max(1, state.max_steps // 10)):
-            return
-        step = (time.perf_counter() - self.since) / done
-        left = step * (state.max_steps - state.global_step)
-        if left > _LONG:
-            logger.info(
-                "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
-                step,
-                duration(left),
-                f"{state.max_steps - state.global_step:,}",
-                f"{left * args.world_size / 3600:.2g} hours",
-                args.world_size,
-                "es" if args.world_size > 1 else "",
-            )
-
-
-def duration(seconds: float) -> str:
-    """Hours and minutes, for a person."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
-class _Progress(TrainerCallback):
-    """One bar with the loss, on standard error."""
-
-    def __init__(self, shown: bool) -> None:
-        self.bar = tqdm(desc="training", unit="step", disable=not shown, leave=False, file=sys.stderr)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.reset(total=state.max_steps)
-        self.bar.update(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3g}", refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; torn ones, left by a killed process, are removed."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _COMPLETE).exists():
-            complete.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(complete, key=_step, default=None)

@@ -1,0 +1,71 @@
+"""Measures of rankings by ir-measures: parse their names, compute their values."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from anysplade._common.extras import extra
+from anysplade.errors import MeasureError, OptionError
+from anysplade.evaluation.runs import Run
+
+with extra("evaluation"):
+    import ir_measures
+
+METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")  # the default
+
+
+def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
+    """Measures of ir-measures by the names given, in the same order.
+
+    Raises:
+        OptionError: no name at all.
+        MeasureError: ir-measures does not know a name, or no installed library computes it.
+    """
+    if not names:
+        raise OptionError(f"no metric given; for example {' '.join(METRICS)}")
+    measures = {}
+    for name in names:
+        try:
+            measures[name] = ir_measures.parse_measure(name)
+        except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
+            raise MeasureError(f"unknown metric {name!r}: {_suggestion(name)}") from None
+        if not ir_measures.DefaultPipeline.supports(measures[name]):
+            raise MeasureError(f"metric {name!r}: no installed library computes it; for example {', '.join(METRICS)}")
+    return measures
+
+
+def _suggestion(name: str) -> str:
+    base, at, cutoff = name.partition("@")
+    known = {alias.lower(): measure.NAME for alias, measure in ir_measures.measures.registry.items()}
+    near = difflib.get_close_matches(base.lower(), known, n=1, cutoff=0.5)
+    if not near:
+        return f"for example {', '.join(METRICS)}"
+    return f"did you mean {known[near[0]]}{at}{cutoff or '10' if at else ''}?"
+
+
+def measure(
+    measures: dict[str, Any], qrels: dict[str, dict[str, int]], run: Run
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Measure a run: the mean of each measure over all judged queries, and its value for each query.
+
+    A query without a ranking counts as 0. Documents keep the order they have in the run: ir-measures' providers sort by score
+    themselves, break ties by id in opposite directions, and some compare in float32, so they get scores that fall by 1 a rank.
+    Some divide by the length of a ranking, so they get no empty ones.
+
+    Args:
+        measures: from ``parse_metrics``.
+        qrels: grade by query id and document id.
+
+    Returns:
+        Means by name, and values by name and query id.
+    """
+    values: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in measures}
+    names = {value: name for name, value in measures.items()}
+    ranks = {
+        id_: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True)) for id_, ranking in run.items() if ranking
+    }
+    for metric in ir_measures.iter_calc(list(measures.values()), qrels, ranks):
+        values[names[metric.measure]][metric.query_id] = float(metric.value)
+    return {name: float(np.mean(list(by_query.values()))) for name, by_query in values.items()}, values

@@ -1,0 +1,79 @@
+"""The level of the head after training: a last correction towards the wanted active dims."""
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from sentence_transformers import SparseEncoder
+
+from anysplade.data.collections import Pair
+from anysplade.model.encoder import masked_lm
+from anysplade.model.encoding import encode
+from anysplade.model.head import find_head
+from anysplade.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+_TRIM_STEP = 0.005  # of the shift that corrects active dims after training
+_SAMPLE = 200  # training pairs whose active dims are counted
+
+
+def _sample(pairs: Sequence[Pair]) -> list[Pair]:
+    """Evenly spaced training pairs."""
+    step = max(1, len(pairs) // _SAMPLE)
+    return [pairs[i] for i in range(0, len(pairs), step)][:_SAMPLE]
+
+
+def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
+    targets = (config.query_active_dims, config.document_active_dims)
+    for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
+        if target is not None and not 0.9 <= measured / target <= 1.1:
+            logger.warning(
+                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, and a target far "
+                "above what the model uses without a regularizer cannot be met",
+                measured,
+                role,
+                target,
+            )
+
+
+def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Mean active dims of queries and of documents, over a sample of the training pairs."""
+    sample = _sample(pairs)
+    queries = encode(encoder, [pair.query for pair in sample], "query")
+    documents = encode(encoder, [pair.positive for pair in sample], "document")
+    return queries.nnz / len(sample), documents.nnz / len(sample)
+
+
+def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None]) -> float:
+    """Shift the decoder's bias by at most 1 so that a sample of the training texts meets the targets of active dims.
+
+    The regularizer's weight loses its force as the learning rate falls to 0; one constant corrects what is
+    left. Of two targets it makes the larger error, on a logarithmic scale, as small as it can be. Active dims are
+    counted, so that any pooling and activation will do: nine encodings of the sample, 400 texts each.
+    """
+    biases = find_head(masked_lm(encoder)).biases
+    if targets == (None, None) or not biases:
+        return 0.0
+    before = [bias.detach().clone() for bias in biases]
+    errors: dict[float, list[float]] = {}  # by shift, of each target
+    low, high = -1.0, 1.0
+    while high - low > _TRIM_STEP:
+        shift = (low + high) / 2  # 0 first: the result is never worse than no shift
+        _shift(biases, before, shift)
+        dims = active_dims(encoder, pairs)
+        errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
+        if max(errors[shift]) + min(errors[shift]) > 0:  # fewer dims with each shift, so this changes its sign once
+            low = shift
+        else:
+            high = shift
+    best = min(errors, key=lambda shift: max(map(abs, errors[shift])))
+    _shift(biases, before, best)
+    return best
+
+
+@torch.no_grad()
+def _shift(biases: Iterable[torch.Tensor], before: Iterable[torch.Tensor], by: float) -> None:
+    for bias, value in zip(biases, before, strict=True):
+        bias.copy_(value - by)
