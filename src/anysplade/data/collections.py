@@ -39,9 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    title: str
-    text: str
-    metadata: dict[str, Any] | None = None  # to filter by; kept as it is
+    """A document of a corpus."""
+
+    title: str  # empty without one
+    text: str  # without the title
+    metadata: dict[str, Any] | None = None  # for filters in search; stored unchanged
 
     @property
     def full_text(self) -> str:
@@ -50,25 +52,22 @@ class Document(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A training example."""
+    """A training example: a ``query``, the text of a ``positive`` document that answers it, and of hard negatives."""
 
     query: str
     positive: str
-    negatives: tuple[str, ...] = ()
-    scores: tuple[float, ...] | None = None  # a teacher's: the positive's and each negative's, or the margin of each negative
+    negatives: tuple[str, ...] = ()  # documents that look relevant and are not
+    scores: tuple[float, ...] | None = None  # of a teacher: for the positive and each negative, or the margin to each negative
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A corpus with the queries that were judged on it.
+    """A test collection: a corpus, queries and relevance judgements. Every query has at least one judgement."""
 
-    ``qrels[query_id][document_id]`` is the grade; every query has at least one judgement.
-    """
-
-    name: str
-    corpus: dict[str, Document]
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
+    name: str  # in results
+    corpus: dict[str, Document]  # by document id
+    queries: dict[str, str]  # by query id
+    qrels: dict[str, dict[str, int]]  # grades by query id and document id
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -101,7 +100,7 @@ def collection_names(source: str) -> list[str]:
 
 
 def load_collection(source: str | Path, split: str = "test", progress: bool = False) -> Collection:
-    """A collection, from whatever holds one.
+    """Load a collection from a ``source`` of any of these kinds.
 
     - a BEIR folder, or a zip of one: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``; files may be gzipped
     - a TREC folder: a corpus (``corpus`` or ``collection`` or ``docs``, ``.jsonl``, ``.tsv``, ``.csv`` or ``.parquet``),
@@ -159,10 +158,13 @@ def _checked(name: str, corpus: dict[str, Document], queries: dict[str, str], qr
 
 
 def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> dict[str, Document]:
-    """Documents by id, in file order; ``iter_corpus`` has the sources.
+    """Read all documents of a ``source``, by id and in file order.
+
+    Args:
+        source: a file (JSONL, CSV, TSV, Parquet, gzipped or not), or any source of ``load_collection``.
 
     Raises:
-        DataError: no document in it, or as ``iter_corpus`` does.
+        DataError: no such source, no document in it, a malformed row, or a duplicate id.
     """
     corpus = dict(iter_corpus(source, progress=progress))
     if not corpus:
@@ -376,7 +378,12 @@ def load_python_docs(packages: Iterable[str] = python_docs.PACKAGES, progress: b
 
 
 def write_collection(folder: str | Path, collection: Collection, pairs: Iterable[Pair] = (), split: str = "test") -> None:
-    """Write a collection, with training pairs if there are any, as a BEIR folder.
+    """Write a collection, and training pairs if there are any, as a BEIR folder.
+
+    Args:
+        folder: new or empty.
+        pairs: written to ``pairs.jsonl``.
+        split: the judgements are written to ``qrels/SPLIT.tsv``.
 
     Raises:
         OutputError: the folder exists and is not empty, or an id cannot stand in a TSV file.

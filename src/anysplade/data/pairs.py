@@ -73,7 +73,7 @@ Row = tuple[str, dict[str, Any]]  # where it stands, and its columns
 
 
 def load_pairs(source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False) -> list[Pair]:
-    """Training examples in a list; ``read_pairs`` has the arguments."""
+    """Read all training examples into a list; ``source``, ``texts``, ``negatives`` and errors are those of ``read_pairs``."""
     return list(read_pairs(source, texts=texts, negatives=negatives, progress=progress))
 
 

@@ -28,17 +28,17 @@ _SAME = 1e-9
 class Comparison:
     """One metric of a model against that of the first one, on the same queries."""
 
-    model: str
-    baseline: str
-    collection: str
-    metric: str
-    difference: float  # of the means
+    model: str  # the one compared
+    baseline: str  # the first model
+    collection: str  # its name
+    metric: str  # a name of ir-measures
+    difference: float  # of the means, model minus baseline
     interval: tuple[float, float]  # 95 %, bootstrap over queries
     p: float  # paired t-test, two-sided
     p_corrected: float  # Holm, over all comparisons made together
-    wins: int
-    ties: int
-    losses: int
+    wins: int  # queries on which the model is better
+    ties: int  # equal
+    losses: int  # worse
     changed: list[dict[str, Any]]  # the queries that changed most
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,12 +47,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What ``evaluate_all`` found."""
+    """The results of ``evaluate_all``."""
 
-    evaluations: list[Evaluation]
+    evaluations: list[Evaluation]  # collections in order, and within each the models
     comparisons: list[Comparison]  # each model against the first
     means: list[dict[str, Any]]  # over the sparse models, as seeds of one; over the collections of a model
-    curves: list[dict[str, Any]]
+    curves: list[dict[str, Any]]  # effectiveness against cost by pruning, for each sparse model and collection
 
     def to_dict(self) -> dict[str, Any]:
         """One evaluation by itself, or lists of all there is."""
@@ -81,6 +81,8 @@ def evaluate_all(
     Args:
         names: models and collections in any order, the last one a collection; see ``evaluate`` and
             ``load_collection`` for what both may be. ``"nanobeir"`` stands for thirteen collections.
+        metrics: names of ir-measures.
+        split, precision, max_length, cache: as in ``evaluate``.
         seeds: the sparse models are one model trained with several seeds: their mean and standard deviation.
         curves: effectiveness against cost by pruning; see ``curve``.
         output: a folder; with several evaluations one for each in it.

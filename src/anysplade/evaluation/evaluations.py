@@ -37,23 +37,23 @@ _QUANTILE = 0.95
 class Evaluation:
     """The effectiveness of a model on a collection, and its cost. In JSON each metric has its own name, beside the costs."""
 
-    model: str
-    collection: str
+    model: str  # as it was named
+    collection: str  # its name
     metrics: dict[str, float]  # mean over the judged queries, by name
     query_active_dims: float | None  # mean number of terms with a weight above 0; None for BM25 and for run files
-    document_active_dims: float | None
+    document_active_dims: float | None  # likewise
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
     cost: dict[str, Any] | None  # the other costs; see ``cost``
     precision: str | None  # of encoding; anything below float32 is an approximation; None for BM25 and for run files
-    queries: int
-    documents: int
+    queries: int  # judged ones
+    documents: int  # in the corpus
     cut: dict[str, Any] | None  # by role: how many texts are longer than max_length tokens, of which the model reads no more
     self_matches: int  # queries that are documents of the corpus too; such a document is left out of that query's ranking
     data_hash: str  # SHA-256 of the collection
     seconds: dict[str, float]  # by stage
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # versions, commit, hardware, command
     per_query: dict[str, dict[str, float]]  # value by metric and query id
-    run: Run
+    run: Run  # scores by query id and document id, the best first
     vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # (queries, vocabulary) and (documents, vocabulary), in order
     terms: list[str] | None  # the name of each column of the vectors
 
@@ -79,8 +79,9 @@ def evaluate(
 ) -> Evaluation:
     """Rank a collection's documents for each of its queries, and measure the rankings.
 
-    Scores are exact dot products; the document that comes first in the corpus wins ties, for every measure. A query that is
-    also a document, by id and text (ArguAna, Quora), does not get that document, as in BEIR.
+    Scores are exact dot products; the document that comes first in the corpus wins ties, for every measure. A query that
+    is also a document, by id and text (ArguAna, Quora), does not get that document, as in BEIR. FLOPS are those of arXiv
+    2004.05665: the expected products of a query and a document.
 
     Args:
         model: a sparse encoder or its folder or hub id, a masked LM (used without training), ``"bm25"``, or a TREC run file.

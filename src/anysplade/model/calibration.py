@@ -40,13 +40,13 @@ Verdict = Literal["collapses", "degrades", "trains"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """The affine map ``logits / k - shift`` for a head, and what it changes."""
+    """The affine map ``logits / k - shift`` for a head, and its effect on probe texts. Dividing by k is arXiv 2606.18811."""
 
-    k: float
-    shift: float
-    bias: BiasPolicy
-    before: ProbeReport | None
-    after: ProbeReport | None
+    k: float  # divides the logits
+    shift: float  # subtracted after that, in units of the divided logits
+    bias: BiasPolicy  # whether k divides the decoder's bias too
+    before: ProbeReport | None  # the raw head on the probe texts; None without probe texts
+    after: ProbeReport | None  # the calibrated head, likewise
     declined: tuple[float, float] | None = None  # the k and shift of a raw head like this one, where it is sparse already
 
     @property
@@ -84,10 +84,22 @@ def calibrate(
     bias: BiasPolicy = "scale",
     strength: int = 0,
 ) -> Calibration:
-    """The k and shift that a masked LM wants; the model is not changed.
+    """Choose k and shift for a masked LM from probe texts. The model is not changed.
 
-    Deterministic, and equivariant: logits ten times larger get a k ten times larger and the same shift.
-    Each unit of ``strength`` leaves a third as many token logits above zero, for heads that collapse.
+    The result is deterministic and equivariant: logits ten times larger get a k ten times larger and the same shift.
+
+    Args:
+        tokenizer: of the model.
+        queries: probe texts; everyday ones by default.
+        documents: likewise; document i answers query i.
+        k: a number, or "auto".
+        shift: likewise.
+        bias: whether k divides the decoder's bias too ("scale") or not ("keep").
+        strength: how often training collapsed before; each time leaves a third as many token logits above zero.
+
+    Raises:
+        ModelError: the logits are all alike or not finite.
+        OptionError: an impossible k or shift.
     """
     if k == "auto" or shift == "auto":
         chosen = choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias, strength)

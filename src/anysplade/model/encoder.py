@@ -125,9 +125,11 @@ def build_encoder(
 
 
 def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = None) -> SparseEncoder:
-    """A saved ``SparseEncoder`` of any kind, or a masked LM's raw SPLADE vectors; nothing is calibrated.
+    """Open a saved ``SparseEncoder`` of any kind, or a masked LM with SPLADE pooling as it is; nothing is calibrated.
 
     Args:
+        path: a folder or hub id.
+        fused: pool SPLADE models without building the (batch, length, vocabulary) logits; the vectors are the same.
         max_length: tokens a text is cut to, up to what the model has positions for; what was saved with it if None.
 
     Raises:

@@ -49,7 +49,9 @@ def encode(
     JSON can hold and no tokenizer takes, is encoded as U+FFFD.
 
     Args:
-        encoder: one of ``in_precision`` encodes in that precision.
+        encoder: any sparse encoder; a copy by ``in_precision`` encodes in that precision.
+        texts: without the prompt of their role, which the encoder adds.
+        role: the texts are queries or documents.
         ids: the texts' ids, to name one in an error; its number from 1 if None.
         top_k: keep only the so many largest weights of each text: an approximation.
         cache: a folder for these texts' vectors by this model: what lies in it is not encoded again, and what

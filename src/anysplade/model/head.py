@@ -282,19 +282,19 @@ class ProbeReport:
 
 @dataclass(frozen=True)
 class HeadReport:
-    """A masked LM's head: what it is and, if there was a tokenizer to probe it with, what it does."""
+    """The MLM head of a masked LM: its shape and norms, and with a tokenizer what it does to probe texts."""
 
-    model: str
-    architecture: str
-    vocabulary: int
-    width: int
-    tied: bool
-    bias: bool
-    frobenius_norm: float
-    mean_row_norm: float
-    max_row_norm: float
+    model: str  # as it was named
+    architecture: str  # class of transformers
+    vocabulary: int  # rows of the decoder
+    width: int  # columns of the decoder
+    tied: bool  # the decoder's weight is the input embeddings'
+    bias: bool  # the decoder has one
+    frobenius_norm: float  # of the decoder's weight
+    mean_row_norm: float  # L2, over the vocabulary
+    max_row_norm: float  # L2
     rescaled: dict[str, Any] | None  # what rescale_head recorded in the checkpoint
-    probe: ProbeReport | None
+    probe: ProbeReport | None  # None without a tokenizer
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -306,9 +306,13 @@ def inspect_head(
     queries: Sequence[str] = PROBE_QUERIES,
     documents: Sequence[str] = PROBE_DOCUMENTS,
 ) -> HeadReport:
-    """Measure the MLM head of a checkpoint or of a loaded masked LM.
+    """Measure the MLM head of a masked LM.
 
-    A loaded model is probed only if its tokenizer is given; otherwise ``probe`` is None.
+    Args:
+        model: a folder or hub id, or a loaded masked LM.
+        tokenizer: of a loaded model, which is probed only with it; otherwise ``probe`` is None.
+        queries: probe texts, by default everyday ones.
+        documents: likewise; document i answers query i.
 
     Raises:
         ModelError: not a masked LM, or no head.

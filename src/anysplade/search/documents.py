@@ -14,12 +14,12 @@ Value = str | int | bool
 
 
 class EncodedDocument(NamedTuple):
-    """A document with its vector: term ids rising, each once, weights finite and above 0."""
+    """A document with its sparse vector."""
 
-    id: str
-    content: Document
-    terms: np.ndarray  # (active dims,) int32
-    weights: np.ndarray  # (active dims,) float32
+    id: str  # unique in an index
+    content: Document  # title, text and metadata
+    terms: np.ndarray  # (active dims,) int32, rising and without duplicates
+    weights: np.ndarray  # (active dims,) float32, finite and above 0
 
 
 def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
@@ -86,28 +86,24 @@ def check_filter(filter: Filter | None) -> dict[str, list[Value]]:
 
 @dataclass(frozen=True)
 class TermMatch:
-    """A term that query and document share; ``product`` is its part of the score."""
+    """A term that a query and a document share."""
 
-    term: str
-    query_weight: float
-    document_weight: float
-    product: float
+    term: str  # its token, or ``[term:ID]``
+    query_weight: float  # in the vector of the query
+    document_weight: float  # in the vector of the document
+    product: float  # of the two weights: what the term adds to the score
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that was found.
+    """A document that a search returned."""
 
-    ``terms``, with explain: the largest product first. They sum to the score. Those of a server's hit are of its text encoded
-    again, and sum to the score up to the engine's rounding.
-    """
-
-    id: str
-    score: float
-    title: str
-    text: str
-    metadata: dict[str, Any] | None = None
-    terms: list[TermMatch] | None = None
+    id: str  # of the document
+    score: float  # dot product of the two vectors
+    title: str  # of the document; empty without one
+    text: str  # of the document
+    metadata: dict[str, Any] | None = None  # of the document
+    terms: list[TermMatch] | None = None  # with ``explain``: the largest product first; the products sum to the score
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -65,19 +65,22 @@ class Index:
         ray: bool = False,
         progress: bool = False,
     ) -> "Index":
-        """Encode a corpus and index it. Interrupted and called again with the same arguments, it goes on.
+        """Encode a corpus and index it. After an interruption, call it again with the same arguments: it continues.
 
-        Called again when the corpus changed, it adds, replaces and deletes what differs, and encodes nothing else; a
-        corpus that cannot be read to its end changes nothing. The model is referred to, not copied. An unfinished index
-        cannot be opened; one whose update was interrupted can, and has a part of the changes until the next call.
+        Called again after the corpus changed, it adds, replaces and deletes the documents that differ, and encodes no others.
+        A corpus that cannot be read to its end changes nothing. The index refers to the model and does not copy it. An
+        unfinished index cannot be opened; one whose update was interrupted can, with a part of the changes.
 
         Args:
-            corpus: what ``iter_corpus`` reads, or documents by id.
-            precision: of encoding; see ``anysplade.model.encoding.in_precision``. "auto" is that of the index if there is one.
-            max_length: tokens a text is cut to, queries too; see ``open_encoder``. How many documents are cut is logged.
-            top_k: keep only the so many largest weights of each document: an approximation, recorded.
+            model: a sparse encoder's folder or hub id.
+            corpus: a source of ``read_corpus``, or documents by id.
+            output: the folder of the index.
+            precision: of encoding; bfloat16 is an approximation. "auto" is the precision of the index if there is one, else
+                bfloat16 where the machine has bfloat16 products.
+            top_k: keep only the ``top_k`` largest weights of each document: an approximation, recorded.
+            max_length: tokens to which documents and queries are cut; see ``open_encoder``. The number of cut documents is logged.
             workers: processes that encode, each with the model.
-            ray: encode on a Ray cluster, ``workers`` actors at once.
+            ray: encode on a Ray cluster with ``workers`` actors instead.
 
         Raises:
             OutputError: the folder is not empty, or holds an index made in another way, or one that ``add`` or
@@ -213,11 +216,11 @@ class Index:
 
     @classmethod
     def load(cls, folder: str | Path, model: str | Path | None = None) -> "Index":
-        """Open an index.
+        """Open the index in a ``folder``.
 
         Args:
-            model: where the model lies that the index was built with, if not where it lay then, nor where it lay as
-                seen from the index.
+            model: the place of the model that the index was built with, if it moved; by default it is looked for in its old
+                place, and where it lay relative to the index.
 
         Raises:
             DataError: no index there, an unfinished one, a damaged one, or one of another format.
@@ -231,7 +234,7 @@ class Index:
         return cls(folder, about, model)
 
     def close(self) -> None:
-        """Let go of the engine, so that another process can have it."""
+        """Release the engine, so that another process can write to the index."""
         self.store.close()
 
     def __enter__(self) -> "Index":
@@ -272,7 +275,7 @@ class Index:
             self.store.put(batch, by_hand=True)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Remove documents; how many of them there were. ``build`` no longer updates the index from its corpus then.
+        """Remove the documents with these ``ids``, and return how many there were. ``build`` no longer updates the index then.
 
         Raises:
             OutputError: another process holds the index, or it is read-only.
@@ -280,7 +283,7 @@ class Index:
         return self.store.delete(ids, by_hand=True)
 
     def snapshot(self, folder: str | Path) -> None:
-        """A consistent copy, also while the index is written to; its engine is made when it is first opened.
+        """Copy the index to a new ``folder``, consistently even while it is written to. The engine is built at the first opening.
 
         Raises:
             OutputError: the folder is not empty.
@@ -295,10 +298,10 @@ class Index:
     def search(
         self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
     ) -> list[Hit]:
-        """The k best documents for a query: scores above 0, best first, ties in the order in which they were added.
+        """Find the ``k`` documents of the highest score above 0 for a ``query``; ties keep the order in which they were added.
 
         Args:
-            explain: with the terms that query and document share, whose products sum to the score.
+            explain: return the terms that query and document share; their products sum to the score.
             filter: metadata that hits must have: ``{"lang": "en"}``, or a list for any of several values.
             exact: search the vectors in memory, in float64, instead of the engine, in float32.
 
@@ -311,7 +314,12 @@ class Index:
     def search_vector(
         self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
     ) -> list[Hit]:
-        """``search`` for a query that was encoded before: one row, (1, vocabulary)."""
+        """``search`` with the ``vector`` of a query, (1, vocabulary), in place of its text; the other arguments are the same:
+        ``k``, ``explain``, ``filter``, ``exact``.
+
+        Raises:
+            OptionError: k is below 1.
+        """
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         found = self.store.search(vector.indices, vector.data, k, filter, exact)

@@ -69,7 +69,11 @@ class RemoteIndex:
         there, as do documents of others: how many is counted and warned of.
 
         Args:
-            precision: "auto" is that of the index if there is one.
+            model: a sparse encoder's folder or hub id.
+            corpus: a source of ``read_corpus``.
+            address: see ``open_engine``.
+            work: a folder for shards, which an interrupted call does not encode again.
+            precision, top_k, max_length, workers, ray: as in ``Index.build``.
 
         Raises:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
@@ -151,7 +155,8 @@ class RemoteIndex:
     def search(
         self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
     ) -> list[Hit]:
-        """As ``Index.search``; the terms of a hit are those of its text encoded again, as the index was built.
+        """Search as ``Index.search`` does, with the same arguments (``query``, ``k``, ``explain``, ``filter``). The terms of a hit
+        come from its text, encoded again as the index was built.
 
         They sum to the score up to what the engine rounds; see its class. In bfloat16 the sum also depends, in the second
         or third digit, on the texts that are encoded together.
@@ -179,5 +184,10 @@ class RemoteIndex:
 
 
 def open_index(place: str | Path, model: str | Path | None = None) -> Index | RemoteIndex:
-    """An index by its folder, or by its address on a server; ``model`` as ``Index.load`` has it."""
+    """Open an index at a ``place``: its folder, or its address on a server. ``model`` is as in ``Index.load``.
+
+    Raises:
+        DataError: no index there, or a damaged one.
+        OptionError: a malformed address.
+    """
     return RemoteIndex(str(place), model) if "://" in str(place) else Index.load(place, model)

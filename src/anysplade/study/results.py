@@ -224,11 +224,11 @@ def baseline(evaluation: Evaluation) -> Baseline:
 class StudyResult:
     """The content of ``study.json``: every study in the folder, and every cell's numbers with the commands that reproduce them."""
 
-    studies: dict[str, Annotated[Study, _WITHOUT_NONE]]
-    cells: dict[str, CellSummary]
-    bm25: dict[str, Baseline]
+    studies: dict[str, Annotated[Study, _WITHOUT_NONE]]  # by name
+    cells: dict[str, CellSummary]  # by hash
+    bm25: dict[str, Baseline]  # by collection
     failed: dict[str, str]  # messages of cells that failed, by hash
-    report: str
+    report: str  # path of report.html
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json``."""

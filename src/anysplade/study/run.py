@@ -56,6 +56,9 @@ _REHEARSED_TEXTS = 100
 def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
     """Run the missing cells of a study, and write one report on all studies in the folder.
 
+    Args:
+        config: the study, its backbones, data, collections and seeds.
+
     After an interruption call it again: finished cells are kept, and a training resumes from its last checkpoint.
 
     Raises:

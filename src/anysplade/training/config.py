@@ -40,6 +40,7 @@ class TrainingConfig:
         backbone: a masked LM's folder or hub id.
         data: training examples; a JSONL file, a BEIR folder, an ir_datasets id, a hub dataset (``id`` or
             ``id:config``) or ``python-docs``.
+        output: the run's folder.
         texts: where the ids in the data have their texts: a BEIR folder, an ir_datasets id or a hub dataset;
             None looks in the data's own place.
         negatives: hard negatives used of each example; all of them if None.

@@ -36,11 +36,11 @@ _BLOCK = 512  # queries whose result is written at once
 
 
 class Mined(NamedTuple):
-    """What ``mine`` and ``score`` leave, beside the JSONL, in ``OUT.json``."""
+    """The record that ``mine`` and ``score`` write beside the JSONL, to ``OUTPUT.json``."""
 
-    examples: int
-    left_out: int  # for want of enough negatives
-    about: dict[str, Any]
+    examples: int  # written
+    left_out: int  # examples with too few negatives
+    about: dict[str, Any]  # options, hash of the data, provenance
 
     def to_dict(self) -> dict[str, Any]:
         return {"examples": self.examples, "left_out": self.left_out} | self.about
@@ -137,7 +137,9 @@ def score(
         data: examples with negatives.
         output: a JSONL file.
         teacher: a cross-encoder's folder or hub id, which gives its raw logits; or ``"bm25"``.
-        max_length: tokens that a query with a document is cut to.
+        texts: where the texts of ids in the data are.
+        max_length: tokens to which a query with a document is cut.
+        batch_size: pairs of texts a forward pass of the teacher.
 
     Raises:
         ModelError: the teacher is no cross-encoder of one output, or gives NaN.

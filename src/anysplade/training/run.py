@@ -56,24 +56,24 @@ _DEV_METRIC = "eval_dev_nDCG@10"
 class TrainingResult:
     """What a finished run leaves; lies in ``training.json``."""
 
-    model: str
-    config: dict[str, Any]
-    calibration: dict[str, Any]
-    pairs: int
-    data_hash: str
-    processes: int
-    steps: int
+    model: str  # folder of the trained encoder
+    config: dict[str, Any]  # every option
+    calibration: dict[str, Any]  # a ``Calibration`` as JSON
+    pairs: int  # training examples
+    data_hash: str  # SHA-256 of the examples
+    processes: int  # that trained together
+    steps: int  # optimiser steps
     best_step: int | None  # whose model was kept, with a dev collection
     resumed_from: int  # the step that this process started at: 0 unless the run was interrupted
     seconds: float  # of training in this process
     query_active_dims: float  # of the finished model, over up to 200 training pairs
-    document_active_dims: float
+    document_active_dims: float  # likewise
     level_trim: float  # taken from the decoder's bias after the last step, to meet a target of active dims
     dev: dict[str, Any] | None  # the finished model on the dev collection: effectiveness and cost
     log: list[dict[str, float]]  # the trainer's own log: loss, its parts, learning rate
     monitoring: dict[str, Any]  # findings (what went wrong) and observations (what the batches' vectors were like)
     restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # versions, commit, hardware, command
     ranking_loss: dict[str, dict[str, float]] | None = None  # its mean over the first and the last tenth of the steps
 
     def to_dict(self) -> dict[str, Any]:

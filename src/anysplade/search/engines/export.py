@@ -34,6 +34,7 @@ def export_anserini(
 
     Args:
         tokens: (vocabulary,) by term id; None where a term has none.
+        quantization: weights are written as whole numbers, times this.
         folder: gets ``0000.jsonl`` and so on, of 100,000 documents each.
 
     Raises:
@@ -63,6 +64,7 @@ def export_ciff(
 
     Args:
         tokens: (vocabulary,) by term id; None where a term has none.
+        quantization: weights are written as whole numbers, times this.
 
     Raises:
         OutputError: ``path`` is a folder.
