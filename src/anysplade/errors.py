@@ -2,15 +2,15 @@
 
 AnyspladeError                 something failed; exit code 1 on the command line
 ├── CollapseError              a training run whose vectors became useless, and that was told to stop then
-└── UsageError (ValueError)    the caller can mend it; exit code 2
+└── UsageError (ValueError)    the caller can fix it; exit code 2
     ├── ModelError             the model is missing, is no masked LM, or has no usable head
-    ├── DataError              a file, line or column of the data is not as it must be
+    ├── DataError              the data is missing or malformed
     ├── OptionError            an option has an impossible value
     ├── MeasureError           a measure's name is not known
     ├── ExtraError (ImportError)  a library of an extra, such as anysplade[search], is not installed
-    └── OutputError            the output folder holds something else
+    └── OutputError            the output folder holds something else, or cannot be written
 
-Every message is one line: what is wrong, where, and how to mend it. None repeats a password or a token.
+Every message is one line: where, what is wrong, and how to fix it. No message repeats a password or a token.
 """
 
 import re

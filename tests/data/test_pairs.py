@@ -355,7 +355,7 @@ def test_duplicate_ids_are_one_line(backbone, folder, tmp_path, capsys):
         file.write('{"_id": "d1", "text": "again"}\n')
     write(folder / "pairs.jsonl", {"query_id": "q", "positive_id": "d1"})
     assert main(["train", backbone, str(folder), "--out", str(tmp_path / "run")]) == 2
-    assert "corpus.jsonl:4: the id 'd1' stands already in line 1" in capsys.readouterr().err
+    assert "corpus.jsonl:4: duplicate id 'd1', first in line 1" in capsys.readouterr().err
 
 
 def test_a_damaged_gzip_file(tmp_path):

@@ -586,7 +586,7 @@ def test_exports_refuse_what_cannot_stand_there(export, tmp_path):
     out = tmp_path / "out"
     good = encoded("a", [1], [1])
     for documents, message in (
-        ([good, good], "'a': stands twice"),
+        ([good, good], "'a': duplicate id"),
         ([encoded("", [1], [1])], "white space"),
         ([encoded("a b", [1], [1])], "white space"),
         ([encoded("a", [12], [1])], "vocabulary of 12"),

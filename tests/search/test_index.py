@@ -111,7 +111,7 @@ def test_mistakes(built, backbone, collection_folder, tmp_path):
     said = json.loads(about.read_text())
     for changed, message in (
         ({"format": 1}, "format 1, this version reads 3"),
-        ({"complete": False}, "was interrupted; run the same"),
+        ({"complete": False}, "an unfinished index; build it again"),
     ):
         about.write_text(json.dumps(said | changed))
         with pytest.raises(DataError, match=message):

@@ -1,6 +1,7 @@
 import copy
 import json
 import shlex
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_the_command_of_any_options_is_read_as_the_same_options(options, data):
     program, *tokens = shlex.split(command)
     _, bound, *_ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     assert program == "anysplade"
-    assert bound.arguments["options"] == TrainingConfig("a backbone", data, output="run", **options)
+    assert asdict(bound.arguments["options"]) == asdict(TrainingConfig("a backbone", data, output="run", **options))
 
 
 def test_every_option_has_a_command_that_is_tested():

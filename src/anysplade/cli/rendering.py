@@ -130,9 +130,9 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         title = escape(f"{drawn['model']} pruned" + (f", {drawn['collection']}" if several else ""))
         table = _table(title, *metrics, "query active dims", "document active dims", "FLOPS")
         for point in drawn["points"]:
-            kept = [f"{side}s to {point[f'{side}_top_k']}" for side in ("query", "document") if point[f"{side}_top_k"] is not None]
+            sides = {"queries": point["query_top_k"], "documents": point["document_top_k"]}
             dims = (f"{point[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops"))
-            label = " and ".join(kept).replace("querys", "queries") or "not pruned"
+            label = " and ".join(f"{side} to {k}" for side, k in sides.items() if k is not None) or "not pruned"
             table.add_row(label, *(f"{point[metric]:.3f}" for metric in metrics), *dims)
         parts += ["", table]
     return parts

@@ -97,6 +97,7 @@ def search(
         model: where the index's model lies, if it was moved.
     """
     from anysplade.cli import rendering as report
+    from anysplade.model.encoding import count_cut, log_cut
     from anysplade.search.remote import open_index
 
     wanted: dict[str, list[Any]] = {}
@@ -107,7 +108,10 @@ def search(
         with contextlib.suppress(ValueError):  # numbers and true are what they are in JSON; the rest is text
             value = jsonlib.loads(value)
         wanted.setdefault(name, []).append(value)
-    hits = open_index(index, model).search(query, k=k, explain=True, filter=wanted or None, exact=exact)
+    opened = open_index(index, model)
+    cut, limit = count_cut(opened.encoder, [query], "query")
+    log_cut(cut, 1, limit, "queries")
+    hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     return Result({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
 
 

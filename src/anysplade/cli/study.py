@@ -25,7 +25,7 @@ def study(
     workers: int | None = None,
     json: Json = False,
 ) -> Result:
-    """Run the paper's experiments with their controls and error bars; interrupted and started again, it goes on.
+    """Run the paper's experiments with their controls and error bars; after an interruption, the same command continues.
 
     Args:
         name: norm, tradeoff, dynamics, sensitivity, controls or main; all for all six.

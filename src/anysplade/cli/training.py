@@ -25,7 +25,7 @@ def train(
     config: Annotated[Path | None, Parameter(name="--config")] = None,
     json: Json = False,
 ) -> Result:
-    """Train a SPLADE encoder; interrupted and started again, it goes on from its last checkpoint.
+    """Train a SPLADE encoder; after an interruption, the same command continues from the last checkpoint.
 
     Args:
         config: a YAML or TOML file with options by their names in Python; flags win over it.
@@ -51,7 +51,7 @@ def mine(
     margin: float = 0.05,
     json: Json = False,
 ) -> Result:
-    """Find hard negatives for training examples; interrupted and started again, it goes on.
+    """Find hard negatives for training examples; after an interruption, the same command continues.
 
     Args:
         data: training examples, in any form that train takes.
@@ -81,7 +81,7 @@ def mine(
 
 @command
 def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512, json: Json = False) -> Result:
-    """Have a teacher score examples with negatives, for distillation; interrupted and started again, it goes on.
+    """Have a teacher score examples with negatives, for distillation; after an interruption, the same command continues.
 
     Args:
         data: training examples with negatives.

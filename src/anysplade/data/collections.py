@@ -111,10 +111,10 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
 
     Only queries with a judgement are kept, as BEIR does; how many were left out is logged. In a BEIR folder every
     judged id must be known. Elsewhere judgements of documents that the corpus lacks stay, as trec_eval has it
-    (nobody can find them), and those of unknown queries are left out; both are warned of.
+    (no run can find them), and those of unknown queries are left out; both are warned of.
 
     Raises:
-        DataError: a part is missing, a line is malformed, an id stands twice, or nothing that was judged is there.
+        DataError: a part is missing, a line is malformed, an id is a duplicate, or nothing that was judged is there.
     """
     found = resolve(source, "collection", split)
     if found.kind == "python-docs":
@@ -178,7 +178,7 @@ def empty_corpus(source: object) -> DataError:
 
 def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> Iterator[tuple[str, Document]]:
     """Ids and documents one after the other: of a file (JSONL, CSV, TSV or Parquet) or of whatever holds a collection, as
-    ``load_collection`` has it. Of what was read only the ids stay in memory, to find one that stands twice.
+    ``load_collection`` has it. Only the ids stay in memory, to find duplicates.
 
     Raises:
         DataError: no such file, or a malformed row, which is named.
@@ -227,27 +227,27 @@ def _by_id(numbered: Iterable[Row], source: object, texts: Sequence[str]) -> Ite
         texts: names that the column of texts may have.
 
     Raises:
-        DataError: a row without id or text, or an id that stands twice.
+        DataError: a row without id or text, or a duplicate id.
     """
     seen: dict[str, int] = {}
     for number, row in numbered:
         place = f"{source}:{number}"
         found = next((row[name] for name in ID_NAMES if row.get(name) is not None), None)
         if not isinstance(found, str | int) or isinstance(found, bool) or found == "":
-            said = "" if found is None else f" (found: {json.dumps(found, default=str)[:40]}, no text and no whole number)"
+            said = "" if found is None else f" (found: {json.dumps(found, default=str)[:40]}, neither a text nor a whole number)"
             raise DataError(f'{place}: no "_id"; each row needs _id and text{said}')
         id_ = str(found)
         if id_ in seen:
-            raise DataError(f"{place}: the id {id_[:80]!r} stands already in line {seen[id_]}; ids must be unique")
+            raise DataError(f"{place}: duplicate id {id_[:80]!r}, first in line {seen[id_]}; ids must be unique")
         seen[id_] = number
         name = next((name for name in texts if name in row), "text")
         text, title, metadata = row.get(name), row.get("title"), row.get("metadata") or None
         if not isinstance(text, str):
-            raise DataError(f'{place}: "{name}" is missing or no text (the line has {", ".join(row) or "nothing"})')
+            raise DataError(f'{place}: "{name}" is missing or not a text (the line has {", ".join(row) or "nothing"})')
         if not isinstance(title, str | None):
-            raise DataError(f'{place}: "title" is {json.dumps(title, default=str)[:40]}, no text; give a text or leave it away')
+            raise DataError(f'{place}: "title" is {json.dumps(title, default=str)[:40]}, not a text; give a text or leave it out')
         if not isinstance(metadata, dict | None):
-            raise DataError(f'{place}: "metadata" is no object; give names and values')
+            raise DataError(f'{place}: "metadata" is not an object; give names and values')
         yield id_, Document(title or "", text, metadata)
 
 

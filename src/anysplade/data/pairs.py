@@ -42,7 +42,17 @@ from anysplade.data.collections import (
     read_corpus,
     read_queries,
 )
-from anysplade.data.sources import CORPUS_FILES, Place, Source, find_file, hub_dataset, one_line, resolve, rows, whole_characters
+from anysplade.data.sources import (
+    CORPUS_FILES,
+    Place,
+    Source,
+    as_data_error,
+    find_file,
+    hub_dataset,
+    resolve,
+    rows,
+    whole_characters,
+)
 from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -508,7 +518,7 @@ def _file_rows(path: Place) -> Iterator[Row]:
 
 
 def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    with one_line(source):
+    with as_data_error(source):
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
 

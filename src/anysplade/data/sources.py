@@ -90,7 +90,7 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
 def _parquet_rows(path: Place) -> Iterator[Row]:
     if not isinstance(path, Path):
         raise DataError(f"{path}: Parquet in a zip archive cannot be read; unpack the archive")
-    with one_line(path):
+    with as_data_error(path):
         yield from enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1)
 
 
@@ -318,7 +318,7 @@ def hub_dataset(name: str, config: str | None, split: str | None = "train", stre
     Raises:
         DataError: whatever the datasets library has against it.
     """
-    with one_line(f"{name}:{config}" if config else name):
+    with as_data_error(f"{name}:{config}" if config else name):
         cache = _folder_cache(Path(name)) if Path(name).is_dir() else None
         return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache)
 
@@ -334,8 +334,8 @@ def _folder_cache(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def one_line(source: str | Path) -> Iterator[None]:
-    """What the datasets library raises, of any kind, as one line that names the source."""
+def as_data_error(source: str | Path) -> Iterator[None]:
+    """Raise any error of the datasets library as a DataError of one line that names the source."""
     try:
         yield
     except (DataError, GeneratorExit, KeyboardInterrupt):

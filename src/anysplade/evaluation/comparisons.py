@@ -82,13 +82,12 @@ def evaluate_all(
         names: models and collections in any order, the last one a collection; see ``evaluate`` and
             ``load_collection`` for what both may be. ``"nanobeir"`` stands for thirteen collections.
         metrics: names of ir-measures.
-        split, precision, max_length, cache: as in ``evaluate``.
         seeds: the sparse models are one model trained with several seeds: their mean and standard deviation.
         curves: effectiveness against cost by pruning; see ``curve``.
         output: a folder; with several evaluations one for each in it.
 
-    A collection named twice is evaluated once. Collections of the same name are told apart by as much of their paths as
-    it takes.
+    ``split``, ``precision``, ``max_length`` and ``cache`` are as in ``evaluate``. A collection named twice is evaluated
+    once. Collections of the same name are told apart by as much of their paths as it takes.
 
     Raises:
         OptionError: no model or no collection among the names.

@@ -432,6 +432,8 @@ def _not_fused(reason: str) -> bool:
 
 def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """The transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width)."""
+    # For this call the decoder returns its input, so that the model returns hidden states and no logits are built. It is
+    # swapped for each call, because between calls the model must be stock: others may save it or read its logits.
     decoder.__dict__["forward"] = _identity
     try:
         return type(transformer).forward(transformer, features, **kwargs)
@@ -460,7 +462,7 @@ def _identity(hidden: Tensor) -> Tensor:
 def name_terms(tokens: Sequence[str | None]) -> list[str]:
     """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
 
-    ``[term:ID]`` stands for a term without a token, and for a token that is empty, holds white space, stands twice or is
+    ``[term:ID]`` names a term without a token, and one whose token is empty, holds white space, is a duplicate or is
     no UTF-8, which files and JSON objects would lose or merge with another.
 
     Raises:

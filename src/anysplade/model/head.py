@@ -146,7 +146,7 @@ def check_masked_lm(source: str) -> None:
 
 
 def check_weights(model_class: Any, source: str, folder: str = "", head: str = "MLM head") -> None:
-    """Refuse a checkpoint that lacks weights: transformers fills them with random numbers, new at every load, and goes on.
+    """Refuse a checkpoint that lacks weights: transformers would fill them with random numbers, new at every load, and only warn.
 
     Args:
         model_class: of transformers.
@@ -384,6 +384,7 @@ def measure_logits(
             mask = padded["attention_mask"].bool()
             rows[batch] = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1).cpu().numpy()
             flat = logits[mask]
+            # Every stride-th logit of the whole stream, across batches: the same sample whatever the batch size.
             sampled.append(flat[(-seen) % stride :: stride].cpu().numpy())
             seen += len(flat)
         pooled.append(rows)

@@ -37,12 +37,12 @@ def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: 
     if not len(terms):
         return terms.astype(np.int32), weights.astype(np.float32)
     if terms.dtype.kind not in "iu" or terms[0] < 0 or not (terms[1:] > terms[:-1]).all():
-        raise DataError(f"{said}: its terms must be int32, 0 or more, rising and each once; sort them and add up what stands twice")
+        raise DataError(f"{said}: its terms must be int32, 0 or more, rising and each once; sort them and add up duplicates")
     if terms[-1] >= vocabulary:
         raise DataError(f"{said}: a term id outside of the vocabulary of {vocabulary:,}; the vector is of another model")
     with np.errstate(over="ignore"):
         weights = weights.astype(np.float32, copy=False)
-    if not (weights.min() > 0 and weights.max() < np.inf):  # NaN is neither
+    if not (weights.min() > 0 and weights.max() < np.inf):  # false for NaN
         raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
     return terms.astype(np.int32, copy=False), weights
 

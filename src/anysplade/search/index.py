@@ -230,7 +230,7 @@ class Index:
         if about.get("format") != FORMAT:
             raise DataError(f"{folder}: an index of format {about.get('format')}, this version reads {FORMAT}; build it again")
         if not about["complete"]:
-            raise DataError(f"{folder}: an index whose making was interrupted; run the same index command again, it goes on")
+            raise DataError(f"{folder}: an unfinished index; build it again in the same way, and it continues")
         return cls(folder, about, model)
 
     def close(self) -> None:

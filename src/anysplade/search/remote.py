@@ -63,17 +63,17 @@ class RemoteIndex:
         ray: bool = False,
         progress: bool = False,
     ) -> "RemoteIndex":
-        """Encode a corpus into shards under ``work`` and send them; interrupted and called again, it goes on.
+        """Encode a corpus into shards under ``work`` and send them. After an interruption, call it again: it continues.
 
         What the server has already, in the same version, is not sent again. What is no longer in the corpus stays
-        there, as do documents of others: how many is counted and warned of.
+        there, as do documents of others: their number is logged as a warning. ``precision``, ``top_k``, ``max_length``,
+        ``workers`` and ``ray`` are as in ``Index.build``.
 
         Args:
             model: a sparse encoder's folder or hub id.
             corpus: a source of ``read_corpus``.
             address: see ``open_engine``.
             work: a folder for shards, which an interrupted call does not encode again.
-            precision, top_k, max_length, workers, ray: as in ``Index.build``.
 
         Raises:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.

@@ -52,7 +52,7 @@ class Size:
     postings_per_query: float  # FLOPS times documents
     index_bytes: float  # postings and their table
     text_bytes: float  # texts and ids
-    disk_bytes: float  # of an index here: postings, the engine's and the truth's copy of the vectors, texts and ids
+    disk_bytes: float  # of an index here: postings, the copies of the vectors in the engine and the database, texts and ids
     seconds_per_query: float  # on one core
     qps_per_core: float
     cores: int  # for the wanted QPS
@@ -168,7 +168,7 @@ def _sample(corpus: str | Path | None, sample: int, seed: int) -> tuple[list[str
         try:
             collection = load_collection(corpus)
         except DataError as error:  # a corpus alone, or a collection with a mistake in it
-            logger.warning("no queries of its own, so everyday ones are taken: %s", error)
+            logger.warning("no queries in it, so everyday ones are used: %s", error)
     documents = read_corpus(corpus) if collection is None else collection.corpus
     ids = generator.sample(list(documents), min(sample, len(documents)))
     questions = list(PROBE_QUERIES) if collection is None else list(collection.queries.values())

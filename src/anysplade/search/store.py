@@ -1,9 +1,9 @@
 """Documents with their vectors on disk: added, changed, searched, and safe from crashes.
 
-``documents.sqlite`` is the truth: ids, texts, metadata and vectors, changed in transactions. ``engine`` is a
-Qdrant Edge shard of the same vectors, which does the searching; what a crash left undone there is noted in the truth
-and done when the store is opened next. One process at a time holds the engine; others search the truth exactly,
-and slower. So does a process that may not write there.
+``documents.sqlite`` is the source of truth: ids, texts, metadata and vectors, changed in transactions. ``engine`` is a
+Qdrant Edge shard of the same vectors, which searches them. The database records which changes the engine may lack after a
+crash; they are applied when the store is opened next. One process at a time holds the engine. Others, and a process that
+may not write there, search the database exactly, which is slower.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ CREATE TABLE contents (
     position INTEGER PRIMARY KEY, title NOT NULL, text NOT NULL, metadata TEXT, terms BLOB NOT NULL, weights BLOB NOT NULL
 );
 CREATE VIEW documents AS SELECT position, id, title, text, metadata, terms, weights FROM ids JOIN contents USING (position);
-CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- in the truth, and perhaps not yet in the engine
+CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- in the database, and possibly not yet in the engine
 CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- not used any more; earlier versions look for it
 """
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
@@ -67,7 +67,7 @@ class Store:
         self.vocabulary = vocabulary
         self.read_only = False
         self._lock = threading.RLock()
-        self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # the truth's version, postings, positions
+        self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # the database's version, postings, positions
         self._engine: Any = None
         self._unsafe = 0  # changes that the engine has, perhaps not on disk
         self._claim = FileLock(folder / "lock", timeout=0)
@@ -77,7 +77,7 @@ class Store:
             self._open_engine()
 
     def _connect(self) -> None:
-        """Open the truth: to write; else to read; else without the files that SQLite makes beside it even to read."""
+        """Open the database to write, or else to read, or else without the files that SQLite creates even for reading."""
         path = (self.folder / "documents.sqlite").absolute()
         for mode in ("mode=rw", "mode=ro", "mode=ro&immutable=1"):
             frozen = "immutable" in mode
@@ -88,13 +88,13 @@ class Store:
                         "open it once where it can be written"
                     )
                 stamp = self._files() if frozen else None
-                truth = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, check_same_thread=False, isolation_level=None)
+                database = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, check_same_thread=False, isolation_level=None)
                 if mode == "mode=rw":
-                    truth.execute("PRAGMA journal_mode = WAL")
-                    truth.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
-                    truth.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
-                truth.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
-                truth.execute("SELECT count(*) FROM changed")
+                    database.execute("PRAGMA journal_mode = WAL")
+                    database.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
+                    database.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
+                database.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
+                database.execute("SELECT count(*) FROM changed")
             except FileNotFoundError as error:
                 raise DataError(f"{self.folder}: the index is damaged (documents.sqlite is missing); build it again") from error
             except (OSError, sqlite3.Error) as error:
@@ -105,8 +105,8 @@ class Store:
                         f"{self.folder}: cannot be read here (documents.sqlite: {error}); allow it, or copy it"
                     ) from error
             else:
-                self._truth, self._stamp = truth, stamp
-                # For passes over all documents: they see one state, and nobody on the other connection waits for them.
+                self._database, self._stamp = database, stamp
+                # For passes over all documents: they see one state, and the other connection does not wait for them.
                 reading = mode.replace("rw", "ro")
                 self._passes = sqlite3.connect(f"{path.as_uri()}?{reading}", uri=True, check_same_thread=False)
                 if mode != "mode=rw":
@@ -134,19 +134,19 @@ class Store:
         for path in folder.glob("documents.sqlite*"):
             path.unlink()
         shutil.rmtree(folder / "engine", ignore_errors=True)
-        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as truth:
-            truth.executescript(_SCHEMA)
+        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as database:
+            database.executescript(_SCHEMA)
 
     def close(self) -> None:
-        """Let go of the engine, so that another process can have it."""
+        """Release the engine, so that another process can open it."""
         with self._lock:
             if self._engine is not None:
                 try:
                     self._flush()
-                except Exception as error:  # nothing is lost: the truth keeps note, and the next opening makes up for it
+                except Exception as error:  # nothing is lost: the database records it, and the next opening repairs it
                     logger.warning("%s: the engine was not closed in order: %s", self.folder, str(error).splitlines()[0])
                 self._close_engine()
-            self._truth.close()
+            self._database.close()
             self._passes.close()
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ class Store:
         return bool(self._one("PRAGMA user_version"))
 
     def _one(self, query: str) -> Any:
-        return self._truth.execute(query).fetchone()[0]
+        return self._database.execute(query).fetchone()[0]
 
     # -------------------------------------------------------------------------------------- change
 
@@ -196,7 +196,7 @@ class Store:
         """
         with self._writing(by_hand) as (cursor, rows):
             for id_ in ids:
-                row = cursor.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_sound(id_),)).fetchone()
+                row = cursor.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
                 if row is not None:
                     cursor.execute("DELETE FROM contents WHERE position = ?", row)
                     rows.append((row[0], None, None, None))
@@ -213,14 +213,14 @@ class Store:
                 raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
 
     def rebuild(self) -> None:
-        """Make the engine anew from the truth.
+        """Rebuild the engine from the database.
 
         Raises:
             OutputError: another process holds the store, or it is read-only.
             AnyspladeError: the disk is full.
         """
         with self._lock, self._writing():  # which refuses where another process holds it
-            self._truth.execute(_ALL_CHANGED)
+            self._database.execute(_ALL_CHANGED)
         with self._lock, _explained(self.folder):
             self._engine.close()
             self._engine = None
@@ -229,7 +229,7 @@ class Store:
         self.optimize()
 
     def optimize(self) -> None:
-        """Have the engine arrange what was added; searching is faster afterwards, and the same."""
+        """Let the engine reorganize what was added: searches are faster afterwards, with the same results."""
         with self._lock, _explained(self.folder):
             if self._engine is not None:
                 engine = sum(path.stat().st_size for path in (self.folder / "engine").rglob("*"))
@@ -248,7 +248,7 @@ class Store:
         make_folder(folder)
         try:
             with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as copy, self._lock, _explained(folder):
-                self._truth.backup(copy)
+                self._database.backup(copy)
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -260,10 +260,10 @@ class Store:
 
         Args:
             terms, weights: the query's vector, (active dims,) each.
-            exact: from the truth in float64, instead of the engine's float32.
+            exact: from the database in float64, instead of the engine's float32.
 
         Raises:
-            DataError: a vector that is none; see ``check_vector``.
+            DataError: an invalid vector; see ``check_vector``.
         """
         terms, weights = check_vector("the query", terms, weights, self.vocabulary)
         conditions = check_filter(wanted)
@@ -279,12 +279,12 @@ class Store:
 
     def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: dict[str, list[Value]]) -> Found:
         if self._stamp is not None and self._stamp != self._files():
-            self._truth.close()
+            self._database.close()
             self._connect()
-        version = (int(self._one("PRAGMA data_version")), self._truth.total_changes, self._stamp)
+        version = (int(self._one("PRAGMA data_version")), self._database.total_changes, self._stamp)
         exact = self._exact
         if exact is None or exact[0] != version:
-            rows = self._truth.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
+            rows = self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
             indptr = np.concatenate([[0], np.cumsum([len(row[1]) // 4 for row in rows])]).astype(np.int64)
             columns = np.frombuffer(b"".join(row[1] for row in rows), np.int32)
             data = np.frombuffer(b"".join(row[2] for row in rows), np.float32)
@@ -296,7 +296,7 @@ class Store:
         found, scores = postings.top(terms, weights, postings.count if wanted else k)
         hits = [(int(positions[d]), float(s)) for d, s in zip(found, scores, strict=True)]
         if wanted:
-            tagged = self._truth.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
+            tagged = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
             allowed = {position for position, metadata in tagged if _has(json.loads(metadata), wanted)}
             hits = [hit for hit in hits if hit[0] in allowed]
         return hits[:k]
@@ -307,28 +307,28 @@ class Store:
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
-            held = {row[0]: row[1:] for row in _among(self._truth, query, [_sound(id_) for id_, _ in batch])}
+            held = {row[0]: row[1:] for row in _among(self._database, query, [_to_sqlite(id_) for id_, _ in batch])}
             for id_, document in batch:
-                position, *content = held.get(_sound(id_), (None,))
+                position, *content = held.get(_to_sqlite(id_), (None,))
                 yield id_, document, position, tuple(content) == _stored(document)
 
     def positions(self) -> np.ndarray:
         """Of all documents, rising."""
-        return np.fromiter((row[0] for row in self._truth.execute("SELECT position FROM ids ORDER BY position")), np.int64)
+        return np.fromiter((row[0] for row in self._database.execute("SELECT position FROM ids ORDER BY position")), np.int64)
 
     def ids(self, positions: Sequence[int]) -> list[str]:
         """Ids by position, in the order asked for."""
-        rows = dict(_among(self._truth, "SELECT position, id FROM ids WHERE position", positions))
-        return [_restored(rows[position]) for position in positions]
+        rows = dict(_among(self._database, "SELECT position, id FROM ids WHERE position", positions))
+        return [_from_sqlite(rows[position]) for position in positions]
 
     def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
         """Documents by position, in the order asked for."""
-        rows = {row[0]: row[1:] for row in _among(self._truth, "SELECT * FROM documents WHERE position", positions)}
+        rows = {row[0]: row[1:] for row in _among(self._database, "SELECT * FROM documents WHERE position", positions)}
         return [_encoded(*rows[position]) for position in positions]
 
     def find(self, id_: str) -> EncodedDocument | None:
         """A document by its id."""
-        row = self._truth.execute("SELECT * FROM documents WHERE id = ?", (_sound(id_),)).fetchone()
+        row = self._database.execute("SELECT * FROM documents WHERE id = ?", (_to_sqlite(id_),)).fetchone()
         return None if row is None else _encoded(*row[1:])
 
     def items(self) -> Iterator[tuple[int, EncodedDocument]]:
@@ -340,15 +340,15 @@ class Store:
         """Every document, in the order in which they were added."""
         return (document for _, document in self.items())
 
-    # ---------------------------------------------------------------------------- truth and engine
+    # ---------------------------------------------------------------------------- database and engine
 
     @contextlib.contextmanager
     def _writing(self, by_hand: bool = False) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
-        """A change of the truth, in one transaction, and then of the engine: the rows that are put into the list."""
+        """Change the database in one transaction, and then the engine: it gets the rows that are put into the list."""
         with self._lock, _explained(self.folder):
             self.require_writable()
             self._require_room(_ROOM)
-            cursor = self._truth.cursor()
+            cursor = self._database.cursor()
             cursor.execute("BEGIN IMMEDIATE")
             rows: list[_Row] = []
             try:
@@ -363,9 +363,9 @@ class Store:
                 if self._unsafe >= _FLUSH:
                     self._flush()
             except BaseException:  # an interruption too, and the engine's panics
-                if self._truth.in_transaction:
+                if self._database.in_transaction:
                     cursor.execute("ROLLBACK")
-                else:  # it may lack some of what the truth notes; the next writing opens it anew, and that brings it up to date
+                else:  # it may lack recorded changes; the next write opens it again, which applies them
                     self._close_engine()
                 raise
 
@@ -382,11 +382,11 @@ class Store:
                 try:
                     self._engine = edge.EdgeShard.load(str(place))
                 except Exception as error:
-                    # It is made from the truth, so that nothing is lost.
+                    # The database has everything, so nothing is lost.
                     shutil.rmtree(place)
                     logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
             if self._engine is None:
-                self._truth.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that looks complete
+                self._database.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that looks complete
                 place.mkdir(exist_ok=True)
                 parameters = {_VECTOR: edge.EdgeSparseVectorParams()}
                 self._engine = edge.EdgeShard.create(str(place), edge.EdgeConfig(sparse_vectors=parameters))
@@ -416,11 +416,11 @@ class Store:
             self._claim.release()
 
     def _catch_up(self) -> None:
-        """Bring into the engine what the truth notes as changed: what a crash left undone, or all of a new engine."""
+        """Apply to the engine the changes recorded in the database: those lost in a crash, or everything for a new engine."""
         query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)
                    WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
         last = -1
-        while rows := self._truth.execute(query, (last, BATCH)).fetchall():
+        while rows := self._database.execute(query, (last, BATCH)).fetchall():
             self._require_room(_ROOM)
             self._apply([(row[0], row[1], _array(row[2], np.int32), _array(row[3], np.float32)) for row in rows])
             last = rows[-1][0]
@@ -444,30 +444,30 @@ class Store:
             self._engine.update(edge.UpdateOperation.upsert_points(points))
 
     def _flush(self) -> None:
-        """Have the engine on disk, with all that is noted; until then the truth keeps note of what it may lack."""
+        """Flush the engine to disk; until then the database records what the engine may lack."""
         self._engine.flush()
-        self._truth.execute("DELETE FROM changed")
+        self._database.execute("DELETE FROM changed")
         self._unsafe = 0
 
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """What SQLite and the engine have against the disk, in one line."""
+    """Raise errors of SQLite and of the engine as errors of one line."""
     try:
         yield
     except Exception as error:
         if _is_refusal(error):
             raise _read_only(folder) from error
         if isinstance(error, sqlite3.Error) or type(error) is Exception:  # the engine's have no class of their own
-            said = str(error).splitlines()[0]
+            message = str(error).splitlines()[0]
             raise AnyspladeError(
-                f"{folder}: cannot be written ({said}); nothing that was there is lost: mend that (a full disk?), then try again"
+                f"{folder}: cannot be written ({message}); no earlier content is lost: fix the cause (a full disk?), then try again"
             ) from error
         raise
 
 
 def _is_refusal(error: BaseException, *codes: int) -> bool:
-    """Whether the system does not let this process write, or read; nothing is damaged then.
+    """Whether the system refuses this process to write or read, and nothing is damaged.
 
     Args:
         codes: of SQLite, that mean so here too.
@@ -485,16 +485,16 @@ def _read_only(folder: Path) -> OutputError:
 # ------------------------------------------------------------------------------------------- rows
 
 
-def _among(truth: sqlite3.Connection | sqlite3.Cursor, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+def _among(database: sqlite3.Connection | sqlite3.Cursor, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     """Rows of a query that ends in the name of a column, whose value is to be one of these."""
     for start in range(0, len(values), BATCH):  # SQLite takes so many marks and no more
         part = values[start : start + BATCH]
-        yield from truth.execute(f"{query} IN ({','.join('?' * len(part))})", part)
+        yield from database.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
 
 def _put(cursor: sqlite3.Cursor, documents: Sequence[EncodedDocument]) -> list[_Row]:
-    """Into the truth; what the engine takes of them."""
-    latest = {_sound(document.id): document for document in documents}  # of a document that comes twice, the last
+    """Write to the database, and return the rows for the engine."""
+    latest = {_to_sqlite(document.id): document for document in documents}  # the last of duplicates
     known = {id_: position for position, id_ in _among(cursor, "SELECT position, id FROM ids WHERE id", list(latest))}
     new = [id_ for id_ in latest if id_ not in known]
     (last,) = cursor.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()  # the highest ever given
@@ -514,7 +514,7 @@ def _put(cursor: sqlite3.Cursor, documents: Sequence[EncodedDocument]) -> list[_
 def _stored(document: Document) -> tuple[str | bytes, str | bytes, str | None]:
     """Title, text and metadata as SQLite has them."""
     metadata = None if document.metadata is None else json.dumps(document.metadata)
-    return _sound(document.title), _sound(document.text), metadata
+    return _to_sqlite(document.title), _to_sqlite(document.text), metadata
 
 
 def _array(stored: bytes | None, kind: type[np.generic]) -> np.ndarray | None:
@@ -522,11 +522,11 @@ def _array(stored: bytes | None, kind: type[np.generic]) -> np.ndarray | None:
 
 
 def _encoded(id_: Any, title: Any, text: Any, metadata: str | None, terms: bytes, weights: bytes) -> EncodedDocument:
-    content = Document(_restored(title), _restored(text), None if metadata is None else json.loads(metadata))
-    return EncodedDocument(_restored(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
+    content = Document(_from_sqlite(title), _from_sqlite(text), None if metadata is None else json.loads(metadata))
+    return EncodedDocument(_from_sqlite(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
 
 
-def _sound(text: str) -> str | bytes:
+def _to_sqlite(text: str) -> str | bytes:
     """Text for SQLite, which is UTF-8: a lone surrogate, which JSON can hold, goes in as bytes."""
     try:
         text.encode()
@@ -535,7 +535,7 @@ def _sound(text: str) -> str | bytes:
     return text
 
 
-def _restored(value: str | bytes) -> str:
+def _from_sqlite(value: str | bytes) -> str:
     return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
@@ -564,7 +564,7 @@ def _matched(value: Any) -> Any:
     odd_number = isinstance(value, int | float) and not -(2**63) <= value < 2**63  # NaN too
     if isinstance(value, bool) or odd_number:
         return f"\0{value}"
-    if isinstance(value, str) and isinstance(_sound(value), bytes):
+    if isinstance(value, str) and isinstance(_to_sqlite(value), bytes):
         return f"\0{value.encode('utf-8', 'surrogatepass').hex()}"
     return value
 

@@ -54,20 +54,20 @@ def check_batch_size(dataset: datasets.Dataset, batch_size: int, processes: int,
     if found == batch_size:
         return
     works = found - found % processes
-    mends = [f"`batch_size={works}`"] if works >= 2 else []
+    fixes = [f"`batch_size={works}`"] if works >= 2 else []
     alone = fill(pair)
     alone -= alone % processes
     if alone > max(works, 1):  # it is the negatives that repeat
-        mends.append("`negatives=0`" + ("" if alone == batch_size else f" `batch_size={alone}`"))
-    if not mends:
-        mends = ["examples with other documents"]
+        fixes.append("`negatives=0`" + ("" if alone == batch_size else f" `batch_size={alone}`"))
+    if not fixes:
+        fixes = ["examples with other documents"]
     common, documents = "", ""
     if contrastive:
         different = len({hash(text) for part in dataset.select_columns(["positive"]).iter(1000) for text in part["positive"]})
         common, documents = " without a text in common", f" with {different:,} distinct positives"
     raise OptionError(
         f"{source}: a batch needs {batch_size} examples{common}, and {len(dataset):,} examples{documents} give {found}; "
-        f"use {' or '.join(mends)}"
+        f"use {' or '.join(fixes)}"
     )
 
 

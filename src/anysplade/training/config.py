@@ -18,7 +18,7 @@ def parse_objective(objective: str) -> dict[str, float]:
     """Weights by name: ``"kl + 0.05*margin-mse"`` is ``{"kl": 1.0, "margin-mse": 0.05}``.
 
     Raises:
-        OptionError: an unknown objective, or one that stands twice.
+        OptionError: an unknown or duplicate objective.
     """
     weights: dict[str, float] = {}
     for part in objective.replace(" ", "").split("+"):

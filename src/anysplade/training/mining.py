@@ -1,7 +1,7 @@
 """Hard negatives for training examples, and a teacher's scores for them.
 
 Both write the JSONL that training reads. They work in blocks beside the output: killed and started again
-they go on after the last whole block, and a finished output is not made twice.
+they continue after the last whole block, and a finished output is not made twice.
 """
 
 import functools
@@ -61,7 +61,7 @@ def mine(
     """Find hard negatives: documents that a retriever ranks high and that are no positive of the query.
 
     A document that scores above ``1 - margin`` times the query's positive is left out: it is likely an answer
-    that nobody marked (positive-aware mining, arXiv 2407.15831). An example for which too few are found
+    that was not marked (positive-aware mining, arXiv 2407.15831). An example for which too few are found
     is left out, and counted.
 
     Args:

@@ -93,13 +93,13 @@ Name = Literal["constant vectors", "all zero", "all dense", "divergence", "dead 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a run: since when, what shows it, and what mends it."""
+    """A problem of a run: the step at which it appeared, the evidence, and a fix (``mend``)."""
 
     name: Name
     step: int
     evidence: str
     mend: str
-    collapse: bool  # whether the run is lost; otherwise it goes on, worse than it could
+    collapse: bool  # whether the run is lost; otherwise it continues, worse than it could be
 
 
 _WINDOW = 5  # observations that must agree: one odd batch is no finding

@@ -122,7 +122,7 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
     A proportional-integral rule on the logarithm: too many active dims raise the weight, too few lower
     it, in proportion to the logarithm of measured over wanted. The wanted number goes from that of the
     first batch to the target over the first third of the steps. A side without a target keeps
-    sentence-transformers' quadratic ramp, which this callback is and replaces.
+    sentence-transformers' quadratic ramp. This callback replaces the trainer's own.
     """
 
     def __init__(self, loss: SpladeLoss, query_active_dims: float | None, document_active_dims: float | None) -> None:

@@ -46,7 +46,7 @@ from anysplade.training.regularization import ActiveDimsController
 
 logger = logging.getLogger(__name__)
 
-_DATA = "data"  # the folder of the training examples while a run goes on
+_DATA = "data"  # the folder of the training examples during a run
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
 _CHECKED = 1000  # examples that are looked at before the others are read
 _DEV_METRIC = "eval_dev_nDCG@10"
@@ -83,7 +83,7 @@ class TrainingResult:
 def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     """Train a SPLADE encoder as the config says.
 
-    Interrupted and called again with the same config, it goes on from its last complete checkpoint;
+    Called again with the same config after an interruption, it continues from the last complete checkpoint;
     finished, it returns the recorded result and does nothing, unless the data, the dev collection or the backbone are
     others now, which is an error. Started by ``torchrun``, all processes
     train one model and share each batch.

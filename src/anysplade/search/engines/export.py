@@ -30,7 +30,7 @@ def export_anserini(
 ) -> int:
     """Write a JsonVectorCollection, for ``IndexCollection -impact -pretokenized``; returns the number of documents.
 
-    Of the documents only the ids stay in memory.
+    Only the ids of the documents stay in memory.
 
     Args:
         tokens: (vocabulary,) by term id; None where a term has none.
@@ -39,7 +39,7 @@ def export_anserini(
 
     Raises:
         OutputError: ``folder`` is not empty.
-        DataError: a vector is malformed, or an id stands twice, is empty or holds white space, which run files cannot.
+        DataError: a vector is malformed, or an id is a duplicate, is empty or holds white space, which run files cannot.
     """
     names, count = name_terms(tokens), 0
     with whole_folder(folder) as work, ExitStack() as files:
@@ -120,7 +120,7 @@ def _quantized(
         if document.id.split() != [document.id] or not is_utf8(document.id):
             raise DataError(f"{said}: an empty id, or one with white space, cannot stand in a run file; rename it")
         if document.id in seen:
-            raise DataError(f"{said}: stands twice; ids must be unique")
+            raise DataError(f"{said}: duplicate id; ids must be unique")
         seen.add(document.id)
         terms, weights = check_vector(said, document.terms, document.weights)
         if len(terms) and terms[-1] >= vocabulary:

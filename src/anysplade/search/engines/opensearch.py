@@ -171,12 +171,12 @@ class OpenSearchEngine:
         try:
             return retried(bound, _busy) if again else bound()
         except ConnectionError as error:
-            why, mend = str(error.info), "check its address, and that the server runs"
+            why, fix = str(error.info), "check its address, and that the server runs"
         except TransportError as error:
-            why, mend = f"{error.status_code} {error.error}: {_reason(error)}", "its log may say more"
+            why, fix = f"{error.status_code} {error.error}: {_reason(error)}", "its log may say more"
             if error.status_code in (401, 403):
-                mend = "give a user and password that may: opensearch://user:password@host:9200/name"
-        raise AnyspladeError(f"{self._said}: {one_line(why)}; {mend}") from None
+                fix = "give a user and password that may: opensearch://user:password@host:9200/name"
+        raise AnyspladeError(f"{self._said}: {one_line(why)}; {fix}") from None
 
 
 def _lines(document: EncodedDocument, digest: str) -> list[dict[str, Any]]:

@@ -145,14 +145,14 @@ class QdrantEngine:
         try:
             return retried(bound, _busy) if again else bound()
         except ResponseHandlingException as error:
-            why, mend = str(error.source), "check its address, and that the server runs"
+            why, fix = str(error.source), "check its address, and that the server runs"
         except UnexpectedResponse as error:
-            why, mend = f"{error.status_code} {_reason(error)}", "its log may say more"
+            why, fix = f"{error.status_code} {_reason(error)}", "its log may say more"
             if error.status_code in (401, 403):
-                mend = "put the key into the environment as QDRANT_API_KEY"
+                fix = "put the key into the environment as QDRANT_API_KEY"
         except ResourceExhaustedResponse as error:
-            why, mend = str(error), "the server is busy; try again later"
-        raise AnyspladeError(f"{self._said}: {one_line(why)}; {mend}") from None
+            why, fix = str(error), "the server is busy; try again later"
+        raise AnyspladeError(f"{self._said}: {one_line(why)}; {fix}") from None
 
 
 def _point(document: EncodedDocument, digest: str) -> models.PointStruct:

@@ -1,4 +1,4 @@
-"""What goes to a server: checked, hashed, in batches, and again when the server was busy."""
+"""Documents on their way to a server: checked, hashed, in batches, and sent again when the server was busy."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds, before another try
 
 
 def hashed_batches(documents: Iterable[EncodedDocument], size: int, progress: bool) -> Iterator[Hashed]:
-    """Checked documents, at most ``size`` at once; of an id that stands twice in a batch the last is kept.
+    """Checked documents, at most ``size`` at once; of a duplicate id in a batch the last is kept.
 
     Raises:
         OptionError: ``size`` is below 1.
@@ -44,7 +44,7 @@ def _hashed(document: EncodedDocument) -> tuple[EncodedDocument, str]:
     try:
         content = json.dumps([document.id, *document.content], sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError too
-        raise DataError(f"{said}: cannot be sent as JSON ({error}); mend its text or metadata") from None
+        raise DataError(f"{said}: cannot be sent as JSON ({error}); fix its text or metadata") from None
     digest = hashlib.sha256(content + b"\0" + terms.tobytes() + weights.tobytes()).hexdigest()  # JSON has no zero byte
     return document._replace(terms=terms, weights=weights), digest
 
