@@ -48,7 +48,7 @@ def test_credentials_are_taken_out(text, expected):
         "--token: at least 16 ASCII characters, or it can be guessed",
         "--host 0.0.0.0: needs --token, which every request must carry",
         "anysplade train bert-tiny data.jsonl --out run --query-prompt 'query: '",
-        "document 'a@b:c@d': stands twice",
+        "document 'a@b:c@d': is a duplicate",
     ],
 )
 def test_what_is_no_credential_stays(text):

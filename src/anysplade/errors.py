@@ -1,23 +1,22 @@
-"""What anysplade raises.
+"""The exceptions of anysplade.
 
 AnyspladeError                 something failed; exit code 1 on the command line
-├── CollapseError              a training run whose vectors became useless, and that was told to stop then
+├── CollapseError              a training run collapsed, and was set to stop in that case
 └── UsageError (ValueError)    the caller can fix it; exit code 2
-    ├── ModelError             the model is missing, is no masked LM, or has no usable head
-    ├── DataError              the data is missing or malformed
-    ├── OptionError            an option has an impossible value
-    ├── MeasureError           a measure's name is not known
+    ├── ModelError             the model is missing, is not a masked LM, or has no usable head
+    ├── DataError              a file, line or column of the data is missing or malformed
+    ├── OptionError            an option has an invalid value
+    ├── MeasureError           the name of a measure is unknown
     ├── ExtraError (ImportError)  a library of an extra, such as anysplade[search], is not installed
-    └── OutputError            the output folder holds something else, or cannot be written
+    └── OutputError            the output cannot be written, or its folder already has other contents
 
-Every message is one line: where, what is wrong, and how to fix it. No message repeats a password or a token.
+Every message is one line: the place, the error and the fix. No message contains a password or a token.
 """
 
 import re
 
-# An engine's address is anysplade's own, so that all up to its last @ is a login, whatever stands there unescaped. Of other
-# URLs it is what stands before the host, which ends at the first slash unless a password follows: paths can hold an @ too.
-# "user:password" is what messages write as an example.
+# In an engine's address everything up to the last @ is the login, even if it is not percent-encoded. In other URLs a path can
+# contain an @, so the login ends at the first slash, unless a password follows. "user:password" is the example in messages.
 _LOGIN = re.compile(
     r"""(?ix) \b (?: (?P<engine> (?:opensearch|qdrant)s? :/+ ) (?! /* user:password@ )
                       (?: \S* | [^\s/:]* : (?!\d+/) (?: (?!://) [^@\n] )* ) @
@@ -30,36 +29,36 @@ _TOKEN = re.compile(
 
 
 def without_credentials(text: str) -> str:
-    """A text, an address or a command line with "..." for every login in a URL and every token."""
-    text = _LOGIN.sub(lambda found: f"{found['engine'] or found['other']}...@", text)
+    """Replace every login in a URL and every token in a text, an address or a command line by "..."."""
+    text = _LOGIN.sub(lambda match: f"{match['engine'] or match['other']}...@", text)
     return _TOKEN.sub(r"\1...", text)
 
 
 class AnyspladeError(Exception):
-    """Base of everything that anysplade raises by itself."""
+    """Base class of all exceptions of anysplade; credentials are removed from its message."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(without_credentials(arg) if isinstance(arg, str) else arg for arg in args))
 
 
-def worker_died(where: object) -> AnyspladeError:
+def worker_died(place: object) -> AnyspladeError:
     """The error for a ``BrokenProcessPool`` whose finished work is kept."""
     return AnyspladeError(
-        f"{where}: a worker process died; if it printed nothing above, most likely for want of memory: run the same again with "
+        f"{place}: a worker process died, most likely out of memory if it printed no error above; run the same again with "
         "fewer `workers`, and it continues"
     )
 
 
 class UsageError(AnyspladeError, ValueError):
-    """A mistake in what was asked for."""
+    """Base class of the errors that the caller can fix."""
 
 
 class CollapseError(AnyspladeError):
-    """A training run collapsed and was told to stop then."""
+    """A training run collapsed: its vectors became useless, and it was set to stop in that case."""
 
 
 class ModelError(UsageError):
-    """The model is missing, is no masked language model, or has no usable head."""
+    """The model is missing, is not a masked language model, or has no usable head."""
 
 
 class DataError(UsageError):
@@ -67,7 +66,7 @@ class DataError(UsageError):
 
 
 class OptionError(UsageError):
-    """An option has an impossible value."""
+    """An option has an invalid value."""
 
 
 class ExtraError(UsageError, ImportError):
@@ -75,8 +74,8 @@ class ExtraError(UsageError, ImportError):
 
 
 class MeasureError(UsageError):
-    """The name of a measure is not known."""
+    """The name of a measure is unknown."""
 
 
 class OutputError(UsageError):
-    """The output folder holds something that this run did not make."""
+    """The output cannot be written, or its folder already has other contents."""

@@ -82,9 +82,9 @@ def test_writing_into_a_full_folder_is_refused(folder):
     [
         ("corpus.jsonl", "", "the corpus is empty"),
         ("corpus.jsonl", "\n\n", "the corpus is empty"),
-        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', r"jsonl:2: duplicate id 'a', first in line 1"),
+        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', r"jsonl:2: the id 'a' is a duplicate of line 1"),
         ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": "b"', r"jsonl:2: not valid JSON"),
-        ("corpus.jsonl", '{"_id": "a", "txt": "x"}\n', r'jsonl:1: "text" is missing or not a text \(the line has _id, txt\)'),
+        ("corpus.jsonl", '{"_id": "a", "txt": "x"}\n', r'jsonl:1: "text" is missing or not a string; columns of the row: _id, txt'),
         ("corpus.jsonl", '{"text": "x"}\n', r'jsonl:1: no "_id"'),
         ("corpus.jsonl", "[1]\n", r"jsonl:1: not a JSON object"),
         ("queries.jsonl", "\n", r"queries\.jsonl: no query in it"),
@@ -211,16 +211,16 @@ def test_common_names_of_columns(names, tmp_path):
         ("c.csv", "", "the corpus is empty"),
         ("c.csv", "_id,text\n", "the corpus is empty"),
         ("c.tsv", "_id\ttext\n", "the corpus is empty"),
-        ("c.csv", "_id,body text\n1,x\n", r'csv:2: "text" is missing or not a text \(the line has _id, body text\)'),
+        ("c.csv", "_id,body text\n1,x\n", r'csv:2: "text" is missing or not a string; columns of the row: _id, body text'),
         ("c.csv", "name,text\n1,x\n", 'csv:2: no "_id"'),
         ("c.tsv", "docid\tsentence\n1\tx\n", 'tsv:2: "text" is missing'),
         ("c.csv", "_id,text\n,x\n", 'csv:2: no "_id"'),
-        ("c.csv", "_id,text\n1,x\n1,y\n", "csv:3: duplicate id '1', first in line 2"),
-        ("c.jsonl", '{"_id": 1, "text": "x"}\n{"_id": "1", "text": "y"}\n', "jsonl:2: duplicate id '1', first in line 1"),
+        ("c.csv", "_id,text\n1,x\n1,y\n", "csv:3: the id '1' is a duplicate of line 2"),
+        ("c.jsonl", '{"_id": 1, "text": "x"}\n{"_id": "1", "text": "y"}\n', "jsonl:2: the id '1' is a duplicate of line 1"),
         ("c.jsonl", '{"_id": 1.5, "text": "x"}\n', r'jsonl:1: no "_id".*found: 1\.5'),
-        ("c.jsonl", '{"_id": "1", "contents": ["x"]}\n', 'jsonl:1: "contents" is missing or not a text'),
-        ("c.jsonl", '{"_id": "1", "text": "x", "title": ["a"]}\n', r'jsonl:1: "title" is \["a"\], not a text'),
-        ("c.jsonl", '{"_id": "1", "text": "x", "title": NaN}\n', 'jsonl:1: "title" is NaN, not a text'),
+        ("c.jsonl", '{"_id": "1", "contents": ["x"]}\n', 'jsonl:1: "contents" is missing or not a string'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "title": ["a"]}\n', r'jsonl:1: "title" is \["a"\], not a string'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "title": NaN}\n', 'jsonl:1: "title" is NaN, not a string'),
     ],
 )
 def test_faults_of_a_corpus_name_the_row(name, content, message, tmp_path):
@@ -232,7 +232,7 @@ def test_faults_of_a_corpus_name_the_row(name, content, message, tmp_path):
 
 def test_nan_in_a_parquet_file(tmp_path):
     pandas.DataFrame({"_id": ["a", "b"], "text": ["x", None]}).to_parquet(tmp_path / "c.parquet")
-    with pytest.raises(DataError, match=r'c\.parquet:2: "text" is missing or not a text'):
+    with pytest.raises(DataError, match=r'c\.parquet:2: "text" is missing or not a string'):
         read_corpus(tmp_path / "c.parquet")
     pandas.DataFrame({"_id": [1.0, None], "text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
     with pytest.raises(DataError, match=r'c\.parquet:1: no "_id".*found: 1\.0'):
@@ -252,7 +252,7 @@ def test_grades_that_are_whole_floats(form, folder):
         with pytest.raises(DataError, match=rf":1: the score '{grade}' is not a whole number"):
             load_collection(folder)
     path.write_text(line.format("a", "1") + line.format("a", "0"))
-    with pytest.raises(DataError, match=r":2: 'a' is judged 0 for the query 'q', and 1 before; keep one"):
+    with pytest.raises(DataError, match=r":2: 'a' has the grade 0 for the query 'q', and 1 before; keep one"):
         load_collection(folder)
 
 
@@ -286,7 +286,7 @@ def test_half_characters_in_a_collection_of_python(tmp_path):
     write_collection(tmp_path / "c", collection)
     assert load_collection(tmp_path / "c").corpus == {"a": Document("", "x \ufffd")}
     odd = Collection("c", {"a\ud83d": Document("", "x")}, {"q": "x"}, {"q": {"a\ud83d": 1}})
-    with pytest.raises(OutputError, match="lone surrogate cannot stand in qrels"):
+    with pytest.raises(OutputError, match="cannot contain a tab, line break or lone surrogate"):
         write_collection(tmp_path / "d", odd)
     with pytest.raises(OutputError, match="a lone surrogate is not possible in a run file"):
         evaluate("bm25", odd, output=tmp_path / "scores")
@@ -320,7 +320,7 @@ HOSTILE = {
     "empty qrels": ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement in it"),
     "missing header": ({"qrels/test.tsv": "q\ta\t1\n"}, None),
     "unknown ids": ({"qrels/test.tsv": "q\tx\t1\n"}, "'x' is not in corpus"),
-    "duplicate ids": ({"corpus.jsonl": '{"_id": "a", "text": "x"}\n' * 2}, "first in line 1"),
+    "duplicate ids": ({"corpus.jsonl": '{"_id": "a", "text": "x"}\n' * 2}, "is a duplicate of line 1"),
     "ids with spaces": (
         {"corpus.jsonl": '{"_id": "a b", "text": "one"}\n', "qrels/test.tsv": "q\ta b\t1\n"},
         None,  # evaluated; a run file cannot hold it: see test_evaluation

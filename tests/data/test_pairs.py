@@ -118,7 +118,7 @@ def test_texts_and_scores_of_a_csv(tmp_path):
     """A cell that looks like a number, or like none, is a text in a column of texts."""
     path = write(tmp_path / "data.csv", "query,positive,negative,score", "2024,NA,null,1.5", "None,007,1e5,-2")
     assert load_pairs(path) == [Pair("2024", "NA", ("null",), (1.5,)), Pair("None", "007", ("1e5",), (-2.0,))]
-    with pytest.raises(DataError, match=r'csv:2: "score" has "high", which is no finite number'):
+    with pytest.raises(DataError, match=r'csv:2: "score" has "high"; give finite numbers'):
         load_pairs(write(path, "query,positive,negative,score", "q,p,n,high"))
 
 
@@ -173,7 +173,7 @@ def test_the_first_negatives(tmp_path):
     assert [pair.negatives for pair in load_pairs(path, negatives=2)] == [("a", "b"), ("d", "e")]
     assert [pair.scores for pair in load_pairs(path, negatives=1)] == [(9.0, 3.0), (9.0, 1.0)]
     assert load_pairs(path, negatives=0) == [Pair("q", "p")] * 2
-    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, `negatives` asks for 3"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: 2 negatives, but `negatives` is 3"):
         load_pairs(path, negatives=3)
 
 
@@ -205,7 +205,7 @@ def test_ids_in_a_beir_folder(folder):
 def test_ids_with_their_texts_elsewhere(folder, tmp_path):
     path = write(tmp_path / "ids.jsonl", {"query_id": "q", "doc_ids": ["d2", "d1"], "labels": [0, 1]})
     assert load_pairs(path, texts=str(folder)) == [Pair("query", "T one", ("two",), (1.0, 0.0))]
-    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; name with `texts`"):
+    with pytest.raises(DataError, match=r"ids\.jsonl:1: the row has ids; name the collection of their texts with `texts`"):
         load_pairs(path)
     for row in ({"query_id": "q", "positive": "d1"}, {"query": "q", "positive_id": "d1"}):  # else trained on as they stand
         with pytest.raises(DataError, match=r'ids\.jsonl:1: "(positive|query)" is \'(d1|q)\', an id of `texts`; name the column'):
@@ -253,7 +253,7 @@ def test_ir_datasets_judgements_and_triples(tmp_path):
     path = write(tmp_path / "ids.jsonl", {"query_id": "q", "positive_id": "d1"})
     assert load_pairs(path, texts="anysplade-test/train") == [Pair("the query", "text 1")]
     assert load_pairs("anysplade-test") == load_pairs("anysplade-test/train")  # as a collection's id works without its /test
-    with pytest.raises(DataError, match="neither triples nor judgements"):
+    with pytest.raises(DataError, match="no triples or judgements"):
         load_pairs("anysplade-bare")
 
 
@@ -294,11 +294,15 @@ MALFORMED = {
     "no file": (None, [], "no such training data"),
     "empty": ([], [], "no training pair in it"),
     "one pair": ([PAIR], [], "one pair is too few"),
-    "missing column": ([{"query": "q", "text": "p"}], [], r":1: no column for the positive: .* found: query, text"),
+    "missing column": (
+        [{"query": "q", "text": "p"}],
+        [],
+        r":1: no column for the positive \(columns: query, text\)",
+    ),
     "missing column later": ([PAIR, {"query": "q"}], [], r':2: "positive" is missing'),
     "wrong type": ([{"query": ["a", "b"], "positive": "p"}], [], ":1: 2 queries"),
-    "number for a text": ([PAIR, {"query": "q", "positive": 3}], [], r':2: "positive" is 3, no text'),
-    "empty text": ([PAIR, {"query": " ", "positive": "p"}], [], r':2: "query" is an empty text'),
+    "number for a text": ([PAIR, {"query": "q", "positive": 3}], [], r':2: "positive" is 3, not a string'),
+    "empty text": ([PAIR, {"query": " ", "positive": "p"}], [], r':2: "query" is empty'),
     "NaN score": (['{"query": "q", "positive": "p", "negative": "n", "score": NaN}'], [], r':1: "score" has NaN'),
     "score that is a text": ([PAIR | {"negative": "n", "score": "high"}], [], r':1: "score" has "high"'),
     "too few scores": ([PAIR | {"negatives": ["a", "b", "c"], "scores": [1]}], [], ":1: 1 scores for one positive and 3 negatives"),
@@ -319,7 +323,7 @@ MALFORMED = {
     "more negatives in some rows": (
         [PAIR | {"negatives": ["a"]}, PAIR | {"negatives": ["a", "b"]}],
         [],
-        r":2: 2 negatives and 0 scores, the rows before have 1 negatives .* --negatives N",
+        r":2: 2 negatives and 0 scores, but the rows before have 1 negatives .* --negatives N",
     ),
     "a negative in some rows": ([PAIR, PAIR | {"negative": "n"}], [], r':2: "negative" is new here'),
     "no scores": ([PAIR | {"negative": "n"}] * 3, ["--objective", "margin-mse"], "no scores"),
@@ -355,7 +359,7 @@ def test_duplicate_ids_are_one_line(backbone, folder, tmp_path, capsys):
         file.write('{"_id": "d1", "text": "again"}\n')
     write(folder / "pairs.jsonl", {"query_id": "q", "positive_id": "d1"})
     assert main(["train", backbone, str(folder), "--out", str(tmp_path / "run")]) == 2
-    assert "corpus.jsonl:4: duplicate id 'd1', first in line 1" in capsys.readouterr().err
+    assert "corpus.jsonl:4: the id 'd1' is a duplicate of line 1" in capsys.readouterr().err
 
 
 def test_a_damaged_gzip_file(tmp_path):

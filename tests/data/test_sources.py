@@ -84,8 +84,8 @@ def test_a_tsv_without_names_is_read_as_trec_has_it(tmp_path):
     [
         ('id,text\n1,"never closed\n2,b\n', ":2: not a valid table"),
         ('id,text\n1,"closed" early\n', ":2: not a valid table"),
-        ("id,text\n1,a\n\n2,b,c\n", ":4: 3 columns, and the first line names 2"),
-        ("id,text\n1\n", ":2: 1 columns, and the first line names 2"),
+        ("id,text\n1,a\n\n2,b,c\n", ":4: 3 columns, but the first line has 2"),
+        ("id,text\n1\n", ":2: 1 columns, but the first line has 2"),
         ("id,text,text\n1,a,b\n", ":1: two columns have the same name"),
     ],
 )
@@ -107,4 +107,4 @@ def test_half_a_character_is_replaced_and_said_once(tmp_path, caplog):
         {"_id": "\ufffd"},
     ]
     assert len(caplog.records) == 1
-    assert "a.jsonl:2: half a character in it (a lone surrogate), read as U+FFFD; there are 2 such rows" in caplog.text
+    assert "a.jsonl:2: a lone surrogate (half a character) is read as U+FFFD; rows with one: 2" in caplog.text

@@ -1,4 +1,4 @@
-"""Libraries that only a part of the users need come with an extra of the package, such as ``anysplade[search]``."""
+"""Optional libraries, which are installed with an extra of the package, such as ``anysplade[search]``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ def extra(name: str) -> Iterator[None]:
     """Import the libraries of an extra: ``with extra("search"): import qdrant_edge``.
 
     Raises:
-        ExtraError: one of them is not installed; the message has the command that installs it.
+        ExtraError: a library is not installed; the message has the command that installs it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Figures as SVG: the one place that knows how matplotlib is set."""
+"""Figures as SVG, with the matplotlib settings that all figures share."""
 
 import io
 from collections.abc import Callable
@@ -14,7 +14,7 @@ ON_A_PAGE: dict[str, Any] = {
 
 
 def draw(paint: Callable[[Any], None], width: float, height: float, settings: dict[str, Any] | None = None) -> str:
-    """An SVG figure of a size in inches; the same data gives the same bytes.
+    """Draw a figure as SVG; the same data gives the same bytes.
 
     Args:
         paint: draws into a ``matplotlib.figure.Figure``.

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that are written atomically: complete or not at all."""
 
 import errno
 import logging
@@ -14,15 +14,15 @@ from anysplade.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # codes of an OSError that mean: no permission
 
 
 @contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``target`` when the block ends without an error.
+    """A temporary folder that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` exists and is not an empty folder, or cannot be made there.
+        OutputError: ``target`` exists and is not an empty folder, or cannot be created.
     """
     target = Path(target).expanduser()
     require_empty(target)
@@ -50,17 +50,17 @@ def require_empty(target: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, unless they exist.
+    """Create a folder and its parents, unless they exist.
 
     Raises:
-        OutputError: it cannot be made there.
+        OutputError: a folder cannot be created.
     """
     with _permitted(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_whole(target: str | Path, content: str | bytes) -> None:
-    """Write a file, of text or bytes, beside its place and move it there.
+    """Write a file of text or bytes under a temporary name and rename it to ``target``.
 
     Raises:
         OutputError: ``target`` is a folder, or cannot be written.
@@ -80,18 +80,18 @@ def write_whole(target: str | Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def _permitted(place: Path) -> Iterator[None]:
-    """What the system has against writing to a place that is not ours to write to, as one line.
+def _permitted(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write to a path into an OutputError.
 
     Raises:
-        OutputError: no permission, a read-only file system, or a file where a folder has to be.
+        OutputError: no permission, a read-only file system, or a file in the place of a folder.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in (*READ_ONLY, errno.ENOTDIR, errno.EEXIST):
             raise
-        raise OutputError(f"{place}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
 
 
 def default_cache() -> Path | None:

@@ -1,4 +1,4 @@
-"""What a result must carry to be made again: versions, commit, hardware, command."""
+"""The provenance of a result, so that it can be reproduced: versions, commit, hardware, command."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from anysplade.errors import without_credentials
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit, hardware and command line (without credentials) of this process, ready for JSON."""
+    """Versions, commit, hardware and command line (without credentials) of this process, as JSON data."""
     import torch
 
     libraries = ("torch", "transformers", "sentence-transformers", "numpy", "scipy")
@@ -37,13 +37,13 @@ def _program() -> str:
 
 
 def _quoted(argument: str) -> str:
-    """For a shell; of NAME=VALUE the value alone, so that what is removed from it is all of it."""
+    """An argument quoted for a shell; in NAME=VALUE only the value, so that a token with spaces is removed as a whole."""
     name, equals, value = argument.partition("=")
     return f"{name}={shlex.quote(value)}" if equals and re.fullmatch(r"[\w-]+", name) else shlex.quote(argument)
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, if it is one."""
+    """The commit of the running source tree; None if this file is not tracked by git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)

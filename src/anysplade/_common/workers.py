@@ -6,12 +6,12 @@ from typing import Any
 
 
 def device_of_worker(worker: int, count: int, visible: str | None) -> str | None:
-    """``CUDA_VISIBLE_DEVICES`` for a worker: one GPU of those that its parent sees, in turn; None without any.
+    """``CUDA_VISIBLE_DEVICES`` for a worker: one GPU of its parent's, in turn; None if there is no GPU.
 
     Args:
         worker: its number, from 0.
-        count: how many GPUs the parent sees.
-        visible: the parent's own ``CUDA_VISIBLE_DEVICES``: numbers or UUIDs, separated by commas.
+        count: number of GPUs that the parent sees.
+        visible: the parent's ``CUDA_VISIBLE_DEVICES``: numbers or UUIDs, separated by commas.
     """
     names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
     return names[worker % len(names)].strip() if names else None
@@ -28,7 +28,7 @@ def devices_of_workers(context: SpawnContext, workers: int) -> Any:
 
 
 def take_device(devices: Any) -> None:
-    """In a worker, before anything uses a GPU: see only the one from the queue."""
+    """In a worker, before anything uses a GPU: take a device from the queue and hide all others."""
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device

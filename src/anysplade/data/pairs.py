@@ -1,18 +1,17 @@
-"""Training examples, from whatever people have.
+"""Training examples: a query, a relevant document, hard negatives and a teacher's scores, in many formats.
 
-An example is a query, a document that answers it, hard negatives and a teacher's scores. Columns are found
-by their names, in any of these forms; a line of JSON is a row, and so is a row of a table:
+A row is a line of JSON or a row of a table. Its columns are recognized by their names:
 
 - pairs and triples: ``query``, ``positive``, ``negative``; several negatives are ``negative_1``, ``negative_2``, ...
-  or a list; several positives in a list make an example each
-- judged: ``query``, ``document``, ``label``; 0 or below says that the document is no answer, and the row is left out
+  or a list; a list of positives gives one example for each
+- judged: ``query``, ``document``, ``label``; a label of 0 or below means not relevant, and the row is left out
 - scored: ``scores`` of the positives and then of each negative, or ``score``, the margin of the one negative
-- lists: ``query``, ``documents``, ``scores``; the document of the highest score is the positive. With ``labels``, each
-  document above 0 is a positive and those at 0 or below are the negatives
-- ids instead of texts: ``query_id``, ``positive_id``, ``negative_ids``, ``doc_ids``, with the texts elsewhere
-- MS MARCO's: ``query`` and ``passages`` with ``passage_text`` and ``is_selected``, which tells positives from negatives
+- lists: ``query``, ``documents``, ``scores``; the document with the highest score is the positive. With ``labels``,
+  documents above 0 are positives and the others negatives
+- ids instead of texts: ``query_id``, ``positive_id``, ``negative_ids``, ``doc_ids``; the texts are in a collection
+- MS MARCO: ``query`` and ``passages`` with ``passage_text`` and ``is_selected``, which marks the positives
 
-So rows of FlagEmbedding, sentence-transformers, Tevatron and DPR are read as they are.
+This covers the formats of FlagEmbedding, sentence-transformers, Tevatron and DPR.
 """
 
 import functools
@@ -37,6 +36,7 @@ from anysplade.data.collections import (
     Document,
     Pair,
     find_qrels,
+    ir_queries,
     load_collection,
     load_python_docs,
     read_corpus,
@@ -57,7 +57,7 @@ from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# The names a column may have; the first found is taken. "id" stands for ids whose texts lie elsewhere.
+# Names that the column of each role can have; the first that is there is used. "... id" are roles of ids instead of texts.
 _NAMES = {
     "query": ("query", "anchor", "question", "query_text"),
     "query id": ("query_id", "qid", "query-id"),
@@ -79,7 +79,7 @@ _NAMES = {
 _ROLES = {name for names in _NAMES.values() for name in names}
 _NUMBERED = re.compile(r"(negative|neg)_\d+")
 
-Row = tuple[str, dict[str, Any]]  # where it stands, and its columns
+_Row = tuple[str, dict[str, Any]]  # its place (source and number), and its columns
 
 
 def load_pairs(source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False) -> list[Pair]:
@@ -90,58 +90,55 @@ def load_pairs(source: str | Path, *, texts: str | None = None, negatives: int |
 def read_pairs(
     source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False
 ) -> Iterator[Pair]:
-    """Training examples one after the other, each checked; nothing but the texts of ids is kept in memory.
+    """Read and check training examples one by one; only the texts of ids are kept in memory.
 
     Args:
-        source: a file (JSONL, gzipped or not; CSV, TSV, Parquet); a BEIR folder, which gives its ``pairs.jsonl``
-            or else its ``qrels/train.tsv``, whose grades are labels; an ir_datasets id; a folder or hub id of a
-            dataset, as ``id`` or ``id:config``; or ``"python-docs"``.
-        texts: where the texts of ids are: a BEIR folder, an ir_datasets id, a hub dataset with the configs
-            ``queries`` and ``corpus``. None: where the source is.
-        negatives: use the first so many of each example; None: all, and every example must have as many.
+        source: a JSONL (also gzipped), CSV, TSV or Parquet file; a BEIR folder, of which ``pairs.jsonl`` is read, or else
+            ``qrels/train.tsv`` with grades as labels; an ir_datasets id; the folder or hub id of a dataset, as ``id`` or
+            ``id:config``; or ``"python-docs"``.
+        texts: a collection with the texts of ids: a BEIR folder, an ir_datasets id, or a hub dataset with the configs
+            ``queries`` and ``corpus``. None: the source itself.
+        negatives: how many of each example's negatives to use. None: all, and every example must have the same number.
+        progress: show a progress bar while python-docs is read.
 
     Raises:
-        DataError: nothing to train on, or a row that cannot be used; the message names file and line.
+        DataError: there is nothing to train on, or a row cannot be used; the message names file and line.
     """
-    found, own_texts = _open(str(source), progress)
-    lookup = _Lookup(functools.partial(_texts, texts) if texts else own_texts, bool(texts))
+    given_rows, own_texts = _open(str(source), progress)
+    lookup = _Lookup((lambda: _texts(resolve(texts, "texts"))) if texts else own_texts, bool(texts))
     columns: dict[str, Any] = {}
-    named: set[str] = set()
+    names: set[str] = set()
     expected = None
     used = irrelevant = 0  # rows
-    for place, given in found:
+    for place, given in given_rows:
         row = _by_selection({name: value for name, value in given.items() if value is not None})
         if not columns:
             columns = _find_columns(row, place)
-            named = _known(row)
-            logger.info("%s: %s", source, _echo(columns, row))
-        elif _known(row) != named:
-            raise DataError(f"{place}: {_difference(_known(row), named)}; give every row the same columns")
+            names = _recognized(row)
+            logger.info("%s: %s", source, _describe_columns(columns, row))
+        elif _recognized(row) != names:
+            raise DataError(f"{place}: {_difference(_recognized(row), names)}; give every row the same columns")
         relevant = False
         for pair in _examples(row, columns, lookup, place, negatives):
             relevant = True
-            if expected is None:
-                expected = _shape(pair)
-            elif _shape(pair) != expected:
-                raise DataError(
-                    f"{place}: {_describe(_shape(pair))}, the rows before have {_describe(expected)}; {_mend(negatives)}"
-                )
+            shape = f"{len(pair.negatives)} negatives and {len(pair.scores or ())} scores"
+            if shape != (expected := expected or shape):
+                fix = "give all as many" + (", or use the first N of each with `negatives=N`" if negatives is None else "")
+                raise DataError(f"{place}: {shape}, but the rows before have {expected}; {fix}")
             yield pair
         used += relevant
         irrelevant += not relevant
     if irrelevant:
         logger.info("%s: %s of %s rows left out: their labels are 0 or below", source, f"{irrelevant:,}", f"{used + irrelevant:,}")
     if expected is None:
-        raise DataError(
-            f"{source}: no training pair in it; "
-            + ("a row needs a document with a label above 0" if irrelevant else "each row needs query and positive")
-        )
+        fix = "a row needs a document with a label above 0" if irrelevant else "each row needs query and positive"
+        raise DataError(f"{source}: no training pair in it; {fix}")
 
 
 def _by_selection(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of MS MARCO as a labelled list; any other row as it is."""
+    """A row of MS MARCO as documents with labels; any other row unchanged."""
     passages = row.get("passages")
-    if isinstance(passages, dict):  # a list for each column
+    if isinstance(passages, dict):  # of lists, one for each column
         texts, labels = passages.get("passage_text"), passages.get("is_selected")
     elif isinstance(passages, list) and passages and all(isinstance(p, dict) and "is_selected" in p for p in passages):
         texts, labels = [p.get("passage_text") for p in passages], [p["is_selected"] for p in passages]
@@ -152,36 +149,27 @@ def _by_selection(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "passages"} | {"documents": texts, "labels": labels}
 
 
-def _known(row: dict[str, Any]) -> set[str]:
-    """The columns of a row that have a meaning."""
+def _recognized(row: dict[str, Any]) -> set[str]:
+    """The columns of a row whose names have a role."""
     return {name for name in row if name in _ROLES or _NUMBERED.fullmatch(name)}
 
 
 def _difference(now: set[str], before: set[str]) -> str:
     missing, new = sorted(before - now), sorted(now - before)
-    said = [f'"{name}" is missing' for name in missing[:1]] + [f'"{name}" is new here' for name in new[:1]]
-    return " and ".join(said)
+    return " and ".join([f'"{name}" is missing' for name in missing[:1]] + [f'"{name}" is new here' for name in new[:1]])
 
 
-def _shape(pair: Pair) -> tuple[int, int]:
-    return len(pair.negatives), len(pair.scores or ())
-
-
-def _describe(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} negatives and {shape[1]} scores"
-
-
-def _mend(negatives: int | None) -> str:
-    return "give all as many" + (", or use the first N of each with `negatives=N`" if negatives is None else "")
-
-
-# ------------------------------------------------------------------------------------ kept on disk
+# -------------------------------------------------------------------------------- examples on disk
 
 
 class StoredPairs(Sequence[Pair]):
-    """Examples in an Arrow file that is memory-mapped: any number of them, read at random."""
+    """Examples in a memory-mapped Arrow file: any number of them, with random access.
+
+    ``dataset`` is the Arrow table, and ``data_hash`` the SHA-256 of the examples.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Open the examples that ``write`` wrote to a folder."""
         about = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
         self.dataset: datasets.Dataset = datasets.Dataset.from_file(str(folder / "examples.arrow"))
         self.data_hash: str = about["data_hash"]
@@ -189,7 +177,7 @@ class StoredPairs(Sequence[Pair]):
 
     @classmethod
     def write(cls, pairs: Iterable[Pair], folder: Path) -> "StoredPairs":
-        """Write examples, all of one shape, to ``folder``; the columns stand in the order that the trainer reads them."""
+        """Write examples with equal numbers of negatives and scores to ``folder``; the columns are in the trainer's order."""
         folder.mkdir(parents=True, exist_ok=True)
         try:
             data_hash = cls._write_arrow(pairs, folder)
@@ -231,65 +219,67 @@ class StoredPairs(Sequence[Pair]):
         )
 
 
-# --------------------------------------------------------------------------------------- one row
+# ------------------------------------------------------------------------------- examples of a row
 
 
 def _find_columns(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """The name of each role's column; for numbered negatives the list of their names."""
     columns: dict[str, Any] = {}
     for role, names in _NAMES.items():
-        found = next((name for name in names if name in row), None)
-        if found:
-            columns[role] = found
+        name = next((name for name in names if name in row), None)
+        if name:
+            columns[role] = name
     numbered = sorted(filter(_NUMBERED.fullmatch, row), key=lambda name: int(name.rpartition("_")[2]))
     if numbered:
         columns["negative"] = numbered
     if not {"query", "query id"} & columns.keys():
-        raise _lacks("query", row, place)
+        raise _no_column("query", row, place)
     if not {"positive", "positive id", "documents", "documents id"} & columns.keys():
-        raise _lacks("positive", row, place)
+        raise _no_column("positive", row, place)
     if {"documents", "documents id"} & columns.keys():
         if not {"scores", "label"} & columns.keys():
-            raise _lacks("scores", row, place)
-    elif {"negative", "negative id"} & columns.keys():  # a label beside negatives is sentence-transformers' name for scores
+            raise _no_column("scores", row, place)
+    elif {"negative", "negative id"} & columns.keys():  # sentence-transformers calls the scores of negatives "label"
         label = columns.pop("label", None)
         if label:
             columns.setdefault("scores", label)
-    elif "scores" in columns:  # of one document, so that there is nothing to compare it with: whether it is an answer
+    elif "scores" in columns:  # of one document: without negatives to compare it with, it says whether the document is relevant
         score = columns.pop("scores")
         columns.setdefault("label", score)
-    if len({"positive scores", "negative scores"} & columns.keys()) == 1:  # of no use without the other
+    if len({"positive scores", "negative scores"} & columns.keys()) == 1:  # one without the other is useless
         columns = {role: name for role, name in columns.items() if role not in ("positive scores", "negative scores")}
     return columns
 
 
-def _lacks(role: str, row: dict[str, Any], place: str) -> DataError:
+def _no_column(role: str, row: dict[str, Any], place: str) -> DataError:
     names = ", ".join(_NAMES[role] + (_NAMES["label"] if role == "scores" else ()))
     ids = f" (or, for ids, {', '.join(_NAMES[f'{role} id'])})" if f"{role} id" in _NAMES else ""
-    return DataError(f"{place}: no column for the {role}: name one of {names}{ids}; found: {', '.join(row) or 'nothing'}")
+    return DataError(f"{place}: no column for the {role} (columns: {', '.join(row) or 'none'}); name it one of {names}{ids}")
 
 
-def _echo(columns: dict[str, Any], row: dict[str, Any]) -> str:
-    used = [(role, name if isinstance(name, str) else f"{name[0]} ... {name[-1]}") for role, name in columns.items()]
-    known = {name for names in columns.values() for name in ([names] if isinstance(names, str) else names)}
-    unused = [name for name in row if name not in known]
-    said = ", ".join(f'{role} from "{name}"' if role != name else role for role, name in used)
-    return f"columns: {said}" + (f"; not used: {', '.join(unused)}" if unused else "")
+def _describe_columns(columns: dict[str, Any], row: dict[str, Any]) -> str:
+    used = {role: _listed(names) for role, names in columns.items()}
+    labels = [
+        role if names == [role] else f'{role} from "{names[0]}"' if len(names) == 1 else f'{role} from "{names[0]} ... {names[-1]}"'
+        for role, names in used.items()
+    ]
+    unused = [name for name in row if not any(name in names for names in used.values())]
+    return f"columns: {', '.join(labels)}" + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
-def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", place: str, most: int | None) -> Iterator[Pair]:
-    """The examples of a row: one for each positive."""
+def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", place: str, limit: int | None) -> Iterator[Pair]:
+    """The examples of a row, one for each positive, with at most ``limit`` negatives each."""
 
     def read(role: str) -> list[str] | None:
         if f"{role} id" in columns and role not in columns:
             return [lookup.text(role, id_, place) for id_ in _listed(row[columns[f"{role} id"]])]
         if role not in columns:
             return None
-        names = [columns[role]] if isinstance(columns[role], str) else columns[role]
-        return [_text(value, role, name, lookup, place) for name in names for value in _listed(row[name])]
+        return [_text(value, role, name, lookup, place) for name in _listed(columns[role]) for value in _listed(row[name])]
 
     queries = read("query") or []
     if len(queries) != 1:
-        raise DataError(f"{place}: {len(queries)} queries; a row has one")
+        raise DataError(f"{place}: {len(queries)} queries; give each row one")
     scores, labels, *split = (
         _scores(row, columns[role], place) if role in columns else None
         for role in ("scores", "label", "positive scores", "negative scores")
@@ -299,7 +289,7 @@ def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", p
     documents = read("documents")
     if documents is not None:
         values = labels if scores is None else scores
-        assert values is not None  # _find_columns saw to it
+        assert values is not None  # _find_columns requires one of them
         if not documents or any(given is not None and len(given) != len(documents) for given in (scores, labels)):
             raise DataError(f"{place}: {len(documents)} documents and {len(values)} scores; give each document one")
         ranked = sorted(range(len(documents)), key=lambda i: -values[i])
@@ -311,19 +301,20 @@ def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", p
     else:
         positives, negatives = read("positive") or [], read("negative") or []
     if not positives:
-        raise DataError(f"{place}: no positive; a row needs at least one")
+        raise DataError(f"{place}: no positive; give each row at least one")
     if documents is None and not negatives:
         labels, scores = scores if labels is None else labels, None
         if labels is not None:
             if len(labels) not in (1, len(positives)):
-                raise DataError(f"{place}: {len(labels)} labels for {len(positives)} positives; give each one")
-            each = labels * len(positives) if len(labels) == 1 else labels
-            positives = [text for text, label in zip(positives, each, strict=True) if label > 0]
+                raise DataError(f"{place}: {len(labels)} labels for {len(positives)} positives; give each positive one")
+            labels = labels * len(positives) if len(labels) == 1 else labels
+            positives = [text for text, label in zip(positives, labels, strict=True) if label > 0]
     margins = None
     if split[0] is not None and split[1] is not None:
         if len(split[0]) != len(positives) or len(split[1]) != len(negatives):
             raise DataError(
-                f"{place}: {len(split[0])} and {len(split[1])} scores for {len(positives)} positives and {len(negatives)} negatives"
+                f"{place}: {len(split[0])} and {len(split[1])} scores for {len(positives)} positives and {len(negatives)} "
+                "negatives; give each one"
             )
     elif scores is not None and len(scores) == len(positives) + len(negatives):
         split = [scores[: len(positives)], scores[len(positives) :]]
@@ -335,14 +326,14 @@ def _examples(row: dict[str, Any], columns: dict[str, Any], lookup: "_Lookup", p
             f"{place}: {len(scores)} scores for {which} and {len(negatives)} negatives; give one each, the positive's "
             "first, or the margin of each negative"
         )
-    count = len(negatives) if most is None else most
+    count = len(negatives) if limit is None else limit
     if len(negatives) < count:
-        raise DataError(f"{place}: {len(negatives)} negatives, `negatives` asks for {count}")
+        raise DataError(f"{place}: {len(negatives)} negatives, but `negatives` is {count}; lower it, or add negatives")
     for i, positive in enumerate(positives):
-        own = None if margins is None else tuple(margins[:count])
+        pair_scores = None if margins is None else tuple(margins[:count])
         if split[0] is not None and split[1] is not None:
-            own = (split[0][i], *split[1][:count])
-        yield Pair(queries[0], positive, tuple(negatives[:count]), own if count else None)
+            pair_scores = (split[0][i], *split[1][:count])
+        yield Pair(queries[0], positive, tuple(negatives[:count]), pair_scores if count else None)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -356,9 +347,10 @@ def _text(value: Any, role: str, name: str, lookup: "_Lookup", place: str) -> st
     if isinstance(value, int) and not isinstance(value, bool) and lookup.given:
         return lookup.text(role, value, place)
     if not isinstance(value, str):
-        raise DataError(f'{place}: "{name}" is {json.dumps(value, default=str)[:40]}, no text; ids need `texts` to be looked up in')
+        value = json.dumps(value, default=str)[:40]
+        raise DataError(f'{place}: "{name}" is {value}, not a string; for ids name the collection of their texts with `texts`')
     if not value.strip():
-        raise DataError(f'{place}: "{name}" is an empty text; remove the row or give it one')
+        raise DataError(f'{place}: "{name}" is empty; give it a text or remove the row')
     if lookup.given and lookup.has(role, value):
         raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of `texts`; name the column "{_NAMES[f"{role} id"][0]}"')
     return whole_characters(value)
@@ -369,11 +361,11 @@ def _scores(row: dict[str, Any], name: str, place: str) -> list[float]:
     scores = []
     for value in values:
         try:
-            scores.append(math.nan if isinstance(value, bool) else float(value))  # a cell of a table is a text
+            scores.append(math.nan if isinstance(value, bool) else float(value))  # cells of CSV and TSV are strings
         except (TypeError, ValueError, OverflowError):
             scores.append(math.nan)
         if not math.isfinite(scores[-1]):
-            raise DataError(f'{place}: "{name}" has {json.dumps(value, default=str)[:40]}, which is no finite number')
+            raise DataError(f'{place}: "{name}" has {json.dumps(value, default=str)[:40]}; give finite numbers')
     return scores
 
 
@@ -381,7 +373,7 @@ def _scores(row: dict[str, Any], name: str, place: str) -> list[float]:
 
 
 class _Texts(NamedTuple):
-    """Where the texts of ids are."""
+    """The texts of a collection, by id."""
 
     name: str
     queries: Mapping[str, str]
@@ -389,7 +381,10 @@ class _Texts(NamedTuple):
 
 
 class _Lookup:
-    """Texts by id; their place is opened when the first id comes."""
+    """Texts by id; the collection is opened when the first id is looked up.
+
+    ``given`` says whether the user named the collection with ``texts``.
+    """
 
     def __init__(self, open_texts: Callable[[], _Texts | None], given: bool) -> None:
         self._open = functools.cache(open_texts)
@@ -398,14 +393,14 @@ class _Lookup:
     def text(self, role: str, id_: Any, place: str) -> str:
         texts = self._open()
         if texts is None:
-            raise DataError(f"{place}: the row has ids; name with `texts` where their texts are")
-        what = "query" if role == "query" else "document"
+            raise DataError(f"{place}: the row has ids; name the collection of their texts with `texts`")
+        kind = "query" if role == "query" else "document"
         try:
             text = (texts.queries if role == "query" else texts.documents)[str(id_)]
         except KeyError:
-            raise DataError(f"{place}: the {what} {str(id_)!r} is not in {texts.name}") from None
+            raise DataError(f"{place}: the {kind} {str(id_)!r} is not in {texts.name}; add it there or remove the row") from None
         if not text.strip():
-            raise DataError(f"{place}: the {what} {str(id_)!r} has an empty text in {texts.name}")
+            raise DataError(f"{place}: the {kind} {str(id_)!r} has an empty text in {texts.name}; remove the row")
         return whole_characters(text)
 
     def has(self, role: str, id_: str) -> bool:
@@ -413,28 +408,25 @@ class _Lookup:
         return texts is not None and id_ in (texts.queries if role == "query" else texts.documents)
 
 
-def _texts(source: str) -> _Texts:
-    return _texts_of(resolve(source, "texts"))
-
-
-def _texts_of(source: Source) -> _Texts:
+def _texts(source: Source) -> _Texts:
     if source.kind == "folder":
         return _beir_texts(source.at)
     if source.kind == "ir_datasets":
-        return _ir_texts(source.name, source.at)
+        return _Texts(source.name, ir_queries(source.at), _Documents(source.at))
     if source.kind == "hub":
-        return _hub_texts(source)
-    raise DataError(f"{source.name}: texts of ids are queries and documents; name a collection that holds both")
+        queries, documents = (hub_dataset(str(source.at), config) for config in ("queries", "corpus"))
+        return _Texts(source.name, _HubTexts(queries, QUERY_NAMES), _HubTexts(documents, TEXT_NAMES))
+    raise DataError(f"{source.name}: has no queries and documents for the ids; name a collection that has both")
 
 
 def _beir_texts(folder: Place) -> _Texts:
     return _Texts(str(folder), read_queries(folder), {id_: document.full_text for id_, document in read_corpus(folder).items()})
 
 
-class _Stored(Mapping[str, str]):
-    """Texts, with their titles, in a memory-mapped table, found by a dictionary from id to row.
+class _HubTexts(Mapping[str, str]):
+    """Texts, with their titles, of a memory-mapped table; only the ids are in memory.
 
-    Columns without a known name: ids are the first, texts the last.
+    If no column has a known name, the first one has the ids, and the last one the texts.
     """
 
     def __init__(self, table: Any, names: Sequence[str]) -> None:
@@ -455,13 +447,8 @@ class _Stored(Mapping[str, str]):
         return len(self._rows)
 
 
-def _hub_texts(source: Source) -> _Texts:
-    queries, documents = (hub_dataset(str(source.at), config) for config in ("queries", "corpus"))
-    return _Texts(source.name, _Stored(queries, QUERY_NAMES), _Stored(documents, TEXT_NAMES))
-
-
 class _Documents(Mapping[str, str]):
-    """An ir_datasets document store, which reads from disk."""
+    """Texts of an ir_datasets document store, which reads them from disk."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset, self._store = dataset, dataset.docs_store()
@@ -476,54 +463,46 @@ class _Documents(Mapping[str, str]):
         return self._dataset.docs_count()
 
 
-def _ir_texts(source: str, dataset: Any) -> _Texts:
-    return _Texts(source, {query.query_id: query.default_text() for query in dataset.queries_iter()}, _Documents(dataset))
+# --------------------------------------------------------------------------------- rows of a source
 
 
-# ----------------------------------------------------------------------------------- where rows are
-
-
-def _open(name: str, progress: bool) -> tuple[Iterable[Row], Callable[[], _Texts | None]]:
-    """The rows of a source, and where texts of ids would be."""
+def _open(name: str, progress: bool) -> tuple[Iterable[_Row], Callable[[], _Texts | None]]:
+    """The rows of a source, and a function that opens its own texts of ids."""
     source = resolve(name, "training data", "train")
     if source.kind == "python-docs":
         pairs = load_python_docs(progress=progress)[1]
-        return ((f"{name}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), _nowhere
+        return ((f"{name}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), lambda: None
     if source.kind == "ir_datasets":
-        return _ir_rows(name, source.at), functools.partial(_texts_of, source)
+        return _ir_rows(name, source.at), lambda: _texts(source)
     if source.kind == "file":
-        return _file_rows(source.at), functools.partial(_beside, source.at.parent)
+        return _file_rows(source.at), lambda: _texts_in(source.at.parent)
     if source.kind == "folder":
         pairs_file = find_file(source.at, ["pairs.jsonl"])
         if pairs_file is not None:
-            return _file_rows(pairs_file), functools.partial(_beside, source.at)
+            return _file_rows(pairs_file), lambda: _texts_in(source.at)
         if find_qrels(source.at, "train")[0] is not None:
-            return _qrels_rows(source), _nowhere
+            return _qrels_rows(source), lambda: None
         if find_file(source.at, CORPUS_FILES) is not None or not any(path.is_file() for path in source.at.iterdir()):
             raise DataError(f"{name}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
     rows = hub_dataset(str(source.at), source.config, streaming=True)
-    return _numbered(name, rows), functools.partial(_texts_of, source._replace(kind="hub"))
+    return _hub_rows(name, rows), lambda: _texts(source._replace(kind="hub"))
 
 
-def _nowhere() -> None:
-    return None
-
-
-def _beside(folder: Place) -> _Texts | None:
+def _texts_in(folder: Place) -> _Texts | None:
     return None if find_file(folder, CORPUS_FILES) is None else _beir_texts(folder)
 
 
-def _file_rows(path: Place) -> Iterator[Row]:
+def _file_rows(path: Place) -> Iterator[_Row]:
     return ((f"{path}:{number}", row) for number, row in rows(path))
 
 
-def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    with as_data_error(source):
+def _hub_rows(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[_Row]:
+    with as_data_error(source):  # a streamed dataset raises its errors while it is read
         for number, row in enumerate(rows, 1):
             yield f"{source}:{number}", row
 
 
-def _qrels_rows(source: Source) -> Iterator[Row]:
+def _qrels_rows(source: Source) -> Iterator[_Row]:
     collection = load_collection(source.name, "train")
     for query_id, grades in collection.qrels.items():
         for document_id, grade in grades.items():
@@ -532,8 +511,8 @@ def _qrels_rows(source: Source) -> Iterator[Row]:
                 yield f"{source.name}, judgements of the query {query_id!r}", row
 
 
-def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
-    """Triples of ids if there are any, else judgements."""
+def _ir_rows(source: str, dataset: Any) -> Iterator[_Row]:
+    """Triples of ids if the dataset has them, else judgements."""
     if dataset.has_docpairs():
         for number, triple in enumerate(dataset.docpairs_iter(), 1):
             ids = {"query_id": triple.query_id, "positive_id": triple.doc_id_a, "negative_id": triple.doc_id_b}
@@ -542,4 +521,4 @@ def _ir_rows(source: str, dataset: Any) -> Iterator[Row]:
         for number, judged in enumerate(dataset.qrels_iter(), 1):
             yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id, "label": judged.relevance}
     else:
-        raise DataError(f"{source}: this ir_datasets id has neither triples nor judgements; name one that has, such as its /train")
+        raise DataError(f"{source}: this ir_datasets id has no triples or judgements; name one that has, such as its /train")

@@ -1,8 +1,7 @@
-"""The docstrings of installed Python packages, as text for retrieval.
+"""Queries and documents from the docstrings of installed Python packages.
 
-A docstring whose first line is a summary of its own (PEP 257) gives a query, the summary, and a
-document, the rest. Packages are parsed, never imported, so reading them has no side effects and
-gives the same texts for the same environment.
+A docstring that begins with a summary line (PEP 257) gives a query, the summary, and a document, the rest. Packages are
+parsed, never imported, so reading them has no side effects, and the same environment gives the same texts.
 """
 
 import ast
@@ -19,11 +18,11 @@ from tqdm import tqdm
 
 from anysplade.errors import DataError
 
-# Libraries that an installation of anysplade always brings, with documentation worth reading.
+# Dependencies of anysplade with good documentation.
 PACKAGES = ("networkx", "numpy", "pandas", "scikit-learn", "scipy", "sympy")
 
 _SHINGLE_WORDS = 8
-_NEAR_COPY = 0.3  # share of a document's shingles already seen above which it is a near-copy
+_NEAR_DUPLICATE = 0.3  # a document is a near-duplicate if it shares more of its shingles with earlier documents
 _TEST_SHARE = 1 / 3  # of the modules
 _QUERY_WORDS = range(3, 31)
 _MIN_TEST_QUERY_WORDS = 8
@@ -32,36 +31,41 @@ _PASSAGE = re.compile(r"(?:\S+\s+){0,59}\S+")  # the first 60 words: what small 
 
 
 class Docstring(NamedTuple):
-    name: str  # dotted path of the module, class or function
+    """The docstring of a module, class or function."""
+
+    name: str  # dotted path
     text: str  # indentation removed
 
     @property
     def held_out(self) -> bool:
-        """Whether it belongs to the test split, by a hash of the first three parts of the path.
+        """Whether it belongs to the test split, by a hash of the first three parts of its path.
 
-        So a module is trained on or held out as a whole, whatever else is installed.
+        So all of a module is in one split, whatever else is installed.
         """
         module = ".".join(self.name.split(".")[:3])
         return int.from_bytes(hashlib.sha256(module.encode()).digest()[:4]) < _TEST_SHARE * 2**32
 
     @property
     def private(self) -> bool:
+        """Whether its name begins with an underscore."""
         return self.name.rpartition(".")[2].startswith("_")
 
 
 class Entry(NamedTuple):
-    name: str
+    """A query with its document."""
+
+    name: str  # that of the docstring
     query: str  # the summary
     document: str  # the first 60 words of the rest
 
     @property
-    def telling(self) -> bool:
-        """Whether the query is long enough, eight words, to be meant for one document."""
+    def is_test_query(self) -> bool:
+        """Whether the query is long enough (eight words) to stand for one document."""
         return len(_words(self.query)) >= _MIN_TEST_QUERY_WORDS
 
 
 def read_docstrings(packages: Iterable[str] | None = None, progress: bool = False) -> Iterator[Docstring]:
-    """Docstrings of the named distributions (all installed ones if None), without their tests.
+    """Docstrings of the named distributions (all installed ones if None), without those of their tests.
 
     Raises:
         DataError: a distribution is not installed.
@@ -101,11 +105,10 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def split_entries(docstrings: Iterable[Docstring]) -> tuple[list[Entry], list[Entry]]:
     """Queries with their documents, as (train, test), split by module.
 
-    A docstring is left out if its summary is not a line of its own, if summary or rest are too
-    short, if the rest repeats the summary, if the summary was seen before, or if the rest is a
-    near-copy of a document seen before: one that shares more than 30 % of its runs of eight words.
-    Test comes first, so that what is left out for being alike is left out of training. Docstrings
-    of private functions and classes are trained on, but not tested on.
+    A docstring is left out if its summary is not a line of its own, if the summary or the rest is too short, if the rest
+    repeats the summary, if the summary is a duplicate, or if the rest is a near-duplicate of an earlier document: more than
+    30 % of its runs of eight words are in earlier documents. The test split is made first, so that its near-duplicates are
+    left out of training. Docstrings of private functions and classes are used for training only.
     """
     seen_queries: set[str] = set()
     seen_shingles: set[int] = set()
@@ -126,9 +129,9 @@ def split_entries(docstrings: Iterable[Docstring]) -> tuple[list[Entry], list[En
             or key in " ".join(words)
         ):
             continue
-        # Hashes of strings differ between processes, but which of them are equal does not.
+        # Hashes of strings differ between processes, but not which of them are equal.
         shingles = {hash(tuple(words[i : i + _SHINGLE_WORDS])) for i in range(len(words) - _SHINGLE_WORDS + 1)}
-        if len(shingles & seen_shingles) > _NEAR_COPY * len(shingles):
+        if len(shingles & seen_shingles) > _NEAR_DUPLICATE * len(shingles):
             continue
         seen_queries.add(key)
         seen_shingles |= shingles

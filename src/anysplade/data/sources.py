@@ -1,4 +1,4 @@
-"""Rows of files, plain, gzipped and in zip archives; ir_datasets; datasets of the hub: read, with faults in one line."""
+"""Reading rows of files (plain, gzipped or in a zip archive), of ir_datasets and of hub datasets; names of sources."""
 
 import contextlib
 import csv
@@ -26,15 +26,15 @@ from anysplade.errors import DataError
 logger = logging.getLogger(__name__)
 
 Place = Path | zipfile.Path
-Row = tuple[int, dict[str, Any]]  # its number, from 1, and its columns
+Row = tuple[int, dict[str, Any]]  # row number, from 1, and columns
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, and documents are longer
 
 
-def open_text(path: Place) -> TextIO:
-    """A text file, whatever its line ends and with or without a byte order mark; gzipped if its name ends so."""
+def _open_text(path: Place) -> TextIO:
+    """Open a UTF-8 file with any line ends, with or without a byte order mark, and gzipped if its name ends in .gz."""
     if path.name.endswith(".gz"):
         return io.TextIOWrapper(gzip.GzipFile(fileobj=path.open("rb")), encoding="utf-8-sig")
     return io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig")
@@ -42,10 +42,10 @@ def open_text(path: Place) -> TextIO:
 
 @contextlib.contextmanager
 def lines(path: Place) -> Iterator[Iterator[tuple[int, str]]]:
-    """Numbered lines, from 1.
+    """The lines of a file with their numbers, from 1.
 
     Raises:
-        DataError: not UTF-8, or a compressed file that is cut off.
+        DataError: the file is not UTF-8, or a compressed file is damaged.
     """
     number = 0
 
@@ -55,23 +55,26 @@ def lines(path: Place) -> Iterator[Iterator[tuple[int, str]]]:
             yield number, line.rstrip("\n")
 
     try:
-        with open_text(path) as file:
+        with _open_text(path) as file:
             yield numbered(file)
     except UnicodeDecodeError:
         raise DataError(f"{path}:{number + 1}: not UTF-8 text; convert the file to UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error):
-        raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut off; fetch it again") from None
+        raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut off; download it again") from None
 
 
 def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
-    """The rows of a JSONL file or, by its name, of a CSV, TSV or Parquet table. The number is that of a row's first line.
+    """The rows of a JSONL, CSV, TSV or Parquet file; a row's number is that of its first line.
 
-    Cells of CSV and TSV are texts, and the first line names the columns. TREC's TSV files have no such line: given the
-    names that a column of ids may have, a TSV without any of them at its top is id and text or id, title and text,
-    and quotation marks in it mean nothing.
+    Cells of CSV and TSV are strings, and the first line has the column names. TREC's TSV files have no such line, and
+    quotation marks in them have no meaning.
+
+    Args:
+        ids: names that a column of ids can have. A TSV whose first line has none of them is one of TREC's, with the columns
+            id and text, or id, title and text. Empty: every TSV has column names.
 
     Raises:
-        DataError: a row that cannot be read.
+        DataError: a row cannot be read.
     """
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
@@ -81,8 +84,8 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
     elif name.endswith(".tsv"):
         with lines(path) as numbered:
             first = next((line for _, line in numbered if line.strip()), "")
-        named = not ids or any(cell.strip(' "').lower() in ids for cell in first.split("\t"))
-        yield from _table_rows(path, "\t") if named else _trec_rows(path)
+        has_header = not ids or any(cell.strip(' "').lower() in ids for cell in first.split("\t"))
+        yield from _table_rows(path, "\t") if has_header else _trec_rows(path)
     else:
         yield from _json_rows(path)
 
@@ -104,7 +107,7 @@ def _table_rows(path: Place, delimiter: str) -> Iterator[Row]:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise DataError(
-                    f"{path}:{number}: not a valid table ({error}); close each quotation mark, double those inside"
+                    f"{path}:{number}: not a valid table ({error}); close each quotation mark, and double those inside a cell"
                 ) from None
             if cells is None:
                 return
@@ -113,11 +116,11 @@ def _table_rows(path: Place, delimiter: str) -> Iterator[Row]:
             if not names:
                 names = [cell.strip() for cell in cells]
                 if len(set(names)) < len(names):
-                    raise DataError(f"{path}:{number}: two columns have the same name; the first line must name each column")
+                    raise DataError(f"{path}:{number}: two columns have the same name; give each column its own")
                 continue
             if len(cells) != len(names):
                 raise DataError(
-                    f"{path}:{number}: {len(cells)} columns, and the first line names {len(names)}; give each row as many"
+                    f"{path}:{number}: {len(cells)} columns, but the first line has {len(names)}; give each row as many"
                 )
             yield number, dict(zip(names, cells, strict=True))
 
@@ -129,16 +132,13 @@ def _trec_rows(path: Place) -> Iterator[Row]:
             if not line.strip():
                 continue
             if not 2 <= len(parts) <= 3:
-                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, with a tab between")
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, separated by a tab")
             yield number, dict(zip(("_id", "title", "text") if len(parts) == 3 else ("_id", "text"), parts, strict=True))
 
 
 def _json_rows(path: Place) -> Iterator[Row]:
-    """Line numbers and objects; blank lines are passed over.
-
-    JSON can hold half a character, a lone surrogate, which no tokenizer and no file of UTF-8 takes; it becomes U+FFFD.
-    """
-    halved: list[int] = []
+    """Line numbers and objects, without blank lines; lone surrogates, which JSON can hold and UTF-8 cannot, become U+FFFD."""
+    with_surrogates: list[int] = []
     with lines(path) as numbered:
         for number, line in numbered:
             if not line.strip():
@@ -147,7 +147,7 @@ def _json_rows(path: Place) -> Iterator[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
-            except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
+            except (ValueError, RecursionError):  # a number of thousands of digits, or brackets nested thousands deep
                 raise DataError(f"{path}:{number}: JSON that cannot be read: a number too long, or nested too deep") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: not a JSON object; each line must be one")
@@ -155,55 +155,59 @@ def _json_rows(path: Place) -> Iterator[Row]:
                 content = json.dumps(row, ensure_ascii=False)
                 if content != (whole := whole_characters(content)):
                     row = json.loads(whole)
-                    halved.append(number)
+                    with_surrogates.append(number)
             yield number, row
-    if halved:
+    if with_surrogates:
         logger.warning(
-            "%s:%d: half a character in it (a lone surrogate), read as U+FFFD; there are %d such rows", path, halved[0], len(halved)
+            "%s:%d: a lone surrogate (half a character) is read as U+FFFD; rows with one: %d",
+            path,
+            with_surrogates[0],
+            len(with_surrogates),
         )
 
 
 def whole_characters(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate."""
+    """Replace each lone surrogate by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-# --------------------------------------------------------------------------------- what a name stands for
+# ---------------------------------------------------------------------------------------- resolving names
 
 PYTHON_DOCS = "python-docs"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-# Files of a folder that holds a collection: BEIR's names first, then those of TREC collections.
+# File names in the folder of a collection: BEIR's first, then those of TREC collections.
 _FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
 CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs") for form in _FORMS)
 QUERY_FILES = (*(f"{name}{form}" for name in ("queries", "topics") for form in _FORMS), "topics.trec", "topics.txt")
 
 
 class Source(NamedTuple):
-    """What a name stands for.
+    """The result of ``resolve``.
 
-    ``at`` is the file; the folder, in a zip archive too; the dataset's folder or id on the hub; the dataset of
-    ir_datasets; None for the docstrings of the Python environment.
+    ``at`` is the path of a file; the path of a folder, also inside a zip archive; the folder or hub id of a dataset; the
+    dataset object of ir_datasets; or None for python-docs.
     """
 
     kind: Literal["file", "folder", "hub", "ir_datasets", "python-docs"]
     name: str
     at: Any = None
-    config: str | None = None  # of a dataset of the hub
+    config: str | None = None  # of a hub dataset
 
 
 def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -> Source:
-    """The one place that decides what the name of a corpus, a collection, training data or texts stands for.
+    """Find the source that the name of a corpus, a collection, training data or texts stands for.
 
-    In this order: ``"python-docs"``; a file or folder that exists, where a folder with a README and without a corpus is a
-    dataset of the hub's layout and a zip archive is the folder in it; an id of ir_datasets, also without its last part,
-    the split; an id of the hub, ``org/name`` or ``org/name:config``.
+    Tried in this order: ``"python-docs"``; an existing file or folder, where a folder with a README and without a corpus
+    is a hub dataset and a zip archive is the folder in it; an ir_datasets id, also without its last part, the split; a hub
+    id, ``org/name`` or ``org/name:config``.
 
     Args:
-        wanted: what the name should stand for, for the error.
+        wanted: "corpus", "collection", "training data" or "texts".
+        split: the last part of an ir_datasets id that has no such part.
 
     Raises:
-        DataError: it stands for nothing, or the zip archive is damaged.
+        DataError: the name stands for nothing, or the zip archive is damaged.
     """
     text = str(name)
     if isinstance(name, zipfile.Path):
@@ -237,37 +241,37 @@ def _is_judged(dataset: Any) -> bool:
 
 
 def find_file(folder: Place, names: Sequence[str]) -> Place | None:
-    """The first file of these names in a folder, gzipped or not."""
+    """The first of these files that is in a folder, gzipped or not; None if there is none."""
     candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _zip_folder(path: Path) -> zipfile.Path:
-    """The folder in a zip archive: its root, or the one folder at its root.
+    """The folder in a zip archive: its root, or the only folder at its root.
 
     Raises:
-        DataError: no zip archive, or a damaged one.
+        DataError: the file is not a zip archive, or is damaged.
     """
     try:
         root = zipfile.Path(zipfile.ZipFile(path))
     except zipfile.BadZipFile:
-        raise DataError(f"{path}: no zip archive, or a damaged one; fetch it again") from None
+        raise DataError(f"{path}: not a zip archive, or a damaged one; download it again") from None
     inside = [entry for entry in root.iterdir() if not entry.name.startswith(("_", "."))]  # such as __MACOSX
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else root
 
 
 @functools.cache
 def _ir_datasets() -> tuple[Any, str]:
-    """The library, and why it has no folder for data, if so.
+    """The library, and the reason why it has no data folder (empty if it has one).
 
-    Importing it makes that folder. Where that fails, it is imported with one that is gone afterwards, so that it
-    still knows its ids: names of other things are then resolved as ever.
+    Importing it creates that folder. Where this fails, it is imported with a temporary folder, so that its ids are known
+    and other names are still resolved.
     """
     try:
         home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
         home.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home at all
-        fault = str(error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        reason = str(error)
     else:
         import ir_datasets
 
@@ -281,30 +285,28 @@ def _ir_datasets() -> tuple[Any, str]:
             for name, value in before.items():
                 os.environ.pop(name)
                 os.environ.update({name: value} if value is not None else {})
-    return ir_datasets, fault
+    return ir_datasets, reason
 
 
 def ir_dataset(name: str) -> Any:
-    """An ir_datasets dataset, or None if it knows no such id.
+    """An ir_datasets dataset; None if ir_datasets is not installed or has no such id.
 
     Raises:
-        DataError: it knows the id, but its folder for data cannot be made.
+        DataError: there is such an id, but the data folder cannot be created.
     """
     if not _has_ir_datasets():
         return None
-    library, fault = _ir_datasets()
+    library, reason = _ir_datasets()
     with contextlib.suppress(KeyError):
-        found = library.load(name)
-        if fault:
-            raise DataError(
-                f"{name}: ir_datasets has no folder for data ({fault}); set IR_DATASETS_HOME to one that can be written"
-            )
-        return found
+        dataset = library.load(name)
+        if reason:
+            raise DataError(f"{name}: ir_datasets has no data folder ({reason}); set IR_DATASETS_HOME to one that can be written")
+        return dataset
     return None
 
 
 def ir_names() -> list[str]:
-    """The ids that ir_datasets knows."""
+    """All ids of ir_datasets; empty if it is not installed."""
     return list(_ir_datasets()[0].registry) if _has_ir_datasets() else []
 
 
@@ -313,10 +315,10 @@ def _has_ir_datasets() -> bool:
 
 
 def hub_dataset(name: str, config: str | None, split: str | None = "train", streaming: bool = False) -> Any:
-    """A dataset of the hub, or of a folder laid out like one.
+    """A dataset of the hub, or of a folder with the same layout; by split if ``split`` is None.
 
     Raises:
-        DataError: whatever the datasets library has against it.
+        DataError: the datasets library cannot load it.
     """
     with as_data_error(f"{name}:{config}" if config else name):
         cache = _folder_cache(Path(name)) if Path(name).is_dir() else None
@@ -324,9 +326,10 @@ def hub_dataset(name: str, config: str | None, split: str | None = "train", stre
 
 
 def _folder_cache(folder: Path) -> str:
-    """Where the rows of a folder are kept, by its path and files.
+    """The cache folder for the rows of a dataset folder, by its path and files.
 
-    The datasets library tells folders apart by their last name alone: another one, or changed files, gave the old rows.
+    The datasets library caches by the folder's last name alone, so another folder of that name or changed files would get
+    the old rows.
     """
     files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
     key = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in files])
@@ -335,22 +338,23 @@ def _folder_cache(folder: Path) -> str:
 
 @contextlib.contextmanager
 def as_data_error(source: str | Path) -> Iterator[None]:
-    """Raise any error of the datasets library as a DataError of one line that names the source."""
+    """Turn any exception of the datasets library into a one-line DataError that names the source."""
     try:
         yield
     except (DataError, GeneratorExit, KeyboardInterrupt):
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        said = str(cause).strip().splitlines()
-        raise DataError(f"{source}: cannot be read: {said[0] if said else type(error).__name__}{hub_advice(cause)}") from error
+        reason = (str(cause).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{source}: cannot be read: {reason}{hub_advice(cause)}") from error
 
 
 def hub_advice(error: BaseException) -> str:
-    """What to do about an error of the hub's libraries, if it is that their folder cannot be written."""
-    place = error.filename if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
-    return "; set HF_HOME to a folder that can be written" if place and str(place).startswith(HF_HOME) else ""
+    """The fix to append to the message of a hub error, if the hub's cache folder cannot be written; else empty."""
+    path = error.filename if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
+    return "; set HF_HOME to a folder that can be written" if path and str(path).startswith(HF_HOME) else ""
 
 
 def is_utf8(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    """Whether a text can be encoded as UTF-8: it has no lone surrogate."""
+    return text.isascii() or not _SURROGATE.search(text)
