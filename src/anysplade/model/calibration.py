@@ -67,7 +67,7 @@ class Calibration:
     @property
     def verdicts(self) -> tuple[Verdict, Verdict] | None:
         """What SPLADE training will do with the head raw and calibrated; None without probe texts."""
-        return None if self.before is None or self.after is None else (foresee(self.before), foresee(self.after))
+        return None if self.before is None or self.after is None else (_foresee(self.before), _foresee(self.after))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -192,7 +192,7 @@ def mean_excess(logits: np.ndarray, share: float) -> float:
     return float(above.mean(dtype=np.float64) - level) if above.size else 0.0
 
 
-def foresee(start: ProbeReport) -> Verdict:
+def _foresee(start: ProbeReport) -> Verdict:
     """What SPLADE training will do from where a head starts: an estimate, made before the first step.
 
     Documents that are alike (cosine above 0.65) and a loss that begins more than ten times above guessing

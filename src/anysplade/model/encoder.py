@@ -104,7 +104,7 @@ def build_encoder(
     """
     source = resolve_model(path)
     if is_saved_encoder(source):
-        k, shift = auto_choices(source, k, shift)
+        k, shift = _auto_choices(source, k, shift)
         encoder = _load_saved(source, attention)
         if (pooling, double_log, query_encoder) != ("max", False, "mlm"):
             raise OptionError(f"{source}: a sparse encoder already, whose pooling and query encoder stay as they are")
@@ -114,11 +114,11 @@ def build_encoder(
             encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
     model = masked_lm(encoder)
     calibration = calibrate(
-        model, splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
+        model, _splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
     )
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
-        _cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))
+        _cut_at(encoder, min(max_length, _splade_modules(encoder)[0].max_seq_length or max_length))
     if fused:
         fuse_pooling(encoder)
     return encoder, calibration
@@ -173,7 +173,7 @@ def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if not is_saved_encoder(source):
         return *load_masked_lm(source), False
     encoder = _load_saved(source)
-    return masked_lm(encoder), splade_modules(encoder)[0].tokenizer, True
+    return masked_lm(encoder), _splade_modules(encoder)[0].tokenizer, True
 
 
 def fingerprint(source: str) -> str | None:
@@ -223,7 +223,7 @@ def check_model(source: str) -> None:
         check_masked_lm(source)
 
 
-def auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice]:
+def _auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice]:
     """What "auto" means for the head of a saved SparseEncoder: no change."""
     if "auto" in (k, shift):
         logger.info("%s: a sparse encoder already, so its head stays as it is; numbers for k and shift change it", source)
@@ -238,7 +238,7 @@ def _saved_json(source: str, name: str) -> Any:
 
 def is_splade(encoder: SparseEncoder) -> bool:
     """Whether documents go through an MLM head, so that a dimension is a term of its vocabulary."""
-    first, last = splade_modules(encoder)
+    first, last = _splade_modules(encoder)
     return isinstance(first, Transformer) and first.transformer_task == "fill-mask" and isinstance(last, SpladePooling)
 
 
@@ -285,7 +285,7 @@ def _transformer_folders(source: str) -> list[str]:
     return folders
 
 
-def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
+def _splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
     """First and last module of what encodes documents; with an MLM on both sides, queries go through them too."""
     first: Any = encoder[0]
     modules: Any = first.sub_modules["document"] if isinstance(first, Router) else encoder
@@ -298,7 +298,7 @@ def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
     Raises:
         ModelError: the encoder is of another kind, without an MLM head.
     """
-    first = splade_modules(encoder)[0]
+    first = _splade_modules(encoder)[0]
     if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
         modules = ", ".join(type(module).__name__ for module in encoder.children())
         raise ModelError(f"a SparseEncoder of another kind ({modules}): only SPLADE has an MLM head")
@@ -354,7 +354,7 @@ def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: b
         )
     frequency = np.zeros(len(tokenizer))
     count = 0
-    for batch in batched(texts, 1024):
+    for batch in _batched(texts, 1024):
         for ids in tokenizer(list(batch), add_special_tokens=False, truncation=True)["input_ids"]:
             frequency[np.unique(ids)] += 1
             count += 1
@@ -366,7 +366,7 @@ def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: b
     return SparseEncoder(modules=[router], similarity_fn_name="dot")
 
 
-def batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+def _batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
     iterator = iter(items)
     while batch := tuple(islice(iterator, size)):
         yield batch
@@ -385,7 +385,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     Returns:
         Whether the pooling is fused now.
     """
-    transformer, pooling = splade_modules(encoder)
+    transformer, pooling = _splade_modules(encoder)
     model = masked_lm(encoder)
     head = find_head(model)
     if not isinstance(pooling, SpladePooling):
@@ -404,7 +404,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
 
 def unfuse_pooling(encoder: SparseEncoder) -> None:
     """Back to the modules' own forward."""
-    for module in splade_modules(encoder):
+    for module in _splade_modules(encoder):
         module.__dict__.pop("forward", None)
 
 

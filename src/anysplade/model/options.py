@@ -5,7 +5,6 @@ from typing import Literal
 Choice = float | Literal["auto"]  # of k and of shift
 BiasPolicy = Literal["scale", "keep"]
 Precision = Literal["float32", "bfloat16", "auto"]  # of encoding
-WeightType = Literal["float32", "float16"]  # of stored vectors
 Pooling = Literal["max", "sum"]
 Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]

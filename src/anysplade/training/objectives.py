@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _FLAT = 0.05  # of a teacher's choices: mean distance of the best one's share from that of guessing
 
 
-class WeightedSum(nn.Module):
+class _WeightedSum(nn.Module):
     """Several ranking losses of the same vectors, each times its weight."""
 
     def __init__(self, losses: dict[str, nn.Module], weights: dict[str, float]) -> None:
@@ -60,7 +60,7 @@ def make_loss(config: TrainingConfig, encoder: SparseEncoder) -> SpladeLoss:
             losses[name] = SparseDistillKLDivLoss(
                 encoder, temperature=config.kl_temperature, teacher_temperature=config.teacher_temperature
             )
-    ranking: Any = next(iter(losses.values())) if list(weights.values()) == [1.0] else WeightedSum(losses, weights)
+    ranking: Any = next(iter(losses.values())) if list(weights.values()) == [1.0] else _WeightedSum(losses, weights)
     options: dict[str, Any] = {
         "document_regularizer_weight": config.document_regularizer_weight,
         "query_regularizer_weight": None if has_static_queries(encoder) else config.query_regularizer_weight,
