@@ -34,7 +34,9 @@ _UNSPACED = (
 _CHARACTER = rf"[{_UNSPACED}](?<=\w)(?:[{_UNSPACED}](?<!\w))*"  # a letter with its marks, which are not in \w
 _CHARACTERS = re.compile(_CHARACTER)
 _RUN = re.compile(rf"{_CHARACTER}(?:\u200b?{_CHARACTER})*")  # some texts mark words by spaces of no width, most do not
-_TOKEN = rf"(?u)[{_UNSPACED}]+|\b\w\w+\b"  # the second half is the default of bm25s
+# Combining marks, as in Hindi, Tamil or decomposed Latin, belong to the letter before them, though \w has none of them.
+_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x20000)) if unicodedata.category(mark) in ("Mn", "Mc"))
+_TOKEN = rf"(?u)[{_UNSPACED}]+|(?:\w[{_MARKS}]*){{2,}}"  # without marks the second half is the default of bm25s: two letters
 
 
 class BM25:
@@ -52,7 +54,7 @@ class BM25:
 
     def _tokens(self, texts: list[str]) -> Any:
         return bm25s.tokenize(
-            [_RUN.sub(_in_pairs, text) for text in texts],
+            [_RUN.sub(_in_pairs, unicodedata.normalize("NFC", text)) for text in texts],
             token_pattern=_TOKEN,
             stopwords="english",
             stemmer=self._stemmer,
