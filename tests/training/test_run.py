@@ -356,7 +356,7 @@ def test_a_collapse_is_named_and_training_goes_on(collapsing, caplog):
     assert any(finding["collapse"] for finding in result.monitoring["findings"])
     assert result.monitoring["findings"][0]["step"] <= 20
     assert result.steps == 25
-    assert result.monitoring["findings"][0]["mend"] in caplog.text
+    assert result.monitoring["findings"][0]["evidence"] in caplog.text
 
 
 def test_stop_on_collapse(collapsing, tmp_path):
