@@ -40,7 +40,7 @@ def test_every_extra_is_in_all():
     assert named == extras.keys() - {"all", "dev", "docs"}
 
 
-def test_inspecting_rescaling_and_training_need_no_extra(backbone, tmp_path):
+def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(backbone, tmp_path):
     rows = [json.dumps({"query": a, "positive": f"{a} {b}"}) for a, b in pairwise(WORDS)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     for arguments in (
@@ -51,6 +51,8 @@ def test_inspecting_rescaling_and_training_need_no_extra(backbone, tmp_path):
         done = run_core(*arguments)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
+    done = run_core("mine", tmp_path / "pairs.jsonl", "--miner", tmp_path / "run", "--out", tmp_path / "mined.jsonl", "--margin", 0)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_texts_that_are_cut_are_said(collection_folder, tmp_path, capsys, caplog
     assert main(["search", str(tmp_path / "index"), "kabel lodan", "--json"]) == 0
     assert "queries were cut" not in caplog.text
     assert main(["search", str(tmp_path / "index"), "kabel " * 20, "--json"]) == 0
-    assert "1 of 1 queries were cut at 8 tokens" in caplog.text
+    assert "1 of 1 queries were cut at 8 tokens, and what follows cannot be found; --max-length raises" in caplog.text
     capsys.readouterr()
     with Index.load(tmp_path / "index") as opened:
         assert opened.encoder.max_seq_length == 8

@@ -8,7 +8,7 @@ from sentence_transformers import SparseEncoder
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
 from anysplade.model.encoder import build_encoder, masked_lm
-from anysplade.model.encoding import count_cut, encode, in_precision, resolve_precision
+from anysplade.model.encoding import count_cut, encode, in_precision, log_cut, max_positions, resolve_precision
 from tiny import WORDS, counted_copy
 
 
@@ -94,3 +94,12 @@ def test_texts_that_are_cut_are_counted(query_encoder, backbone):
     assert count_cut(encoder, texts, "document") == (3, 6)  # six tokens: the prompt, two special ones and three words
     assert count_cut(encoder, texts, "query") == ((2, 6) if query_encoder == "mlm" else (0, None))
     assert count_cut(encoder, [], "document") == (0, 6)
+
+
+@pytest.mark.parametrize("max_length, advice", [(6, "`max_length` raises the limit"), (64, "the model reads no more")])
+def test_the_models_own_limit_is_told_apart_from_one_that_can_be_raised(max_length, advice, backbone, caplog):
+    caplog.set_level("INFO", "anysplade")
+    encoder = load_encoder(backbone, max_length=max_length)
+    cut, limit = count_cut(encoder, ["kabel " * 100], "document")
+    log_cut(cut, 1, limit, "documents", max_positions(encoder, "document"))
+    assert f"cut at {max_length} tokens, and what follows cannot be found; {advice}" in caplog.text

@@ -97,7 +97,7 @@ def search(
         model: where the index's model lies, if it was moved.
     """
     from anysplade.cli import rendering as report
-    from anysplade.model.encoding import count_cut, log_cut
+    from anysplade.model.encoding import count_cut, log_cut, max_positions
     from anysplade.search.remote import open_index
 
     wanted: dict[str, list[Any]] = {}
@@ -110,7 +110,7 @@ def search(
         wanted.setdefault(name, []).append(value)
     opened = open_index(index, model)
     cut, limit = count_cut(opened.encoder, [query], "query")
-    log_cut(cut, 1, limit, "queries")
+    log_cut(cut, 1, limit, "queries", max_positions(opened.encoder, "query"))
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     return Result({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
 

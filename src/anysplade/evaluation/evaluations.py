@@ -21,7 +21,7 @@ from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import fingerprint, open_encoder, term_names
-from anysplade.model.encoding import count_cut, encode, in_precision, log_cut, prune, resolve_precision
+from anysplade.model.encoding import count_cut, encode, in_precision, log_cut, max_positions, prune, resolve_precision
 from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision, Role
 from anysplade.search.exact import Postings, highest
@@ -148,7 +148,7 @@ def evaluate(
         role: Role
         for role, plural, given in (("document", "documents", texts), ("query", "queries", questions)):
             count, limit = count_cut(encoder, given, role)
-            log_cut(count, len(given), limit, plural)
+            log_cut(count, len(given), limit, plural, max_positions(encoder, role))
             cut[role] = {"count": count, "max_length": limit}
         start = time.perf_counter()
         rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(self_matches))

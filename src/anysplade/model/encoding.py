@@ -21,6 +21,7 @@ from anysplade._common.files import write_whole
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
 from anysplade.model.encoder import reader
+from anysplade.model.head import usable_positions
 from anysplade.model.options import Precision, Role
 from anysplade.model.pooling import native_bfloat16
 
@@ -85,8 +86,8 @@ def encode(
                 finite = vectors.isfinite().all(dim=1)
                 if not finite.all():
                     bad = start + int(batch[int((~finite).nonzero()[0])])
-                    said = f"text {bad + 1}" if ids is None else repr(ids[bad][:80])
-                    raise ModelError(f"the model gives NaN or infinity for {role} {said}; its training diverged")
+                    name = f"text {bad + 1}" if ids is None else repr(ids[bad][:80])
+                    raise ModelError(f"the model gives NaN or infinity for {role} {name}; its training diverged")
                 rows.append(_csr(vectors))
                 order += list(batch)
                 bar.update(len(batch))
@@ -115,16 +116,28 @@ def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple
     return count, limit
 
 
-def log_cut(cut: int, texts: int, limit: int | None, what: str) -> None:
-    """Log how many of the texts were cut at the limit, if any was."""
+def max_positions(encoder: SparseEncoder, role: Role) -> int | None:
+    """How many tokens of a text the model has positions for; None if nothing limits them."""
+    module = reader(encoder, role)
+    return None if module is None else usable_positions(module.model)
+
+
+def log_cut(cut: int, texts: int, limit: int | None, what: str, maximum: int | None = None) -> None:
+    """Log how many of the texts were cut at the limit, if any was.
+
+    Args:
+        maximum: from ``max_positions``; None if it is not known.
+    """
     if cut:
         logger.info(
-            "%s of %s %s were cut at %s tokens, and what follows cannot be found; `max_length` raises the limit as far as the "
-            "model's positions allow",
+            "%s of %s %s were cut at %s tokens, and what follows cannot be found; %s",
             f"{cut:,}",
             f"{texts:,}",
             what,
             limit,
+            "the model reads no more"
+            if maximum is not None and limit == maximum
+            else "`max_length` raises the limit as far as the model's positions allow",
         )
 
 

@@ -100,8 +100,8 @@ def _require_on_hub(name: str) -> None:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
     except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
-        said = f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}{hub_advice(error)}"
-        raise ModelError(said) from error
+        message = f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}{hub_advice(error)}"
+        raise ModelError(message) from error
 
 
 def load_masked_lm(

@@ -75,10 +75,10 @@ class DistinctBatches(NoDuplicatesBatchSampler):
     """As many batches an epoch as the examples would fill without duplicates, each of them full.
 
     Where texts repeat, sentence-transformers' sampler ends an epoch early, and the trainer then ends the whole run early,
-    without an error. Here the epoch's batches come again instead; it is said once that they do.
+    without an error. Here the epoch's batches come again instead; a warning tells it once.
     """
 
-    _said = False
+    _warned = False
 
     def __iter__(self) -> Iterator[list[int]]:
         given = array("q")  # the epoch's examples in order: 8 bytes each
@@ -87,8 +87,8 @@ class DistinctBatches(NoDuplicatesBatchSampler):
             yield batch
         size, missing = self.batch_size, len(self) - len(given) // self.batch_size
         used = len(np.unique(np.frombuffer(given, np.int64))) if given else 0
-        if used < len(self) * size and not self._said:
-            self._said = True
+        if used < len(self) * size and not self._warned:
+            self._warned = True
             logger.warning(
                 "texts repeat, so that an epoch's %s batches use %s of %s examples, some of them several times; "
                 "a smaller `batch_size` uses more",

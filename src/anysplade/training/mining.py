@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import DataError, ModelError, OptionError, OutputError
-from anysplade.evaluation.bm25 import BM25
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.head import check_weights
@@ -81,6 +81,7 @@ def mine(
         raise OptionError(
             f"negatives {negatives}, depth {depth}, margin {margin}: take 1 or more of a depth no smaller, margin in [0, 1)"
         )
+    _require_extra(miner)
     pairs = load_pairs(data, texts=texts, progress=progress)
     documents = list(dict.fromkeys(pair.positive for pair in pairs))
     if corpus is not None:
@@ -145,6 +146,7 @@ def score(
         ModelError: the teacher is no cross-encoder of one output, or gives NaN.
         OutputError, DataError: as ``mine``.
     """
+    _require_extra(teacher)
     pairs = load_pairs(data, texts=texts, progress=progress)
     if not pairs[0].negatives:
         raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
@@ -169,8 +171,16 @@ def score(
 Search = Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # queries to positions and scores, the best first
 
 
+def _require_extra(name: str) -> None:
+    """Raise ExtraError before the data are read if BM25 is asked for and its library is missing; models need no extra."""
+    if name == "bm25":
+        import_module("anysplade.evaluation.bm25")
+
+
 def _searcher(miner: str, documents: list[str], depth: int, progress: bool) -> Search:
     if miner == "bm25":
+        from anysplade.evaluation.bm25 import BM25
+
         bm25 = BM25(documents)
         return lambda queries: bm25.top(queries, depth)
     encoder = open_encoder(miner)
@@ -182,6 +192,8 @@ def _judge(
     teacher: str, documents: list[str], max_length: int | None, batch_size: int
 ) -> Callable[[list[Pair]], Iterator[np.ndarray]]:
     if teacher == "bm25":
+        from anysplade.evaluation.bm25 import BM25
+
         bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
         return lambda part: (
             bm25.score(pair.query, np.array([position[text] for text in (pair.positive, *pair.negatives)])) for pair in part
@@ -213,9 +225,9 @@ def _in_blocks(
     documents: Sequence[str],
     block: Callable[[list[Pair]], Iterator[dict[str, Any]]],
     progress: bool,
-    said: str,
+    task: str,
 ) -> Mined | None:
-    """The result, which is on disk then; None, and nothing on disk, if no block gave a row."""
+    """Write the rows of all blocks and return what was written; None, with nothing written, if no block gave a row."""
     record, parts = output.with_name(f"{output.name}.json"), output.with_name(f"{output.name}.parts")
     digest = hashlib.sha256(json.dumps([list(pairs), list(documents)]).encode()).hexdigest()
     about = options | {"data_hash": digest}
@@ -230,7 +242,7 @@ def _in_blocks(
             )
     write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
     starts = range(0, len(pairs), _BLOCK)
-    for start in tqdm(starts, desc=said, unit="block", disable=not progress, leave=False, file=sys.stderr):
+    for start in tqdm(starts, desc=task, unit="block", disable=not progress, leave=False, file=sys.stderr):
         part = parts / f"{start:09}.jsonl"
         if not part.exists():
             rows = block(list(pairs[start : start + _BLOCK]))

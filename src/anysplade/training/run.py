@@ -106,7 +106,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             logger.info("%s holds this run's result already", output)
             return finished
         backbone = resolve_model(config.backbone)
-        check_model(backbone)  # a mistake is said before the data are read
+        check_model(backbone)  # an unusable model is an error before the data are read
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
         pairs = _examples(config, output, arguments, progress)
         hashes = {
@@ -243,16 +243,16 @@ def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any
     """Record a collapse; clear the way for a new start, or raise CollapseError."""
     findings = [asdict(finding) for finding in monitor.findings]
     worst = next(finding for finding in monitor.findings if finding.collapse)
-    said = f"{worst.name} at step {worst.step} ({worst.evidence})"
+    evidence = f"{worst.name} at step {worst.step} ({worst.evidence})"
     if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
         if write:
             write_whole(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
-        raise CollapseError(f"{output}: the training collapsed: {said}; {worst.mend}")
+        raise CollapseError(f"{output}: the training collapsed: {evidence}; {worst.mend}")
     run["restarts"].append({"k": run["calibration"]["k"], "shift": run["calibration"]["shift"], "findings": findings})
     if write:
         write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    logger.warning("%s; starting again from the beginning, calibrated more strongly", said)
+    logger.warning("%s; starting again from the beginning, calibrated more strongly", evidence)
 
 
 def _ranking_loss(log: list[dict[str, float]]) -> dict[str, dict[str, float]] | None:
