@@ -204,7 +204,11 @@ def _screen(weight: Tensor) -> _Screen:
 
 
 def _round(vectors: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vectors, (..., width), in int8, one scale for all of ``dims``: the numbers, the scale, and the norms of what they are and lost."""
+    """Vectors, (..., width), in int8 with one scale for all of ``dims``.
+
+    Returns:
+        The whole numbers, the scale, the norms of the rounded vectors, and those of what rounding took away.
+    """
     scale = (vectors.abs().amax(dims) / 127).clamp_min(1e-30)
     spread = scale.reshape(scale.shape + (1,) * (vectors.dim() - scale.dim()))
     rounded = (vectors / spread).round_().clamp_(-127, 127)
@@ -214,7 +218,7 @@ def _round(vectors: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool) -> Tensor | None:
-    """Max pooling in float32 by way of int8; None if too many entries may be above zero, or hidden states or weights are no numbers.
+    """Max pooling in float32 by way of int8; None if too many entries may be above zero, or a number is NaN or infinite.
 
     An entry is computed in float32 unless its value in int8 lies below zero by more than the error can be. With the rows
     w = ŵ + r of the weight and the tokens h = ĥ + s, where ŵ and ĥ are multiples of whole numbers up to 127 and r and s are
@@ -224,6 +228,8 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
     in the norms; scaling, adding the bias and rounding in ``_round`` err by a few units more.
     """
     batch, length, width = hidden.shape
+    if width == 1:  # torch._int_mm (2.13) gives uninitialised memory
+        return None
     hidden = hidden.float()
     tokens, _ = _fill_padding(hidden, mask)
     texts = tokens.view(batch, length, width)
