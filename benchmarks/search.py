@@ -22,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,12 @@ import qdrant_edge as edge
 import torch
 from scipy import sparse
 
-from anysplade import Index, open_encoder
+from anysplade import open_encoder
 from anysplade.data.collections import Document
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.evaluations import _cache_folders
 from anysplade.model.encoding import encode
 from anysplade.search.documents import EncodedDocument
-from anysplade.search.exact import Postings
 from anysplade.search.index import describe_model
 from anysplade.search.store import Store
 from anysplade.serving.batching import Searcher
@@ -69,11 +70,10 @@ def read_passages(path: Path, count: int) -> list[str]:
     """The first passages of a text: its paragraphs, the long ones cut evenly."""
     passages: list[str] = []
     with lzma.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            words = line.split()
-            parts = max(1, round(len(words) / WORDS)) if words else 0
-            bounds = [len(words) * i // max(1, parts) for i in range(parts + 1)]
-            passages += [" ".join(words[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        for words in map(str.split, lines):
+            parts = max(1, round(len(words) / WORDS))
+            bounds = [len(words) * i // parts for i in range(parts + 1)]
+            passages += [" ".join(words[start:end]) for start, end in pairwise(bounds) if start < end]
             if len(passages) >= count:
                 return passages[:count]
     raise SystemExit(f"{path}: {len(passages):,} passages; --documents is {count:,}")
@@ -195,6 +195,15 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 Engine = tuple[Callable[[int, int], Any], Callable[[Any], int]]  # hits of query i, at most k; the document of a hit
 
 
+def ask(search: Callable[[int, int], Any], count: int, k: int) -> None:
+    for i in range(count):
+        search(i, k)
+
+
+def rate(count: int, seconds: dict[str, float]) -> dict[str, float]:
+    return {name: count / seconds[of] for name, of in (("median", "median"), ("lowest", "highest"), ("highest", "lowest"))}
+
+
 class Stub:
     """What splade-index asks of a model: vectors that are there already, and a vocabulary."""
 
@@ -246,7 +255,7 @@ def seismic(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[st
     def engine(cut: int, factor: float) -> Engine:
         return lambda i, k: index.search("", *ready[i], k, cut, factor), lambda hit: int(hit[2])
 
-    return {f"Seismic, query_cut {cut}, heap_factor {factor}": engine(cut, factor) for cut, factor in SEISMIC}
+    return {f"Seismic, cut {cut}, heap factor {factor}": engine(cut, factor) for cut, factor in SEISMIC}
 
 
 def recalls(engines: dict[str, Engine], documents: sparse.csr_matrix, queries: sparse.csr_matrix, k: int) -> dict[str, float]:
@@ -365,26 +374,12 @@ def main() -> None:
         qps: dict[str, dict[str, dict[str, float]]] = {}
         recall: dict[str, dict[str, float]] = {}
         for k, engines in ((10, exact | approximate), (1000, exact)):
-
-            def all_of(search: Callable[[int, int], Any], k: int = k) -> Callable[[], None]:
-                def run() -> None:
-                    for i in range(len(asked)):
-                        search(i, k)
-
-                return run
-
             timed = engines if k > 10 else engines | scale
-            times = alternate({name: all_of(search) for name, (search, _) in timed.items()}, options.rounds)
-            qps[f"k {k}"] = {
-                name: {
-                    rate: len(asked) / taken[seconds] for rate, seconds in zip(taken, ("median", "highest", "lowest"), strict=True)
-                }
-                for name, taken in times.items()
-            }
+            asking = {name: partial(ask, search, len(asked), k) for name, (search, _) in timed.items()}
+            qps[f"k {k}"] = {name: rate(len(asked), taken) for name, taken in alternate(asking, options.rounds).items()}
             recall[f"k {k}"] = recalls(engines, documents, queries, k)
 
-        indptr = Postings.from_documents(documents).indptr
-        read = float(np.mean([(indptr[terms + 1] - indptr[terms]).sum() for terms, _ in vectors]))
+        read = float(np.mean([np.diff(columns.indptr)[terms].sum() for terms, _ in vectors]))
         speed = bandwidth()
         ten = {name: values["median"] for name, values in qps["k 10"].items()}
         result = {
