@@ -236,10 +236,7 @@ def splade_index(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> di
 
 
 def seismic(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[str, Engine]:
-    """Seismic (arXiv 2404.18812), approximate, its weights float16; nothing where pyseismic-lsr is not installed.
-
-    Its queries are made ready beforehand: it takes terms as texts, not as numbers.
-    """
+    """Seismic (arXiv 2404.18812), approximate, its weights float16; nothing where pyseismic-lsr is not installed."""
     try:
         import seismic
     except ImportError:
@@ -250,10 +247,14 @@ def seismic(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[st
         terms, weights = row(documents, i)
         dataset.add_document(str(i), terms.astype(string), weights)
     index = seismic.SeismicIndex.build_from_dataset(dataset)
-    ready = [(terms.astype(string), weights) for terms, weights in (row(queries, i) for i in range(queries.shape[0]))]
+    vectors = [row(queries, i) for i in range(queries.shape[0])]
 
     def engine(cut: int, factor: float) -> Engine:
-        return lambda i, k: index.search("", *ready[i], k, cut, factor), lambda hit: int(hit[2])
+        def search(i: int, k: int) -> Any:
+            terms, weights = vectors[i]
+            return index.search("", terms.astype(string), weights, k, cut, factor)
+
+        return search, lambda hit: int(hit[2])
 
     return {f"Seismic, cut {cut}, heap factor {factor}": engine(cut, factor) for cut, factor in SEISMIC}
 
