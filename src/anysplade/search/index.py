@@ -16,10 +16,10 @@ from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import fingerprint, open_encoder, term_names
+from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import encode, in_precision, resolve_precision
-from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.store import BATCH, Store

@@ -14,8 +14,8 @@ from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode, in_precision, resolve_precision
-from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision
+from anysplade.model.saved import resolve_model
 from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
