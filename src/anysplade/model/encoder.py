@@ -149,12 +149,12 @@ def _cut_at(encoder: SparseEncoder, max_length: int) -> None:
             module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
 
 
-def reader(encoder: SparseEncoder, role: Role) -> Transformer | None:
-    """What reads the texts of a role; None if it reads all of a text, as a weight a token does."""
+def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
+    """What reads the texts of a role, up to so many tokens; None if it is a module of another kind."""
     module: Any = encoder[0]
     if isinstance(module, Router):
         module = next(iter(module.sub_modules[role].children()))
-    return module if isinstance(module, Transformer) else None
+    return module if isinstance(module, Transformer | SparseStaticEmbedding) else None
 
 
 def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
