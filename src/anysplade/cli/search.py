@@ -97,7 +97,6 @@ def search(
         model: where the index's model lies, if it was moved.
     """
     from anysplade.cli import rendering as report
-    from anysplade.model.encoding import count_cut, log_cut, max_positions
     from anysplade.search.remote import open_index
 
     wanted: dict[str, list[Any]] = {}
@@ -109,8 +108,11 @@ def search(
             value = jsonlib.loads(value)
         wanted.setdefault(name, []).append(value)
     opened = open_index(index, model)
-    cut, limit = count_cut(opened.encoder, [query], "query")
-    log_cut(cut, 1, limit, "queries", max_positions(opened.encoder, "query"))
+    cut, limit = opened.queries.count_cut([query])
+    if cut:
+        from anysplade.model.encoding import log_cut
+
+        log_cut(cut, 1, limit, "queries", opened.queries.max_positions)
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     return Result({"query": query, "hits": [hit.to_dict() for hit in hits]}, report.hit_lines(hits))
 
@@ -193,11 +195,10 @@ def export(
         quantization: weights are written as whole numbers, times this.
         model: where the index's model lies, if it was moved.
     """
-    from anysplade.model.encoder import term_names
     from anysplade.search.engines import export as exporting
     from anysplade.search.index import Index
 
     with Index.load(index, model) as opened:
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
-        count = write(opened.store, term_names(opened.encoder), out, quantization)
+        count = write(opened.store, opened.queries.term_names, out, quantization)
     return Result({"documents": count, "out": str(out), "format": format}, [f"{count:,} documents in {out}"])

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,10 @@ from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import open_encoder, term_names
-from anysplade.model.encoding import encode, in_precision, resolve_precision
+from anysplade.model.encoder import has_static_queries, open_encoder
+from anysplade.model.encoding import ModelQueries, in_precision, resolve_precision
 from anysplade.model.options import Precision
+from anysplade.model.queries import Queries, StaticQueries
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
@@ -48,6 +49,7 @@ class Index:
         self.changes = Changes()
         self.store = Store(folder, about["vocabulary"])
         self._model = model
+        self._queries: Queries | None = None
         self._encoder: SparseEncoder | None = None
         self._document_encoder: SparseEncoder | None = None
 
@@ -257,6 +259,17 @@ class Index:
             self._encoder = open_same_model(self.about, self.folder, self._model)
         return self._encoder
 
+    @property
+    def queries(self) -> Queries:
+        """What encodes queries, opened on first use: the model, or its table of weights alone where queries have a weight a token.
+
+        Raises:
+            ModelError: the model is gone, or is not the one the index was built with.
+        """
+        if self._queries is None:
+            self._queries, self._encoder = open_queries(self.about, self.folder, self._model, self._encoder)
+        return self._queries
+
     def describe(self) -> dict[str, Any]:
         """``about``, and what the documents are now: how many, and their active dims; reads all of them."""
         count = len(self)
@@ -309,7 +322,7 @@ class Index:
             OptionError: k is below 1.
             ModelError: the index's model is gone or was changed.
         """
-        return self.search_vector(encode(self.encoder, [query], "query"), k, explain, filter, exact)
+        return self.search_vector(self.queries.encode([query]), k, explain, filter, exact)
 
     def search_vector(
         self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
@@ -326,23 +339,46 @@ class Index:
         documents = self.store.documents([position for position, _ in found])
         hits = []
         for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
-            matches = explain_score(self.encoder, vector, terms, weights) if explain else None
+            matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
             score = score if matches is None else sum(match.product for match in matches)
             hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches))
         return hits
 
 
-def explain_score(encoder: SparseEncoder, query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
-    """The terms that a query (one row) and a document share, the largest product first."""
+def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
+    """The terms, with their names, that a query (one row) and a document share, the largest product first."""
     shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
-    names = term_names(encoder)
     pairs = zip([names[term] for term in shared], query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
     matches = [TermMatch(name, ours, theirs, ours * theirs) for name, ours, theirs in pairs]
     return sorted(matches, key=lambda match: -match.product)
 
 
 def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> SparseEncoder:
-    """The model that an index was built with: ``model``, or else where it lay then, or as it lay from the index's folder.
+    """Open the model that ``find_same_model`` finds, with the same arguments; it reads documents up to the index's length."""
+    return open_encoder(find_same_model(about, where, model), max_length=about.get("max_length"))
+
+
+def open_queries(
+    about: Mapping[str, Any], where: str | Path, model: str | Path | None, encoder: SparseEncoder | None
+) -> tuple[Queries, SparseEncoder | None]:
+    """What encodes queries for an index, and the encoder if it is open now.
+
+    Args:
+        about, where, model: as for ``find_same_model``.
+        encoder: the index's, if it is open already.
+    """
+    if encoder is None or has_static_queries(encoder):
+        source = find_same_model(about, where, model)
+        static = StaticQueries.open(source)
+        if static is not None:
+            return static, encoder
+        if encoder is None:
+            encoder = open_encoder(source, max_length=about.get("max_length"))
+    return ModelQueries(encoder), encoder
+
+
+def find_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> str:
+    """The place of the model that an index was built with: ``model``, or where it lay then, or as it lay from the index's folder.
 
     Args:
         about: what ``describe_model`` said.
@@ -362,7 +398,7 @@ def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Pa
             missing.append(str(error))
             continue
         if fingerprint(source) == about["model_fingerprint"]:
-            return open_encoder(source, max_length=about.get("max_length"))
+            return source
         changed.append(source)
     if changed:
         raise ModelError(

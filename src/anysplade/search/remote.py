@@ -15,12 +15,13 @@ from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode, in_precision, resolve_precision
 from anysplade.model.options import Precision
+from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
 from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
-from anysplade.search.index import Index, describe_model, explain_score, open_same_model
+from anysplade.search.index import Index, describe_model, explain_score, open_queries, open_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class RemoteIndex:
         self.sent = self.left_over = 0
         self._model = model
         self._about: dict[str, Any] | None = None
+        self._queries: Queries | None = None
         self._encoder: SparseEncoder | None = None
         self._document_encoder: SparseEncoder | None = None
 
@@ -149,6 +151,13 @@ class RemoteIndex:
             self._encoder = open_same_model(self.about, self.address, self._model)
         return self._encoder
 
+    @property
+    def queries(self) -> Queries:
+        """What encodes queries, as ``Index.queries``."""
+        if self._queries is None:
+            self._queries, self._encoder = open_queries(self.about, self.address, self._model, self._encoder)
+        return self._queries
+
     def __len__(self) -> int:
         return self.engine.count()
 
@@ -168,7 +177,7 @@ class RemoteIndex:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         if exact:
             raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
-        vector = encode(self.encoder, [query], "query")
+        vector = self.queries.encode([query])
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
             return hits
@@ -178,7 +187,7 @@ class RemoteIndex:
         rows = encode(self._document_encoder, texts, "document", top_k=self.about.get("top_k"))
         explained = []
         for hit, row in zip(hits, rows, strict=True):
-            terms = explain_score(self.encoder, vector, row.indices, row.data)
+            terms = explain_score(self.queries.term_names, vector, row.indices, row.data)
             explained.append(Hit(hit.id, hit.score, hit.title, hit.text, hit.metadata, terms))
         return explained
 

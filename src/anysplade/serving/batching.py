@@ -64,7 +64,7 @@ class Searcher:
     """
 
     def __init__(self, folder: str | Path, beside: str | None = None, model: str | Path | None = None) -> None:
-        """Open an index and load its model.
+        """Open an index, and load its model unless its queries need none; then the first documents to encode load it.
 
         Args:
             folder: the index.
@@ -150,7 +150,9 @@ class Searcher:
 
         def work(vector: sparse.csr_matrix) -> list[TermMatch] | None:
             document = self.index.store.find(id_)
-            return None if document is None else explain_score(self.index.encoder, vector, document.terms, document.weights)
+            if document is None:
+                return None
+            return explain_score(self.index.queries.term_names, vector, document.terms, document.weights)
 
         return await self._submit([query], "query", work)
 
@@ -261,7 +263,8 @@ class Searcher:
         for role in get_args(Role):
             same_role = [job for job in jobs if job.role == role and job.texts]
             if same_role:
-                rows = encode(self.index.encoder, [text for job in same_role for text in job.texts], role)
+                texts = [text for job in same_role for text in job.texts]
+                rows = self.index.queries.encode(texts) if role == "query" else encode(self.index.encoder, texts, role)
                 start = 0
                 for job in same_role:
                     job.vectors = rows[start : start + len(job.texts)]
@@ -270,7 +273,7 @@ class Searcher:
     @staticmethod
     def _open(folder: Path, model: str | Path | None = None) -> Index:
         index = Index.load(folder, model)
-        _ = index.encoder  # loads the model
+        _ = index.queries  # loads the model, if it needs one
         return index
 
     def _read_version(self) -> tuple[int, int] | None:
