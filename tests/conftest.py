@@ -1,7 +1,8 @@
 import pytest
 
+from anysplade import Index
 from opensearch_server import serve  # noqa: F401  (a fixture)
-from tiny import make_backbone, make_collection
+from tiny import make_backbone, make_collection, make_static
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,20 @@ def backbone(tmp_path_factory):
 def collection_folder(tmp_path_factory):
     """A BEIR folder: 40 documents, 20 queries, training pairs."""
     return make_collection(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def static_index(tmp_path_factory, collection_folder):
+    """The folder of an index of 40 documents, whose model has a weight a token for queries."""
+    folder = tmp_path_factory.mktemp("static")
+    Index.build(make_static(folder), collection_folder, folder / "index").close()
+    return folder / "index"
+
+
+@pytest.fixture(autouse=True)
+def openvino_is_asked_for(monkeypatch):
+    """Tests run on torch unless they name a runtime: making a model for OpenVINO takes a second, and most make one of their own."""
+    monkeypatch.setattr("anysplade.model.runtimes.openvino_installed", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,17 @@
 
 import copy
 import random
+from contextlib import contextmanager
 
 import pandas
+import pytest
 import torch
+from sentence_transformers import SparseEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from anysplade import Collection, Document, Pair, write_collection
+from anysplade.model.encoder import build_encoder
 from architectures import small_model
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
@@ -58,6 +62,18 @@ def make_lexical(folder):
     return str(folder)
 
 
+def make_static(folder, tokenizer=None, query_encoder="idf", prompt=""):
+    """Save an encoder whose queries have a weight a token, "idf" or "static"; returns the folder as a string."""
+    tokenizer = tokenizer or make_tokenizer()
+    backbone = make_backbone("bert", folder / "backbone", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(backbone)
+    texts = ["kabel lodan", "mifil kabel river flood", "lodan"]
+    encoder, _ = build_encoder(backbone, 1, 0, query_encoder=query_encoder, idf_texts=texts)
+    encoder.prompts["query"] = prompt
+    encoder.save_pretrained(str(folder / "model"))
+    return str(folder / "model")
+
+
 def make_repository(folder, tables, split="train"):
     """A dataset repository as on the hub: a folder of Parquet for each config, named in README.md."""
     configs = []
@@ -90,3 +106,15 @@ def counted_copy(copies):
         return copied
 
     return deepcopy
+
+
+@contextmanager
+def no_encoder():
+    """A time in which no encoder can be loaded."""
+
+    def fail(*_, **__):
+        raise AssertionError("the encoder was loaded")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparseEncoder, "__init__", fail)
+        yield

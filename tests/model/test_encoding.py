@@ -93,7 +93,7 @@ def test_texts_that_are_cut_are_counted(query_encoder, backbone):
     encoder.prompts["document"] = "kabel "
     texts = ["kabel", "kabel lodan mifil", "kabel lodan mifil nugor", "kabel lodan mifil nugor pehan", "\ud800 " * 100]
     assert count_cut(encoder, texts, "document") == (3, 6)  # six tokens: the prompt, two special ones and three words
-    assert count_cut(encoder, texts, "query") == ((2, 6) if query_encoder == "mlm" else (0, None))
+    assert count_cut(encoder, texts, "query") == ((2, 6) if query_encoder == "mlm" else (1, 6))  # no special tokens there
     assert count_cut(encoder, [], "document") == (0, 6)
 
 

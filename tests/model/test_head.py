@@ -20,7 +20,8 @@ from transformers import (
 
 from anysplade import ModelError, OptionError, inspect_head, load_encoder, rescale_head
 from anysplade.model.encoder import open_encoder
-from anysplade.model.head import find_head, load_masked_lm, measure_logits, resolve_model, summarize_probe, usable_positions
+from anysplade.model.head import find_head, load_masked_lm, measure_logits, summarize_probe, usable_positions
+from anysplade.model.saved import resolve_model
 from architectures import ARCHITECTURES, VOCABULARY, small_model
 from tiny import make_backbone, make_tokenizer
 

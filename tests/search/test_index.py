@@ -24,7 +24,7 @@ from anysplade.model.runtimes import resolve_precision
 from anysplade.search.exact import Postings
 from anysplade.search.index import Changes
 from processes import drop_privileges, run_command, run_python
-from tiny import WORDS, counted_copy
+from tiny import WORDS, counted_copy, make_static, no_encoder
 
 
 @pytest.fixture
@@ -505,3 +505,50 @@ def test_what_is_added_has_the_precision_of_the_index(backbone, tmp_path):
         first, second = index.store
         np.testing.assert_array_equal(first.weights, second.weights)
         assert not (first.weights.view(np.uint32) & 0xFFFF).any()  # bfloat16 has the upper 16 bits of a float32
+
+
+def test_queries_by_token_need_no_encoder(static_index, tmp_path):
+    shutil.copytree(static_index, tmp_path / "index")
+    with Index.load(tmp_path / "index") as index:
+        with no_encoder():
+            hits = index.search("kabel lodan", k=40, explain=True)
+            exact = index.search("kabel lodan", k=40, exact=True)
+            with pytest.raises(AssertionError, match="loaded"):
+                index.add({"new": Document("", "kabel")})
+        assert len(hits) > 5
+        assert {hit.id for hit in exact} == {hit.id for hit in hits}
+        index.add({"new": Document("", "kabel")})
+        assert "new" in {hit.id for hit in index.search("kabel", k=41)}
+        index.delete(["new"])
+        assert index.search_vector(encode(index.encoder, ["kabel lodan"], "query"), k=40, explain=True) == hits
+
+
+def test_an_index_that_was_just_built_looks_its_queries_up(collection_folder, tmp_path, monkeypatch):
+    with Index.build(make_static(tmp_path), collection_folder, tmp_path / "index") as index:
+        encoder = index.encoder
+        monkeypatch.setattr(SparseEncoder, "encode_query", None)
+        assert index.search("kabel")
+        assert index.encoder is encoder
+
+
+def test_an_encoder_is_loaded_once(built, tmp_path, monkeypatch):
+    """And its files are compared once."""
+    built.close()
+    calls = []
+    for name in ("fingerprint", "open_encoder"):
+        function = getattr(anysplade.search.index, name)
+        monkeypatch.setattr(anysplade.search.index, name, lambda *a, f=function, **k: calls.append(f.__name__) or f(*a, **k))
+    with Index.load(tmp_path / "index") as index:
+        assert index.search("kabel", explain=True)
+        index.add({"new": Document("", "kabel")})
+        assert index.search("kabel", explain=True)
+    assert calls == ["fingerprint", "open_encoder"]
+
+
+def test_a_changed_table_of_weights_is_noticed(collection_folder, tmp_path):
+    model = make_static(tmp_path)
+    Index.build(model, collection_folder, tmp_path / "index").close()
+    file = next((tmp_path / "model").glob("query_*/model.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with Index.load(tmp_path / "index") as index, pytest.raises(ModelError, match="changed since"):
+        index.search("kabel")

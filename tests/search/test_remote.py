@@ -15,6 +15,7 @@ from anysplade.search import remote
 from anysplade.search.engines.qdrant import QdrantEngine
 from anysplade.search.remote import RemoteIndex, open_index
 from processes import run_command
+from tiny import no_encoder
 
 ADDRESS = "qdrant://localhost:6333/tiny"
 
@@ -155,3 +156,16 @@ def test_a_collection_that_others_made(server):
     server.create_collection("tiny", vectors_config={}, sparse_vectors_config={"splade": models.SparseVectorParams()})
     with pytest.raises(DataError, match="does not say which model"):
         open_index(ADDRESS).search("kabel")
+
+
+def test_queries_by_token_need_no_encoder(server, static_index, collection_folder, tmp_path):
+    with Index.load(static_index) as here:
+        RemoteIndex.build(here.about["model"], collection_folder, ADDRESS, tmp_path / "work")
+        there = open_index(ADDRESS)
+        with no_encoder():
+            hits = there.search("kabel lodan", k=40)
+            expected = here.search("kabel lodan", k=40, explain=True)
+        assert {hit.id: pytest.approx(hit.score, rel=1e-5) for hit in hits} == {hit.id: hit.score for hit in expected}
+        explained = {hit.id: hit.terms for hit in there.search("kabel lodan", k=40, explain=True)}
+    for hit in expected:
+        assert [term.term for term in explained[hit.id]] == [term.term for term in hit.terms]

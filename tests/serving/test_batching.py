@@ -8,6 +8,7 @@ import pytest
 
 from anysplade import Document, Index
 from anysplade.errors import AnyspladeError, DataError, ModelError
+from anysplade.model.encoding import ModelQueries
 from anysplade.search.store import Store
 from anysplade.serving import batching
 from anysplade.serving.batching import OverloadedError, Searcher, StoppedError
@@ -239,7 +240,7 @@ def test_no_failure_ends_the_loop(where, failure, seen, place, monkeypatch):
         if where == "a search":
             monkeypatch.setattr(Index, "search_vector", fail)
         elif where == "encoding":
-            monkeypatch.setattr(batching, "encode", fail)
+            monkeypatch.setattr(ModelQueries, "encode", fail)
         elif where == "the thread":
             monkeypatch.setattr(Searcher, "_reload", fail)
         else:

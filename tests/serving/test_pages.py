@@ -1,5 +1,6 @@
 import concurrent.futures
 import re
+import shutil
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from anysplade.search.store import Store
 from anysplade.serving.app import create_app
 from anysplade.serving.batching import Searcher
 from servers import http_get, running
-from tiny import make_backbone, make_collection
+from tiny import make_backbone, make_collection, no_encoder
 
 
 def test_a_head_that_is_wider_than_the_vocabulary(tmp_path):
@@ -91,3 +92,33 @@ def test_searches_are_answered_while_the_cost_is_counted(folder, monkeypatch):
     assert status == 200
     for value in (f"{len(documents)}", f"{postings:,}", f"{query_postings:,.0f}", f"{postings / len(documents):.1f}"):
         assert f"<td>{value}</td>" in page.decode()
+
+
+def test_queries_by_token_are_served_without_the_encoder(static_index, tmp_path):
+    """Encoding documents and measuring the head load it, once."""
+    shutil.copytree(static_index, tmp_path / "index")
+    with no_encoder():
+        app = create_app(Searcher(tmp_path / "index", "bm25"))
+    queries = {
+        "/search": {"query": "kabel", "explain": True},
+        "/encode": {"texts": ["kabel"]},
+        "/explain": {"query": "kabel", "id": "d0"},
+    }
+    pages = ("/?q=kabel", "/results?q=kabel", "/inspect?text=kabel", "/compare?q=kabel", "/cost", "/health", "/metrics")
+    with TestClient(app, base_url="http://localhost") as client:
+        with no_encoder():
+            assert [client.post(path, json=body).status_code for path, body in queries.items()] == [200] * 3
+            found = {path: client.get(path) for path in pages}
+            assert [page.status_code for page in found.values()] == [200] * len(pages)
+            assert "kabel" in found["/inspect?text=kabel"].text
+        assert client.post("/encode", json={"texts": ["kabel"], "role": "document"}).json()["vectors"][0]
+        with no_encoder():
+            assert [client.get(path).status_code for path in ("/inspect?text=kabel&role=document", "/head", "/head.svg")] == [
+                200
+            ] * 3
+
+
+def test_the_head_page_loads_the_encoder(static_index, tmp_path):
+    shutil.copytree(static_index, tmp_path / "index")
+    with TestClient(create_app(Searcher(tmp_path / "index")), base_url="http://localhost") as client:
+        assert client.get("/head").status_code == 200

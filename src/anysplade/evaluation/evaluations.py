@@ -20,11 +20,11 @@ from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
-from anysplade.model.encoder import fingerprint, open_encoder, term_names
+from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, log_cut, max_positions, prune
-from anysplade.model.head import resolve_model
 from anysplade.model.options import Precision, Role, Runtime
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings, highest
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,6 @@
 """Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
 
-import hashlib
-import json
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,28 +15,25 @@ from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
-from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anysplade.data.sources import is_utf8
-from anysplade.errors import DataError, ModelError, OptionError
+from anysplade.errors import ModelError, OptionError
 from anysplade.model.calibration import Calibration, calibrate
 from anysplade.model.head import (
     check_masked_lm,
     check_weights,
     find_head,
-    first_line,
     fit_tokenizer,
     has_remote_code,
     load_masked_lm,
     rescale_head,
-    resolve_model,
     usable_positions,
 )
 from anysplade.model.options import BiasPolicy, Choice, Pooling, QueryEncoder, Role
 from anysplade.model.pooling import splade_pool
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.saved import first_line, name_terms, resolve_model, saved_file, saved_json
 
 logger = logging.getLogger(__name__)
 
@@ -156,12 +150,12 @@ def _cut_at(encoder: SparseEncoder, max_length: int) -> None:
             module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
 
 
-def reader(encoder: SparseEncoder, role: Role) -> Transformer | None:
-    """What reads the texts of a role; None if it reads all of a text, as a weight a token does."""
+def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
+    """What reads the texts of a role, up to so many tokens; None if it is a module of another kind."""
     module: Any = encoder[0]
     if isinstance(module, Router):
         module = next(iter(module.sub_modules[role].children()))
-    return module if isinstance(module, Transformer) else None
+    return module if isinstance(module, Transformer | SparseStaticEmbedding) else None
 
 
 def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
@@ -177,36 +171,15 @@ def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return masked_lm(encoder), splade_modules(encoder)[0].tokenizer, True
 
 
-def fingerprint(source: str) -> str | None:
-    """Of a model's content: every byte of a folder's weights, configuration and tokenizer, or a hub snapshot's commit.
-
-    None where neither is known.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        found = load_file_path(source, "modules.json") or load_file_path(source, "config.json")
-        return None if found is None else Path(found).parent.name
-    digest = hashlib.sha256()
-    files = (path for path in folder.rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
-    for path in sorted(files):
-        digest.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
-
-
 def is_saved_encoder(source: str) -> bool:
     """Whether a folder or hub id was saved as a ``SparseEncoder`` of sentence-transformers.
 
     Raises:
         ModelError: it was saved as another of its models, such as a dense one.
     """
-    if load_file_path(source, "modules.json") is None:
+    if saved_file(source, "modules.json") is None:
         return False
-    kind = (_saved_json(source, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
+    kind = (saved_json(source, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
     if kind != "SparseEncoder":
         # SparseEncoder(name) takes it too, and puts an untrained autoencoder on top.
         dense = " (a dense embedding model)" if kind == "SentenceTransformer" else ""
@@ -229,12 +202,6 @@ def _auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice
     if "auto" in (k, shift):
         logger.info("%s: a sparse encoder already, so its head stays as it is; numbers for k and shift change it", source)
     return (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
-
-
-def _saved_json(source: str, name: str) -> Any:
-    """A JSON file of a saved encoder; None if there is no such file."""
-    path = load_file_path(source, name)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def is_splade(encoder: SparseEncoder) -> bool:
@@ -277,9 +244,9 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
 def _transformer_folders(source: str) -> list[str]:
     """Where a saved encoder has its transformers: sub-folders, or "" for its own."""
     folders = []
-    for entry in _saved_json(source, "modules.json"):
+    for entry in saved_json(source, "modules.json"):
         if entry["type"].endswith(".Router"):
-            inside = _saved_json(source, str(Path(entry["path"], "router_config.json")))["types"]
+            inside = saved_json(source, str(Path(entry["path"], "router_config.json")))["types"]
             folders += [str(Path(entry["path"], name)) for name, kind in inside.items() if kind.endswith("Transformer")]
         elif entry["type"].endswith("Transformer"):
             folders.append(entry["path"])
@@ -357,7 +324,7 @@ def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: b
     count = 0
     for batch in _batched(texts, 1024):
         for ids in tokenizer(list(batch), add_special_tokens=False, truncation=True)["input_ids"]:
-            frequency[np.unique(ids)] += 1
+            frequency[np.unique(np.array(ids, np.int64))] += 1  # of no tokens too
             count += 1
     idf = np.log1p((count - frequency + 0.5) / (frequency + 0.5))
     idf[tokenizer.all_special_ids] = 0
@@ -478,22 +445,3 @@ def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[st
 
 def _identity(hidden: Tensor) -> Tensor:
     return hidden
-
-
-def name_terms(tokens: Sequence[str | None]) -> list[str]:
-    """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
-
-    ``[term:ID]`` names a term without a token, and one whose token is empty, holds white space, is a duplicate or is
-    no UTF-8, which files and JSON objects would lose or merge with another.
-
-    Raises:
-        DataError: a token is such a name itself.
-    """
-    count = Counter(tokens)
-    names = [
-        f"[term:{term}]" if token is None or count[token] > 1 or token.split() != [token] or not is_utf8(token) else token
-        for term, token in enumerate(tokens)
-    ]
-    if len(set(names)) < len(names):
-        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
-    return names

@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from scipy import sparse
 from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor
 from tqdm import tqdm
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.files import write_whole
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
-from anysplade.model.encoder import reader
+from anysplade.model.encoder import reader, term_names
 from anysplade.model.head import usable_positions
 from anysplade.model.options import Role
 
@@ -102,19 +105,32 @@ def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple
     Time: that of tokenizing, a hundredth of encoding.
     """
     module = reader(encoder, role)
-    if module is None or module.max_seq_length is None:
+    limit = None if module is None else _limit(module)
+    if module is None or limit is None:
         return 0, None
     tokenizer: Any = module.tokenizer
-    limit, prompt, count = module.max_seq_length, _prompt(encoder, role) or "", 0
+    options = {"add_special_tokens": isinstance(module, Transformer), "verbose": False, "return_attention_mask": False}
+    prompt, count = _prompt(encoder, role) or "", 0
     for start in range(0, len(texts), _CHUNK):
         chunk = [prompt + whole_characters(text) for text in texts[start : start + _CHUNK]]
-        count += sum(len(ids) > limit for ids in tokenizer(chunk, verbose=False, return_attention_mask=False)["input_ids"])
+        count += sum(len(ids) > limit for ids in tokenizer(chunk, **options)["input_ids"])
     return count, limit
+
+
+def _limit(module: Transformer | SparseStaticEmbedding) -> int | None:
+    """How many tokens of a text a module reads; None if nothing limits them."""
+    if isinstance(module, Transformer):
+        return module.max_seq_length
+    tokenizer: Any = module.tokenizer
+    limit: int = tokenizer.model_max_length  # not the module's max_seq_length, which is that of the time when it was made
+    return limit if limit < LARGE_INTEGER else None
 
 
 def max_positions(encoder: SparseEncoder, role: Role) -> int | None:
     """How many tokens of a text the model has positions for; None if nothing limits them."""
     module = reader(encoder, role)
+    if isinstance(module, SparseStaticEmbedding):
+        return _limit(module)  # saved with its tokenizer, and no option changes it
     return None if module is None else usable_positions(module.model)
 
 
@@ -225,3 +241,30 @@ def _csr(vectors: Tensor) -> sparse.csr_matrix:
     starts = torch.searchsorted(row, torch.arange(len(vectors) + 1, device=row.device))
     parts = (vectors[row, term].float(), term.int(), starts)
     return sparse.csr_matrix(tuple(part.cpu().numpy() for part in parts), shape=vectors.shape)
+
+
+class ModelQueries:
+    """Encodes queries by the model; see ``Queries`` of ``model.queries``."""
+
+    def __init__(self, encoder: SparseEncoder, precision: str = "float32") -> None:
+        self.encoder = encoder
+        self.precision = precision
+
+    def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        return encode(self.encoder, texts, "query")
+
+    def count_cut(self, texts: Sequence[str]) -> tuple[int, int | None]:
+        return count_cut(self.encoder, texts, "query")
+
+    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        read: Any = self.encoder.tokenizer
+        found = read(whole_characters(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
+        return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+    @property
+    def max_positions(self) -> int | None:
+        return max_positions(self.encoder, "query")
+
+    @property
+    def term_names(self) -> list[str]:
+        return term_names(self.encoder)

@@ -15,18 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from scipy.special import logsumexp
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import __version__
-from anysplade.data.sources import hub_advice
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.backbones import BUNDLED
 from anysplade.model.options import BiasPolicy
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.saved import first_line, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -71,37 +69,6 @@ def find_head(model: PreTrainedModel) -> Head:
     candidates = (getattr(decoder, "bias", None), getattr(parent, "bias", None), getattr(model, "final_logits_bias", None))
     found = {id(b): b for b in candidates if isinstance(b, Tensor) and b.numel() == weight.shape[0]}
     return Head(decoder, tuple(found.values()))
-
-
-def resolve_model(name: str | Path) -> str:
-    """A checkpoint folder or a hub id, as ``from_pretrained`` takes it; bundled backbones go by name.
-
-    Raises:
-        ModelError: a folder that does not exist or holds no checkpoint, or no such model on the hub.
-    """
-    text = str(name).strip()
-    path = Path(text).expanduser()
-    if text and path.is_dir():
-        for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
-            if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
-                return str(folder)
-        raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
-    if text in BUNDLED:
-        return str(BUNDLED[text])
-    if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
-        raise ModelError(f"{text or 'an empty name'}: no such model folder; give a checkpoint's folder or a hub id like org/name")
-    _require_on_hub(text)
-    return text
-
-
-def _require_on_hub(name: str) -> None:
-    """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub."""
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=10)
-    except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
-        message = f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}{hub_advice(error)}"
-        raise ModelError(message) from error
 
 
 def load_masked_lm(
@@ -228,10 +195,6 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return rows - max(skipped, default=0)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------ measuring

@@ -30,9 +30,10 @@ from anysplade._common.extras import extra
 from anysplade._common.files import default_cache, whole_folder
 from anysplade.errors import ModelError, OptionError, OutputError
 from anysplade.model.encoder import hidden_states, is_fused, splade_modules
-from anysplade.model.head import find_head, first_line
+from anysplade.model.head import find_head
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.pooling import native_bfloat16
+from anysplade.model.saved import first_line
 
 logger = logging.getLogger(__name__)
 

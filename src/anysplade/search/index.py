@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,12 @@ from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import fingerprint, open_encoder, term_names
-from anysplade.model.encoding import encode, in_precision, resolve_precision
-from anysplade.model.head import resolve_model
-from anysplade.model.options import Precision
+from anysplade.model.encoder import has_static_queries, open_encoder
+from anysplade.model.encoding import ModelQueries
+from anysplade.model.options import Precision, Runtime
+from anysplade.model.queries import Queries, StaticQueries
+from anysplade.model.runtimes import for_inference, resolve_precision
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.store import BATCH, Store
@@ -42,12 +44,22 @@ class Index:
     ``changes`` what ``build`` did.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], model: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        model: str | Path | None = None,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> None:
         self.folder = folder
         self.about = about
         self.changes = Changes()
         self.store = Store(folder, about["vocabulary"])
         self._model = model
+        self._runtime: Runtime = runtime
+        self._precision: Precision = precision  # of queries
+        self._queries: Queries | None = None
         self._encoder: SparseEncoder | None = None
         self._document_encoder: SparseEncoder | None = None
 
@@ -58,6 +70,7 @@ class Index:
         corpus: str | Path | Mapping[str, Document],
         output: str | Path,
         *,
+        runtime: Runtime = "auto",
         precision: Precision = "float32",
         top_k: int | None = None,
         max_length: int | None = None,
@@ -75,8 +88,9 @@ class Index:
             model: a sparse encoder's folder or hub id.
             corpus: a source of ``read_corpus``, or documents by id.
             output: the folder of the index.
-            precision: of encoding; bfloat16 is an approximation. "auto" is the precision of the index if there is one, else
-                bfloat16 where the machine has bfloat16 products.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding documents; see there too. All but float32 are approximations, recorded. "auto" is the
+                precision of the index if there is one, else bfloat16 where the machine has bfloat16 products.
             top_k: keep only the ``top_k`` largest weights of each document: an approximation, recorded.
             max_length: tokens to which documents and queries are cut; see ``open_encoder``. The number of cut documents is logged.
             workers: processes that encode, each with the model.
@@ -106,7 +120,7 @@ class Index:
         if about is not None and about["complete"]:
             if not on_disk:
                 raise OutputError(f"{output}: the folder is not empty: it holds an index; load it, and add to it")
-            index = cls.load(output, source)
+            index = cls.load(output, source, runtime=runtime)
             if index.store.edited:
                 raise OutputError(
                     f"{output}: add or delete changed this index since it was built, and an update from {corpus} would undo that; "
@@ -124,7 +138,7 @@ class Index:
         is_new = not output.exists() or not any(output.iterdir())
         started: Index | None = None
         try:
-            index = started = cls._begin(output, wanted, source)
+            index = started = cls._begin(output, wanted, source, runtime)
             index._update(documents, corpus, **encoding)
         except AnyspladeError:
             if is_new and not (started and len(started)):  # what was encoded is kept: it can have taken hours
@@ -138,15 +152,15 @@ class Index:
         return index
 
     @classmethod
-    def _begin(cls, output: Path, about: dict[str, Any], source: str) -> "Index":
+    def _begin(cls, output: Path, about: dict[str, Any], source: str, runtime: Runtime) -> "Index":
         """An empty index, or the unfinished one. The description is written last: what has one is complete."""
         if (output / "index.json").exists():
-            return cls(output, _read_about(output), source)
+            return cls(output, _read_about(output), source, runtime)
         encoder = open_encoder(source, max_length=about["max_length"])
         about = about | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
         Store.create(output)
         write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
-        index = cls(output, about, source)
+        index = cls(output, about, source, runtime)
         index._encoder = encoder
         return index
 
@@ -201,11 +215,11 @@ class Index:
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Documents with their vectors, encoded as those of the index were."""
         model = self.about["model"] if self._model is None else str(self._model)
-        options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"))
+        options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"), self._runtime)
 
         def encoder() -> SparseEncoder:
             if self._document_encoder is None:
-                self._document_encoder = in_precision(self.encoder, self.about["precision"])
+                self._document_encoder = for_inference(self.encoder, self._runtime, self.about["precision"])
             return self._document_encoder
 
         return encode_documents(documents, options, encoder=encoder, **encoding)
@@ -215,12 +229,21 @@ class Index:
         write_whole(self.folder / "index.json", json.dumps(about, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, model: str | Path | None = None) -> "Index":
+    def load(
+        cls,
+        folder: str | Path,
+        model: str | Path | None = None,
+        *,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> "Index":
         """Open the index in a ``folder``.
 
         Args:
             model: the place of the model that the index was built with, if it moved; by default it is looked for in its old
                 place, and where it lay relative to the index.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding queries; see there too. All but float32 are approximations.
 
         Raises:
             DataError: no index there, an unfinished one, a damaged one, or one of another format.
@@ -231,7 +254,7 @@ class Index:
             raise DataError(f"{folder}: an index of format {about.get('format')}, this version reads {FORMAT}; build it again")
         if not about["complete"]:
             raise DataError(f"{folder}: an unfinished index; build it again in the same way, and it continues")
-        return cls(folder, about, model)
+        return cls(folder, about, model, runtime, precision)
 
     def close(self) -> None:
         """Release the engine, so that another process can write to the index."""
@@ -256,6 +279,19 @@ class Index:
         if self._encoder is None:
             self._encoder = open_same_model(self.about, self.folder, self._model)
         return self._encoder
+
+    @property
+    def queries(self) -> Queries:
+        """What encodes queries, opened on first use: the model, or its table of weights alone where queries have a weight a token.
+
+        Raises:
+            ModelError: the model is gone, or is not the one the index was built with.
+        """
+        if self._queries is None:
+            self._queries, self._encoder = open_queries(
+                self.about, self.folder, self._model, self._encoder, self._runtime, self._precision
+            )
+        return self._queries
 
     def describe(self) -> dict[str, Any]:
         """``about``, and what the documents are now: how many, and their active dims; reads all of them."""
@@ -309,7 +345,7 @@ class Index:
             OptionError: k is below 1.
             ModelError: the index's model is gone or was changed.
         """
-        return self.search_vector(encode(self.encoder, [query], "query"), k, explain, filter, exact)
+        return self.search_vector(self.queries.encode([query]), k, explain, filter, exact)
 
     def search_vector(
         self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
@@ -326,23 +362,53 @@ class Index:
         documents = self.store.documents([position for position, _ in found])
         hits = []
         for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
-            matches = explain_score(self.encoder, vector, terms, weights) if explain else None
+            matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
             score = score if matches is None else sum(match.product for match in matches)
             hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches))
         return hits
 
 
-def explain_score(encoder: SparseEncoder, query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
-    """The terms that a query (one row) and a document share, the largest product first."""
+def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
+    """The terms, with their names, that a query (one row) and a document share, the largest product first."""
     shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
-    names = term_names(encoder)
     pairs = zip([names[term] for term in shared], query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
     matches = [TermMatch(name, ours, theirs, ours * theirs) for name, ours, theirs in pairs]
     return sorted(matches, key=lambda match: -match.product)
 
 
 def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> SparseEncoder:
-    """The model that an index was built with: ``model``, or else where it lay then, or as it lay from the index's folder.
+    """Open the model that ``find_same_model`` finds, with the same arguments; it reads documents up to the index's length."""
+    return open_encoder(find_same_model(about, where, model), max_length=about.get("max_length"))
+
+
+def open_queries(
+    about: Mapping[str, Any],
+    where: str | Path,
+    model: str | Path | None,
+    encoder: SparseEncoder | None,
+    runtime: Runtime,
+    precision: Precision,
+) -> tuple[Queries, SparseEncoder | None]:
+    """What encodes queries for an index, and the encoder if it is open now.
+
+    Args:
+        about, where, model: as for ``find_same_model``.
+        encoder: the index's, if it is open already.
+        runtime, precision: of a model; see ``for_inference``. A table of weights needs none.
+    """
+    if encoder is None or has_static_queries(encoder):
+        source = find_same_model(about, where, model)
+        static = StaticQueries.open(source)
+        if static is not None:
+            return static, encoder
+        if encoder is None:
+            encoder = open_encoder(source, max_length=about.get("max_length"))
+    precision = resolve_precision(precision, encoder.device)
+    return ModelQueries(for_inference(encoder, runtime, precision), precision), encoder
+
+
+def find_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> str:
+    """The place of the model that an index was built with: ``model``, or where it lay then, or as it lay from the index's folder.
 
     Args:
         about: what ``describe_model`` said.
@@ -362,7 +428,7 @@ def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Pa
             missing.append(str(error))
             continue
         if fingerprint(source) == about["model_fingerprint"]:
-            return open_encoder(source, max_length=about.get("max_length"))
+            return source
         changed.append(source)
     if changed:
         raise ModelError(

@@ -13,14 +13,16 @@ from sentence_transformers import SparseEncoder
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import encode, in_precision, resolve_precision
-from anysplade.model.head import resolve_model
-from anysplade.model.options import Precision
+from anysplade.model.encoding import encode
+from anysplade.model.options import Precision, Runtime
+from anysplade.model.queries import Queries
+from anysplade.model.runtimes import for_inference, resolve_precision
+from anysplade.model.saved import resolve_model
 from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
-from anysplade.search.index import Index, describe_model, explain_score, open_same_model
+from anysplade.search.index import Index, describe_model, explain_score, open_queries, open_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,19 @@ class RemoteIndex:
     ``sent`` is how many documents ``build`` sent, and ``left_over`` how many more the server has than the corpus.
     """
 
-    def __init__(self, address: str, model: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        model: str | Path | None = None,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> None:
         """Connects on first use.
 
         Args:
             model: where the model lies that the index was built with, if not where it lay then.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding queries; see there too.
 
         Raises:
             OptionError: a malformed address, or a client that is not installed.
@@ -44,7 +54,10 @@ class RemoteIndex:
         self.engine = open_engine(address)
         self.sent = self.left_over = 0
         self._model = model
+        self._runtime: Runtime = runtime
+        self._precision: Precision = precision  # of queries
         self._about: dict[str, Any] | None = None
+        self._queries: Queries | None = None
         self._encoder: SparseEncoder | None = None
         self._document_encoder: SparseEncoder | None = None
 
@@ -56,6 +69,7 @@ class RemoteIndex:
         address: str,
         work: str | Path,
         *,
+        runtime: Runtime = "auto",
         precision: Precision = "float32",
         top_k: int | None = None,
         max_length: int | None = None,
@@ -66,8 +80,8 @@ class RemoteIndex:
         """Encode a corpus into shards under ``work`` and send them. After an interruption, call it again: it continues.
 
         What the server has already, in the same version, is not sent again. What is no longer in the corpus stays
-        there, as do documents of others: their number is logged as a warning. ``precision``, ``top_k``, ``max_length``,
-        ``workers`` and ``ray`` are as in ``Index.build``.
+        there, as do documents of others: their number is logged as a warning. ``runtime``, ``precision``, ``top_k``,
+        ``max_length``, ``workers`` and ``ray`` are as in ``Index.build``.
 
         Args:
             model: a sparse encoder's folder or hub id.
@@ -79,7 +93,7 @@ class RemoteIndex:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
-        index = cls(address, model)
+        index = cls(address, model, runtime)
         source = resolve_model(model)
         try:
             stored = index.engine.about()  # before hours of encoding
@@ -97,10 +111,10 @@ class RemoteIndex:
         index._encoder = encoder
         batches = encode_documents(
             iter_corpus(corpus, progress=progress),
-            Options(source, used, top_k, max_length),
+            Options(source, used, top_k, max_length, runtime),
             workers=workers,
             ray=ray,
-            encoder=lambda: in_precision(encoder, used),
+            encoder=lambda: for_inference(encoder, runtime, used),
             shards=Path(work).expanduser() / "shards" / key,
             progress=progress,
         )
@@ -149,6 +163,15 @@ class RemoteIndex:
             self._encoder = open_same_model(self.about, self.address, self._model)
         return self._encoder
 
+    @property
+    def queries(self) -> Queries:
+        """What encodes queries, as ``Index.queries``."""
+        if self._queries is None:
+            self._queries, self._encoder = open_queries(
+                self.about, self.address, self._model, self._encoder, self._runtime, self._precision
+            )
+        return self._queries
+
     def __len__(self) -> int:
         return self.engine.count()
 
@@ -168,26 +191,32 @@ class RemoteIndex:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         if exact:
             raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
-        vector = encode(self.encoder, [query], "query")
+        vector = self.queries.encode([query])
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
             return hits
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         if self._document_encoder is None:
-            self._document_encoder = in_precision(self.encoder, self.about.get("precision", "float32"))
+            self._document_encoder = for_inference(self.encoder, self._runtime, self.about.get("precision", "float32"))
         rows = encode(self._document_encoder, texts, "document", top_k=self.about.get("top_k"))
         explained = []
         for hit, row in zip(hits, rows, strict=True):
-            terms = explain_score(self.encoder, vector, row.indices, row.data)
+            terms = explain_score(self.queries.term_names, vector, row.indices, row.data)
             explained.append(Hit(hit.id, hit.score, hit.title, hit.text, hit.metadata, terms))
         return explained
 
 
-def open_index(place: str | Path, model: str | Path | None = None) -> Index | RemoteIndex:
-    """Open an index at a ``place``: its folder, or its address on a server. ``model`` is as in ``Index.load``.
+def open_index(
+    place: str | Path, model: str | Path | None = None, *, runtime: Runtime = "auto", precision: Precision = "float32"
+) -> Index | RemoteIndex:
+    """Open an index at a ``place``: its folder, or its address on a server.
+
+    ``model``, ``runtime`` and ``precision`` are as in ``Index.load``.
 
     Raises:
         DataError: no index there, or a damaged one.
         OptionError: a malformed address.
     """
-    return RemoteIndex(str(place), model) if "://" in str(place) else Index.load(place, model)
+    if "://" in str(place):
+        return RemoteIndex(str(place), model, runtime, precision)
+    return Index.load(place, model, runtime=runtime, precision=precision)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,11 +13,9 @@ from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
 from pydantic import BaseModel, BeforeValidator, Field
 from scipy import sparse
-from sentence_transformers import SparseEncoder
 from starlette.requests import ClientDisconnect
 
 from anysplade import __version__
-from anysplade.model.encoder import term_names
 from anysplade.model.options import Role
 from anysplade.search.documents import Hit, TermMatch, check_filter
 from anysplade.serving.batching import Searcher, StoppedError
@@ -205,7 +203,7 @@ async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
 async def encode(searcher: CurrentSearcher, body: EncodeRequest) -> Response:
     """Sparse vectors of texts: a weight by term."""
     rows = await searcher.encode(body.texts, body.role)
-    vectors = await searcher.run(lambda: [dict(weighted_terms(searcher.index.encoder, row)) for row in rows])
+    vectors = await searcher.run(lambda: [dict(weighted_terms(searcher.index.queries.term_names, row)) for row in rows])
     return ASCIIResponse({"vectors": vectors})
 
 
@@ -234,9 +232,8 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(request.app.state.registry), media_type="text/plain; version=0.0.4")
 
 
-def weighted_terms(encoder: SparseEncoder, row: sparse.csr_matrix) -> list[tuple[str, float]]:
-    """The terms and weights of a vector, (1, vocabulary), the highest weight first."""
-    names = term_names(encoder)
+def weighted_terms(names: Sequence[str], row: sparse.csr_matrix) -> list[tuple[str, float]]:
+    """The terms, with their names, and weights of a vector, (1, vocabulary), the highest weight first."""
     pairs = [(names[term], float(weight)) for term, weight in zip(row.indices, row.data, strict=True)]
     return sorted(pairs, key=lambda pair: -pair[1])
 

@@ -13,14 +13,14 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader
 from scipy import sparse
-from sentence_transformers import SparseEncoder
+from transformers import PreTrainedModel
 
 from anysplade.model.calibration import choose, logit_figure
-from anysplade.model.encoder import is_saved_encoder, masked_lm, term_names
-from anysplade.model.encoding import encode
-from anysplade.model.head import describe_head, measure_logits
+from anysplade.model.encoder import is_saved_encoder, masked_lm
+from anysplade.model.head import Probe, describe_head, measure_logits
 from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.queries import Queries
 from anysplade.search.documents import Hit
 from anysplade.search.index import Index
 from anysplade.serving.api import DEFAULT_K, MAX_K, MAX_TEXT, CurrentSearcher, read_body, short_name, weighted_terms
@@ -61,7 +61,7 @@ async def _search(request: Request, searcher: CurrentSearcher, q: _Text = "", k:
     hits, row = await searcher.search_and_encode(q, k)
     seconds = time.perf_counter() - start
     results, expansion = await searcher.run(
-        lambda: ([_result(searcher.index.encoder, hit) for hit in hits], _expansion(searcher.index.encoder, row, q))
+        lambda: ([_result(searcher.index.queries, hit) for hit in hits], _expansion(searcher.index.queries, row, q))
     )
     return html(template, request, query=q, results=results, seconds=seconds, expansion=expansion, term_limit=_TERMS)
 
@@ -71,7 +71,7 @@ async def _inspect(request: Request, searcher: CurrentSearcher, text: _Text = ""
     expansion = None
     if text.strip():
         row = await searcher.encode([text], role)
-        expansion = await searcher.run(lambda: _expansion(searcher.index.encoder, row, text))
+        expansion = await searcher.run(lambda: _expansion(searcher.index.queries, row, text))
     return html("inspect.html", request, text=text, role=role, expansion=expansion)
 
 
@@ -83,7 +83,7 @@ async def _compare(request: Request, searcher: CurrentSearcher, q: _Text = "") -
     if q.strip():
         (left, _), right = await asyncio.gather(searcher.search_and_encode(q, DEFAULT_K), searcher.search_beside(q, DEFAULT_K))
         shared_ids = {hit.id for hit in left} & {hit.id for hit in right}
-        lists = await searcher.run(lambda: [[_result(searcher.index.encoder, hit) for hit in hits] for hits in (left, right)])
+        lists = await searcher.run(lambda: [[_result(searcher.index.queries, hit) for hit in hits] for hits in (left, right)])
         columns = [(searcher.folder.name, lists[0]), (Path(searcher.beside).name, lists[1])]
     return html("compare.html", request, query=q, columns=columns, shared_ids=shared_ids)
 
@@ -127,24 +127,23 @@ def token_matches(token: str | None, given: str) -> bool:
     return token is None or hmac.compare_digest(given.encode(), token.encode())
 
 
-def _expansion(encoder: SparseEncoder, row: sparse.csr_matrix, text: str) -> dict[str, Any]:
+def _expansion(queries: Queries, row: sparse.csr_matrix, text: str) -> dict[str, Any]:
     """The terms of the vector of a text, (1, vocabulary), and which of them the model added."""
-    names = term_names(encoder)
-    tokens = {names[token] for token in encoder.tokenizer(text, truncation=True)["input_ids"]}
-    terms = [{"term": term, "weight": weight, "added": term not in tokens} for term, weight in weighted_terms(encoder, row)]
+    names = queries.term_names
+    tokens = {names[token] for token, _, _ in queries.tokens(text, special_tokens=True)}
+    terms = [{"term": term, "weight": weight, "added": term not in tokens} for term, weight in weighted_terms(names, row)]
     return {"terms": terms, "highest": terms[0]["weight"] if terms else 1.0}
 
 
-def _result(encoder: SparseEncoder, hit: Hit) -> dict[str, Any]:
+def _result(queries: Queries, hit: Hit) -> dict[str, Any]:
     """A hit, with its text in pieces: a piece that is a token of a shared term comes with the product of the term."""
     products = {match.term: match.product for match in hit.terms or []}
     text = hit.text[:_SNIPPET]
     pieces: list[tuple[str, float | None]] = []
     done = 0
     if products and text:
-        tokens = encoder.tokenizer(text, return_offsets_mapping=True, truncation=True, add_special_tokens=False)
-        names = term_names(encoder)
-        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        names = queries.term_names
+        for token, start, end in queries.tokens(text):
             term = names[token]
             if term in products and start >= done and end > start:
                 pieces += [(text[done:start], None), (text[start:end], products[term])]
@@ -159,9 +158,13 @@ async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any
 
     Searches wait only for the logits, which need the model and take as long as encoding the 48 short probe texts.
     """
-    encoder = index.encoder
-    model = masked_lm(encoder)
-    probe = await searcher.run(lambda: measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS))
+
+    def measure() -> tuple[PreTrainedModel, Probe]:
+        encoder = index.encoder
+        model = masked_lm(encoder)
+        return model, measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS)
+
+    model, probe = await searcher.run(measure)
 
     def describe() -> tuple[dict[str, Any], str]:
         calibration = choose(probe, trained=is_saved_encoder(str(model.name_or_path)))
@@ -173,7 +176,7 @@ async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any
 
 async def _measure_cost(searcher: Searcher, index: Index) -> dict[str, Any]:
     """The size of the index and its postings, counted in a pass over all documents."""
-    queries, names = await searcher.run(lambda: (encode(index.encoder, list(PROBE_QUERIES), "query"), term_names(index.encoder)))
+    queries, names = await searcher.run(lambda: (index.queries.encode(PROBE_QUERIES), index.queries.term_names))
 
     def count() -> dict[str, Any]:
         frequency = np.zeros(index.about["vocabulary"], np.int64)

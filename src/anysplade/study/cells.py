@@ -30,7 +30,6 @@ from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY, sample_pairs
-from anysplade.model.encoder import fingerprint
 from anysplade.model.head import (
     Probe,
     ProbeReport,
@@ -39,10 +38,10 @@ from anysplade.model.head import (
     load_masked_lm,
     measure_logits,
     rescale_head,
-    resolve_model,
     summarize_probe,
     untie_head,
 )
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.monitoring import Observation
 from anysplade.training.run import train

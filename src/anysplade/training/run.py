@@ -33,8 +33,9 @@ from anysplade.data.python_docs import PACKAGES
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.model.calibration import Calibration, sample_pairs
-from anysplade.model.encoder import build_encoder, check_model, fingerprint, has_static_queries, is_routed, masked_lm
-from anysplade.model.head import find_head, resolve_model
+from anysplade.model.encoder import build_encoder, check_model, has_static_queries, is_routed, masked_lm
+from anysplade.model.head import find_head
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
 from anysplade.training.callbacks import DevEvaluator, Estimate, MarkComplete, Progress, last_checkpoint, step_of
 from anysplade.training.card import write_card

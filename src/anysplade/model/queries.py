@@ -1,0 +1,252 @@
+"""Queries to sparse rows by a table of weights, without the model; and what every encoder of queries can do.
+
+A model whose queries have a weight a token is saved by sentence-transformers as a Router, whose query side is one
+``SparseStaticEmbedding``: a tokenizer and a vector of weights. ``StaticQueries`` reads these two and nothing else, and imports
+neither torch nor sentence-transformers.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from safetensors import deserialize
+from scipy import sparse
+from tokenizers import Tokenizer
+
+from anysplade.data.sources import whole_characters
+from anysplade.errors import ModelError
+from anysplade.model.saved import first_line, name_terms, saved_file, saved_json
+
+_UNLIMITED = 10**20  # a model_max_length above it means none
+_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}  # of stored weights, besides bfloat16, which NumPy lacks
+
+
+class Queries(Protocol):
+    """What encodes queries, and knows the terms of the model."""
+
+    def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """Sparse vectors of queries, in their order: float32, (texts, vocabulary)."""
+
+    def count_cut(self, texts: Sequence[str]) -> tuple[int, int | None]:
+        """How many of the queries are longer than what is read of them, and how many tokens that is; None for all."""
+
+    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        """The tokens of a text: the id, and the characters from where to where."""
+
+    @property
+    def precision(self) -> str:
+        """float32, or what approximates it; see ``for_inference``."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The highest limit of tokens that can be set; None if nothing limits it."""
+
+    @property
+    def term_names(self) -> list[str]:
+        """The name of each term, (vocabulary,) by id, as ``name_terms`` has it."""
+
+
+class StaticQueries:
+    """Encodes queries by looking up a weight for each token: the vectors of the model, to the bit, without the model.
+
+    As in the model, a query is read up to the limit of its tokenizer.
+    """
+
+    precision = "float32"
+
+    def __init__(self, weights: np.ndarray, reading: "_Reading", prompt: str = "") -> None:
+        """Set the limit on the tokenizer.
+
+        Args:
+            weights: float32, (vocabulary,) by token id.
+            prompt: precedes every query.
+        """
+        self._weights = weights
+        self._tokenizer = reading.tokenizer
+        self._prompt = prompt
+        self._finite = bool(np.isfinite(weights).all())
+        self.max_positions = reading.limit
+        self._tokenizer.no_padding()
+        if reading.limit is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(reading.limit, direction=reading.side)
+
+    @classmethod
+    def open(cls, source: str) -> "StaticQueries | None":
+        """Read the query side of a saved model.
+
+        Args:
+            source: its folder or hub id.
+
+        Returns:
+            None if the model has no such query side, or one that only sentence-transformers can read: with code of its own,
+            weights in another format than safetensors, or a tokenizer in Python.
+
+        Raises:
+            ModelError: weights or tokenizer are missing or damaged, or do not go together.
+        """
+        folder = _query_folder(source)
+        config = saved_json(source, "config_sentence_transformers.json") or {}
+        if folder is None or config.get("model_type") != "SparseEncoder" or config.get("max_active_dims") is not None:
+            return None
+        stored = saved_file(source, f"{folder}/model.safetensors")
+        if stored is None:
+            return None
+        try:
+            weights, reading = _read_weights(stored), _read_tokenizer(source, folder)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ModelError(f"{source}: what encodes its queries cannot be loaded: {first_line(error)}") from error
+        if reading is None:
+            return None
+        tokens = reading.tokenizer.get_vocab_size()
+        if len(weights) != tokens:
+            raise ModelError(
+                f"{source}: its queries have {len(weights):,} weights and their tokenizer has {tokens:,} tokens: it is another "
+                "model's; save the right one there"
+            )
+        return cls(weights, reading, (config.get("prompts") or {}).get("query") or "")
+
+    def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """Sparse vectors of queries, in their order: float32, (texts, vocabulary). As ``model.encoding.encode`` has them.
+
+        Raises:
+            ModelError: a weight is NaN or infinite.
+        """
+        if texts and not self._finite:  # of any token: zero times NaN is NaN
+            raise ModelError("the model gives NaN or infinity for query text 1; its training diverged")
+        rows = [sorted(set(encoding.ids)) for encoding in self._encode(texts)]
+        terms = np.fromiter(chain.from_iterable(rows), np.int32)
+        weights = self._weights[terms]
+        starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+        if not weights.all():
+            kept = weights != 0
+            starts = np.concatenate([[0], np.cumsum(kept, dtype=np.int32)])[starts]
+            terms, weights = terms[kept], weights[kept]
+        return sparse.csr_matrix((weights, terms, starts), shape=(len(rows), len(self._weights)))
+
+    def count_cut(self, texts: Sequence[str]) -> tuple[int, int | None]:
+        """How many of the queries are longer than what is read of them, and how many tokens that is; None for all."""
+        return sum(bool(encoding.overflowing) for encoding in self._encode(texts)), self.max_positions
+
+    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        """The tokens of a text: the id, and the characters from where to where."""
+        encoding = self._tokenizer.encode(whole_characters(text), add_special_tokens=special_tokens)
+        return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @cached_property
+    def term_names(self) -> list[str]:
+        """The name of each term, (vocabulary,) by id, as ``name_terms`` has it."""
+        return name_terms([self._tokenizer.id_to_token(term) for term in range(len(self._weights))])
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        return self._tokenizer.encode_batch([self._prompt + whole_characters(text) for text in texts], add_special_tokens=False)
+
+
+def _query_folder(source: str) -> str | None:
+    """Where a saved model has the weights of its queries, if queries go through one SparseStaticEmbedding and nothing else."""
+    modules = saved_json(source, "modules.json")
+    if modules is None or len(modules) != 1 or not _is(modules[0]["type"], "Router"):
+        return None
+    place = Path(modules[0]["path"])
+    router = saved_json(source, (place / "router_config.json").as_posix())
+    if router is None or router["parameters"].get("route_mappings") or len(router["structure"].get("query", [])) != 1:
+        return None
+    name = router["structure"]["query"][0]
+    folder = (place / name).as_posix()
+    if not _is(router["types"][name], "SparseStaticEmbedding") or "path" in (saved_json(source, f"{folder}/config.json") or {}):
+        return None
+    return folder
+
+
+def _is(kind: str, name: str) -> bool:
+    return kind.startswith("sentence_transformers.") and kind.endswith(f".{name}")
+
+
+def _read_weights(path: Path) -> np.ndarray:
+    """The weights of a SparseStaticEmbedding, float32, (vocabulary,)."""
+    stored = dict(deserialize(path.read_bytes()))["weight"]
+    if stored["dtype"] == "BF16":  # the upper half of float32
+        return (np.frombuffer(stored["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(stored["data"], _TYPES[stored["dtype"]]).astype(np.float32)
+
+
+class _Reading(NamedTuple):
+    """How texts are read."""
+
+    tokenizer: Tokenizer
+    limit: int | None  # tokens that are read of a text; all if None
+    side: str  # on which longer texts are cut
+
+
+def _read_tokenizer(source: str, folder: str) -> _Reading | None:
+    """A model's tokenizer as transformers loads it; None if it is written in Python.
+
+    transformers takes seconds to import. It is left out where it would take tokenizer.json as it is.
+    """
+    file, config = saved_file(source, f"{folder}/tokenizer.json"), saved_json(source, f"{folder}/tokenizer_config.json")
+    if file is not None and config is not None and _taken_as_it_is(source, folder, config):
+        tokenizer = Tokenizer.from_file(str(file))
+        side = config.get("truncation_side") or (tokenizer.truncation or {}).get("direction", "right")
+        return _Reading(tokenizer, _limit(config.get("model_max_length")), side)
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(source, subfolder=folder, trust_remote_code=False)
+    if not loaded.is_fast:
+        return None
+    return _Reading(loaded.backend_tokenizer, _limit(loaded.model_max_length), loaded.truncation_side)
+
+
+def _limit(tokens: float | None) -> int | None:
+    return None if tokens is None or tokens > _UNLIMITED else int(tokens)
+
+
+def _taken_as_it_is(source: str, folder: str, config: dict[str, Any]) -> bool:
+    """Whether transformers takes a tokenizer.json as it is: it makes many tokenizers anew, from the vocabulary alone.
+
+    Args:
+        config: what tokenizer_config.json says.
+    """
+    saved = saved_json(source, f"{folder}/tokenizer.json")
+    if any(config.get(key) for key in ("auto_map", "split_special_tokens", "fast_tokenizer_files")):
+        return False
+    added = {str(token.pop("id")): token for token in saved["added_tokens"]}
+    if "added_tokens_decoder" in config:
+        if config["added_tokens_decoder"] != added:
+            return False
+    elif any(saved_file(source, f"{folder}/{name}") for name in ("special_tokens_map.json", "added_tokens.json")):
+        return False
+    special = [token for key, token in config.items() if key.endswith("_token")]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        more = config.get(key) or []
+        special += more.values() if isinstance(more, dict) else more
+    known = {token["content"] for token in added.values()}
+    if not known >= {token["content"] if isinstance(token, dict) else token for token in special if isinstance(token, str | dict)}:
+        return False
+    kind = config.get("tokenizer_class")
+    if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return True
+    vocabulary = saved["model"].pop("vocab")
+    return (  # what transformers' BertTokenizer makes
+        kind in ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
+        and all(vocabulary.get(token["content"]) == int(term) for term, token in added.items())
+        and saved["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+        and saved["normalizer"]
+        == {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+            "strip_accents": config.get("strip_accents"),
+            "lowercase": config.get("do_lower_case", True),
+        }
+        and saved["model"]
+        == {
+            "type": "WordPiece",
+            "unk_token": config.get("unk_token", "[UNK]"),
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+        }
+    )

@@ -1,0 +1,108 @@
+"""What lies in a model's folder or on the hub, read without the libraries that run models: they take seconds to import."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+from anysplade.data.sources import hub_advice, is_utf8
+from anysplade.errors import DataError, ModelError
+from anysplade.model.backbones import BUNDLED
+
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
+
+
+def resolve_model(name: str | Path) -> str:
+    """A checkpoint folder or a hub id, as ``from_pretrained`` takes it; bundled backbones go by name.
+
+    Raises:
+        ModelError: a folder that does not exist or holds no checkpoint, or no such model on the hub.
+    """
+    text = str(name).strip()
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
+            if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+                return str(folder)
+        raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
+    if text in BUNDLED:
+        return str(BUNDLED[text])
+    if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
+        raise ModelError(f"{text or 'an empty name'}: no such model folder; give a checkpoint's folder or a hub id like org/name")
+    _require_on_hub(text)
+    return text
+
+
+def _require_on_hub(name: str) -> None:
+    """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
+        message = f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}{hub_advice(error)}"
+        raise ModelError(message) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def saved_file(source: str, name: str) -> Path | None:
+    """A file of a model, by its path inside the model; from the hub if the source is no folder. None if there is no such file."""
+    path = Path(source, name)
+    if path.is_file():
+        return path
+    if Path(source).is_dir():
+        return None
+    try:
+        return Path(hf_hub_download(source, name))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def saved_json(source: str, name: str) -> Any:
+    """A JSON file of a model; None if there is no such file."""
+    path = saved_file(source, name)
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+def fingerprint(source: str) -> str | None:
+    """Of a model's content: every byte of a folder's weights, configuration and tokenizer, or a hub snapshot's commit.
+
+    None where neither is known.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        found = saved_file(source, "modules.json") or saved_file(source, "config.json")
+        return None if found is None else found.parent.name
+    digest = hashlib.sha256()
+    files = (path for path in folder.rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def name_terms(tokens: Sequence[str | None]) -> list[str]:
+    """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
+
+    ``[term:ID]`` names a term without a token, and one whose token is empty, holds white space, is a duplicate or is
+    no UTF-8, which files and JSON objects would lose or merge with another.
+
+    Raises:
+        DataError: a token is such a name itself.
+    """
+    count = Counter(tokens)
+    names = [
+        f"[term:{term}]" if token is None or count[token] > 1 or token.split() != [token] or not is_utf8(token) else token
+        for term, token in enumerate(tokens)
+    ]
+    if len(set(names)) < len(names):
+        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
+    return names
