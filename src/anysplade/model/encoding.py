@@ -26,6 +26,7 @@ from anysplade.errors import ModelError
 from anysplade.model.encoder import reader, term_names
 from anysplade.model.head import usable_positions
 from anysplade.model.options import Role
+from anysplade.model.runtimes import runtime_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def encode(
         ModelError: the model gives a vector with NaN or infinity.
     """
     width = encoder.get_embedding_dimension() or 0
-    if any(module.training for module in encoder.modules()):
+    if runtime_of(encoder) == "torch":  # what runs elsewhere has no dropout
         encoder.eval()
     blocks = []
     size = _CHUNK if cache is None else _SHARD

@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _TILE_BYTES = {"cpu": 8 * 2**20}
 _DEVICE_TILE_BYTES = 256 * 2**20
 _SCREENED_SHARE = 0.05  # of the entries: where more may be above zero, screening costs more than it saves
+_FEW_TOKENS = 64  # of a product whose time is that of reading the weight
 _FLOAT32 = 2.0**-24  # unit roundoff: half of torch.finfo(torch.float32).eps, which is the distance of 1 from the next number
 
 
@@ -180,6 +181,7 @@ class _Screen(NamedTuple):
     norm: Tensor  # (vocabulary,), of the rounded rows
     lost: Tensor  # (vocabulary,), the norm of what rounding took from the row
     finite: bool
+    packed: Tensor | None  # the rounded weight in oneDNN's own order, for few tokens; None where it cannot be had
 
 
 _screens = WeakTensorKeyDictionary()  # of weights
@@ -197,7 +199,9 @@ def _screen(weight: Tensor) -> _Screen:
     for start in range(0, len(weight), 4096):
         part = slice(start, start + 4096)
         rounded[part], scale[part], norm[part], lost[part] = _round(weight[part].float(), 1)
-    made = _Screen(weight.detach(), weight._version if counted else -1, rounded, scale, norm, lost, bool(lost.isfinite().all()))
+    version, finite = weight._version if counted else -1, bool(lost.isfinite().all())
+    packed = torch.ops.onednn.qlinear_prepack(rounded, None) if _packing_works() else None
+    made = _Screen(weight.detach(), version, rounded, scale, norm, lost, finite, packed)
     if counted:
         _screens[weight] = made
     return made
@@ -245,9 +249,14 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
     rows, terms = [], []
     most = int(_SCREENED_SHARE * batch * len(weight))
     rounded = rounded.view(-1, width)
-    for start, end in _tiles(len(weight), 4 * len(rounded), hidden.device):
-        sums = torch._int_mm(rounded, screen.rounded[start:end].T).view(batch, length, -1).amax(dim=1)
-        rough = sums * screen.scale[start:end] * scale.unsqueeze(1)
+    few = len(rounded) <= _FEW_TOKENS and screen.packed is not None
+    for start, end in [(0, len(weight))] if few else _tiles(len(weight), 4 * len(rounded), hidden.device):
+        if few:
+            products = _packed_product(rounded, screen.packed, screen.scale)
+            rough = products.view(batch, length, -1).amax(dim=1) * scale.unsqueeze(1)
+        else:
+            products = torch._int_mm(rounded, screen.rounded[start:end].T)
+            rough = products.view(batch, length, -1).amax(dim=1) * screen.scale[start:end] * scale.unsqueeze(1)
         error = of_lost[start:end] * lost + of_norm[start:end] * longest + 8 * _FLOAT32 * rough.abs()
         if bias is not None:
             rough += bias[start:end]
@@ -267,6 +276,26 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
             values += bias[chosen]
         result[i, chosen] = values.relu_().log1p_()
     return result.log1p_() if double_log else result
+
+
+def _packed_product(rounded: Tensor, packed: Any, scale: Tensor) -> Tensor:
+    """``rounded @ weight.T * scale`` in float32, whose weight is packed: half the time of ``torch._int_mm`` for few tokens."""
+    unsigned = (rounded.to(torch.int16) + 128).to(torch.uint8)  # signed ones take hundreds of times as long
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    of_tokens, of_result = (1.0, 128), (1.0, 0, torch.float32)  # scale and zero point
+    return torch.ops.onednn.qlinear_pointwise(unsigned, *of_tokens, packed, scale, zeros, None, *of_result, "none", [], "")
+
+
+@functools.cache
+def _packing_works() -> bool:
+    """Whether this torch has the two functions, which are not documented, and they give what they should."""
+    rounded = torch.arange(-64, 64).to(torch.int8).view(2, 64)
+    weight = torch.arange(-128, 128).to(torch.int8).repeat(64).view(256, 64)
+    try:
+        got = _packed_product(rounded, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(256))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(got, rounded.float() @ weight.float().T)
 
 
 @functools.cache
