@@ -178,8 +178,8 @@ class _Screen(NamedTuple):
     version: int
     rounded: Tensor  # (vocabulary, width), int8
     scale: Tensor  # (vocabulary,), of the rows
-    norm: Tensor  # (vocabulary,), of the rounded rows
-    lost: Tensor  # (vocabulary,), the norm of what rounding took from the row
+    of_lost: Tensor  # (vocabulary,), of the error, times the norm of what rounding took from a token
+    of_norm: Tensor  # (vocabulary,), likewise, times the norm of a token
     finite: bool
     packed: Tensor | None  # the rounded weight in oneDNN's own order, for few tokens; None where it cannot be had
 
@@ -201,7 +201,10 @@ def _screen(weight: Tensor) -> _Screen:
         rounded[part], scale[part], norm[part], lost[part] = _round(weight[part].float(), 1)
     version, finite = weight._version if counted else -1, bool(lost.isfinite().all())
     packed = torch.ops.onednn.qlinear_prepack(rounded, None) if _packing_works() else None
-    made = _Screen(weight.detach(), version, rounded, scale, norm, lost, finite, packed)
+    gamma = weight.shape[1] * _FLOAT32 / (1 - weight.shape[1] * _FLOAT32)
+    slack = 2 * gamma + 24 * _FLOAT32
+    of_lost, of_norm = norm * (1 + slack), lost * (1 + slack) + slack * (norm + lost)
+    made = _Screen(weight.detach(), version, rounded, scale, of_lost, of_norm, finite, packed)
     if counted:
         _screens[weight] = made
     return made
@@ -241,11 +244,7 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
     screen = _screen(weight)
     if not (lost.isfinite().all() and screen.finite):
         return None
-    gamma = width * _FLOAT32 / (1 - width * _FLOAT32)
-    slack = 2 * gamma + 16 * _FLOAT32
     longest, lost = (norms + lost).amax(dim=1, keepdim=True), lost.amax(dim=1, keepdim=True)  # (batch, 1)
-    # Of a row the first times |s|, the second times |h|.
-    of_lost, of_norm = screen.norm * (1 + slack), screen.lost * (1 + slack) + slack * (screen.norm + screen.lost)
     rows, terms = [], []
     most = int(_SCREENED_SHARE * batch * len(weight))
     rounded = rounded.view(-1, width)
@@ -257,10 +256,10 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
         else:
             products = torch._int_mm(rounded, screen.rounded[start:end].T)
             rough = products.view(batch, length, -1).amax(dim=1) * screen.scale[start:end] * scale.unsqueeze(1)
-        error = of_lost[start:end] * lost + of_norm[start:end] * longest + 8 * _FLOAT32 * rough.abs()
+        error = screen.of_lost[start:end] * lost + screen.of_norm[start:end] * longest
         if bias is not None:
             rough += bias[start:end]
-            error += 2 * _FLOAT32 * bias[start:end].abs()  # the sum is rounded, here and in float32
+            error.add_(bias[start:end].abs(), alpha=2 * _FLOAT32)  # the sum is rounded, here and in float32
         row, term = (rough + error > 0).nonzero(as_tuple=True)
         most -= len(term)
         if most < 0:
@@ -281,9 +280,14 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
 def _packed_product(rounded: Tensor, packed: Any, scale: Tensor) -> Tensor:
     """``rounded @ weight.T * scale`` in float32, whose weight is packed: half the time of ``torch._int_mm`` for few tokens."""
     unsigned = (rounded.to(torch.int16) + 128).to(torch.uint8)  # signed ones take hundreds of times as long
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    zeros = _zeros(len(scale))
     of_tokens, of_result = (1.0, 128), (1.0, 0, torch.float32)  # scale and zero point
     return torch.ops.onednn.qlinear_pointwise(unsigned, *of_tokens, packed, scale, zeros, None, *of_result, "none", [], "")
+
+
+@functools.cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
 
 
 @functools.cache
