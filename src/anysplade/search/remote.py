@@ -6,22 +6,20 @@ import logging
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from sentence_transformers import SparseEncoder
+from typing import TYPE_CHECKING, Any
 
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
-from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import encode, in_precision, resolve_precision
 from anysplade.model.options import Precision
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, describe_model, explain_score, open_queries, open_same_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import SparseEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +79,10 @@ class RemoteIndex:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
+        from anysplade.model.encoder import open_encoder
+        from anysplade.model.encoding import in_precision, resolve_precision
+        from anysplade.search.build import Options, corpus_name, encode_documents
+
         index = cls(address, model)
         source = resolve_model(model)
         try:
@@ -145,7 +147,7 @@ class RemoteIndex:
         return self._about
 
     @property
-    def encoder(self) -> SparseEncoder:
+    def encoder(self) -> "SparseEncoder":
         """The model the index was built with; it must be here under the same name, or have been named."""
         if self._encoder is None:
             self._encoder = open_same_model(self.about, self.address, self._model)
@@ -181,6 +183,8 @@ class RemoteIndex:
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
             return hits
+        from anysplade.model.encoding import encode, in_precision
+
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         if self._document_encoder is None:
             self._document_encoder = in_precision(self.encoder, self.about.get("precision", "float32"))
