@@ -16,7 +16,7 @@ from transformers import (
     XLMRobertaForMaskedLM,
 )
 
-GEOMETRIES = ("ettin-17m", "bert-base", "xlm-r-base", "xlm-r-minilm")
+GEOMETRIES = ("ettin-17m", "minilm", "bert-base", "xlm-r-base", "xlm-r-minilm")
 _SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
 
 
@@ -29,6 +29,9 @@ def random_model(geometry: str) -> PreTrainedModel:
         return ModernBertForMaskedLM(config)
     if geometry == "bert-base":
         return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0))
+    if geometry == "minilm":
+        small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+        return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0, **small))
     sizes = {} if geometry == "xlm-r-base" else {"hidden_size": 384, "intermediate_size": 1536}
     return XLMRobertaForMaskedLM(XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, **sizes, **ids))
 

@@ -1,18 +1,29 @@
-"""Searching and building: anysplade's index beside bare Qdrant Edge, splade-index and scipy, on one thread.
+"""Searching and building on a trained model's vectors of real texts: end to end, and beside other engines.
 
-Documents are synthetic: 118 terms each, drawn as often as the queries use them; queries are published SPLADE-v3
-vectors (JSON lines with ``vector``, a weight by token). Every engine answers the same queries in turns. Each build has a
-process of its own: in one that built before, memory that was used already makes the next build faster. The floor
-is the bytes of the postings that a query reads over the measured bandwidth of memory.
+End to end: the text of a query in, the ten best documents with their texts out. Cold: a fresh process opens the index, whose
+files the system has in memory; warm: one client in the process, and 1 and 8 clients of a ``Searcher``.
+
+Beside others: the vector of a query in, documents out, every engine in turns. bm25s is there for scale: it searches the
+texts, and its time has the query's tokenizing. Recall is against the exact product.
+
+Everything but the encoding of the corpus runs on one thread. Each build has a process of its own: in one that built before,
+memory that was used already makes the next build faster. The floor is the bytes of the postings that a query reads over the
+measured bandwidth of memory.
 """
 
+import asyncio
 import json
+import lzma
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,125 +32,245 @@ import qdrant_edge as edge
 import torch
 from scipy import sparse
 
+from anysplade import open_encoder
 from anysplade.data.collections import Document
+from anysplade.evaluation.bm25 import BM25
+from anysplade.evaluation.evaluations import _cache_folders
+from anysplade.model.encoding import encode
 from anysplade.search.documents import EncodedDocument
-from anysplade.search.exact import Postings
+from anysplade.search.index import describe_model
 from anysplade.search.store import Store
-from harness import finish, parser, summary
+from anysplade.serving.batching import Searcher
+from harness import alternate, finish, parser, summary
 
-VOCABULARY = 30_522
-ACTIVE = 118  # terms of a document
-TEXT = "A passage of about the length that MS MARCO's have, so that fetching texts costs what it does there. " * 4
-
-
-def read_queries(path: Path, count: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Query vectors, and how often each term is used."""
-    vectors = [json.loads(line)["vector"] for line in path.read_text(encoding="utf-8").splitlines()]
-    names = sorted({name for vector in vectors for name in vector})
-    ids = {name: i for i, name in enumerate(names)}
-    used = np.ones(VOCABULARY)
-    for vector in vectors:
-        used[[ids[name] for name in vector]] += 1
-    queries = []
-    for vector in vectors[:count]:
-        terms = np.array(sorted(ids[name] for name in vector), np.int32)
-        weight = {ids[name]: value / 100 for name, value in vector.items()}
-        queries.append((terms, np.array([weight[term] for term in terms.tolist()], np.float32)))
-    return queries, used / used.sum()
-
-
-def make_documents(count: int, share: np.ndarray, seed: int = 0) -> sparse.csr_matrix:
-    generator = np.random.default_rng(seed)
-    rows = []
-    for start in range(0, count, 10_000):
-        size = min(10_000, count - start)
-        drawn = generator.choice(VOCABULARY, (size, 2 * ACTIVE), p=share)
-        rows += [np.sort(np.unique(row)[generator.permutation(len(np.unique(row)))][:ACTIVE]) for row in drawn]
-    indptr = np.cumsum([0, *map(len, rows)])
-    data = generator.gamma(2.0, 0.4, indptr[-1]).astype(np.float32) + np.float32(0.01)
-    return sparse.csr_matrix((data, np.concatenate(rows).astype(np.int32), indptr), shape=(count, VOCABULARY))
+WORDS = 60  # of a passage, about
+SEISMIC = [(5, 0.9), (10, 0.8), (24, 0.7), (1000, 0.5)]  # query_cut (terms of a query that are looked at), heap_factor
+COLD = """
+import json, sys, time
+stamps = [float(sys.argv[1]), time.perf_counter()]
+def stamp(value):
+    stamps.append(time.perf_counter())
+    return value
+import torch
+torch.set_num_threads(1)
+from anysplade import Index
+from anysplade.model.encoding import encode
+stamp(None)
+index = stamp(Index.load(sys.argv[2]))
+encoder = stamp(index.encoder)
+for query in sys.argv[3:]:
+    vector = stamp(encode(encoder, [query], "query"))
+    stamp(index.search_vector(vector))
+print(json.dumps(stamps))
+"""
+STAGES = ["python", "import", "opening", "model", "first encoding", "first search", "second encoding", "second search"]
 
 
-def edge_points(documents: sparse.csr_matrix, start: int, end: int) -> list[edge.Point]:
-    points = []
-    for i in range(start, end):
-        row = slice(documents.indptr[i], documents.indptr[i + 1])
-        points.append(
-            edge.Point(i, {"splade": edge.SparseVector(documents.indices[row].tolist(), documents.data[row].tolist())}, {})
-        )
-    return points
+def read_passages(path: Path, count: int) -> list[str]:
+    """The first passages of a text: its paragraphs, the long ones cut evenly."""
+    passages: list[str] = []
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        for words in map(str.split, lines):
+            parts = max(1, round(len(words) / WORDS))
+            bounds = [len(words) * i // parts for i in range(parts + 1)]
+            passages += [" ".join(words[start:end]) for start, end in pairwise(bounds) if start < end]
+            if len(passages) >= count:
+                return passages[:count]
+    raise SystemExit(f"{path}: {len(passages):,} passages; --documents is {count:,}")
 
 
-def build_bare(folder: Path, documents: sparse.csr_matrix) -> edge.EdgeShard:
+def row(matrix: sparse.csr_matrix, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Terms and weights of a row."""
+    span = slice(matrix.indptr[i], matrix.indptr[i + 1])
+    return matrix.indices[span], matrix.data[span]
+
+
+def edge_vector(terms: np.ndarray, weights: np.ndarray) -> edge.SparseVector:
+    return edge.SparseVector(terms.tolist(), weights.tolist())
+
+
+def build_bare(folder: Path, documents: sparse.csr_matrix, texts: list[str]) -> edge.EdgeShard:
     folder.mkdir(parents=True)
     shard = edge.EdgeShard.create(str(folder), edge.EdgeConfig(sparse_vectors={"splade": edge.EdgeSparseVectorParams()}))
-    for start in range(0, documents.shape[0], 1024):
-        shard.update(edge.UpdateOperation.upsert_points(edge_points(documents, start, min(start + 1024, documents.shape[0]))))
+    for start in range(0, len(texts), 1024):
+        numbers = range(start, min(start + 1024, len(texts)))
+        points = [edge.Point(i, {"splade": edge_vector(*row(documents, i))}, {}) for i in numbers]
+        shard.update(edge.UpdateOperation.upsert_points(points))
     shard.flush()
     shard.optimize()
     shard.flush()
     return shard
 
 
-def build_store(folder: Path, documents: sparse.csr_matrix) -> Store:
+def build_store(folder: Path, documents: sparse.csr_matrix, texts: list[str]) -> Store:
     Store.create(folder)
-    store = Store(folder, VOCABULARY)
-
-    def encoded() -> Any:
-        for i in range(documents.shape[0]):
-            row = slice(documents.indptr[i], documents.indptr[i + 1])
-            yield EncodedDocument(f"document-{i}", Document("", TEXT), documents.indices[row], documents.data[row])
-
-    store.put(encoded())
+    store = Store(folder, documents.shape[1])
+    store.put(EncodedDocument(str(i), Document("", text), *row(documents, i)) for i, text in enumerate(texts))
     store.optimize()
     return store
 
 
-def timed_build(build: Callable[[Path, sparse.csr_matrix], Any], folder: Path, documents: sparse.csr_matrix) -> float:
+def timed_build(build: Callable[..., Any], folder: Path, documents: sparse.csr_matrix, texts: list[str]) -> float:
     """Seconds, in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_seconds, build, folder, documents).result()
+        seconds = process.submit(_seconds, build, folder, documents, texts).result()
+    shutil.rmtree(folder)
+    return seconds
 
 
-def _seconds(build: Callable[[Path, sparse.csr_matrix], Any], folder: Path, documents: sparse.csr_matrix) -> float:
+def _seconds(build: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    built = build(folder, documents)
+    built = build(*arguments)
     seconds = time.perf_counter() - start
     built.close()
     return seconds
 
 
+# ------------------------------------------------------------------------------------ end to end
+
+
+def cold(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of each stage of a fresh process, and of those until the first hits."""
+    stages: list[np.ndarray] = []
+    for turn in range(rounds):
+        asked = [queries[(2 * turn + i) % len(queries)] for i in range(2)]
+        command = [sys.executable, "-c", COLD, str(time.perf_counter()), str(folder), *asked]
+        stages.append(np.diff(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)))
+    seconds = {name: summary([float(taken[i]) for taken in stages]) for i, name in enumerate(STAGES)}
+    return seconds | {"until the first hits": summary([float(taken[:6].sum()) for taken in stages])}
+
+
+async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Queries a second and latencies of ``Index.search``, whose parts are timed too, and of a ``Searcher``'s clients."""
+    searcher = Searcher(folder)
+    searcher.start()
+    index = searcher.index
+    parts: list[tuple[float, float]] = []
+    latencies: dict[int, list[float]] = {0: [], 1: [], 8: []}
+    rates: dict[int, list[float]] = {0: [], 1: [], 8: []}
+
+    async def client(asked: list[str], taken: list[float]) -> None:
+        for query in asked:
+            start = time.perf_counter()
+            await searcher.search(query, 10, False)
+            taken.append(time.perf_counter() - start)
+
+    for turn in range(rounds + 1):
+        for clients in rates:
+            taken: list[float] = []
+            begin = time.perf_counter()
+            if clients:
+                await asyncio.gather(*(client(queries[i::clients], taken) for i in range(clients)))
+            else:
+                for query in queries:  # as ``Index.search`` does
+                    start = time.perf_counter()
+                    vector = encode(index.encoder, [query], "query")
+                    middle = time.perf_counter()
+                    index.search_vector(vector, 10)
+                    end = time.perf_counter()
+                    taken.append(end - start)
+                    if turn:
+                        parts.append((middle - start, end - middle))
+            if turn:
+                rates[clients].append(len(queries) / (time.perf_counter() - begin))
+                latencies[clients] += taken
+    await searcher.stop()
+    names = {0: "Index.search", 1: "Searcher, 1 client", 8: "Searcher, 8 clients"}
+    result: dict[str, dict[str, Any]] = {
+        names[clients]: {"qps": summary(rates[clients])} | percentiles(latencies[clients]) for clients in rates
+    }
+    result["Index.search"] |= {
+        "encoding": percentiles([encoding for encoding, _ in parts]),
+        "searching": percentiles([searching for _, searching in parts]),
+    }
+    return result
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    return {"p50_ms": 1000 * float(np.percentile(seconds, 50)), "p95_ms": 1000 * float(np.percentile(seconds, 95))}
+
+
+# ----------------------------------------------------------------------------------- other engines
+
+Engine = tuple[Callable[[int, int], Any], Callable[[Any], int]]  # hits of query i, at most k; the document of a hit
+
+
+def ask(search: Callable[[int, int], Any], count: int, k: int) -> None:
+    for i in range(count):
+        search(i, k)
+
+
+def rate(count: int, seconds: dict[str, float]) -> dict[str, float]:
+    return {name: count / seconds[of] for name, of in (("median", "median"), ("lowest", "highest"), ("highest", "lowest"))}
+
+
 class Stub:
     """What splade-index asks of a model: vectors that are there already, and a vocabulary."""
 
-    def __init__(self, documents: sparse.csr_matrix, queries: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        self.documents, self.queries = documents, queries
+    def __init__(self, documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> None:
+        self.documents = documents
+        rows = [row(queries, i) for i in range(queries.shape[0])]
+        self.queries = [torch.sparse_coo_tensor(terms[None], weights, queries.shape[1:]).coalesce() for terms, weights in rows]
         self.tokenizer = self
 
     def get_vocab(self) -> dict[str, int]:
-        return {str(i): i for i in range(VOCABULARY)}
+        return {str(i): i for i in range(self.documents.shape[1])}
 
     def encode_document(self, *_: Any, **__: Any) -> torch.Tensor:
         coo = self.documents.tocoo()
         return torch.sparse_coo_tensor(np.stack([coo.row, coo.col]), coo.data, coo.shape).coalesce()
 
-    def encode_query(self, texts: list[str], **_: Any) -> torch.Tensor:
-        dense = torch.zeros(len(texts), VOCABULARY)
-        for row, text in enumerate(texts):
-            terms, weights = self.queries[int(text) if text.isdigit() else 0]
-            dense[row, torch.from_numpy(terms).long()] = torch.from_numpy(weights)
-        return dense.to_sparse_csr()
+    def encode_query(self, texts: list[str], **_: Any) -> list[torch.Tensor]:
+        return [self.queries[int(text) if text.isdigit() else 0] for text in texts]
 
 
-def splade_index(documents: sparse.csr_matrix, queries: list[tuple[np.ndarray, np.ndarray]]) -> Callable[[int, int], Any] | None:
-    """splade-index with numba, its fastest; None where it is not installed."""
+def splade_index(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[str, Engine]:
+    """splade-index with numba, its fastest; nothing where it is not installed."""
     try:
         from splade_index import SPLADE
     except ImportError:
-        return None
+        return {}
     index = SPLADE(backend="numba")
     index.index(Stub(documents, queries), [""] * documents.shape[0], show_progress=False)
-    return lambda i, k: index.retrieve([str(i)], k=k, show_progress=False, return_as="doc_ids")
+    return {"splade-index, numba": (lambda i, k: index.retrieve([str(i)], k=k, show_progress=False, return_as="doc_ids")[0], int)}
+
+
+def seismic(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[str, Engine]:
+    """Seismic (arXiv 2404.18812), approximate, its weights float16; nothing where pyseismic-lsr is not installed."""
+    try:
+        import seismic
+    except ImportError:
+        return {}
+    string = seismic.get_seismic_string()
+    dataset = seismic.SeismicDataset()
+    for i in np.flatnonzero(np.diff(documents.indptr)):  # of an empty row it makes nothing
+        terms, weights = row(documents, i)
+        dataset.add_document(str(i), terms.astype(string), weights)
+    index = seismic.SeismicIndex.build_from_dataset(dataset)
+    vectors = [row(queries, i) for i in range(queries.shape[0])]
+
+    def engine(cut: int, factor: float) -> Engine:
+        def search(i: int, k: int) -> Any:
+            terms, weights = vectors[i]
+            return index.search("", terms.astype(string), weights, k, cut, factor)
+
+        return search, lambda hit: int(hit[2])
+
+    return {f"Seismic, cut {cut}, heap factor {factor}": engine(cut, factor) for cut, factor in SEISMIC}
+
+
+def recalls(engines: dict[str, Engine], documents: sparse.csr_matrix, queries: sparse.csr_matrix, k: int) -> dict[str, float]:
+    """Of the k best by the exact product, ties aside: how many of those found score as high as the k-th; means of the queries."""
+    shares: dict[str, list[float]] = {name: [] for name in engines}
+    for i in range(queries.shape[0]):
+        scores = documents @ queries[i].toarray()[0].astype(np.float64)
+        bound = np.partition(scores, len(scores) - k)[len(scores) - k]
+        possible = min(k, int((scores > 0).sum()))
+        for name, (search, number) in engines.items():
+            found = scores[[number(hit) for hit in search(i, k)]]
+            hits = ((found > 0) & (found >= bound * (1 - 1e-5))).sum()
+            shares[name].append(float(hits) / possible if possible else 1.0)
+    return {name: float(np.mean(values)) for name, values in shares.items()}
 
 
 def bandwidth() -> float:
@@ -153,104 +284,124 @@ def bandwidth() -> float:
     return array.nbytes / min(times)
 
 
-def recall(found: list[int], scores: np.ndarray, k: int) -> float:
-    """Of the k best by the exact product, ties aside: how many of those found score as high as the k-th."""
-    bound = np.partition(scores, len(scores) - k)[len(scores) - k]
-    possible = min(k, int((scores > 0).sum()))
-    return sum(scores[d] >= bound * (1 - 1e-5) for d in found) / possible
+def show(result: dict[str, Any]) -> None:
+    """The result as tables, on stderr."""
+
+    def line(name: str, *cells: str) -> None:
+        print(f"{name:38}" + "".join(f"{cell:>22}" for cell in cells), file=sys.stderr)
+
+    def spread(values: dict[str, float], digits: int = 0) -> str:
+        return f"{values['median']:.{digits}f} ({values['lowest']:.{digits}f} to {values['highest']:.{digits}f})"
+
+    line(f"{result['documents']:,} documents", f"{result['active_dims']:.1f} terms each")
+    line("the queries", f"{result['query_active_dims']:.1f} terms each")
+    line("\ncold", "seconds")
+    for name, values in result["cold_seconds"].items():
+        line(name, spread(values, 3))
+    line("\nwarm", "queries/s", "p50, ms", "p95, ms")
+    for name, values in result["warm"].items():
+        line(name, spread(values["qps"]), f"{values['p50_ms']:.2f}", f"{values['p95_ms']:.2f}")
+        for part in ("encoding", "searching"):
+            if part in values:
+                line(f"  of which {part}", "", *(f"{value:.2f}" for value in values[part].values()))
+    for k, engines in result["qps"].items():
+        line(f"\nvectors given, {k}", "queries/s", "recall")
+        for name, values in engines.items():
+            line(name, spread(values), f"{result['recall'][k][name]:.4f}" if name in result["recall"][k] else "")
+    line("floor", f"{1 / result['floor_seconds_per_query']:.0f}")
+    line("\nbuilding", "seconds")
+    for name, values in result["build_seconds"].items():
+        line(name, spread(values, 1))
+    line("anysplade over bare", spread(result["build_over_bare"], 2))
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--queries", type=Path, required=True)
-    arguments.add_argument("--documents", type=int, default=300_000)
+    arguments.add_argument("--text", type=Path, required=True, help="an .xz of texts, a paragraph a line")
+    arguments.add_argument("--model", type=Path, required=True, help="a trained SPLADE model's folder")
+    arguments.add_argument("--queries", type=Path, required=True, help="JSON lines with ``text``")
+    arguments.add_argument("--cache", type=Path, required=True, help="a folder that keeps the vectors by model and texts")
+    arguments.add_argument("--documents", type=int, default=100_000)
     arguments.add_argument("--count", type=int, default=200, help="queries of a round")
     options = arguments.parse_args()
+    texts = read_passages(options.text, options.documents)
+    asked = [json.loads(line)["text"] for line in options.queries.read_text(encoding="utf-8").splitlines()[: options.count]]
+    folders = _cache_folders(options.model, options.cache, "float32", {"document": texts, "query": asked})
+    encoder = open_encoder(options.model)
+    documents = encode(encoder, texts, "document", cache=folders["document"], progress=True)
+    queries = encode(encoder, asked, "query", cache=folders["query"])
     torch.set_num_threads(1)
-    queries, share = read_queries(options.queries, options.count)
-    documents = make_documents(options.documents, share)
     work = Path(tempfile.mkdtemp())
     try:
-        build: dict[str, list[float]] = {"bare edge": [], "anysplade": []}
-        for turn in range(5):
-            for name, make in (("bare edge", build_bare), ("anysplade", build_store)):
-                build[name].append(timed_build(make, work / f"{name}-{turn}", documents))
-                shutil.rmtree(work / f"{name}-{turn}")
-        bare, store = build_bare(work / "bare", documents), build_store(work / "store", documents)
+        builds = {"bare edge": build_bare, "anysplade": build_store}
+        build: dict[str, list[float]] = {name: [] for name in builds}
+        for _ in range(options.rounds):
+            for name, make in builds.items():
+                build[name].append(timed_build(make, work / "timed", documents, texts))
 
-        def on_bare(i: int, k: int) -> list[int]:
-            vector = edge.SparseVector(queries[i][0].tolist(), queries[i][1].tolist())
-            return [p.id for p in bare.query(edge.QueryRequest(query=edge.Query.Nearest(vector, using="splade"), limit=k))]
+        build_store(work / "index", documents, texts).close()
+        about = {"vocabulary": documents.shape[1], "complete": True, "precision": "float32", "top_k": None, "max_length": None}
+        (work / "index" / "index.json").write_text(json.dumps(describe_model(str(options.model)) | about))
+        started = cold(work / "index", asked, options.rounds)
+        running = asyncio.run(warm(work / "index", asked, options.rounds))
 
+        bare, store = build_bare(work / "bare", documents, texts), Store(work / "index", documents.shape[1])
         columns = documents.T.tocsr()
+        bm25 = BM25(texts)
+        vectors = [row(queries, i) for i in range(len(asked))]
+
+        def on_bare(i: int, k: int) -> Any:
+            nearest = edge.Query.Nearest(edge_vector(*vectors[i]), using="splade")
+            return bare.query(edge.QueryRequest(query=nearest, limit=k))
+
+        def on_store(i: int, k: int) -> list[int]:
+            return [position for position, _ in store.search(*vectors[i], k)]
 
         def on_scipy(i: int, k: int) -> np.ndarray:
-            terms, weights = queries[i]
-            scores = (sparse.csr_matrix((weights, terms, [0, len(terms)]), shape=(1, VOCABULARY)) @ columns).toarray()[0]
+            scores = (queries[i] @ columns).toarray()[0]
             return np.argpartition(scores, len(scores) - k)[-k:]
 
-        engines: dict[str, Callable[[int, int], Any]] = {
-            "bare edge": on_bare,
-            "anysplade, positions": lambda i, k: store.search(*queries[i], k),
-            "anysplade, ids": lambda i, k: store.ids([position for position, _ in store.search(*queries[i], k)]),
-            "anysplade, texts": lambda i, k: store.documents([position for position, _ in store.search(*queries[i], k)]),
-            "anysplade exact": lambda i, k: store.search(*queries[i], k, exact=True),
-            "scipy": on_scipy,
+        exact: dict[str, Engine] = {
+            "bare edge": (on_bare, lambda hit: hit.id),
+            "anysplade, ids": (lambda i, k: store.ids(on_store(i, k)), int),
+            "anysplade, texts": (lambda i, k: store.documents(on_store(i, k)), lambda hit: int(hit.id)),
+            "anysplade, exact": (lambda i, k: store.search(*vectors[i], k, exact=True), lambda hit: hit[0] - 1),
+            "scipy": (on_scipy, int),
+            **splade_index(documents, queries),
         }
-        other = splade_index(documents, queries)
-        if other is not None:
-            engines["splade-index, numba"] = other
+        approximate = seismic(documents, queries)
+        scale: dict[str, Engine] = {"bm25s, tokenizing included": (lambda i, k: bm25.top([asked[i]], k)[0][0], int)}
 
-        qps: dict[str, dict[str, Any]] = {}
-        for k in (10, 1000):
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for turn in range(options.rounds + 1):
-                for name, engine in engines.items():
-                    count = options.count if "scipy" not in name else max(1, options.count // 4)
-                    start = time.perf_counter()
-                    for i in range(count):
-                        engine(i, k)
-                    if turn:
-                        times[name].append(count / (time.perf_counter() - start))
-            qps[f"k {k}"] = {name: summary(values) for name, values in times.items()}
+        qps: dict[str, dict[str, dict[str, float]]] = {}
+        recall: dict[str, dict[str, float]] = {}
+        for k, engines in ((10, exact | approximate), (1000, exact)):
+            timed = engines if k > 10 else engines | scale
+            asking = {name: partial(ask, search, len(asked), k) for name, (search, _) in timed.items()}
+            qps[f"k {k}"] = {name: rate(len(asked), taken) for name, taken in alternate(asking, options.rounds).items()}
+            recall[f"k {k}"] = recalls(engines, documents, queries, k)
 
-        postings = Postings.from_documents(documents)
-        exact = []
-        for k in (10, 1000):
-            found = []
-            for i in range(min(50, options.count)):
-                dense = np.zeros(VOCABULARY, np.float64)
-                dense[queries[i][0]] = queries[i][1]
-                scores = documents @ dense
-                found.append(recall([position - 1 for position, _ in store.search(*queries[i], k)], scores, k))
-            exact.append(float(np.mean(found)))
-        read = float(np.mean([(postings.indptr[terms + 1] - postings.indptr[terms]).sum() for terms, _ in queries]))
+        read = float(np.mean([np.diff(columns.indptr)[terms].sum() for terms, _ in vectors]))
         speed = bandwidth()
-        ten = qps["k 10"]
-        finish(
-            "search",
-            options,
-            {
-                "documents": documents.shape[0],
-                "active_dims": documents.nnz / documents.shape[0],
-                "query_active_dims": float(np.mean([len(terms) for terms, _ in queries])),
-                "build_seconds": {name: summary(values) for name, values in build.items()},
-                "build_over_bare": summary(
-                    [ours / bare for ours, bare in zip(build["anysplade"], build["bare edge"], strict=True)]
-                ),
-                "qps": qps,
-                "ids_over_bare": ten["anysplade, ids"]["median"] / ten["bare edge"]["median"],
-                "texts_over_bare": ten["anysplade, texts"]["median"] / ten["bare edge"]["median"],
-                "ids_over_scipy": ten["anysplade, ids"]["median"] / ten["scipy"]["median"],
-                "ids_over_splade_index": ten["anysplade, ids"]["median"] / ten["splade-index, numba"]["median"] if other else None,
-                "recall@10": exact[0],
-                "recall@1000": exact[1],
-                "postings_per_query": read,
-                "bandwidth_gb_per_second": speed / 1e9,
-                "floor_seconds_per_query": 8 * read / speed,
-                "over_floor": 1 / ten["anysplade, ids"]["median"] / (8 * read / speed),
-            },
-        )
+        ten = {name: values["median"] for name, values in qps["k 10"].items()}
+        result = {
+            "documents": documents.shape[0],
+            "active_dims": documents.nnz / documents.shape[0],
+            "query_active_dims": queries.nnz / queries.shape[0],
+            "cold_seconds": started,
+            "warm": running,
+            "qps": qps,
+            "recall": recall,
+            "ids_over": {name: ten["anysplade, ids"] / value for name, value in ten.items()},
+            "texts_over_bare": ten["anysplade, texts"] / ten["bare edge"],
+            "build_seconds": {name: summary(values) for name, values in build.items()},
+            "build_over_bare": summary([a / b for a, b in zip(build["anysplade"], build["bare edge"], strict=True)]),
+            "postings_per_query": read,
+            "bandwidth_gb_per_second": speed / 1e9,
+            "floor_seconds_per_query": 8 * read / speed,
+            "over_floor": 1 / ten["anysplade, ids"] / (8 * read / speed),
+        }
+        show(result)
+        finish("search", options, result)
         store.close()
         bare.close()
     finally:

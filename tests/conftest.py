@@ -26,6 +26,12 @@ def static_index(tmp_path_factory, collection_folder):
 
 
 @pytest.fixture(autouse=True)
+def openvino_is_asked_for(monkeypatch):
+    """Tests run on torch unless they name a runtime: making a model for OpenVINO takes a second, and most make one of their own."""
+    monkeypatch.setattr("anysplade.model.runtimes.openvino_installed", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """Vectors that the command keeps go nowhere near the user's."""
     monkeypatch.setenv("ANYSPLADE_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -20,6 +20,7 @@ MODULES = {
     "serve": ["fastapi", "prometheus_client", "starlette", "uvicorn"],
     "qdrant": ["qdrant_client"],
     "opensearch": ["opensearchpy"],
+    "openvino": ["openvino", "nncf"],
     "ray": ["ray"],
 }
 

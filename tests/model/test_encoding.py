@@ -8,7 +8,8 @@ from sentence_transformers import SparseEncoder
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
 from anysplade.model.encoder import build_encoder, masked_lm
-from anysplade.model.encoding import count_cut, encode, in_precision, log_cut, max_positions, resolve_precision
+from anysplade.model.encoding import count_cut, encode, log_cut, max_positions
+from anysplade.model.runtimes import for_inference, resolve_precision
 from tiny import WORDS, counted_copy
 
 
@@ -50,7 +51,7 @@ def test_no_texts(encoder):
 
 
 def test_bfloat16_is_near_and_said(encoder):
-    half, exact = (encode(in_precision(encoder, p), TEXTS, "document").toarray() for p in ("bfloat16", "float32"))
+    half, exact = (encode(for_inference(encoder, "torch", p), TEXTS, "document").toarray() for p in ("bfloat16", "float32"))
     assert not np.array_equal(half, exact)
     lengths = np.linalg.norm(half, axis=1) * np.linalg.norm(exact, axis=1)
     assert ((half * exact).sum(axis=1) >= 0.9 * lengths).all()
@@ -62,11 +63,11 @@ def test_one_copy_in_bfloat16(backbone, monkeypatch):
     copies = []
     monkeypatch.setattr(SparseEncoder, "__deepcopy__", counted_copy(copies), raising=False)
     encoder = load_encoder(backbone, k=1, shift=0)
-    half = in_precision(encoder, "bfloat16")
+    half = for_inference(encoder, "torch", "bfloat16")
     rows = [encode(half, [text], role) for text in TEXTS for role in ("query", "document")]
     assert copies == [encoder]
     assert rows[0].nnz
-    assert in_precision(encoder, "float32") is encoder
+    assert for_inference(encoder, "torch", "float32") is encoder
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 

@@ -20,7 +20,8 @@ import anysplade.search.index
 import anysplade.search.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
 from anysplade.evaluation.evaluations import evaluate
-from anysplade.model.encoding import encode, resolve_precision
+from anysplade.model.encoding import encode
+from anysplade.model.runtimes import resolve_precision
 from anysplade.search.exact import Postings
 from anysplade.search.index import Changes
 from processes import drop_privileges, run_command, run_python
@@ -254,7 +255,7 @@ def test_precision_is_what_was_done(backbone, corpus, tmp_path, monkeypatch):
 def test_auto_is_said_as_what_it_meant(backbone, corpus, tmp_path, monkeypatch):
     corpus.write({"a": "kabel"})
     for native, meant in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr("anysplade.model.encoding.native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr("anysplade.model.runtimes.native_bfloat16", lambda device, native=native: native)
         assert resolve_precision("auto") == meant
         for source, folder in ((corpus.path, f"path-{meant}"), ({"a": Document("", "kabel")}, f"memory-{meant}")):
             with Index.build(backbone, source, tmp_path / folder, precision="auto") as index:

@@ -10,7 +10,7 @@ from qdrant_client import QdrantClient, models
 
 from anysplade import DataError, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
 from anysplade.model.encoder import term_names
-from anysplade.model.encoding import resolve_precision
+from anysplade.model.runtimes import resolve_precision
 from anysplade.search import remote
 from anysplade.search.engines.qdrant import QdrantEngine
 from anysplade.search.remote import RemoteIndex, open_index
@@ -81,7 +81,7 @@ def test_made_in_another_way(server, model, collection_folder, tmp_path, monkeyp
 
 def test_auto_is_the_precision_that_is_there(server, model, collection_folder, tmp_path, monkeypatch):
     RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="bfloat16")
-    monkeypatch.setattr("anysplade.model.encoding.native_bfloat16", lambda device: False)
+    monkeypatch.setattr("anysplade.model.runtimes.native_bfloat16", lambda device: False)
     again = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="auto")
     assert (again.sent, again.about["precision"]) == (0, "bfloat16")
 

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from anysplade.cli.app import Json, Result, command, is_watched
 from anysplade.errors import OptionError
-from anysplade.model.options import Precision
+from anysplade.model.options import Precision, Runtime
 
 
 @command
@@ -17,6 +17,7 @@ def evaluate(
     split: str = "test",
     seeds: bool = False,
     curve: bool = False,
+    runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
     out: Annotated[Path | None, Parameter(name="--out")] = None,
@@ -33,7 +34,8 @@ def evaluate(
         split: which qrels.
         seeds: the models are seeds of one: show mean and standard deviation.
         curve: prune documents and queries to their largest weights, and show what that costs and saves.
-        precision: of encoding; bfloat16 is faster where the machine has it, and approximate; auto is bfloat16 there.
+        runtime: of encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
+        precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
         max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
         out: a folder for TREC runs, values by query, figures and the JSON.
         cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
@@ -51,6 +53,7 @@ def evaluate(
         split=split,
         seeds=seeds,
         curves=curve,
+        runtime=runtime,
         precision=precision,
         max_length=max_length,
         output=out,

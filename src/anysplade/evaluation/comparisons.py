@@ -16,7 +16,7 @@ from anysplade.data.collections import Collection, collection_names, is_collecti
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS
-from anysplade.model.options import Precision
+from anysplade.model.options import Precision, Runtime
 
 _RESAMPLES = 2000
 _CHANGED = 5  # queries shown
@@ -70,6 +70,7 @@ def evaluate_all(
     split: str = "test",
     seeds: bool = False,
     curves: bool = False,
+    runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
     output: str | Path | None = None,
@@ -86,8 +87,8 @@ def evaluate_all(
         curves: effectiveness against cost by pruning; see ``curve``.
         output: a folder; with several evaluations one for each in it.
 
-    ``split``, ``precision``, ``max_length`` and ``cache`` are as in ``evaluate``. A collection named twice is evaluated
-    once. Collections of the same name are told apart by as much of their paths as it takes.
+    ``split``, ``runtime``, ``precision``, ``max_length`` and ``cache`` are as in ``evaluate``. A collection named twice is
+    evaluated once. Collections of the same name are told apart by as much of their paths as it takes.
 
     Raises:
         OptionError: no model or no collection among the names.
@@ -107,7 +108,14 @@ def evaluate_all(
     for within, collection in zip(places, loaded, strict=True):
         for i, model in enumerate(models, 1):
             place = folder if folder is None or single else folder / within / f"{i}-{_as_name(model)}"
-            options: Any = {"output": place, "precision": precision, "max_length": max_length, "cache": cache, "progress": progress}
+            options: Any = {
+                "output": place,
+                "runtime": runtime,
+                "precision": precision,
+                "max_length": max_length,
+                "cache": cache,
+                "progress": progress,
+            }
             found = evaluate(model, collection, metrics, **options)
             if curves and found.vectors is not None:
                 points = curve(found, collection)

@@ -21,8 +21,9 @@ from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import open_encoder, term_names
-from anysplade.model.encoding import count_cut, encode, in_precision, log_cut, max_positions, prune, resolve_precision
-from anysplade.model.options import Precision, Role
+from anysplade.model.encoding import count_cut, encode, log_cut, max_positions, prune
+from anysplade.model.options import Precision, Role, Runtime
+from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings, highest
 
@@ -45,6 +46,7 @@ class Evaluation:
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
     cost: dict[str, Any] | None  # the other costs; see ``cost``
     precision: str | None  # of encoding; anything below float32 is an approximation; None for BM25 and for run files
+    runtime: str | None  # that encoded, torch or openvino; likewise
     queries: int  # judged ones
     documents: int  # in the corpus
     cut: dict[str, Any] | None  # by role: how many texts are longer than max_length tokens, of which the model reads no more
@@ -72,6 +74,7 @@ def evaluate(
     split: str = "test",
     output: str | Path | None = None,
     depth: int = 1000,
+    runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
     cache: str | Path | None = None,
@@ -90,7 +93,9 @@ def evaluate(
         split: which relevance judgements to load.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         depth: documents in each ranking, at least 1.
-        precision: of encoding; see ``anysplade.model.encoding.in_precision``.
+        runtime: of encoding; see ``anysplade.model.runtimes.for_inference``. "auto" leaves an encoder that is loaded already
+            as it is.
+        precision: of encoding; see there too. All but float32 are approximations.
         max_length: tokens a text is cut to; see ``open_encoder``. It has no effect on an encoder that is already loaded.
         cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
             evaluation resumes.
@@ -117,7 +122,7 @@ def evaluate(
     seconds: dict[str, float] = {}
     costs: dict[str, Any] | None = None
     cut: dict[str, Any] | None = None
-    vectors = terms = weight_type = None
+    vectors = terms = weight_type = used = None
     start = time.perf_counter()
     if isinstance(model, str | Path) and is_run_file(model):
         run = read_run(model)
@@ -134,11 +139,17 @@ def evaluate(
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=max_length)
         resolved = resolve_precision(precision, encoder.device)
-        key = f"{resolved}, {max_length}" if max_length else resolved
+        if runtime == "auto" and encoder is model and resolved != "int8":
+            runtime = "torch"  # it may be in training, and converting it at each evaluation would cost more than it saves
+        start = time.perf_counter()
+        encoder = for_inference(encoder, runtime, resolved)
+        used = runtime_of(encoder)
+        seconds["preparing"] = time.perf_counter() - start
+        key = resolved if resolved == "float32" or used == "torch" else f"{resolved} on {used}"
+        key = f"{key}, {max_length}" if max_length else key
         folders = _cache_folders(model, cache, key, {"document": texts, "query": questions})
         cached = any(folder is not None and folder.exists() for folder in folders.values())
         start = time.perf_counter()
-        encoder = in_precision(encoder, resolved)
         documents = encode(encoder, texts, "document", cache=folders["document"], progress=progress)
         queries = encode(encoder, questions, "query", cache=folders["query"], progress=progress)
         vectors = (queries, documents)
@@ -156,7 +167,7 @@ def evaluate(
         seconds["search"] = time.perf_counter() - start
         rate = None if cached else round((len(texts) + len(run)) / seconds["encoding"], 2)
         costs = cost(queries, documents) | {"texts_per_second": rate}
-        weight_type = str(encoder.dtype).removeprefix("torch.")
+        weight_type = resolved if used == "openvino" else str(encoder.dtype).removeprefix("torch.")
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
         model = "a loaded SparseEncoder" + (f", base model {base}" if base else "")
@@ -170,6 +181,7 @@ def evaluate(
         flops=costs["flops"] if costs else None,
         cost=costs,
         precision=weight_type,  # what the weights are, whatever option was given
+        runtime=used,
         queries=len(questions),
         documents=len(texts),
         cut=cut,

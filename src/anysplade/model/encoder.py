@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -108,11 +109,11 @@ def build_encoder(
             encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
     model = masked_lm(encoder)
     calibration = calibrate(
-        model, _splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
+        model, splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
     )
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
-        _cut_at(encoder, min(max_length, _splade_modules(encoder)[0].max_seq_length or max_length))
+        _cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))
     if fused:
         fuse_pooling(encoder)
     return encoder, calibration
@@ -167,7 +168,7 @@ def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if not is_saved_encoder(source):
         return *load_masked_lm(source), False
     encoder = _load_saved(source)
-    return masked_lm(encoder), _splade_modules(encoder)[0].tokenizer, True
+    return masked_lm(encoder), splade_modules(encoder)[0].tokenizer, True
 
 
 def is_saved_encoder(source: str) -> bool:
@@ -205,7 +206,7 @@ def _auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice
 
 def is_splade(encoder: SparseEncoder) -> bool:
     """Whether documents go through an MLM head, so that a dimension is a term of its vocabulary."""
-    first, last = _splade_modules(encoder)
+    first, last = splade_modules(encoder)
     return isinstance(first, Transformer) and first.transformer_task == "fill-mask" and isinstance(last, SpladePooling)
 
 
@@ -252,7 +253,7 @@ def _transformer_folders(source: str) -> list[str]:
     return folders
 
 
-def _splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
+def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
     """First and last module of what encodes documents; with an MLM on both sides, queries go through them too."""
     first: Any = encoder[0]
     modules: Any = first.sub_modules["document"] if isinstance(first, Router) else encoder
@@ -265,7 +266,7 @@ def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
     Raises:
         ModelError: the encoder is of another kind, without an MLM head.
     """
-    first = _splade_modules(encoder)[0]
+    first = splade_modules(encoder)[0]
     if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
         modules = ", ".join(type(module).__name__ for module in encoder.children())
         raise ModelError(f"a SparseEncoder of another kind ({modules}): only SPLADE has an MLM head")
@@ -323,7 +324,7 @@ def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: b
     count = 0
     for batch in _batched(texts, 1024):
         for ids in tokenizer(list(batch), add_special_tokens=False, truncation=True)["input_ids"]:
-            frequency[np.unique(ids)] += 1
+            frequency[np.unique(np.array(ids, np.int64))] += 1  # of no tokens too
             count += 1
     idf = np.log1p((count - frequency + 0.5) / (frequency + 0.5))
     idf[tokenizer.all_special_ids] = 0
@@ -352,7 +353,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     Returns:
         Whether the pooling is fused now.
     """
-    transformer, pooling = _splade_modules(encoder)
+    transformer, pooling = splade_modules(encoder)
     model = masked_lm(encoder)
     head = find_head(model)
     if not isinstance(pooling, SpladePooling):
@@ -371,7 +372,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
 
 def unfuse_pooling(encoder: SparseEncoder) -> None:
     """Back to the modules' own forward."""
-    for module in _splade_modules(encoder):
+    for module in splade_modules(encoder):
         module.__dict__.pop("forward", None)
 
 
@@ -397,15 +398,35 @@ def _not_fused(reason: str) -> bool:
     return False
 
 
-def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """The transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width)."""
-    # For this call the decoder returns its input, so that the model returns hidden states and no logits are built. It is
-    # swapped for each call, because between calls the model must be stock: others may save it or read its logits.
+def is_fused(encoder: SparseEncoder) -> bool:
+    """Whether ``fuse_pooling`` switched it."""
+    return "forward" in splade_modules(encoder)[1].__dict__
+
+
+def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """The hidden states before a masked LM's decoder, (batch, length, width)."""
+    with _without(find_head(model).decoder):
+        hidden: Tensor = model(**inputs).logits
+        return hidden
+
+
+@contextmanager
+def _without(decoder: nn.Module) -> Iterator[None]:
+    """The decoder returns its input, so that the model returns hidden states and no logits are built.
+
+    It is swapped for each call, because between calls the model must be stock: others may save it or read its logits.
+    """
     decoder.__dict__["forward"] = _identity
     try:
-        return type(transformer).forward(transformer, features, **kwargs)
+        yield
     finally:
         del decoder.__dict__["forward"]
+
+
+def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """The transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width)."""
+    with _without(decoder):
+        return type(transformer).forward(transformer, features, **kwargs)
 
 
 def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Texts to sparse rows."""
 
 import contextlib
-import copy
 import io
 import logging
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
-from sentence_transformers.util import get_device_name
+from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor
 from tqdm import tqdm
 from transformers.tokenization_utils_base import LARGE_INTEGER
@@ -25,8 +25,8 @@ from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
 from anysplade.model.encoder import reader, term_names
 from anysplade.model.head import usable_positions
-from anysplade.model.options import Precision, Role
-from anysplade.model.pooling import native_bfloat16
+from anysplade.model.options import Role
+from anysplade.model.runtimes import runtime_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def encode(
     JSON can hold and no tokenizer takes, is encoded as U+FFFD.
 
     Args:
-        encoder: any sparse encoder; a copy by ``in_precision`` encodes in that precision.
+        encoder: any sparse encoder; ``for_inference`` makes one that encodes on another runtime or in another precision.
         texts: without the prompt of their role, which the encoder adds.
         role: the texts are queries or documents.
         ids: the texts' ids, to name one in an error; its number from 1 if None.
@@ -64,8 +64,9 @@ def encode(
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
     """
-    method = encoder.encode_query if role == "query" else encoder.encode_document
     width = encoder.get_embedding_dimension() or 0
+    if runtime_of(encoder) == "torch":  # what runs elsewhere has no dropout
+        encoder.eval()
     blocks = []
     size = _CHUNK if cache is None else _SHARD
     with tqdm(total=len(texts), desc=f"encoding {role} texts", unit="text", disable=not progress, leave=False) as bar:
@@ -78,14 +79,10 @@ def encode(
                 bar.update(len(chunk))
                 continue
             order, rows = [], []
-            for batch in _batches(_lengths(encoder, chunk, role), max(1, _WEIGHTS_A_BATCH // max(1, width))):
-                vectors = method(
-                    [chunk[i] for i in batch],
-                    batch_size=len(batch),
-                    convert_to_tensor=True,
-                    convert_to_sparse_tensor=False,
-                    show_progress_bar=False,
-                )
+            most = max(1, _WEIGHTS_A_BATCH // max(1, width))
+            batches = list(_batches(_lengths(encoder, chunk, role), most))
+            for batch, features in zip(batches, _tokenized(encoder, chunk, role, batches), strict=True):
+                vectors = _vectors(encoder, features, role)
                 finite = vectors.isfinite().all(dim=1)
                 if not finite.all():
                     bad = start + int(batch[int((~finite).nonzero()[0])])
@@ -94,12 +91,12 @@ def encode(
                 rows.append(_csr(vectors))
                 order += list(batch)
                 bar.update(len(batch))
-            blocks.append(sparse.vstack(rows, format="csr")[np.argsort(order)])
+            blocks.append(rows[0] if len(chunk) == 1 else sparse.vstack(rows, format="csr")[np.argsort(order)])
             if kept:
                 _write_block(kept, blocks[-1])
     if not blocks:
         return sparse.csr_matrix((0, width), dtype=np.float32)
-    whole = sparse.vstack(blocks, format="csr")
+    whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
     return whole if top_k is None else prune(whole, top_k)
 
 
@@ -114,7 +111,7 @@ def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple
         return 0, None
     tokenizer: Any = module.tokenizer
     options = {"add_special_tokens": isinstance(module, Transformer), "verbose": False, "return_attention_mask": False}
-    prompt, count = (encoder.prompts or {}).get(role) or "", 0
+    prompt, count = _prompt(encoder, role) or "", 0
     for start in range(0, len(texts), _CHUNK):
         chunk = [prompt + whole_characters(text) for text in texts[start : start + _CHUNK]]
         count += sum(len(ids) > limit for ids in tokenizer(chunk, **options)["input_ids"])
@@ -157,29 +154,6 @@ def log_cut(cut: int, texts: int, limit: int | None, what: str, maximum: int | N
         )
 
 
-def in_precision(encoder: SparseEncoder, precision: Precision) -> SparseEncoder:
-    """The encoder that encodes in a precision: itself for float32, a copy for bfloat16.
-
-    bfloat16 is an approximation (two to three digits). It runs everywhere, and is faster only where the machine has
-    such products; ``"auto"`` takes it only there. The copy costs half of the model's memory and has the weights of
-    this moment, so a caller that encodes many times makes it once.
-    """
-    if resolve_precision(precision, encoder.device) == "float32":
-        return encoder
-    return copy.deepcopy(encoder).bfloat16()
-
-
-def resolve_precision(precision: Precision, device: torch.device | None = None) -> Precision:
-    """What ``"auto"`` means on a device: bfloat16 where it has bfloat16 products, else float32.
-
-    Args:
-        device: that on which models are loaded here if None.
-    """
-    if precision != "auto":
-        return precision
-    return "bfloat16" if native_bfloat16((device or torch.device(get_device_name())).type) else "float32"
-
-
 def _read_block(path: Path) -> sparse.csr_matrix | None:
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged: made again
         return sparse.load_npz(path)
@@ -202,9 +176,54 @@ def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], starts), shape=matrix.shape)
 
 
-def _lengths(encoder: SparseEncoder, texts: list[str], role: str) -> np.ndarray:
-    """Tokens of each text, as the model will read it; 1 where the model does not read tokens in order."""
-    mask = encoder.preprocess(texts, task=role).get("attention_mask")
+def _preprocess(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> dict[str, Any]:
+    """What the model reads of texts, their prompt included, as ``encode_query`` and ``encode_document`` have it."""
+    return encoder.preprocess(list(texts), prompt=_prompt(encoder, role), task=role)
+
+
+def _prompt(encoder: SparseEncoder, role: Role) -> str | None:
+    prompts = encoder.prompts or {}
+    names = ("query",) if role == "query" else ("document", "passage", "corpus")
+    named = next((name for name in names if name in prompts), encoder.default_prompt_name)
+    return None if named is None else prompts.get(named)
+
+
+def _tokenized(encoder: SparseEncoder, texts: Sequence[str], role: Role, batches: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """Each batch on the encoder's device; the next one is made ready while the model works on this one."""
+    device = encoder.device
+
+    def ready(batch: np.ndarray) -> dict[str, Any]:
+        features = _preprocess(encoder, [texts[i] for i in batch], role)
+        if device.type == "cuda":  # from pinned memory the copy does not wait for the model
+            features = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in features.items()}
+            return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in features.items()}
+        return batch_to_device(features, device)
+
+    if len(batches) == 1:
+        yield ready(batches[0])
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as thread:
+        following = thread.submit(ready, batches[0]) if batches else None
+        for batch in [*batches[1:], None]:
+            assert following is not None
+            features = following.result()
+            following = None if batch is None else thread.submit(ready, batch)
+            yield features
+
+
+@torch.inference_mode()
+def _vectors(encoder: SparseEncoder, features: dict[str, Any], role: Role) -> Tensor:
+    most = encoder.max_active_dims
+    options = {} if most is None else {"max_active_dims": most}
+    vectors: Tensor = encoder(features, task=role, **options)["sentence_embedding"]
+    return vectors if most is None else select_max_active_dims(vectors, max_active_dims=most)
+
+
+def _lengths(encoder: SparseEncoder, texts: list[str], role: Role) -> np.ndarray:
+    """Tokens of each text, as the model will read it; 1 where the model does not read tokens in order, or there is one text."""
+    if len(texts) == 1:
+        return np.ones(1, np.int64)
+    mask = _preprocess(encoder, texts, role).get("attention_mask")
     return np.ones(len(texts), np.int64) if mask is None else mask.sum(dim=1).cpu().numpy()
 
 
@@ -228,8 +247,9 @@ def _csr(vectors: Tensor) -> sparse.csr_matrix:
 class ModelQueries:
     """Encodes queries by the model; see ``Queries`` of ``model.queries``."""
 
-    def __init__(self, encoder: SparseEncoder) -> None:
+    def __init__(self, encoder: SparseEncoder, precision: str = "float32") -> None:
         self.encoder = encoder
+        self.precision = precision
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         return encode(self.encoder, texts, "query")

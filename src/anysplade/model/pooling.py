@@ -11,23 +11,27 @@ Sum pooling touches every token; it computes each tile's logits a second time in
 Exact: outputs and gradients are those of the unfused modules up to the order of float additions.
 Under autocast the products run in autocast's type and all that follows in float32.
 
-Encoding in float32 on a CPU with bfloat16 products is exact and faster still: the product runs in
-bfloat16 first, and only entries that its error bound leaves a chance to be above zero are computed
-in float32. A trained model has a few hundred of them in a text.
+Encoding on a CPU with int8 products is exact and faster still: the product runs in int8 first, and
+only entries that its error bound leaves a chance to be above zero are computed in float32. A trained
+model has a few hundred of them in a text. The weight in int8 is made once and kept until it changes.
 """
 
 import functools
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_TILE_BYTES = 8 * 2**20  # of logits at a time: they are reduced while they lie in the cache
+# Of logits at a time. A CPU reduces them while they lie in its cache; a GPU wants few launches.
+_TILE_BYTES = {"cpu": 8 * 2**20}
+_DEVICE_TILE_BYTES = 256 * 2**20
 _SCREENED_SHARE = 0.05  # of the entries: where more may be above zero, screening costs more than it saves
-_BFLOAT16 = 2.0**-8  # unit roundoff: half of torch.finfo(torch.bfloat16).eps, which is the distance of 1 from the next number
-_FLOAT32 = 2.0**-24
+_FEW_TOKENS = 64  # of a product whose time is that of reading the weight
+_FLOAT32 = 2.0**-24  # unit roundoff: half of torch.finfo(torch.float32).eps, which is the distance of 1 from the next number
 
 
 # Inside a compiled model it runs as it is: how many entries backward has depends on the data.
@@ -54,23 +58,26 @@ def splade_pool(
         (batch, vocabulary), at least 0; float32 under autocast, else of hidden's type. Where tokens
         tie for the maximum, one of them gets the gradient.
 
-    Memory: two to three numbers a (sequence, term), 8 MiB of logits at a time, and the gradients.
+    Memory: two to three numbers a (sequence, term), 8 MiB of logits at a time (256 MiB on a GPU), and the gradients;
+    without gradients on a CPU with int8 products also the weight in int8.
     """
     device = hidden.device.type
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(device):
-        half = torch.get_autocast_dtype(device)
-        hidden, weight, dtype = hidden.to(half), weight.to(half), torch.float32
-    inputs = (hidden, weight, bias)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.float32 if autocast else hidden.dtype
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     with torch.autocast(device, enabled=False):
-        if pooling == "sum":
-            return _SumPool.apply(*inputs, mask, double_log, dtype)
-        if not keep and hidden.dtype == weight.dtype == torch.float32 and device == "cpu" and native_bfloat16(device):
-            screened = _screened_max(*inputs, mask, double_log)
+        if keep:
+            _screens.pop(weight, None)  # the weight is about to change
+        elif pooling == "max" and device == "cpu" and torch.float64 not in (hidden.dtype, weight.dtype) and native_int8():
+            screened = _screened_max(hidden, weight, bias, mask, double_log)
             if screened is not None:
-                return screened
-        return _MaxPool.apply(*inputs, mask, double_log, dtype, keep)
+                return screened.to(dtype)
+        if autocast:
+            half = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(half), weight.to(half)
+        if pooling == "sum":
+            return _SumPool.apply(hidden, weight, bias, mask, double_log, dtype)
+        return _MaxPool.apply(hidden, weight, bias, mask, double_log, dtype, keep)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -90,7 +97,7 @@ class _MaxPool(torch.autograd.Function):
         tokens, source = _fill_padding(hidden, mask)
         pooled = hidden.new_empty(vocabulary, batch, dtype=dtype)
         chosen = torch.empty(vocabulary if keep else 0, batch, dtype=torch.int32, device=hidden.device)
-        for start, end, logits in _tiles(weight, tokens):
+        for start, end, logits in _products(weight, tokens):
             logits = logits.view(end - start, batch, length)  # tokens last: fast to reduce
             if keep:
                 values, chosen[start:end] = logits.max(dim=2)
@@ -137,7 +144,7 @@ class _SumPool(torch.autograd.Function):
         batch, length, width = hidden.shape
         tokens = hidden.reshape(-1, width)
         pooled = hidden.new_empty(len(weight), batch, dtype=dtype)
-        for start, end, logits in _tiles(weight, tokens):
+        for start, end, logits in _products(weight, tokens):
             activation = _activation(logits, bias, start, end, dtype, double_log)
             pooled[start:end] = activation.view(-1, batch, length).mul_(mask.to(dtype)).sum(dim=2)
         ctx.save_for_backward(tokens, weight, bias, mask)
@@ -152,7 +159,7 @@ class _SumPool(torch.autograd.Function):
         to_hidden = tokens.new_zeros(tokens.shape, dtype=ctx.dtype)
         to_weight = torch.empty_like(weight)
         to_bias = None if bias is None else torch.empty_like(bias)
-        for start, end, logits in _tiles(weight, tokens):
+        for start, end, logits in _products(weight, tokens):
             activation = _activation(logits, bias, start, end, ctx.dtype, ctx.double_log)
             through = (_slope(activation, ctx.double_log) * (activation > 0)).view(-1, batch, length)
             through = (through * gradient.T[start:end].unsqueeze(2) * mask.to(ctx.dtype)).view(end - start, -1)
@@ -164,26 +171,97 @@ class _SumPool(torch.autograd.Function):
         return to_hidden.to(tokens.dtype).view(batch, length, -1), to_weight, to_bias, None, None, None
 
 
+class _Screen(NamedTuple):
+    """A weight in int8, and how far a logit of it can lie from the exact one; see ``_screened_max``."""
+
+    of: Tensor  # the weight as it was: the same memory, kept so that nothing else can come to lie there
+    version: int
+    rounded: Tensor  # (vocabulary, width), int8
+    scale: Tensor  # (vocabulary,), of the rows
+    norm: Tensor  # (vocabulary,), of the rounded rows
+    lost: Tensor  # (vocabulary,), the norm of what rounding took from the row
+    finite: bool
+    packed: Tensor | None  # the rounded weight in oneDNN's own order, for few tokens; None where it cannot be had
+
+
+_screens = WeakTensorKeyDictionary()  # of weights
+
+
+@torch.no_grad()
+def _screen(weight: Tensor) -> _Screen:
+    """The weight's screen, made once until the weight changes."""
+    counted = not weight.is_inference()  # nothing counts the changes of one made in inference mode
+    known: _Screen | None = _screens.get(weight)
+    if known is not None and counted and known.of.data_ptr() == weight.data_ptr() and known.version == weight._version:
+        return known
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    scale, norm, lost = weight.new_empty(3, len(weight), dtype=torch.float32)
+    for start in range(0, len(weight), 4096):
+        part = slice(start, start + 4096)
+        rounded[part], scale[part], norm[part], lost[part] = _round(weight[part].float(), 1)
+    version, finite = weight._version if counted else -1, bool(lost.isfinite().all())
+    packed = torch.ops.onednn.qlinear_prepack(rounded, None) if _packing_works() else None
+    made = _Screen(weight.detach(), version, rounded, scale, norm, lost, finite, packed)
+    if counted:
+        _screens[weight] = made
+    return made
+
+
+def _round(vectors: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Vectors, (..., width), in int8 with one scale for all of ``dims``.
+
+    Returns:
+        The whole numbers, the scale, the norms of the rounded vectors, and those of what rounding took away.
+    """
+    scale = (vectors.abs().amax(dims) / 127).clamp_min(1e-30)
+    spread = scale.reshape(scale.shape + (1,) * (vectors.dim() - scale.dim()))
+    rounded = (vectors / spread).round_().clamp_(-127, 127)
+    exact = rounded * spread
+    return rounded.to(torch.int8), scale, exact.norm(dim=-1), (vectors - exact).norm(dim=-1)
+
+
 @torch.no_grad()
 def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool) -> Tensor | None:
-    """Max pooling in float32 by way of bfloat16; None if too many entries may be above zero.
+    """Max pooling in float32 by way of int8; None if too many entries may be above zero, or a number is NaN or infinite.
 
-    An entry is computed in float32 unless its bfloat16 value lies below zero by more than the error can be; see
-    ``_screening_errors``.
+    An entry is computed in float32 unless its value in int8 lies below zero by more than the error can be. With the rows
+    w = ŵ + r of the weight and the tokens h = ĥ + s, where ŵ and ĥ are multiples of whole numbers up to 127 and r and s are
+    what rounding took away, w·h - ŵ·ĥ = ŵ·s + r·h, by Cauchy and Schwarz at most |ŵ||s| + |r||h|. Products of the whole
+    numbers are summed exactly. To that comes what float32 rounds: by Higham, Accuracy and Stability of Numerical Algorithms,
+    §3.1, a sum of ``width`` products errs by γ = width·2⁻²⁴ / (1 - width·2⁻²⁴) of the sum of their sizes, in the float32 logit and
+    in the norms; scaling, adding the bias and rounding in ``_round`` err by a few units more.
     """
     batch, length, width = hidden.shape
-    of_factors, of_result = _screening_errors(width)
+    if width == 1:  # torch._int_mm (2.13) gives uninitialised memory
+        return None
+    hidden = hidden.float()
     tokens, _ = _fill_padding(hidden, mask)
-    longest = tokens.norm(dim=1).view(batch, length).amax(dim=1)  # (batch,)
+    texts = tokens.view(batch, length, width)
+    rounded, scale, norms, lost = _round(texts, (1, 2))
+    screen = _screen(weight)
+    if not (lost.isfinite().all() and screen.finite):
+        return None
+    gamma = width * _FLOAT32 / (1 - width * _FLOAT32)
+    slack = 2 * gamma + 16 * _FLOAT32
+    longest, lost = (norms + lost).amax(dim=1, keepdim=True), lost.amax(dim=1, keepdim=True)  # (batch, 1)
+    # Of a row the first times |s|, the second times |h|.
+    of_lost, of_norm = screen.norm * (1 + slack), screen.lost * (1 + slack) + slack * (screen.norm + screen.lost)
     rows, terms = [], []
     most = int(_SCREENED_SHARE * batch * len(weight))
-    for start, end, logits in _tiles(weight, tokens.bfloat16()):
-        rough = logits.view(end - start, batch, length).amax(dim=2).float()
-        error = of_factors * weight[start:end].norm(dim=1, keepdim=True) * longest + of_result * rough.abs()
+    rounded = rounded.view(-1, width)
+    few = len(rounded) <= _FEW_TOKENS and screen.packed is not None
+    for start, end in [(0, len(weight))] if few else _tiles(len(weight), 4 * len(rounded), hidden.device):
+        if few:
+            products = _packed_product(rounded, screen.packed, screen.scale)
+            rough = products.view(batch, length, -1).amax(dim=1) * scale.unsqueeze(1)
+        else:
+            products = torch._int_mm(rounded, screen.rounded[start:end].T)
+            rough = products.view(batch, length, -1).amax(dim=1) * screen.scale[start:end] * scale.unsqueeze(1)
+        error = of_lost[start:end] * lost + of_norm[start:end] * longest + 8 * _FLOAT32 * rough.abs()
         if bias is not None:
-            rough += bias[start:end].unsqueeze(1)
-            error += 2 * _FLOAT32 * bias[start:end].abs().unsqueeze(1)  # the sum is rounded, here and in float32
-        term, row = (~(rough + error <= 0)).nonzero(as_tuple=True)  # NaN too, which must be seen
+            rough += bias[start:end]
+            error += 2 * _FLOAT32 * bias[start:end].abs()  # the sum is rounded, here and in float32
+        row, term = (rough + error > 0).nonzero(as_tuple=True)
         most -= len(term)
         if most < 0:
             return None
@@ -191,28 +269,40 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
         terms.append(term + start)
     row, term = torch.cat(rows), torch.cat(terms)
     result = hidden.new_zeros(batch, len(weight))
-    texts = tokens.view(batch, length, -1)
     for i in mask.bool().any(dim=1).nonzero()[:, 0].tolist():
         chosen = term[row == i]
-        values = (weight[chosen] @ texts[i].T).amax(dim=1)
+        values = (weight[chosen].float() @ texts[i].T).amax(dim=1)
         if bias is not None:
             values += bias[chosen]
         result[i, chosen] = values.relu_().log1p_()
     return result.log1p_() if double_log else result
 
 
-def _screening_errors(width: int) -> tuple[float, float]:
-    """How far a bfloat16 logit can lie from the float32 one: the first times |w||h|, plus the second times the logit itself.
+def _packed_product(rounded: Tensor, packed: Any, scale: Tensor) -> Tensor:
+    """``rounded @ weight.T * scale`` in float32, whose weight is packed: half the time of ``torch._int_mm`` for few tokens."""
+    unsigned = (rounded.to(torch.int16) + 128).to(torch.uint8)  # signed ones take hundreds of times as long
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    of_tokens, of_result = (1.0, 128), (1.0, 0, torch.float32)  # scale and zero point
+    return torch.ops.onednn.qlinear_pointwise(unsigned, *of_tokens, packed, scale, zeros, None, *of_result, "none", [], "")
 
-    With u = 2⁻⁸, rounding the factors makes of each product w·h one of at most (1 + u)²|w·h|, so by Cauchy and Schwarz the
-    sum changes by at most ((1 + u)² - 1)|w||h|. The products of two bfloat16 numbers are exact in float32; summing ``width``
-    of them there, in any order, errs by γ = width·2⁻²⁴ / (1 - width·2⁻²⁴) of the sum of their sizes (Higham, Accuracy and
-    Stability of Numerical Algorithms, §3.1), and so do the float32 logit and each of the norms. Rounding the result to
-    bfloat16 changes it by at most u of the exact sum, which is u / (1 - u) of what is seen.
-    """
-    u = _BFLOAT16
-    gamma = width * _FLOAT32 / (1 - width * _FLOAT32)
-    return ((1 + u) ** 2 * (1 + gamma) - 1 + gamma) * (1 + gamma) ** 2, u / (1 - u) + 2 * _FLOAT32
+
+@functools.cache
+def _packing_works() -> bool:
+    """Whether this torch has the two functions, which are not documented, and they give what they should."""
+    rounded = torch.arange(-64, 64).to(torch.int8).view(2, 64)
+    weight = torch.arange(-128, 128).to(torch.int8).repeat(64).view(256, 64)
+    try:
+        got = _packed_product(rounded, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(256))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(got, rounded.float() @ weight.float().T)
+
+
+@functools.cache
+def native_int8() -> bool:
+    """Whether the processor multiplies matrices of int8 by itself, several times as fast as those of float32."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("avx512_vnni", "amx_int8"))
 
 
 @functools.cache
@@ -237,16 +327,23 @@ def _fill_padding(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.gather(1, source.unsqueeze(-1).expand(-1, -1, width)).reshape(-1, width), source
 
 
-def _tiles(weight: Tensor, tokens: Tensor) -> Any:
+def _tiles(vocabulary: int, bytes_a_term: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """The vocabulary a few terms at a time: (start, end)."""
+    height = max(64, _TILE_BYTES.get(device.type, _DEVICE_TILE_BYTES) // max(1, bytes_a_term))
+    for start in range(0, vocabulary, height):
+        yield start, min(vocabulary, start + height)
+
+
+def _products(weight: Tensor, tokens: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """``weight @ tokens.T`` a few terms at a time, each tile in the same memory: (start, end, logits).
 
     Fresh memory for every tile would cost as much as the product itself.
     """
     columns = tokens.T
-    height = max(64, _TILE_BYTES // (columns.element_size() * max(1, columns.shape[1])))
-    buffer = columns.new_empty(min(height, len(weight)), columns.shape[1])
-    for start in range(0, len(weight), height):
-        end = min(len(weight), start + height)
+    buffer: Tensor | None = None
+    for start, end in _tiles(len(weight), columns.element_size() * columns.shape[1], columns.device):
+        if buffer is None:
+            buffer = columns.new_empty(end, columns.shape[1])
         yield start, end, torch.mm(weight[start:end].to(columns.dtype), columns, out=buffer[: end - start])
 
 

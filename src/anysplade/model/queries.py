@@ -37,6 +37,10 @@ class Queries(Protocol):
         """The tokens of a text: the id, and the characters from where to where."""
 
     @property
+    def precision(self) -> str:
+        """float32, or what approximates it; see ``for_inference``."""
+
+    @property
     def max_positions(self) -> int | None:
         """The highest limit of tokens that can be set; None if nothing limits it."""
 
@@ -50,6 +54,8 @@ class StaticQueries:
 
     As in the model, a query is read up to the limit of its tokenizer.
     """
+
+    precision = "float32"
 
     def __init__(self, weights: np.ndarray, reading: "_Reading", prompt: str = "") -> None:
         """Set the limit on the tokenizer.
@@ -106,6 +112,8 @@ class StaticQueries:
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary). As ``model.encoding.encode`` has them.
+
+        One thing differs: there a query that has the padding token in its text loses it beside a longer query.
 
         Raises:
             ModelError: a weight is NaN or infinite.

@@ -29,8 +29,9 @@ from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document, hash_texts
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import count_cut, encode, in_precision, log_cut
-from anysplade.model.options import Precision
+from anysplade.model.encoding import count_cut, encode, log_cut
+from anysplade.model.options import Precision, Runtime
+from anysplade.model.runtimes import for_inference
 from anysplade.search.documents import EncodedDocument
 
 PART = 1024  # documents that are encoded together, and written to an index in one transaction
@@ -55,10 +56,11 @@ class Options(NamedTuple):
     precision: Precision  # not "auto"
     top_k: int | None  # weights kept of each document, an approximation; all if None
     max_length: int | None  # tokens a document is cut to; the model's own limit if None
+    runtime: Runtime = "auto"
 
     def open(self) -> SparseEncoder:
-        """The encoder in this precision."""
-        return in_precision(open_encoder(self.model, max_length=self.max_length), self.precision)
+        """The encoder on this runtime, in this precision."""
+        return for_inference(open_encoder(self.model, max_length=self.max_length), self.runtime, self.precision)
 
 
 class _Rows(NamedTuple):

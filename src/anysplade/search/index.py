@@ -18,7 +18,7 @@ from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.options import Precision
+from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries, StaticQueries
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
@@ -45,12 +45,21 @@ class Index:
     ``changes`` what ``build`` did.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], model: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        model: str | Path | None = None,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> None:
         self.folder = folder
         self.about = about
         self.changes = Changes()
         self.store = Store(folder, about["vocabulary"])
         self._model = model
+        self._runtime: Runtime = runtime
+        self._precision: Precision = precision  # of queries
         self._queries: Queries | None = None
         self._encoder: SparseEncoder | None = None
         self._document_encoder: SparseEncoder | None = None
@@ -62,6 +71,7 @@ class Index:
         corpus: str | Path | Mapping[str, Document],
         output: str | Path,
         *,
+        runtime: Runtime = "auto",
         precision: Precision = "float32",
         top_k: int | None = None,
         max_length: int | None = None,
@@ -79,8 +89,9 @@ class Index:
             model: a sparse encoder's folder or hub id.
             corpus: a source of ``read_corpus``, or documents by id.
             output: the folder of the index.
-            precision: of encoding; bfloat16 is an approximation. "auto" is the precision of the index if there is one, else
-                bfloat16 where the machine has bfloat16 products.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding documents; see there too. All but float32 are approximations, recorded. "auto" is the
+                precision of the index if there is one, else bfloat16 where the machine has bfloat16 products.
             top_k: keep only the ``top_k`` largest weights of each document: an approximation, recorded.
             max_length: tokens to which documents and queries are cut; see ``open_encoder``. The number of cut documents is logged.
             workers: processes that encode, each with the model.
@@ -91,7 +102,7 @@ class Index:
                 ``delete`` changed since.
             ModelError, DataError: as ``open_encoder`` and ``iter_corpus`` do.
         """
-        from anysplade.model.encoding import resolve_precision
+        from anysplade.model.runtimes import resolve_precision
         from anysplade.search.build import corpus_name
 
         output = Path(output).expanduser()
@@ -113,7 +124,7 @@ class Index:
         if about is not None and about["complete"]:
             if not on_disk:
                 raise OutputError(f"{output}: the folder is not empty: it holds an index; load it, and add to it")
-            index = cls.load(output, source)
+            index = cls.load(output, source, runtime=runtime)
             if index.store.edited:
                 raise OutputError(
                     f"{output}: add or delete changed this index since it was built, and an update from {corpus} would undo that; "
@@ -131,7 +142,7 @@ class Index:
         is_new = not output.exists() or not any(output.iterdir())
         started: Index | None = None
         try:
-            index = started = cls._begin(output, wanted, source)
+            index = started = cls._begin(output, wanted, source, runtime)
             index._update(documents, corpus, **encoding)
         except AnyspladeError:
             if is_new and not (started and len(started)):  # what was encoded is kept: it can have taken hours
@@ -145,15 +156,15 @@ class Index:
         return index
 
     @classmethod
-    def _begin(cls, output: Path, about: dict[str, Any], source: str) -> "Index":
+    def _begin(cls, output: Path, about: dict[str, Any], source: str, runtime: Runtime) -> "Index":
         """An empty index, or the unfinished one. The description is written last: what has one is complete."""
         if (output / "index.json").exists():
-            return cls(output, _read_about(output), source)
+            return cls(output, _read_about(output), source, runtime)
         encoder = _open_encoder(source, about)
         about = about | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
         Store.create(output)
         write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
-        index = cls(output, about, source)
+        index = cls(output, about, source, runtime)
         index._encoder = encoder
         return index
 
@@ -207,15 +218,15 @@ class Index:
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Documents with their vectors, encoded as those of the index were."""
-        from anysplade.model.encoding import in_precision
+        from anysplade.model.runtimes import for_inference
         from anysplade.search.build import Options, encode_documents
 
         model = self.about["model"] if self._model is None else str(self._model)
-        options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"))
+        options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"), self._runtime)
 
         def encoder() -> "SparseEncoder":
             if self._document_encoder is None:
-                self._document_encoder = in_precision(self.encoder, self.about["precision"])
+                self._document_encoder = for_inference(self.encoder, self._runtime, self.about["precision"])
             return self._document_encoder
 
         return encode_documents(documents, options, encoder=encoder, **encoding)
@@ -225,12 +236,21 @@ class Index:
         write_whole(self.folder / "index.json", json.dumps(about, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, model: str | Path | None = None) -> "Index":
+    def load(
+        cls,
+        folder: str | Path,
+        model: str | Path | None = None,
+        *,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> "Index":
         """Open the index in a ``folder``.
 
         Args:
             model: the place of the model that the index was built with, if it moved; by default it is looked for in its old
                 place, and where it lay relative to the index.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding queries; see there too. All but float32 are approximations.
 
         Raises:
             DataError: no index there, an unfinished one, a damaged one, or one of another format.
@@ -241,7 +261,7 @@ class Index:
             raise DataError(f"{folder}: an index of format {about.get('format')}, this version reads {FORMAT}; build it again")
         if not about["complete"]:
             raise DataError(f"{folder}: an unfinished index; build it again in the same way, and it continues")
-        return cls(folder, about, model)
+        return cls(folder, about, model, runtime, precision)
 
     def close(self) -> None:
         """Release the engine, so that another process can write to the index."""
@@ -275,7 +295,9 @@ class Index:
             ModelError: the model is gone, or is not the one the index was built with.
         """
         if self._queries is None:
-            self._queries, self._encoder = open_queries(self.about, self.folder, self._model, self._encoder)
+            self._queries, self._encoder = open_queries(
+                self.about, self.folder, self._model, self._encoder, self._runtime, self._precision
+            )
         return self._queries
 
     def describe(self) -> dict[str, Any]:
@@ -373,13 +395,19 @@ def _open_encoder(source: str, about: Mapping[str, Any]) -> "SparseEncoder":
 
 
 def open_queries(
-    about: Mapping[str, Any], where: str | Path, model: str | Path | None, encoder: "SparseEncoder | None"
+    about: Mapping[str, Any],
+    where: str | Path,
+    model: str | Path | None,
+    encoder: "SparseEncoder | None",
+    runtime: Runtime,
+    precision: Precision,
 ) -> "tuple[Queries, SparseEncoder | None]":
     """What encodes queries for an index, and the encoder if it is open now.
 
     Args:
         about, where, model: as for ``find_same_model``.
         encoder: the index's, if it is open already.
+        runtime, precision: of a model; see ``for_inference``. A table of weights needs none.
     """
     if encoder is None or _has_static_queries(encoder):
         source = find_same_model(about, where, model)
@@ -389,8 +417,10 @@ def open_queries(
         if encoder is None:
             encoder = _open_encoder(source, about)
     from anysplade.model.encoding import ModelQueries
+    from anysplade.model.runtimes import for_inference, resolve_precision
 
-    return ModelQueries(encoder), encoder
+    precision = resolve_precision(precision, encoder.device)
+    return ModelQueries(for_inference(encoder, runtime, precision), precision), encoder
 
 
 def _has_static_queries(encoder: "SparseEncoder") -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
-from anysplade.model.options import Precision
+from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, Filter, Hit
@@ -30,11 +30,19 @@ class RemoteIndex:
     ``sent`` is how many documents ``build`` sent, and ``left_over`` how many more the server has than the corpus.
     """
 
-    def __init__(self, address: str, model: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        model: str | Path | None = None,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> None:
         """Connects on first use.
 
         Args:
             model: where the model lies that the index was built with, if not where it lay then.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding queries; see there too.
 
         Raises:
             OptionError: a malformed address, or a client that is not installed.
@@ -43,6 +51,8 @@ class RemoteIndex:
         self.engine = open_engine(address)
         self.sent = self.left_over = 0
         self._model = model
+        self._runtime: Runtime = runtime
+        self._precision: Precision = precision  # of queries
         self._about: dict[str, Any] | None = None
         self._queries: Queries | None = None
         self._encoder: SparseEncoder | None = None
@@ -56,6 +66,7 @@ class RemoteIndex:
         address: str,
         work: str | Path,
         *,
+        runtime: Runtime = "auto",
         precision: Precision = "float32",
         top_k: int | None = None,
         max_length: int | None = None,
@@ -66,8 +77,8 @@ class RemoteIndex:
         """Encode a corpus into shards under ``work`` and send them. After an interruption, call it again: it continues.
 
         What the server has already, in the same version, is not sent again. What is no longer in the corpus stays
-        there, as do documents of others: their number is logged as a warning. ``precision``, ``top_k``, ``max_length``,
-        ``workers`` and ``ray`` are as in ``Index.build``.
+        there, as do documents of others: their number is logged as a warning. ``runtime``, ``precision``, ``top_k``,
+        ``max_length``, ``workers`` and ``ray`` are as in ``Index.build``.
 
         Args:
             model: a sparse encoder's folder or hub id.
@@ -80,10 +91,10 @@ class RemoteIndex:
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
         from anysplade.model.encoder import open_encoder
-        from anysplade.model.encoding import in_precision, resolve_precision
+        from anysplade.model.runtimes import for_inference, resolve_precision
         from anysplade.search.build import Options, corpus_name, encode_documents
 
-        index = cls(address, model)
+        index = cls(address, model, runtime)
         source = resolve_model(model)
         try:
             stored = index.engine.about()  # before hours of encoding
@@ -101,10 +112,10 @@ class RemoteIndex:
         index._encoder = encoder
         batches = encode_documents(
             iter_corpus(corpus, progress=progress),
-            Options(source, used, top_k, max_length),
+            Options(source, used, top_k, max_length, runtime),
             workers=workers,
             ray=ray,
-            encoder=lambda: in_precision(encoder, used),
+            encoder=lambda: for_inference(encoder, runtime, used),
             shards=Path(work).expanduser() / "shards" / key,
             progress=progress,
         )
@@ -157,7 +168,9 @@ class RemoteIndex:
     def queries(self) -> Queries:
         """What encodes queries, as ``Index.queries``."""
         if self._queries is None:
-            self._queries, self._encoder = open_queries(self.about, self.address, self._model, self._encoder)
+            self._queries, self._encoder = open_queries(
+                self.about, self.address, self._model, self._encoder, self._runtime, self._precision
+            )
         return self._queries
 
     def __len__(self) -> int:
@@ -183,11 +196,12 @@ class RemoteIndex:
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
             return hits
-        from anysplade.model.encoding import encode, in_precision
+        from anysplade.model.encoding import encode
+        from anysplade.model.runtimes import for_inference
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         if self._document_encoder is None:
-            self._document_encoder = in_precision(self.encoder, self.about.get("precision", "float32"))
+            self._document_encoder = for_inference(self.encoder, self._runtime, self.about.get("precision", "float32"))
         rows = encode(self._document_encoder, texts, "document", top_k=self.about.get("top_k"))
         explained = []
         for hit, row in zip(hits, rows, strict=True):
@@ -196,11 +210,17 @@ class RemoteIndex:
         return explained
 
 
-def open_index(place: str | Path, model: str | Path | None = None) -> Index | RemoteIndex:
-    """Open an index at a ``place``: its folder, or its address on a server. ``model`` is as in ``Index.load``.
+def open_index(
+    place: str | Path, model: str | Path | None = None, *, runtime: Runtime = "auto", precision: Precision = "float32"
+) -> Index | RemoteIndex:
+    """Open an index at a ``place``: its folder, or its address on a server.
+
+    ``model``, ``runtime`` and ``precision`` are as in ``Index.load``.
 
     Raises:
         DataError: no index there, or a damaged one.
         OptionError: a malformed address.
     """
-    return RemoteIndex(str(place), model) if "://" in str(place) else Index.load(place, model)
+    if "://" in str(place):
+        return RemoteIndex(str(place), model, runtime, precision)
+    return Index.load(place, model, runtime=runtime, precision=precision)

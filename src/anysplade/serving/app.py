@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
 from anysplade.errors import AnyspladeError, OptionError, UsageError
+from anysplade.model.options import Precision, Runtime
 from anysplade.serving import api, pages
 from anysplade.serving.api import ASCIIResponse
 from anysplade.serving.batching import OverloadedError, Searcher, StoppedError
@@ -197,6 +198,8 @@ def serve(
     beside: str | None = None,
     *,
     model: str | Path | None = None,
+    runtime: Runtime = "auto",
+    precision: Precision = "float32",
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
@@ -207,6 +210,8 @@ def serve(
         index: the folder of an index.
         beside: another index, or bm25, for the page that compares.
         model: where the model of the first index is, if it was moved.
+        runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+        precision: of encoding queries; see there too. All but float32 are approximations.
         host: an address of this machine; one that other machines can reach needs a token.
         port: 0 for any free port.
         token: what every request must send; at least 16 ASCII characters.
@@ -221,7 +226,7 @@ def serve(
     if token is not None and (len(token) < 16 or not token.isascii()):
         raise OptionError("the token can be guessed; it needs at least 16 ASCII characters")
     with _listen(host, port) as listener:
-        searcher = Searcher(index, beside, model)
+        searcher = Searcher(index, beside, model, runtime=runtime, precision=precision)
         app = create_app(searcher, token, _LOOPBACK if name in _LOOPBACK else None)
         address = f"http://{name}:{listener.getsockname()[1]}"
         logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, searcher.documents, address)

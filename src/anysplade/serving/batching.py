@@ -16,7 +16,7 @@ from scipy import sparse
 
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoding import encode
-from anysplade.model.options import Role
+from anysplade.model.options import Precision, Role, Runtime
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.index import Index, explain_score
 
@@ -63,13 +63,23 @@ class Searcher:
     The other index uses the same thread: a comparison costs two searches.
     """
 
-    def __init__(self, folder: str | Path, beside: str | None = None, model: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        beside: str | None = None,
+        model: str | Path | None = None,
+        *,
+        runtime: Runtime = "auto",
+        precision: Precision = "float32",
+    ) -> None:
         """Open an index, and load its model unless its queries need none; then the first documents to encode load it.
 
         Args:
             folder: the index.
             beside: another index, or bm25, to compare with.
             model: where the model of the first index is, if it was moved.
+            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            precision: of encoding queries; see there too.
 
         Raises:
             DataError, ModelError: as ``Index.load`` and loading the model raise them.
@@ -77,6 +87,7 @@ class Searcher:
         self.folder = Path(folder).expanduser()
         self.beside = beside
         self._model = model
+        self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}
         self.index = self._open(self.folder, model)
         self.documents = len(self.index)  # constant: no other process can write while this one has the index open
         self.other = None if beside in (None, "bm25") else self._open(Path(str(beside)))
@@ -270,9 +281,8 @@ class Searcher:
                     job.vectors = rows[start : start + len(job.texts)]
                     start += len(job.texts)
 
-    @staticmethod
-    def _open(folder: Path, model: str | Path | None = None) -> Index:
-        index = Index.load(folder, model)
+    def _open(self, folder: Path, model: str | Path | None = None) -> Index:
+        index = Index.load(folder, model, **self._options)
         _ = index.queries  # loads the model, if it needs one
         return index
 

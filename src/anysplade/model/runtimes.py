@@ -1,0 +1,245 @@
+"""Encoders made ready for inference: in a precision, on PyTorch or OpenVINO.
+
+OpenVINO runs the masked LM up to the decoder; pooling follows it here, as in every other encoder, so the logits are never built.
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.util import get_device_name
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anysplade._common.extras import extra
+from anysplade._common.files import default_cache, whole_folder
+from anysplade.errors import ModelError, OptionError, OutputError
+from anysplade.model.encoder import hidden_states, is_fused, splade_modules
+from anysplade.model.head import find_head
+from anysplade.model.options import Precision, Runtime
+from anysplade.model.pooling import native_bfloat16
+from anysplade.model.saved import first_line
+
+logger = logging.getLogger(__name__)
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_INT8_GROUP = 128  # inputs of a product that share a scale: of 32 to the whole width the fastest on AVX-512
+_TOLERANCE = 1e-4  # of the largest hidden state: what two ways of adding float32 numbers differ by, and no more
+
+
+def for_inference(
+    encoder: SparseEncoder, runtime: Runtime = "auto", precision: Precision = "float32", cache_folder: Path | None = None
+) -> SparseEncoder:
+    """An encoder that encodes on a runtime and in a precision; ``encoder`` itself where it does so already.
+
+    float32 is exact on every runtime: vectors of two runtimes differ by the order of float additions. bfloat16 (two to
+    three digits) and int8 (weights and inputs of each product in 8 bits) are approximations; on OpenVINO those of the masked
+    LM up to its decoder, whose logits and pooling are as in float32.
+
+    Args:
+        encoder: any sparse encoder; it is not changed, and shares its weights with the result in float32 and int8.
+        runtime: ``"openvino"`` needs a SPLADE encoder whose pooling is fused, a CPU, and the extra ``anysplade[openvino]``.
+            ``"auto"`` is ``"openvino"`` where that is met, else ``"torch"``.
+        precision: ``"int8"`` needs OpenVINO; ``"auto"`` is bfloat16 where the device has such products, else float32.
+        cache_folder: where the model for OpenVINO is kept by the content of the weights, so that it is made once;
+            ``default_cache()`` if None.
+
+    Raises:
+        OptionError: what is asked for cannot be had; the message says why.
+        ModelError: OpenVINO cannot run this model; only with ``runtime="openvino"``.
+        ExtraError: OpenVINO is asked for and not installed.
+    """
+    precision = resolve_precision(precision, encoder.device)
+    obstacle = _obstacle(encoder)
+    if runtime == "openvino" and obstacle:
+        raise OptionError(f"runtime openvino: {obstacle}; take `runtime=torch`")
+    if runtime == "openvino" or (runtime == "auto" and not obstacle and openvino_installed()):
+        try:
+            return _on_openvino(encoder, precision, cache_folder)
+        except ModelError as error:
+            if runtime == "openvino" or precision == "int8":
+                raise
+            logger.warning("encoding with torch, which is slower and gives the same: %s", error)
+    if precision == "int8":
+        raise OptionError(
+            f'precision int8 needs OpenVINO: {obstacle or "it is not installed"}; pip install "anysplade[openvino]", or take '
+            "`precision=bfloat16`"
+        )
+    return encoder if precision == "float32" else copy.deepcopy(encoder).bfloat16()
+
+
+def runtime_of(encoder: SparseEncoder) -> str:
+    """``"openvino"`` for what ``for_inference`` made for it, else ``"torch"``."""
+    return "openvino" if getattr(splade_modules(encoder)[0], "_openvino", False) else "torch"
+
+
+def resolve_precision(precision: Precision, device: torch.device | None = None) -> Precision:
+    """What ``"auto"`` means on a device: bfloat16 where it has bfloat16 products, else float32.
+
+    Args:
+        device: that on which models are loaded here if None.
+    """
+    if precision != "auto":
+        return precision
+    return "bfloat16" if native_bfloat16((device or torch.device(get_device_name())).type) else "float32"
+
+
+@cache
+def openvino_installed() -> bool:
+    """Whether the extra ``anysplade[openvino]`` is installed."""
+    try:
+        return bool(version("openvino"))
+    except PackageNotFoundError:
+        return False
+
+
+def _obstacle(encoder: SparseEncoder) -> str | None:
+    """Why OpenVINO cannot run an encoder, in a few words; None if it can."""
+    if encoder.device.type != "cpu":
+        return f"the model lies on {encoder.device}, and it runs on CPUs"
+    if not is_fused(encoder):
+        return "only SPLADE with fused pooling runs on it"
+    return None
+
+
+def _import(name: str) -> Any:
+    """``openvino`` or ``nncf``, which makes weights of int8.
+
+    Both send an event to their makers at each import and conversion unless the user opted out, and do without where
+    ``openvino_telemetry`` cannot be imported.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    with extra("openvino"):
+        return import_module(name)
+
+
+def _on_openvino(encoder: SparseEncoder, precision: Precision, cache_folder: Path | None) -> SparseEncoder:
+    openvino = _import("openvino")
+    model = _converted(encoder, precision == "int8", cache_folder or default_cache())
+    options: dict[str, Any] = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" or not native_bfloat16("cpu") else "bf16",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if precision == "int8":
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _INT8_GROUP
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+    tensors: list[Tensor] = [*encoder.parameters(), *encoder.buffers()]
+    result = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
+    transformer = splade_modules(result)[0]
+    transformer.__dict__["forward"] = partial(_forward, compiled.create_infer_request(), [i.any_name for i in compiled.inputs])
+    transformer.__dict__["_openvino"] = True
+    return result
+
+
+def _forward(request: Any, names: Sequence[str], features: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """A transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width), float32."""
+    outputs = request.infer({name: features[name].numpy() for name in names}, share_inputs=True)
+    features["token_embeddings"] = torch.from_numpy(outputs[0])
+    return features
+
+
+def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) -> Any:
+    """The masked LM up to the decoder as OpenVINO's model, from the cache if it was made before.
+
+    Raises:
+        ModelError: it cannot be converted, or gives other hidden states than torch.
+    """
+    openvino = _import("openvino")
+    if cache_folder is None:
+        return _convert(encoder, int8)
+    folder = cache_folder / "openvino" / _content(encoder, int8)
+    if folder.is_dir():
+        try:
+            return openvino.Core().read_model(folder / "model.xml")
+        except RuntimeError:  # damaged: made again
+            shutil.rmtree(folder, ignore_errors=True)
+    model = _convert(encoder, int8)
+    try:
+        with whole_folder(folder) as work:
+            openvino.save_model(model, work / "model.xml", compress_to_fp16=False)
+    except OutputError as error:  # another process made it meanwhile, or the cache cannot be written
+        logger.debug("%s", error)
+    return model
+
+
+def _content(encoder: SparseEncoder, int8: bool) -> str:
+    """Of what decides the converted model: weights, configuration and versions."""
+    model = splade_modules(encoder)[0].model
+    versions = {name: version(name) for name in ("openvino", "torch", "transformers")}
+    about = {"config": model.config.to_dict(), "int8": int8, **versions}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def _convert(encoder: SparseEncoder, int8: bool) -> Any:
+    openvino = _import("openvino")
+    transformer: Any = splade_modules(encoder)[0]
+    features = transformer.preprocess(["a text of several words", "words"])
+    names = [name for name in _INPUTS if name in features]
+    module = _Hidden(transformer.model).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tracing; whether its result is right is tested below
+            free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}  # batch and length
+            shapes = dict.fromkeys(names, free)
+            given = {name: features[name] for name in names}
+            model = openvino.convert_model(torch.export.export(module, (), given, dynamic_shapes=shapes))
+        _check(module, model, features, names, find_head(transformer.model).decoder.in_features)
+    except Exception as error:  # conversion ends in errors of any type
+        kind = type(transformer.model).__name__
+        raise ModelError(f"OpenVINO cannot run {kind} ({first_line(error)}); take `runtime=torch`") from error
+    if int8:
+        nncf = _import("nncf")
+        nncf.set_log_level(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):  # of a progress bar
+            model = nncf.compress_weights(model)
+    return model
+
+
+class _Hidden(nn.Module):
+    """A masked LM up to its decoder."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return hidden_states(self.model, input_ids=input_ids, attention_mask=attention_mask, **types)
+
+
+def _check(module: nn.Module, model: Any, features: dict[str, Tensor], names: Sequence[str], width: int) -> None:
+    """Raise ValueError unless the converted model gives torch's hidden states, at lengths it was not traced with."""
+    compiled = _import("openvino").Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    ids = features["input_ids"]
+    for batch, length in ((1, 3), (3, 37)):
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[1:, length // 2 :] = 0
+        given = {"input_ids": ids.flatten()[torch.arange(batch * length) % ids.numel()].view(batch, length), "attention_mask": mask}
+        given["token_type_ids"] = torch.zeros_like(mask)
+        given = {name: given[name] for name in names}
+        expected = module(**given)[mask.bool()]
+        got = torch.from_numpy(compiled({name: value.numpy() for name, value in given.items()})[0])[mask.bool()]
+        difference = (got - expected).abs().max().item()
+        if got.shape[-1] != width or not difference <= _TOLERANCE * expected.abs().max().item():
+            raise ValueError(f"its hidden states differ by {difference:.2g}")
