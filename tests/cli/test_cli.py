@@ -18,7 +18,7 @@ from anysplade import Document, Index, TrainingConfig
 from anysplade.cli import app, main
 from anysplade.cli.app import _as_typed
 from anysplade.cli.config import config_file
-from processes import drop_privileges, run_command
+from processes import drop_privileges, run_command, run_python
 from tiny import make_backbone, make_lexical
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
@@ -448,3 +448,18 @@ def test_options_are_named_as_they_are_typed(call, backbone, collection_folder, 
     assert _as_typed("lower `batch_size=16` or `max_length`, in another `output` than `data`") == (
         "lower --batch-size 16 or --max-length, in another --out than DATA"
     )
+
+
+@pytest.mark.parametrize("more", [[], ["--exact"]])
+def test_a_search_by_token_imports_no_library_that_runs_models(more, static_index):
+    """They take seconds; the search itself takes a tenth of one."""
+    code = """
+import sys
+from anysplade.cli import main
+assert main(["search", *sys.argv[1:]]) == 0
+print({"torch", "transformers", "sentence_transformers", "datasets"} & set(sys.modules))
+"""
+    done = run_python("-c", code, static_index, "kabel lodan", *more)
+    assert done.stderr == ""
+    assert done.stdout.startswith(" 1. ")
+    assert done.stdout.endswith("set()\n")

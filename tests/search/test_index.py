@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
+import anysplade.model.encoder
 import anysplade.search.index
 import anysplade.search.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
@@ -124,7 +125,7 @@ def test_mistakes(built, backbone, collection_folder, tmp_path):
 
 def test_a_second_call_does_nothing_twice(built, collection_folder, tmp_path, monkeypatch):
     built.close()
-    monkeypatch.setattr("anysplade.search.index.encode_documents", None)
+    monkeypatch.setattr("anysplade.search.build.encode_documents", None)
     assert len(Index.build(tmp_path / "model", collection_folder, tmp_path / "index")) == 40
 
 
@@ -535,9 +536,9 @@ def test_an_encoder_is_loaded_once(built, tmp_path, monkeypatch):
     """And its files are compared once."""
     built.close()
     calls = []
-    for name in ("fingerprint", "open_encoder"):
-        function = getattr(anysplade.search.index, name)
-        monkeypatch.setattr(anysplade.search.index, name, lambda *a, f=function, **k: calls.append(f.__name__) or f(*a, **k))
+    for module, name in ((anysplade.search.index, "fingerprint"), (anysplade.model.encoder, "open_encoder")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, **k: calls.append(f.__name__) or f(*a, **k))
     with Index.load(tmp_path / "index") as index:
         assert index.search("kabel", explain=True)
         index.add({"new": Document("", "kabel")})

@@ -73,7 +73,7 @@ def test_a_changed_corpus(server, model, collection_folder, tmp_path, caplog):
 def test_made_in_another_way(server, model, collection_folder, tmp_path, monkeypatch):
     first = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="auto", top_k=5)
     assert first.about["precision"] == resolve_precision("auto")
-    monkeypatch.setattr(remote, "encode_documents", None)  # refused before anything is encoded
+    monkeypatch.setattr("anysplade.search.build.encode_documents", None)  # refused before anything is encoded
     for option in ({}, {"precision": "bfloat16", "top_k": 5} if first.about["precision"] == "float32" else {"top_k": 5}):
         with pytest.raises(OutputError, match="was made with another"):
             RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", **option)

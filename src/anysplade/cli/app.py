@@ -109,9 +109,14 @@ class _Formatter(logging.Formatter):
 
 
 def _quiet_libraries() -> None:
-    """Keep standard error for anysplade's own progress and for warnings that ask for something."""
+    """Keep standard error for anysplade's own progress and for warnings that ask for something.
+
+    The libraries read the variables when they are imported, which takes seconds and is left to the commands that need them.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; anysplade's own decide for themselves
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")  # other libraries' bars; anysplade's own decide for themselves
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; users can do nothing about them
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)
@@ -119,12 +124,14 @@ def _quiet_libraries() -> None:
         handler.setFormatter(_Formatter("%(message)s"))
     for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2", "opensearch", "urllib3"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import datasets
-    import transformers
+    if "transformers" in sys.modules:
+        import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def main(arguments: list[str] | None = None) -> int:

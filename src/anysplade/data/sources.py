@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-import datasets
 from huggingface_hub.constants import HF_HOME
 
 from anysplade.errors import DataError
@@ -94,6 +93,8 @@ def _parquet_rows(path: Place) -> Iterator[Row]:
     if not isinstance(path, Path):
         raise DataError(f"{path}: Parquet in a zip archive cannot be read; unpack the archive")
     with as_data_error(path):
+        import datasets  # here, since it takes most of a second
+
         yield from enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1)
 
 
@@ -321,6 +322,8 @@ def hub_dataset(name: str, config: str | None, split: str | None = "train", stre
         DataError: the datasets library cannot load it.
     """
     with as_data_error(f"{name}:{config}" if config else name):
+        import datasets
+
         cache = _folder_cache(Path(name)) if Path(name).is_dir() else None
         return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache)
 
@@ -331,6 +334,8 @@ def _folder_cache(folder: Path) -> str:
     The datasets library caches by the folder's last name alone, so another folder of that name or changed files would get
     the old rows.
     """
+    import datasets
+
     files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
     key = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in files])
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / hashlib.sha256(key.encode()).hexdigest()[:32])

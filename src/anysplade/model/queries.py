@@ -113,6 +113,8 @@ class StaticQueries:
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary). As ``model.encoding.encode`` has them.
 
+        One thing differs: there a query that has the padding token in its text loses it beside a longer query.
+
         Raises:
             ModelError: a weight is NaN or infinite.
         """
@@ -148,18 +150,18 @@ class StaticQueries:
 
 def _query_folder(source: str) -> str | None:
     """Where a saved model has the weights of its queries, if queries go through one SparseStaticEmbedding and nothing else."""
-    modules = saved_json(source, "modules.json")
-    if modules is None or len(modules) != 1 or not _is(modules[0]["type"], "Router"):
+    try:
+        (module,) = saved_json(source, "modules.json")
+        router = saved_json(source, Path(module["path"], "router_config.json").as_posix())
+        (name,) = router["structure"]["query"]
+        folder = Path(module["path"], name)
+        stock = _is(module["type"], "Router") and _is(router["types"][name], "SparseStaticEmbedding")
+        config = saved_json(source, (folder / "config.json").as_posix()) or {}
+        special = router["parameters"].get("route_mappings") or "path" in config  # of routes; to weights in a file of their own
+    except (TypeError, ValueError, KeyError, AttributeError):  # another model; or damaged, which sentence-transformers reports
         return None
-    place = Path(modules[0]["path"])
-    router = saved_json(source, (place / "router_config.json").as_posix())
-    if router is None or router["parameters"].get("route_mappings") or len(router["structure"].get("query", [])) != 1:
-        return None
-    name = router["structure"]["query"][0]
-    folder = (place / name).as_posix()
-    if not _is(router["types"][name], "SparseStaticEmbedding") or "path" in (saved_json(source, f"{folder}/config.json") or {}):
-        return None
-    return folder
+    inside = not folder.is_absolute() and ".." not in folder.parts
+    return folder.as_posix() if stock and inside and not special else None
 
 
 def _is(kind: str, name: str) -> bool:

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-
 from anysplade.data.sources import hub_advice, is_utf8
 from anysplade.errors import DataError, ModelError
 from anysplade.model.backbones import BUNDLED
@@ -40,6 +37,8 @@ def resolve_model(name: str | Path) -> str:
 
 def _require_on_hub(name: str) -> None:
     """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
@@ -59,6 +58,9 @@ def saved_file(source: str, name: str) -> Path | None:
         return path
     if Path(source).is_dir():
         return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(hf_hub_download(source, name))
     except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError):

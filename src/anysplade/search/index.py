@@ -1,4 +1,7 @@
-"""An index in a folder: a corpus encoded by a model, searched by text, and why a document matched."""
+"""An index in a folder: a corpus encoded by a model, searched by text, and why a document matched.
+
+What encodes documents is imported where it is used: with torch it takes seconds, and queries by token need none of it.
+"""
 
 import json
 import os
@@ -6,25 +9,23 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
-from sentence_transformers import SparseEncoder
 
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import has_static_queries, open_encoder
-from anysplade.model.encoding import ModelQueries
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries, StaticQueries
-from anysplade.model.runtimes import for_inference, resolve_precision
 from anysplade.model.saved import fingerprint, resolve_model
-from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.store import BATCH, Store
+
+if TYPE_CHECKING:
+    from sentence_transformers import SparseEncoder
 
 FORMAT = 3
 
@@ -101,6 +102,9 @@ class Index:
                 ``delete`` changed since.
             ModelError, DataError: as ``open_encoder`` and ``iter_corpus`` do.
         """
+        from anysplade.model.runtimes import resolve_precision
+        from anysplade.search.build import corpus_name
+
         output = Path(output).expanduser()
         source = resolve_model(model)
         on_disk = isinstance(corpus, str | Path)
@@ -156,7 +160,7 @@ class Index:
         """An empty index, or the unfinished one. The description is written last: what has one is complete."""
         if (output / "index.json").exists():
             return cls(output, _read_about(output), source, runtime)
-        encoder = open_encoder(source, max_length=about["max_length"])
+        encoder = _open_encoder(source, about)
         about = about | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
         Store.create(output)
         write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
@@ -214,10 +218,13 @@ class Index:
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Documents with their vectors, encoded as those of the index were."""
+        from anysplade.model.runtimes import for_inference
+        from anysplade.search.build import Options, encode_documents
+
         model = self.about["model"] if self._model is None else str(self._model)
         options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"), self._runtime)
 
-        def encoder() -> SparseEncoder:
+        def encoder() -> "SparseEncoder":
             if self._document_encoder is None:
                 self._document_encoder = for_inference(self.encoder, self._runtime, self.about["precision"])
             return self._document_encoder
@@ -270,7 +277,7 @@ class Index:
         return len(self.store)
 
     @property
-    def encoder(self) -> SparseEncoder:
+    def encoder(self) -> "SparseEncoder":
         """The model the index was built with, loaded on first use.
 
         Raises:
@@ -376,19 +383,25 @@ def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndar
     return sorted(matches, key=lambda match: -match.product)
 
 
-def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> SparseEncoder:
+def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> "SparseEncoder":
     """Open the model that ``find_same_model`` finds, with the same arguments; it reads documents up to the index's length."""
-    return open_encoder(find_same_model(about, where, model), max_length=about.get("max_length"))
+    return _open_encoder(find_same_model(about, where, model), about)
+
+
+def _open_encoder(source: str, about: Mapping[str, Any]) -> "SparseEncoder":
+    from anysplade.model.encoder import open_encoder
+
+    return open_encoder(source, max_length=about.get("max_length"))
 
 
 def open_queries(
     about: Mapping[str, Any],
     where: str | Path,
     model: str | Path | None,
-    encoder: SparseEncoder | None,
+    encoder: "SparseEncoder | None",
     runtime: Runtime,
     precision: Precision,
-) -> tuple[Queries, SparseEncoder | None]:
+) -> "tuple[Queries, SparseEncoder | None]":
     """What encodes queries for an index, and the encoder if it is open now.
 
     Args:
@@ -396,15 +409,24 @@ def open_queries(
         encoder: the index's, if it is open already.
         runtime, precision: of a model; see ``for_inference``. A table of weights needs none.
     """
-    if encoder is None or has_static_queries(encoder):
+    if encoder is None or _has_static_queries(encoder):
         source = find_same_model(about, where, model)
         static = StaticQueries.open(source)
         if static is not None:
             return static, encoder
         if encoder is None:
-            encoder = open_encoder(source, max_length=about.get("max_length"))
+            encoder = _open_encoder(source, about)
+    from anysplade.model.encoding import ModelQueries
+    from anysplade.model.runtimes import for_inference, resolve_precision
+
     precision = resolve_precision(precision, encoder.device)
     return ModelQueries(for_inference(encoder, runtime, precision), precision), encoder
+
+
+def _has_static_queries(encoder: "SparseEncoder") -> bool:
+    from anysplade.model.encoder import has_static_queries
+
+    return has_static_queries(encoder)
 
 
 def find_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> str:

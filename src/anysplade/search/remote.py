@@ -6,23 +6,20 @@ import logging
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from sentence_transformers import SparseEncoder
+from typing import TYPE_CHECKING, Any
 
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
-from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
-from anysplade.model.runtimes import for_inference, resolve_precision
 from anysplade.model.saved import resolve_model
-from anysplade.search.build import Options, corpus_name, encode_documents
 from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, describe_model, explain_score, open_queries, open_same_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import SparseEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +90,10 @@ class RemoteIndex:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
+        from anysplade.model.encoder import open_encoder
+        from anysplade.model.runtimes import for_inference, resolve_precision
+        from anysplade.search.build import Options, corpus_name, encode_documents
+
         index = cls(address, model, runtime)
         source = resolve_model(model)
         try:
@@ -157,7 +158,7 @@ class RemoteIndex:
         return self._about
 
     @property
-    def encoder(self) -> SparseEncoder:
+    def encoder(self) -> "SparseEncoder":
         """The model the index was built with; it must be here under the same name, or have been named."""
         if self._encoder is None:
             self._encoder = open_same_model(self.about, self.address, self._model)
@@ -195,6 +196,9 @@ class RemoteIndex:
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
             return hits
+        from anysplade.model.encoding import encode
+        from anysplade.model.runtimes import for_inference
+
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         if self._document_encoder is None:
             self._document_encoder = for_inference(self.encoder, self._runtime, self.about.get("precision", "float32"))
