@@ -31,6 +31,7 @@ from .model.encoding import encode as encode
 from .model.head import HeadReport as HeadReport
 from .model.head import inspect_head as inspect_head
 from .model.head import rescale_head as rescale_head
+from .model.runtimes import for_inference as for_inference
 from .search.documents import EncodedDocument as EncodedDocument
 from .search.documents import Hit as Hit
 from .search.documents import TermMatch as TermMatch

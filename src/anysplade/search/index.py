@@ -89,7 +89,7 @@ class Index:
             model: a sparse encoder's folder or hub id.
             corpus: a source of ``read_corpus``, or documents by id.
             output: the folder of the index.
-            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            runtime: of encoding; see ``for_inference``.
             precision: of encoding documents; see there too. All but float32 are approximations, recorded. "auto" is the
                 precision of the index if there is one, else bfloat16 where the machine has bfloat16 products.
             top_k: keep only the ``top_k`` largest weights of each document: an approximation, recorded.
@@ -249,7 +249,7 @@ class Index:
         Args:
             model: the place of the model that the index was built with, if it moved; by default it is looked for in its old
                 place, and where it lay relative to the index.
-            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            runtime: of encoding; see ``for_inference``.
             precision: of encoding queries; see there too. All but float32 are approximations.
 
         Raises:

@@ -41,7 +41,7 @@ class RemoteIndex:
 
         Args:
             model: where the model lies that the index was built with, if not where it lay then.
-            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            runtime: of encoding; see ``for_inference``.
             precision: of encoding queries; see there too.
 
         Raises:

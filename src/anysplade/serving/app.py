@@ -210,7 +210,7 @@ def serve(
         index: the folder of an index.
         beside: another index, or bm25, for the page that compares.
         model: where the model of the first index is, if it was moved.
-        runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+        runtime: of encoding; see ``for_inference``.
         precision: of encoding queries; see there too. All but float32 are approximations.
         host: an address of this machine; one that other machines can reach needs a token.
         port: 0 for any free port.

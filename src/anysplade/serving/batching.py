@@ -78,7 +78,7 @@ class Searcher:
             folder: the index.
             beside: another index, or bm25, to compare with.
             model: where the model of the first index is, if it was moved.
-            runtime: of encoding; see ``anysplade.model.runtimes.for_inference``.
+            runtime: of encoding; see ``for_inference``.
             precision: of encoding queries; see there too.
 
         Raises:
