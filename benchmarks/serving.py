@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import random
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -97,8 +98,14 @@ def main() -> None:
     options = arguments.parse_args()
     with Index.load(options.index) as index:
         texts = [document.content.full_text.split() for document in index.store]
-    generator = random.Random(0)
-    queries = [" ".join(generator.choices(words, k=5)) for words in texts if len(words) > 5][:2000]
+        generator = random.Random(0)
+        queries = [" ".join(generator.choices(words, k=5)) for words in texts if len(words) > 5][:2000]
+        encoding = []
+        for query in [*queries[:20], *queries[:300]]:
+            start = time.perf_counter()
+            index.queries.encode([query])
+            encoding.append(1000 * (time.perf_counter() - start))
+    encoding_ms = statistics.median(encoding[20:])
     code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "serve", str(options.index), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -121,7 +128,9 @@ def main() -> None:
             options,
             {
                 "documents": len(texts),
+                "encoding_ms": encoding_ms,
                 "load": medians,
+                "p50_over_encoding_ms": medians["1"]["p50_ms"] - encoding_ms,
                 "eight_over_one": medians["8"]["queries_per_second"] / medians["1"]["queries_per_second"],
                 "overload": overload,
                 "after_overload": after,
