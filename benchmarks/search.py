@@ -32,7 +32,7 @@ import qdrant_edge as edge
 import torch
 from scipy import sparse
 
-from anysplade import open_encoder
+from anysplade import for_inference, open_encoder
 from anysplade.data.collections import Document
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.evaluations import _cache_folders
@@ -57,9 +57,9 @@ from anysplade import Index
 from anysplade.model.encoding import encode
 stamp(None)
 index = stamp(Index.load(sys.argv[2]))
-encoder = stamp(index.encoder)
+queries = stamp(index.queries)
 for query in sys.argv[3:]:
-    vector = stamp(encode(encoder, [query], "query"))
+    vector = stamp(queries.encode([query]))
     stamp(index.search_vector(vector))
 print(json.dumps(stamps))
 """
@@ -164,7 +164,7 @@ async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[
             else:
                 for query in queries:  # as ``Index.search`` does
                     start = time.perf_counter()
-                    vector = encode(index.encoder, [query], "query")
+                    vector = index.queries.encode([query])
                     middle = time.perf_counter()
                     index.search_vector(vector, 10)
                     end = time.perf_counter()
@@ -327,7 +327,7 @@ def main() -> None:
     texts = read_passages(options.text, options.documents)
     asked = [json.loads(line)["text"] for line in options.queries.read_text(encoding="utf-8").splitlines()[: options.count]]
     folders = _cache_folders(options.model, options.cache, "float32", {"document": texts, "query": asked})
-    encoder = open_encoder(options.model)
+    encoder = for_inference(open_encoder(options.model))
     documents = encode(encoder, texts, "document", cache=folders["document"], progress=True)
     queries = encode(encoder, asked, "query", cache=folders["query"])
     torch.set_num_threads(1)
