@@ -16,7 +16,7 @@ from transformers import (
     XLMRobertaForMaskedLM,
 )
 
-GEOMETRIES = ("ettin-17m", "minilm", "bert-base", "xlm-r-base", "xlm-r-minilm")
+GEOMETRIES = ("ettin-17m", "bert-17m", "minilm", "bert-base", "xlm-r-base", "xlm-r-minilm")
 _SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
 
 
@@ -29,6 +29,9 @@ def random_model(geometry: str) -> PreTrainedModel:
         return ModernBertForMaskedLM(config)
     if geometry == "bert-base":
         return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0))
+    if geometry == "bert-17m":  # as many parameters as Ettin-17M in each layer, in the architecture that most runtimes know
+        sizes = {"hidden_size": 256, "intermediate_size": 576, "num_hidden_layers": 7, "num_attention_heads": 4}
+        return BertForMaskedLM(BertConfig(vocab_size=50_368, pad_token_id=0, **sizes))
     if geometry == "minilm":
         small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
         return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0, **small))

@@ -5,6 +5,7 @@ and the head's level is shifted until a text has as many active dims as a traine
 backend takes part where optimum-intel is installed.
 """
 
+import contextlib
 import random
 import statistics
 import sys
@@ -72,9 +73,10 @@ def main() -> None:
             theirs[f"sentence-transformers, torch, {precision}"] = stock.bfloat16() if precision == "bfloat16" else stock
             if find_spec("optimum") is not None:
                 config = {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": HINTS[precision]}
-                theirs[f"sentence-transformers, openvino, {precision}"] = SparseEncoder(
-                    path, device="cpu", backend="openvino", model_kwargs={"ov_config": config}
-                )
+                with contextlib.suppress(ValueError):  # optimum-intel does not know ModernBERT
+                    theirs[f"sentence-transformers, openvino, {precision}"] = SparseEncoder(
+                        path, device="cpu", backend="openvino", model_kwargs={"ov_config": config}
+                    )
 
     def encoding(model: SparseEncoder, role: Role, given: list[str]) -> Callable[[], Any]:
         return lambda: encode(model, given, role)
