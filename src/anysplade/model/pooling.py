@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # Of logits at a time. A CPU reduces them while they lie in its cache; a GPU wants few launches.
 _TILE_BYTES = {"cpu": 8 * 2**20}
 _DEVICE_TILE_BYTES = 256 * 2**20
-_SCREENED_SHARE = 0.05  # of the entries: where more may be above zero, screening costs more than it saves
+_SCREENED_SHARE = 0.2  # of the entries: where more may be above zero, screening costs more than it saves
 _FEW_TOKENS = 64  # of a product whose time is that of reading the weight
 _FLOAT32 = 2.0**-24  # unit roundoff: half of torch.finfo(torch.float32).eps, which is the distance of 1 from the next number
 
