@@ -14,6 +14,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
+import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.errors import OptionError
 from anysplade.evaluation.evaluations import curve
@@ -297,8 +298,7 @@ def test_costs_by_hand(backbone, collection_folder):
 
 def test_vectors_are_kept_by_content(backbone, collection_folder, tmp_path, monkeypatch):
     first = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
-    monkeypatch.setattr(SparseEncoder, "encode_document", None)  # nothing may be encoded
-    monkeypatch.setattr(SparseEncoder, "encode_query", None)
+    monkeypatch.setattr("anysplade.model.encoding._vectors", None)  # nothing may be encoded
     again = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
     assert again.metrics == first.metrics
     assert again.run == first.run
@@ -314,9 +314,9 @@ def _evaluate(*arguments, cache):
     import anysplade.model.encoding
 
     anysplade.model.encoding._SHARD = 4
-    method = SparseEncoder.encode_document
-    SparseEncoder.encode_document = lambda *args, **kwargs: (time.sleep(0.1), method(*args, **kwargs))[1]
-    evaluate(*arguments, cache=cache)
+    vectors = anysplade.model.encoding._vectors
+    anysplade.model.encoding._vectors = lambda *given: (time.sleep(0.1), vectors(*given))[1]
+    evaluate(*arguments, cache=cache, runtime="torch")
 
 
 def test_killed_and_started_again(backbone, collection_folder, tmp_path, monkeypatch):
@@ -332,10 +332,13 @@ def test_killed_and_started_again(backbone, collection_folder, tmp_path, monkeyp
     kept = len(list((tmp_path / "cache").rglob("0*.npz")))
     assert 3 <= kept < 10
     encoded = []
-    method = SparseEncoder.encode_document
-    monkeypatch.setattr(
-        SparseEncoder, "encode_document", lambda self, texts, **k: (encoded.extend(texts), method(self, texts, **k))[1]
-    )
+    vectors = encoding._vectors
+
+    def counted(encoder, features, role):
+        encoded.extend(["text"] * len(features["input_ids"]) if role == "document" else [])
+        return vectors(encoder, features, role)
+
+    monkeypatch.setattr(encoding, "_vectors", counted)
     monkeypatch.setattr("anysplade.model.encoding._SHARD", 4)
     again = evaluate(backbone, collection_folder, cache=tmp_path / "cache")
     assert len(encoded) == 40 - 4 * kept  # what was whole is not encoded again
