@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -405,3 +406,14 @@ def test_a_pass_over_all_documents_sees_one_state(store):
     assert [*seen, *(document.id for document in rest)] == ["a", "b"]
     assert rest[0].terms.tolist() == [1]
     assert [document.id for document in store] == ["b", "c"]
+
+
+def test_a_store_closed_by_another_thread_can_be_opened_again(tmp_path):
+    Store.create(tmp_path / "store")
+    first = Store(tmp_path / "store", 10)
+    closing = threading.Thread(target=first.close)
+    closing.start()
+    closing.join()
+    second = Store(tmp_path / "store", 10)
+    second.put([EncodedDocument("a", Document("", "text"), np.array([1]), np.array([1.0], np.float32))])  # refused while it is held
+    second.close()

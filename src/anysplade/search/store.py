@@ -70,7 +70,7 @@ class Store:
         self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # the database's version, postings, positions
         self._engine: Any = None
         self._unsafe = 0  # changes that the engine has, perhaps not on disk
-        self._claim = FileLock(folder / "lock", timeout=0)
+        self._claim = FileLock(folder / "lock", timeout=0, thread_local=False)  # another thread can release it
         self._stamp: tuple[Any, ...] | None = None  # of the files, where SQLite does not look whether another process changed them
         self._connect()
         with _explained(self.folder):
