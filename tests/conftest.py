@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 
 from anysplade import Index
@@ -23,6 +25,17 @@ def static_index(tmp_path_factory, collection_folder):
     folder = tmp_path_factory.mktemp("static")
     Index.build(make_static(folder), collection_folder, folder / "index").close()
     return folder / "index"
+
+
+@pytest.fixture(autouse=True)
+def logging_is_as_before():
+    """The command line sets up logging for its process; the next test in this one may be of the library."""
+    logger = logging.getLogger("anysplade")
+    level, formatters = logger.level, [(handler, handler.formatter) for handler in logging.getLogger().handlers]
+    yield
+    logger.setLevel(level)
+    for handler, formatter in formatters:
+        handler.setFormatter(formatter)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def corpus(collection_folder):
 
 
 def options(model, **changes):
-    return Options(str(model), "float32", None, None)._replace(**changes)
+    return Options(str(model), "float32", None, None, "torch")._replace(**changes)  # in the workers too
 
 
 def batches(corpus, chosen, **arguments):

@@ -1,6 +1,7 @@
 """Files and folders that are written atomically: complete or not at all."""
 
 import errno
+import functools
 import logging
 import os
 import secrets
@@ -94,6 +95,11 @@ def _permitted(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def default_cache() -> Path | None:
     """The folder where the command line keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
 
@@ -105,6 +111,6 @@ def default_cache() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        logger.warning("vectors are not kept (%s); set ANYSPLADE_CACHE to a folder that can be written", error)
+        _warn_once(f"vectors are not kept ({error}); set ANYSPLADE_CACHE to a folder that can be written")
         return None
     return folder
