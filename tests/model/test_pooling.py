@@ -306,6 +306,9 @@ def test_a_diverged_model_is_seen(native, monkeypatch):
     weight[7] = torch.nan
     out = splade_pool(hidden, weight, torch.full((300,), -20.0), torch.ones(2, 5))
     assert out.isnan().nonzero().tolist() == [[0, 7], [1, 7]]
+    bias = torch.full((300,), -20.0)
+    bias[9] = torch.nan
+    assert splade_pool(hidden, torch.randn(300, 8), bias, torch.ones(2, 5)).isnan().nonzero().tolist() == [[0, 9], [1, 9]]
     hidden[0, 2] = torch.nan
     out = splade_pool(hidden, weight, torch.full((300,), -20.0), torch.ones(2, 5))
     assert out[0].isnan().all()

@@ -59,7 +59,7 @@ def splade_pool(
         tie for the maximum, one of them gets the gradient.
 
     Memory: two to three numbers a (sequence, term), 8 MiB of logits at a time (256 MiB on a GPU), and the gradients;
-    without gradients on a CPU with int8 products also the weight in int8.
+    without gradients on a CPU with int8 products also the weight in int8, twice.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -260,7 +260,7 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
         if bias is not None:
             rough += bias[start:end]
             error.add_(bias[start:end].abs(), alpha=2 * _FLOAT32)  # the sum is rounded, here and in float32
-        row, term = (rough + error > 0).nonzero(as_tuple=True)
+        row, term = (~(rough + error <= 0)).nonzero(as_tuple=True)  # a bias of NaN too, which must be seen
         most -= len(term)
         if most < 0:
             return None
@@ -305,8 +305,7 @@ def _packing_works() -> bool:
 @functools.cache
 def native_int8() -> bool:
     """Whether the processor multiplies matrices of int8 by itself, several times as fast as those of float32."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name) for name in ("avx512_vnni", "amx_int8"))
+    return _cpu_has("avx512_vnni", "amx_int8")
 
 
 @functools.cache
@@ -314,8 +313,12 @@ def native_bfloat16(device: str) -> bool:
     """Whether the machine multiplies matrices of bfloat16 by itself, faster than those of float32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and _cpu_has("avx512_bf16", "amx_bf16", "bf16")
+
+
+def _cpu_has(*names: str) -> bool:
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(known.get(name) for name in names)
 
 
 def _fill_padding(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
