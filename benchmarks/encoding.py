@@ -120,7 +120,6 @@ def main() -> None:
         }
     exact = {}
     if options.exact_texts:
-        expected = encode(encoder, everything[:1], "document")
         plain = theirs["sentence-transformers, torch, float32"]
         expected = plain.encode_document(everything[: options.exact_texts], batch_size=1, convert_to_sparse_tensor=False).numpy()
         for name, model in ours.items():

@@ -194,21 +194,22 @@ def _tokenized(encoder: SparseEncoder, texts: Sequence[str], role: Role, batches
 
     def ready(batch: np.ndarray) -> dict[str, Any]:
         features = _preprocess(encoder, [texts[i] for i in batch], role)
-        if device.type == "cuda":  # from pinned memory the copy does not wait for the model
-            features = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in features.items()}
-            return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in features.items()}
-        return batch_to_device(features, device)
+        if device.type != "cuda":
+            return batch_to_device(features, device)
+        tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+        # From pinned memory the copy does not wait for the model.
+        return features | {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
     if len(batches) == 1:
         yield ready(batches[0])
         return
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as thread:
-        following = thread.submit(ready, batches[0]) if batches else None
-        for batch in [*batches[1:], None]:
-            assert following is not None
+        following = thread.submit(ready, batches[0])
+        for batch in batches[1:]:
             features = following.result()
-            following = None if batch is None else thread.submit(ready, batch)
+            following = thread.submit(ready, batch)
             yield features
+        yield following.result()
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def for_inference(
     LM up to its decoder, whose logits and pooling are as in float32.
 
     Args:
-        encoder: any sparse encoder; it is not changed, and shares its weights with the result in float32 and int8.
+        encoder: any sparse encoder; it is not changed, and shares its weights with the result, but for bfloat16 on torch.
         runtime: ``"openvino"`` needs a SPLADE encoder whose pooling is fused, a CPU, and the extra ``anysplade[openvino]``.
             ``"auto"`` is ``"openvino"`` where that is met, else ``"torch"``.
         precision: ``"int8"`` needs OpenVINO; ``"auto"`` is bfloat16 where the device has such products, else float32.
@@ -76,10 +76,8 @@ def for_inference(
                 raise
             logger.warning("encoding with torch, which is slower and gives the same: %s", error)
     if precision == "int8":
-        raise OptionError(
-            f'precision int8 needs OpenVINO: {obstacle or "it is not installed"}; pip install "anysplade[openvino]", or take '
-            "`precision=bfloat16`"
-        )
+        reason = obstacle or ("the runtime is torch" if openvino_installed() else 'pip install "anysplade[openvino]"')
+        raise OptionError(f"precision int8 needs OpenVINO ({reason}); or take `precision=bfloat16`")
     return encoder if precision == "float32" else copy.deepcopy(encoder).bfloat16()
 
 

@@ -17,17 +17,16 @@ from scipy import sparse
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
-from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
+from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.model.options import Precision, Runtime
-from anysplade.model.queries import Queries, StaticQueries
-from anysplade.model.saved import fingerprint, resolve_model
+from anysplade.model.queries import Queries
+from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
+from anysplade.search.models import FORMAT, IndexModel, describe_model
 from anysplade.search.store import BATCH, Store
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
-
-FORMAT = 3
 
 
 class Changes(NamedTuple):
@@ -57,12 +56,8 @@ class Index:
         self.about = about
         self.changes = Changes()
         self.store = Store(folder, about["vocabulary"])
-        self._model = model
         self._runtime: Runtime = runtime
-        self._precision: Precision = precision  # of queries
-        self._queries: Queries | None = None
-        self._encoder: SparseEncoder | None = None
-        self._document_encoder: SparseEncoder | None = None
+        self._model = IndexModel(lambda: self.about, folder, model, runtime, precision)
 
     @classmethod
     def build(
@@ -160,12 +155,14 @@ class Index:
         """An empty index, or the unfinished one. The description is written last: what has one is complete."""
         if (output / "index.json").exists():
             return cls(output, _read_about(output), source, runtime)
-        encoder = _open_encoder(source, about)
+        from anysplade.model.encoder import open_encoder
+
+        encoder = open_encoder(source, max_length=about["max_length"])
         about = about | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
         Store.create(output)
         write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
         index = cls(output, about, source, runtime)
-        index._encoder = encoder
+        index._model.source, index._model.encoder = source, encoder
         return index
 
     def _differences(
@@ -218,18 +215,11 @@ class Index:
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Documents with their vectors, encoded as those of the index were."""
-        from anysplade.model.runtimes import for_inference
         from anysplade.search.build import Options, encode_documents
 
-        model = self.about["model"] if self._model is None else str(self._model)
-        options = Options(model, self.about["precision"], self.about["top_k"], self.about.get("max_length"), self._runtime)
-
-        def encoder() -> "SparseEncoder":
-            if self._document_encoder is None:
-                self._document_encoder = for_inference(self.encoder, self._runtime, self.about["precision"])
-            return self._document_encoder
-
-        return encode_documents(documents, options, encoder=encoder, **encoding)
+        precision, top_k, max_length = self.about["precision"], self.about["top_k"], self.about.get("max_length")
+        options = Options(self._model.source, precision, top_k, max_length, self._runtime)
+        return encode_documents(documents, options, encoder=lambda: self._model.documents, **encoding)
 
     def _write(self, about: dict[str, Any]) -> None:
         self.about = about
@@ -283,9 +273,7 @@ class Index:
         Raises:
             ModelError: it is gone, or is not the one the index was built with.
         """
-        if self._encoder is None:
-            self._encoder = open_same_model(self.about, self.folder, self._model)
-        return self._encoder
+        return self._model.encoder
 
     @property
     def queries(self) -> Queries:
@@ -294,11 +282,7 @@ class Index:
         Raises:
             ModelError: the model is gone, or is not the one the index was built with.
         """
-        if self._queries is None:
-            self._queries, self._encoder = open_queries(
-                self.about, self.folder, self._model, self._encoder, self._runtime, self._precision
-            )
-        return self._queries
+        return self._model.queries
 
     def describe(self) -> dict[str, Any]:
         """``about``, and what the documents are now: how many, and their active dims; reads all of them."""
@@ -381,96 +365,6 @@ def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndar
     pairs = zip([names[term] for term in shared], query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
     matches = [TermMatch(name, ours, theirs, ours * theirs) for name, ours, theirs in pairs]
     return sorted(matches, key=lambda match: -match.product)
-
-
-def open_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> "SparseEncoder":
-    """Open the model that ``find_same_model`` finds, with the same arguments; it reads documents up to the index's length."""
-    return _open_encoder(find_same_model(about, where, model), about)
-
-
-def _open_encoder(source: str, about: Mapping[str, Any]) -> "SparseEncoder":
-    from anysplade.model.encoder import open_encoder
-
-    return open_encoder(source, max_length=about.get("max_length"))
-
-
-def open_queries(
-    about: Mapping[str, Any],
-    where: str | Path,
-    model: str | Path | None,
-    encoder: "SparseEncoder | None",
-    runtime: Runtime,
-    precision: Precision,
-) -> "tuple[Queries, SparseEncoder | None]":
-    """What encodes queries for an index, and the encoder if it is open now.
-
-    Args:
-        about, where, model: as for ``find_same_model``.
-        encoder: the index's, if it is open already.
-        runtime, precision: of a model; see ``for_inference``. A table of weights needs none.
-    """
-    if encoder is None or _has_static_queries(encoder):
-        source = find_same_model(about, where, model)
-        static = StaticQueries.open(source)
-        if static is not None:
-            return static, encoder
-        if encoder is None:
-            encoder = _open_encoder(source, about)
-    from anysplade.model.encoding import ModelQueries
-    from anysplade.model.runtimes import for_inference, resolve_precision
-
-    precision = resolve_precision(precision, encoder.device)
-    return ModelQueries(for_inference(encoder, runtime, precision), precision), encoder
-
-
-def _has_static_queries(encoder: "SparseEncoder") -> bool:
-    from anysplade.model.encoder import has_static_queries
-
-    return has_static_queries(encoder)
-
-
-def find_same_model(about: Mapping[str, Any], where: str | Path, model: str | Path | None = None) -> str:
-    """The place of the model that an index was built with: ``model``, or where it lay then, or as it lay from the index's folder.
-
-    Args:
-        about: what ``describe_model`` said.
-        where: the index's folder or address.
-
-    Raises:
-        ModelError: it is gone, or is another one by now.
-    """
-    places = [about["model"]] if model is None else [str(model)]
-    if model is None and "model_beside" in about:
-        places.append(str((Path(where).resolve() / about["model_beside"]).resolve()))
-    changed, missing = [], []
-    for place in dict.fromkeys(places):
-        try:
-            source = resolve_model(place)
-        except ModelError as error:
-            missing.append(str(error))
-            continue
-        if fingerprint(source) == about["model_fingerprint"]:
-            return source
-        changed.append(source)
-    if changed:
-        raise ModelError(
-            f"{', '.join(changed)}: the model changed since {where} was built; build the index again, or name the "
-            "place of the old model with `model`"
-        )
-    raise ModelError(f"{where}: its model is not there; name it with `model` ({'; '.join(missing)})")
-
-
-def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
-    """What an index says of its model.
-
-    Args:
-        folder: the index's, from where a model in a folder is found too when both were moved together.
-    """
-    known = {"format": FORMAT, "model": source, "model_fingerprint": fingerprint(source)}
-    if not Path(source).is_dir():
-        return known
-    place = str(Path(source).resolve())
-    return known | {"model": place} | ({} if folder is None else {"model_beside": os.path.relpath(place, folder.resolve())})
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

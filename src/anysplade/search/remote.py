@@ -16,7 +16,8 @@ from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, Filter, Hit
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
-from anysplade.search.index import Index, describe_model, explain_score, open_queries, open_same_model
+from anysplade.search.index import Index, explain_score
+from anysplade.search.models import IndexModel, describe_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -50,13 +51,8 @@ class RemoteIndex:
         self.address = without_credentials(address)  # for messages
         self.engine = open_engine(address)
         self.sent = self.left_over = 0
-        self._model = model
-        self._runtime: Runtime = runtime
-        self._precision: Precision = precision  # of queries
         self._about: dict[str, Any] | None = None
-        self._queries: Queries | None = None
-        self._encoder: SparseEncoder | None = None
-        self._document_encoder: SparseEncoder | None = None
+        self._model = IndexModel(lambda: self.about, self.address, model, runtime, precision)
 
     @classmethod
     def build(
@@ -109,7 +105,7 @@ class RemoteIndex:
             same_model(index.address, stored, about)
         key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
         encoder = open_encoder(source, max_length=max_length)
-        index._encoder = encoder
+        index._model.source, index._model.encoder = source, encoder
         batches = encode_documents(
             iter_corpus(corpus, progress=progress),
             Options(source, used, top_k, max_length, runtime),
@@ -160,18 +156,12 @@ class RemoteIndex:
     @property
     def encoder(self) -> "SparseEncoder":
         """The model the index was built with; it must be here under the same name, or have been named."""
-        if self._encoder is None:
-            self._encoder = open_same_model(self.about, self.address, self._model)
-        return self._encoder
+        return self._model.encoder
 
     @property
     def queries(self) -> Queries:
         """What encodes queries, as ``Index.queries``."""
-        if self._queries is None:
-            self._queries, self._encoder = open_queries(
-                self.about, self.address, self._model, self._encoder, self._runtime, self._precision
-            )
-        return self._queries
+        return self._model.queries
 
     def __len__(self) -> int:
         return self.engine.count()
@@ -197,12 +187,9 @@ class RemoteIndex:
         if not explain or not hits:
             return hits
         from anysplade.model.encoding import encode
-        from anysplade.model.runtimes import for_inference
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
-        if self._document_encoder is None:
-            self._document_encoder = for_inference(self.encoder, self._runtime, self.about.get("precision", "float32"))
-        rows = encode(self._document_encoder, texts, "document", top_k=self.about.get("top_k"))
+        rows = encode(self._model.documents, texts, "document", top_k=self.about.get("top_k"))
         explained = []
         for hit, row in zip(hits, rows, strict=True):
             terms = explain_score(self.queries.term_names, vector, row.indices, row.data)
