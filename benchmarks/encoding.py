@@ -25,7 +25,7 @@ from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime
 from anysplade.model.runtimes import for_inference
 from backbones import GEOMETRIES, random_texts, save_backbone
-from harness import alternate, finish, parser, peak_extra_bytes
+from harness import alternate, finish, parser, peak_extra_bytes, peaks
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
@@ -108,6 +108,7 @@ def main() -> None:
                 latencies[name].append(1000 * (time.perf_counter() - start))
     query_ms = {name: statistics.median(values) for name, values in latencies.items()}
 
+    machine = peaks()
     comparison = {}
     for precision in (*PRECISIONS, "int8"):
         mine = [name for name in ours if name.endswith(precision)]
@@ -142,13 +143,14 @@ def main() -> None:
         size = f", batch {batch_size[name]}" if name in batch_size else ""
         low, high = (len(texts) / times[name][bound] for bound in ("highest", "lowest"))
         print(f"{name + size:<50} {rate:8.1f} texts/s ({low:.1f} to {high:.1f}) {query_ms[name]:7.2f} ms a query", file=sys.stderr)
-    for part in (comparison, exact, memory):
+    for part in (machine, comparison, exact, memory):
         for key, value in part.items():
             print(key, value, file=sys.stderr)
     finish(
         "encoding",
         options,
         {
+            "peaks": machine,
             "seconds": times,
             "texts_per_second": rates,
             "batch_sizes": batch_size,

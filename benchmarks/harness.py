@@ -8,10 +8,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from anysplade._common.provenance import provenance
@@ -60,6 +62,27 @@ def peak_extra_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
     before = _memory("VmRSS")
     function()
     return _memory("VmHWM") - before
+
+
+def bandwidth() -> float:
+    """Bytes a second that one core reads: the sum of an array that no cache holds."""
+    array = np.ones(2**26)
+    return array.nbytes / alternate({"sum": array.sum}, 5)["sum"]["lowest"]
+
+
+def peaks() -> dict[str, float]:
+    """What this machine does at most with the threads that torch has: products of matrices, and reading memory."""
+    tokens, width, rows = 1024, 768, 3072
+    pairs = {
+        str(kind).removeprefix("torch."): (torch.ones(tokens, width).to(kind), torch.ones(rows, width).to(kind))
+        for kind in (torch.float32, torch.bfloat16, torch.int8)
+    }
+    products: dict[str, Callable[[], Any]] = {
+        name: partial(torch._int_mm if name == "int8" else torch.mm, left, right.T) for name, (left, right) in pairs.items()
+    }
+    times = alternate(products, 9)
+    found = {f"{name}_gops": 2e-9 * tokens * width * rows / taken["lowest"] for name, taken in times.items()}
+    return found | {"read_gb_per_second": bandwidth() / 1e9}
 
 
 def _memory(field: str) -> int:

@@ -41,7 +41,7 @@ from anysplade.search.documents import EncodedDocument
 from anysplade.search.models import describe_model
 from anysplade.search.store import Store
 from anysplade.serving.batching import Searcher
-from harness import alternate, finish, parser, summary
+from harness import alternate, bandwidth, finish, parser, summary
 
 WORDS = 60  # of a passage, about
 SEISMIC = [(5, 0.9), (10, 0.8), (24, 0.7), (1000, 0.5)]  # query_cut (terms of a query that are looked at), heap_factor
@@ -271,17 +271,6 @@ def recalls(engines: dict[str, Engine], documents: sparse.csr_matrix, queries: s
             hits = ((found > 0) & (found >= bound * (1 - 1e-5))).sum()
             shares[name].append(float(hits) / possible if possible else 1.0)
     return {name: float(np.mean(values)) for name, values in shares.items()}
-
-
-def bandwidth() -> float:
-    """Bytes a second that one core reads: the sum of an array that no cache holds."""
-    array = np.ones(2**26)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        array.sum()
-        times.append(time.perf_counter() - start)
-    return array.nbytes / min(times)
 
 
 def show(result: dict[str, Any]) -> None:
