@@ -57,7 +57,7 @@ class Index:
         self.changes = Changes()
         self.store = Store(folder, about["vocabulary"])
         self._runtime: Runtime = runtime
-        self._model = IndexModel(lambda: self.about, folder, model, runtime, precision)
+        self._model = IndexModel(about, folder, model, runtime, precision)
 
     @classmethod
     def build(

@@ -4,7 +4,7 @@ What runs models is imported where it is used: it takes seconds, and queries by 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ class IndexModel:
 
     def __init__(
         self,
-        describe: Callable[[], Mapping[str, Any]],
+        about: Mapping[str, Any],
         where: str | Path,
         place: str | Path | None = None,
         runtime: Runtime = "auto",
@@ -47,13 +47,13 @@ class IndexModel:
         """Open nothing yet.
 
         Args:
-            describe: gives what the index says of itself; see ``describe_model``.
+            about: what the index says of itself; see ``describe_model``.
             where: the index's folder or address.
             place: the model's, if it moved.
             runtime: of encoding; see ``for_inference``.
             precision: of encoding queries. That of documents is the index's.
         """
-        self._describe, self._where, self._place = describe, where, place
+        self._about, self._where, self._place = about, where, place
         self._runtime: Runtime = runtime
         self._precision: Precision = precision
 
@@ -64,10 +64,9 @@ class IndexModel:
         Raises:
             ModelError: it is gone, or is another one by now.
         """
-        about = self._describe()
-        places = [about["model"]] if self._place is None else [str(self._place)]
-        if self._place is None and "model_beside" in about:
-            places.append(str((Path(self._where).resolve() / about["model_beside"]).resolve()))
+        places = [self._about["model"]] if self._place is None else [str(self._place)]
+        if self._place is None and "model_beside" in self._about:
+            places.append(str((Path(self._where).resolve() / self._about["model_beside"]).resolve()))
         changed, missing = [], []
         for place in dict.fromkeys(places):
             try:
@@ -75,7 +74,7 @@ class IndexModel:
             except ModelError as error:
                 missing.append(str(error))
                 continue
-            if fingerprint(source) == about["model_fingerprint"]:
+            if fingerprint(source) == self._about["model_fingerprint"]:
                 return source
             changed.append(source)
         if changed:
@@ -90,7 +89,7 @@ class IndexModel:
         """The whole model as it was saved; it reads texts up to the index's length."""
         from anysplade.model.encoder import open_encoder
 
-        return open_encoder(self.source, max_length=self._describe().get("max_length"))
+        return open_encoder(self.source, max_length=self._about.get("max_length"))
 
     @cached_property
     def queries(self) -> Queries:
@@ -109,4 +108,4 @@ class IndexModel:
         """What encodes documents as the index's were."""
         from anysplade.model.runtimes import for_inference
 
-        return for_inference(self.encoder, self._runtime, self._describe().get("precision", "float32"))
+        return for_inference(self.encoder, self._runtime, self._about.get("precision", "float32"))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ class RemoteIndex:
         self.engine = open_engine(address)
         self.sent = self.left_over = 0
         self._about: dict[str, Any] | None = None
-        self._model = IndexModel(lambda: self.about, self.address, model, runtime, precision)
+        self._options: tuple[str | Path | None, Runtime, Precision] = model, runtime, precision
 
     @classmethod
     def build(
@@ -86,8 +87,7 @@ class RemoteIndex:
             OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
-        from anysplade.model.encoder import open_encoder
-        from anysplade.model.runtimes import for_inference, resolve_precision
+        from anysplade.model.runtimes import resolve_precision
         from anysplade.search.build import Options, corpus_name, encode_documents
 
         index = cls(address, model, runtime)
@@ -104,21 +104,21 @@ class RemoteIndex:
         if stored is not None:
             same_model(index.address, stored, about)
         key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
-        encoder = open_encoder(source, max_length=max_length)
-        index._model.source, index._model.encoder = source, encoder
+        index._model = IndexModel(about, index.address, model, runtime)
+        index._model.source = source
         batches = encode_documents(
             iter_corpus(corpus, progress=progress),
             Options(source, used, top_k, max_length, runtime),
             workers=workers,
             ray=ray,
-            encoder=lambda: for_inference(encoder, runtime, used),
+            encoder=lambda: index._model.documents,
             shards=Path(work).expanduser() / "shards" / key,
             progress=progress,
         )
         first = next(batches, None)
         if first is None:
             raise empty_corpus(corpus)
-        index.engine.create(about | {"vocabulary": encoder.get_embedding_dimension()})
+        index.engine.create(about | {"vocabulary": index.encoder.get_embedding_dimension()})
         count = 0
 
         def documents() -> Iterator[EncodedDocument]:
@@ -152,6 +152,11 @@ class RemoteIndex:
                 raise DataError(f"{self.address}: does not say which model its vectors are from; build it with anysplade")
             self._about = about
         return self._about
+
+    @cached_property
+    def _model(self) -> IndexModel:
+        model, runtime, precision = self._options
+        return IndexModel(self.about, self.address, model, runtime, precision)
 
     @property
     def encoder(self) -> "SparseEncoder":
