@@ -208,7 +208,7 @@ def _convert(encoder: SparseEncoder, int8: bool) -> Any:
         raise ModelError(f"OpenVINO cannot run {kind} ({first_line(error)}); take `runtime=torch`") from error
     if int8:
         nncf = _import("nncf")
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level changes handlers, which others share
         with contextlib.redirect_stdout(io.StringIO()):  # of a progress bar
             model = nncf.compress_weights(model)
     return model
