@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anysplade.search.documents import Hit
     from anysplade.search.sizing import Size
     from anysplade.study.results import StudyResult
+    from anysplade.training.heads import HeadTraining
     from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
@@ -79,6 +80,16 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
         f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s{resumed}{loss}",
         f"model: {result.model}",
         f"next: anysplade evaluate {result.model} COLLECTION",
+    ]
+
+
+def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
+    masked, named = ("{:.2f} → {:.2f}".format(*loss) for loss in (result.masked_loss, result.named_loss))
+    return [
+        f"{result.architecture}: {result.options['steps']} steps on {result.texts:,} texts in {result.seconds:.0f} s; "
+        f"loss of masked tokens {masked}, of tokens that can be seen {named}",
+        f"model: {result.model}",
+        f"next: anysplade train {result.model} DATA --out RUN",
     ]
 
 

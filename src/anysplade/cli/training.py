@@ -38,6 +38,55 @@ def train(
 
 
 @command
+def head(
+    encoder: str,
+    /,
+    *,
+    text: str,
+    out: Out,
+    steps: int = 500,
+    batch_size: int = 32,
+    max_length: int = 128,
+    learning_rate: float = 5e-4,
+    encoder_learning_rate: float = 1e-4,
+    layer_decay: float = 0.7,
+    seed: int = 0,
+    json: Json = False,
+) -> Result:
+    """Give an encoder an MLM head, so that it can be trained as SPLADE; after an interruption, the same command continues.
+
+    Args:
+        encoder: a dense embedding model's or an encoder's folder or hub id.
+        text: what the head is trained on: a corpus, or a text file with one text a line; best what will be searched.
+        out: the masked LM's folder.
+        steps: of training.
+        batch_size: texts a step.
+        max_length: tokens of a piece of text; longer texts are cut into pieces.
+        learning_rate: peak, of the head.
+        encoder_learning_rate: peak, of the encoder's top layer; 0 leaves the encoder as it is.
+        layer_decay: a layer's learning rate is so many times that of the layer above it.
+        seed: of everything random.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.training import heads
+
+    result = heads.train_head(
+        encoder,
+        text,
+        out,
+        steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        encoder_learning_rate=encoder_learning_rate,
+        layer_decay=layer_decay,
+        seed=seed,
+        progress=is_watched(),
+    )
+    return Result(result.to_dict(), report.head_training_lines(result))
+
+
+@command
 def mine(
     data: str,
     /,

@@ -203,6 +203,20 @@ def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> It
         yield from _by_id(rows(file, ID_NAMES), file, TEXT_NAMES)
 
 
+def read_texts(source: str | Path) -> Iterator[str]:
+    """The texts of a corpus, with their titles, or the lines of a text file (``.txt``, also gzipped), one by one.
+
+    Raises:
+        DataError: as ``iter_corpus`` does.
+    """
+    path = Path(source).expanduser()
+    if path.name.removesuffix(".gz").endswith(".txt") and path.is_file():
+        with lines(path) as numbered:
+            yield from (whole_characters(line) for _, line in numbered if line.strip())
+    else:
+        yield from (whole_characters(document.full_text) for _, document in iter_corpus(source) if document.full_text)
+
+
 def read_queries(folder: Place) -> dict[str, str]:
     """The queries of a collection's folder: texts by id.
 

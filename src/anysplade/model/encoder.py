@@ -25,6 +25,7 @@ from anysplade.model.head import (
     check_weights,
     find_head,
     fit_tokenizer,
+    give_head,
     has_remote_code,
     load_masked_lm,
     rescale_head,
@@ -182,9 +183,28 @@ def is_saved_encoder(source: str) -> bool:
     kind = (saved_json(source, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
     if kind != "SparseEncoder":
         # SparseEncoder(name) takes it too, and puts an untrained autoencoder on top.
-        dense = " (a dense embedding model)" if kind == "SentenceTransformer" else ""
-        raise ModelError(f"{source}: was saved as a {kind}{dense}; it has no MLM head, so give a masked LM or a SparseEncoder")
+        if kind == "SentenceTransformer":
+            raise ModelError(
+                f"{source}: was saved as a SentenceTransformer (a dense embedding model); it has no MLM head; {give_head(source)}"
+            )
+        raise ModelError(f"{source}: was saved as a {kind}; it has no MLM head, so give a masked LM or a SparseEncoder")
     return True
+
+
+def encoder_folder(source: str) -> str:
+    """Where below a model's folder or hub id the transformer of a dense model of sentence-transformers lies; "" for itself.
+
+    Raises:
+        ModelError: it has none, or several.
+    """
+    modules = saved_json(source, "modules.json")
+    if modules is None:
+        return ""
+    folders = _transformer_folders(source)
+    if len(folders) != 1:
+        kinds = ", ".join(entry["type"].rpartition(".")[2] for entry in modules)
+        raise ModelError(f"{source}: its modules ({kinds}) hold {len(folders)} transformers; give a model with one")
+    return folders[0]
 
 
 def check_model(source: str) -> None:

@@ -18,7 +18,15 @@ import torch
 from safetensors import SafetensorError
 from scipy.special import logsumexp
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from anysplade import __version__
 from anysplade.errors import ModelError, OptionError
@@ -100,16 +108,49 @@ def check_masked_lm(source: str) -> None:
         ModelError: there is no readable config, or it is of another kind of model or of one with code of its own; or weights
             are missing, which transformers would fill with random numbers, new at every load.
     """
+    check_weights(masked_lm_class(source), source)
+
+
+def masked_lm_class(source: str, folder: str = "") -> Any:
+    """The class of transformers that a checkpoint has, or would have, with an MLM head.
+
+    Args:
+        folder: below the source, where the checkpoint lies in it.
+
+    Raises:
+        ModelError: there is no readable config, or its architecture has no such class, or code of its own.
+    """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, subfolder=folder)
     except (OSError, ValueError) as error:
         raise ModelError(has_remote_code(source) or f"{source}: its config.json cannot be read: {first_line(error)}") from error
     if type(config) not in AutoModelForMaskedLM._model_mapping:
+        decoder = type(config) in AutoModelForCausalLM._model_mapping
+        kind = "a decoder, which reads from left to right," if decoder else "no masked LM"
         raise ModelError(
             has_remote_code(source)
-            or f"{source}: {config.model_type!r} is not a masked LM, so it has no MLM head; use one such as BERT or ModernBERT"
+            or f"{source}: {config.model_type!r} is {kind} and can have no MLM head; use one such as BERT or ModernBERT"
         )
-    check_weights(AutoModelForMaskedLM._model_mapping[type(config)], source)
+    return AutoModelForMaskedLM._model_mapping[type(config)]
+
+
+def missing_weights(model_class: Any, source: str, folder: str = "") -> list[str]:
+    """Names of the weights that a checkpoint lacks for a class of transformers; only names and shapes are read.
+
+    Raises:
+        ModelError: a weight has another shape than the config says, or the file cannot be read.
+    """
+    options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
+    try:
+        _, info = model_class.from_pretrained(source, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{source}: its weights cannot be loaded: {first_line(error)}") from error
+    return sorted(info["missing_keys"])
+
+
+def give_head(source: str) -> str:
+    """What helps an encoder without an MLM head, for a message."""
+    return f"`anysplade head {source} --text CORPUS --out BACKBONE` gives it one"
 
 
 def check_weights(model_class: Any, source: str, folder: str = "", head: str = "MLM head") -> None:
@@ -123,19 +164,13 @@ def check_weights(model_class: Any, source: str, folder: str = "", head: str = "
     Raises:
         ModelError: weights are missing or of another shape than the config says; only names and shapes are read.
     """
-    options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
-    try:
-        _, info = model_class.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{source}: its weights cannot be loaded: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    missing = missing_weights(model_class, source, folder)
     if not missing:
         return
     of_head = [key for key in missing if not key.startswith(f"{model_class.base_model_prefix}.")]
-    if of_head:
-        raise ModelError(
-            f"{source}: the checkpoint has no trained {head} ({of_head[0]} is missing); use a model that was saved with it"
-        )
+    if len(of_head) == len(missing):
+        fix = give_head(source) if head == "MLM head" else "use a model that was saved with it"
+        raise ModelError(f"{source}: the checkpoint has no trained {head} ({of_head[0]} is missing); {fix}")
     raise ModelError(f"{source}: the checkpoint lacks weights ({missing[0]} is one of {len(missing)}); was it saved whole?")
 
 
