@@ -11,7 +11,7 @@ Regularizer = Literal["flops", "df-flops", "l1"]
 OnCollapse = Literal["warn", "stop", "recalibrate"]
 TrainingPrecision = Literal["float32", "bfloat16"]
 
-OBJECTIVES = ("contrastive", "margin-mse", "kl")
+OBJECTIVES = ("contrastive", "margin-mse", "kl", "teacher")
 
 
 def parse_objective(objective: str) -> dict[str, float]:
@@ -44,11 +44,15 @@ class TrainingConfig:
         texts: where the ids in the data have their texts: a BEIR folder, an ir_datasets id or a hub dataset;
             None looks in the data's own place.
         negatives: hard negatives used of each example; all of them if None.
-        objective: contrastive (in-batch and hard negatives), margin-mse, kl, or a weighted sum such as
-            "kl + 0.05*margin-mse".
-        temperature: divides the scores in the contrastive softmax.
+        teacher: a dense model of sentence-transformers, a sparse encoder or a cross-encoder: a folder or hub id. Dense
+            and sparse ones score each query against all documents of the batch. Examples without negatives get two each.
+        objective: contrastive (in-batch and hard negatives), margin-mse and kl (with scores in the data), teacher, or a
+            weighted sum such as "kl + 0.05*margin-mse". auto: contrastive, and with a teacher "contrastive + teacher",
+            where documents that the teacher prefers to the positive are no negatives.
+        temperature: divides the model's scores in the contrastive softmax, and in that of the teacher objective.
         kl_temperature: divides the student's and the teacher's scores in kl.
-        teacher_temperature: divides the teacher's instead; for scores that spread little or much.
+        teacher_temperature: divides the teacher's scores; in kl, kl_temperature if None; in the teacher objective 0.05
+            if they are cosines and else 1.
         k: divides the MLM head's logits before training; "auto" measures what the head wants.
         shift: is taken from them after that; "auto" likewise. k=1 and shift=0 leave the head alone.
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
@@ -93,7 +97,8 @@ class TrainingConfig:
     output: str
     texts: str | None = None
     negatives: int | None = None
-    objective: str = "contrastive"
+    teacher: str | None = None
+    objective: str = "auto"
     temperature: float = 1.0
     kl_temperature: float = 2.0
     teacher_temperature: float | None = None
@@ -157,7 +162,16 @@ class TrainingConfig:
                 raise OptionError(f"{name} is {value}: it must be a finite number of at least {low}")
         if not 0 <= self.warmup_ratio < 1:
             raise OptionError(f"warmup_ratio is {self.warmup_ratio}: it is a share of the steps, at least 0 and below 1")
-        parse_objective(self.objective)
+        if self.objective == "auto":
+            object.__setattr__(self, "objective", "contrastive" if self.teacher is None else "contrastive + teacher")
+        weights = parse_objective(self.objective)
+        if "teacher" in weights and self.teacher is None:
+            raise OptionError(f"objective {self.objective!r} needs a teacher; name a model with `teacher`")
+        if self.teacher is not None and ("teacher" not in weights or {"kl", "margin-mse"} & weights.keys()):
+            raise OptionError(
+                f"objective {self.objective!r} does not go with a teacher model: kl and margin-mse learn from scores in the data; "
+                'take "teacher" or "contrastive + teacher"'
+            )
         if self.patience is not None and self.dev is None:
             raise OptionError("patience needs a dev collection to judge by; name one with `dev`")
         if self.query_encoder != "mlm" and self.query_active_dims is not None:

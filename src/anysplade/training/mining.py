@@ -12,12 +12,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from sentence_transformers import CrossEncoder
+from scipy import sparse
 from tqdm import tqdm
 
 from anysplade._common.files import write_whole
@@ -25,10 +25,9 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import encode
-from anysplade.model.head import check_weights
+from anysplade.model.options import Role
 from anysplade.search.exact import Postings
+from anysplade.training.teachers import Kept, Rows, kept_vectors, open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,8 @@ def mine(
     data: str,
     output: str | Path,
     *,
-    miner: str = "bm25",
+    miner: str | Sequence[str] = "bm25",
+    teacher: str | None = None,
     corpus: str | None = None,
     texts: str | None = None,
     negatives: int = 8,
@@ -58,16 +58,17 @@ def mine(
     margin: float = 0.05,
     progress: bool = False,
 ) -> Mined:
-    """Find hard negatives: documents that a retriever ranks high and that are no positive of the query.
+    """Find hard negatives: documents that retrievers rank high and that are no positive of the query.
 
     A document that scores above ``1 - margin`` times the query's positive is left out: it is likely an answer
-    that was not marked (positive-aware mining, arXiv 2407.15831). An example for which too few are found
-    is left out, and counted.
+    that was not marked (positive-aware mining, arXiv 2407.15831). The scores are the teacher's if there is one, else
+    the miner's own. An example for which too few are found is left out, and counted.
 
     Args:
         data: training examples, in any form that ``read_pairs`` knows.
         output: a JSONL file.
-        miner: ``"bm25"``, or a sparse encoder's folder or hub id.
+        miner: ``"bm25"``, or a sparse encoder's or dense model's folder or hub id; of several, each in turn gives a candidate.
+        teacher: a dense model, sparse encoder or cross-encoder that tells likely answers from negatives.
         corpus: where to look; the positives of the data if None.
         texts: where the texts of ids in the data are.
         negatives: wanted of each example, the highest ranked.
@@ -81,7 +82,11 @@ def mine(
         raise OptionError(
             f"negatives {negatives}, depth {depth}, margin {margin}: take 1 or more of a depth no smaller, margin in [0, 1)"
         )
-    _require_extra(miner)
+    miners = [miner] if isinstance(miner, str) else list(dict.fromkeys(miner))
+    if not miners:
+        raise OptionError("no miner; name bm25 or a model")
+    for name in (*miners, teacher):
+        _require_extra(name or "")
     pairs = load_pairs(data, texts=texts, progress=progress)
     documents = list(dict.fromkeys(pair.positive for pair in pairs))
     if corpus is not None:
@@ -90,33 +95,56 @@ def mine(
     positives: dict[str, set[int]] = {}
     for pair in pairs:
         positives.setdefault(pair.query, set()).add(position[pair.positive])
-    options = {"data": data, "miner": miner, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
-    search = functools.cache(lambda: _searcher(miner, documents, depth, progress))  # a finished output needs none
+    named = miner if isinstance(miner, str) else miners
+    options = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
+    if teacher is not None:
+        options["teacher"] = teacher
+    output = Path(output).expanduser()
+
+    # A finished output needs none of these.
+    @functools.cache
+    def kept() -> Kept | None:
+        return None if teacher is None else kept_vectors(open_teacher(teacher), _parts_of(output) / "teacher", progress)
+
+    @functools.cache
+    def searches() -> list[Search]:
+        return [_searcher(name, documents, depth, kept() if name == teacher else None, progress) for name in miners]
 
     found_any = False
 
-    def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
+    def candidates(part: list[Pair]) -> list[list[int]]:
+        """Of each pair, in the order in which they are taken; without a teacher, those below the miner's bound."""
         nonlocal found_any
-        for pair, (found, scores) in zip(part, search()([pair.query for pair in part]), strict=True):
-            found_any = found_any or len(found) > 0
-            own = scores[found == position[pair.positive]]
-            # A positive that is not ranked tells nothing about the others: the miner missed it.
-            bound = (1 - margin) * own[0] if len(own) else np.inf
-            keep = [
-                int(d) for d, score in zip(found, scores, strict=True) if int(d) not in positives[pair.query] and score <= bound
-            ]
-            if len(keep) >= negatives:
-                yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in keep[:negatives]]}
+        ranked: list[list[list[int]]] = [[] for _ in part]
+        for search in searches():
+            for rankings, pair, (found, scores) in zip(ranked, part, search([pair.query for pair in part]), strict=True):
+                found_any = found_any or len(found) > 0
+                own = scores[found == position[pair.positive]]
+                # A positive that is not ranked tells nothing about the others: the miner missed it.
+                bound = _bound(own[0], margin) if len(own) and teacher is None else np.inf
+                rankings.append([int(d) for d in found[scores <= bound] if int(d) not in positives[pair.query]])
+        return [list(dict.fromkeys(d for d in chain(*zip_longest(*rankings)) if d is not None)) for rankings in ranked]
 
-    mined = _in_blocks(Path(output).expanduser(), options, pairs, documents, block, progress, "mining")
+    def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
+        chosen = candidates(part)
+        if teacher is not None:
+            judge = kept()
+            assert judge is not None
+            chosen = _below_the_positive(part, chosen, documents, judge, negatives, margin)
+        for pair, taken in zip(part, chosen, strict=True):
+            if len(taken) >= negatives:
+                yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
+
+    mined = _in_blocks(output, options, pairs, documents, block, progress, "mining")
     if mined is None:
-        terms = "words" if miner == "bm25" else "active dims"
+        terms = "words" if miners == ["bm25"] else "active dims"
+        nothing = f"{', '.join(miners)} finds no document for any query, they have no {terms} in common"
         raise DataError(
             f"{data}: no example has enough negatives"
             + (
                 "; ask for fewer, look deeper, or give a larger `corpus`"
                 if found_any
-                else f": {miner} finds no document for any query, they have no {terms} in common; try another `miner` or `corpus`"
+                else f": {nothing}; try another `miner` or `corpus`"
             )
         )
     return mined
@@ -137,13 +165,14 @@ def score(
     Args:
         data: examples with negatives.
         output: a JSONL file.
-        teacher: a cross-encoder's folder or hub id, which gives its raw logits; or ``"bm25"``.
+        teacher: a folder or hub id of a cross-encoder, which gives its raw logits, of a dense model or of a sparse encoder;
+            or ``"bm25"``.
         texts: where the texts of ids in the data are.
         max_length: tokens to which a query with a document is cut.
-        batch_size: pairs of texts a forward pass of the teacher.
+        batch_size: texts, or pairs of texts, a forward pass of the teacher.
 
     Raises:
-        ModelError: the teacher is no cross-encoder of one output, or gives NaN.
+        ModelError: no teacher, a cross-encoder of several outputs, or one that gives NaN.
         OutputError, DataError: as ``mine``.
     """
     _require_extra(teacher)
@@ -152,23 +181,54 @@ def score(
         raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
     documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
     options = {"data": data, "teacher": teacher, "max_length": max_length}
-    judge = functools.cache(lambda: _judge(teacher, documents, max_length, batch_size))
+    output = Path(output).expanduser()
+    judge = functools.cache(lambda: _judge(teacher, documents, max_length, batch_size, _parts_of(output) / "teacher"))
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
-        for pair, scores in zip(part, judge()(part), strict=True):
-            if not np.isfinite(scores).all():
-                raise ModelError(f"{teacher}: gives NaN or infinity for the query {pair.query[:60]!r}")
+        read = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
+        for pair, scores in zip(part, judge()(read).reshape(len(part), -1), strict=True):
             row = {"query": pair.query, "positive": pair.positive, "negatives": pair.negatives}
             yield row | {"scores": [round(float(value), 5) for value in scores]}
 
-    scored = _in_blocks(Path(output).expanduser(), options, pairs, documents, block, progress, "scoring")
+    scored = _in_blocks(output, options, pairs, documents, block, progress, "scoring")
     assert scored is not None  # each example has its scores
     return scored
 
 
+def _bound(positive: float, margin: float) -> float:
+    """The score above which a document is likely an answer: below the positive's by a share of it, whatever its sign."""
+    return float(positive - margin * abs(positive))
+
+
+def _below_the_positive(
+    part: list[Pair], candidates: list[list[int]], documents: list[str], judge: Kept, negatives: int, margin: float
+) -> list[list[int]]:
+    """The first candidates of each pair that the teacher scores below its positive; it reads no more than it must."""
+    own = judge.scores([(pair.query, pair.positive) for pair in part])
+    chosen: list[list[int]] = [[] for _ in part]
+    start = 0
+    while True:
+        judged = [
+            (i, document)
+            for i, listed in enumerate(candidates)
+            if len(chosen[i]) < negatives
+            for document in listed[start : start + negatives]
+        ]
+        if not judged:
+            return chosen
+        for (i, document), given in zip(judged, judge.scores([(part[i].query, documents[d]) for i, d in judged]), strict=True):
+            if given <= _bound(own[i], margin):
+                chosen[i].append(document)
+        start += negatives
+
+
 # ------------------------------------------------------------------------------ miners and teachers
 
-Search = Callable[[list[str]], list[tuple[np.ndarray, np.ndarray]]]  # queries to positions and scores, the best first
+Found = tuple[np.ndarray, np.ndarray]  # positions of documents and their scores, the best first
+Search = Callable[[list[str]], list[Found]]  # for queries
+Judge = Callable[[list[tuple[str, str]]], np.ndarray]  # scores of pairs of a query and a document
+
+_DOCUMENTS = 2**16  # scored at once by a dense model
 
 
 def _require_extra(name: str) -> None:
@@ -177,45 +237,64 @@ def _require_extra(name: str) -> None:
         import_module("anysplade.evaluation.bm25")
 
 
-def _searcher(miner: str, documents: list[str], depth: int, progress: bool) -> Search:
+def _searcher(miner: str, documents: list[str], depth: int, kept: Kept | None, progress: bool) -> Search:
+    """
+    Args:
+        kept: the miner's vectors, if it is the teacher too.
+    """
     if miner == "bm25":
         from anysplade.evaluation.bm25 import BM25
 
         bm25 = BM25(documents)
         return lambda queries: bm25.top(queries, depth)
-    encoder = open_encoder(miner)
-    postings = Postings.from_documents(encode(encoder, documents, "document", progress=progress))
-    return lambda queries: postings.top_rows(encode(encoder, queries, "query"), depth)
+    model = open_teacher(miner) if kept is None else kept.teacher
+    if model.kind == "cross-encoder":
+        raise ModelError(f"{miner}: a cross-encoder cannot search; mine with bm25, a sparse or a dense model")
+
+    def vectors(texts: list[str], role: Role, progress: bool = False) -> Rows:
+        return model.encode(texts, role, progress) if kept is None else kept.vectors(texts, role)
+
+    rows = vectors(documents, "document", progress)
+    if sparse.issparse(rows):
+        postings = Postings.from_documents(rows)
+        return lambda queries: postings.top_rows(vectors(queries, "query"), depth)
+    return lambda queries: _nearest(np.asarray(vectors(queries, "query")), np.asarray(rows), depth)
 
 
-def _judge(
-    teacher: str, documents: list[str], max_length: int | None, batch_size: int
-) -> Callable[[list[Pair]], Iterator[np.ndarray]]:
-    if teacher == "bm25":
-        from anysplade.evaluation.bm25 import BM25
+def _nearest(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Found]:
+    """The documents of the highest dot products, ties by position; memory is that of the scores of 65,536 documents."""
+    best: list[list[Found]] = [[] for _ in queries]
+    for start in range(0, len(documents), _DOCUMENTS):
+        scores = queries.astype(np.float32) @ documents[start : start + _DOCUMENTS].astype(np.float32).T
+        for found, row in zip(best, scores, strict=True):
+            bound = np.partition(row, -depth)[-depth] if depth < len(row) else -np.inf
+            places = np.flatnonzero(row >= bound)
+            found.append((places + start, row[places]))
+    joined = ((np.concatenate([p for p, _ in found]), np.concatenate([s for _, s in found])) for found in best)
+    ordered = ((places, scores, np.argsort(-scores, kind="stable")[:depth]) for places, scores in joined)
+    return [(places[order], scores[order]) for places, scores, order in ordered]
 
-        bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
-        return lambda part: (
-            bm25.score(pair.query, np.array([position[text] for text in (pair.positive, *pair.negatives)])) for pair in part
-        )
-    try:
-        model = CrossEncoder(teacher, max_length=max_length)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{teacher}: cannot be loaded as a cross-encoder: {str(error).splitlines()[0]}") from error
-    check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
-    if model.num_labels != 1:
-        raise ModelError(f"{teacher}: gives {model.num_labels} outputs a pair; a teacher gives one")
 
-    def by_model(part: list[Pair]) -> Iterator[np.ndarray]:
-        texts = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
-        # Logits: a sigmoid would leave MarginMSE nothing to match and KL nothing to tell apart.
-        scores = model.predict(texts, batch_size=batch_size, activation_fn=torch.nn.Identity(), show_progress_bar=False)
-        return iter(np.asarray(scores).reshape(len(part), -1))
+def _judge(teacher: str, documents: list[str], max_length: int | None, batch_size: int, beside: Path) -> Judge:
+    if teacher != "bm25":
+        return kept_vectors(open_teacher(teacher, max_length=max_length, batch_size=batch_size), beside).scores
+    from anysplade.evaluation.bm25 import BM25
 
-    return by_model
+    bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
+
+    def by_words(pairs: list[tuple[str, str]]) -> np.ndarray:
+        groups = [(query, [position[text] for _, text in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])]
+        return np.concatenate([bm25.score(query, np.array(places)) for query, places in groups])
+
+    return by_words
 
 
 # --------------------------------------------------------------------------------------- in blocks
+
+
+def _parts_of(output: Path) -> Path:
+    """Where the blocks lie until the output is whole."""
+    return output.with_name(f"{output.name}.parts")
 
 
 def _in_blocks(
@@ -228,7 +307,7 @@ def _in_blocks(
     task: str,
 ) -> Mined | None:
     """Write the rows of all blocks and return what was written; None, with nothing written, if no block gave a row."""
-    record, parts = output.with_name(f"{output.name}.json"), output.with_name(f"{output.name}.parts")
+    record, parts = output.with_name(f"{output.name}.json"), _parts_of(output)
     digest = hashlib.sha256(json.dumps([list(pairs), list(documents)]).encode()).hexdigest()
     about = options | {"data_hash": digest}
     if output.exists() or parts.exists():

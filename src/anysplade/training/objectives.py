@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.losses import (
     CachedSpladeLoss,
@@ -13,7 +14,8 @@ from sentence_transformers.sparse_encoder.losses import (
     SparseMultipleNegativesRankingLoss,
     SpladeLoss,
 )
-from sentence_transformers.util.distributed import get_world_size
+from sentence_transformers.util import dot_score
+from sentence_transformers.util.distributed import all_gather, all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor, nn
 
 from anysplade.data.collections import Pair
@@ -21,6 +23,7 @@ from anysplade.errors import DataError
 from anysplade.model.encoder import has_static_queries
 from anysplade.training.config import TrainingConfig, parse_objective
 from anysplade.training.regularization import make_regularizer
+from anysplade.training.teachers import BatchTeacher, batch_scores
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +48,80 @@ class _WeightedSum(nn.Module):
         return {f"{name}_weight": weight for name, weight in self.weights.items()}
 
 
-def make_loss(config: TrainingConfig, encoder: SparseEncoder) -> SpladeLoss:
-    """The ranking loss with the regularizers around it; its ``loss`` is the ranking loss."""
+class TaughtContrastiveLoss(SparseMultipleNegativesRankingLoss):
+    """Contrastive, without the likely false negatives: documents that the teacher scores above the query's positive."""
+
+    def __init__(self, encoder: SparseEncoder, teacher: BatchTeacher, **options: Any) -> None:
+        super().__init__(encoder, **options)
+        self.teacher = teacher
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """As the parent does; ``labels`` are the examples' numbers, (batch,)."""
+        scores, own = _teach(self.teacher, labels)
+        false = scores > scores.gather(1, own[:, None])
+        self.similarity_fct = lambda queries, documents: dot_score(queries, documents).masked_fill(false, -torch.inf)
+        try:
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        finally:
+            self.similarity_fct = dot_score
+
+
+class TeacherLoss(nn.Module):
+    """KL(teacher ‖ model) of each query's choice among the documents of the batch that the teacher has scores of.
+
+    Args:
+        temperature: divides the model's scores.
+        teacher_temperature: divides the teacher's.
+    """
+
+    def __init__(self, teacher: BatchTeacher, temperature: float, teacher_temperature: float) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """``embeddings``: of queries, positives and negatives, (batch, vocabulary) each; ``labels``: the examples' numbers."""
+        wanted, _ = _teach(self.teacher, labels)
+        unknown = wanted.isnan()
+        documents = embeddings[1:]
+        if get_world_size() > 1:
+            documents = [all_gather_with_grad(column) for column in documents]
+        scores = dot_score(embeddings[0], torch.cat(documents)).float() / self.temperature
+        log_shares = scores.masked_fill(unknown, -torch.inf).log_softmax(dim=1).masked_fill(unknown, 0)
+        log_wanted = (wanted / self.teacher_temperature).masked_fill(unknown, -torch.inf).log_softmax(dim=1)
+        return (log_wanted.exp() * (log_wanted.masked_fill(unknown, 0) - log_shares)).sum(dim=1).mean()
+
+    def get_config_dict(self) -> dict[str, object]:
+        return {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
+
+
+def _teach(teacher: BatchTeacher, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's scores, (queries of this process, documents of all), and the column of each query's positive."""
+    everywhere = all_gather(numbers) if get_world_size() > 1 else numbers
+    own = torch.arange(len(numbers), device=numbers.device) + (get_rank() * len(numbers) if get_world_size() > 1 else 0)
+    return batch_scores(teacher, numbers, everywhere), own
+
+
+def make_loss(config: TrainingConfig, encoder: SparseEncoder, teacher: BatchTeacher | None = None) -> SpladeLoss:
+    """The ranking loss with the regularizers around it; its ``loss`` is the ranking loss.
+
+    Args:
+        teacher: what the config's teacher says of the examples; the labels of a batch are then the examples' numbers.
+    """
     weights = parse_objective(config.objective)
     losses: dict[str, nn.Module] = {}
     for name in weights:
         if name == "contrastive":
-            losses[name] = SparseMultipleNegativesRankingLoss(
-                encoder, scale=1 / config.temperature, gather_across_devices=get_world_size() > 1
+            several: dict[str, Any] = {"scale": 1 / config.temperature, "gather_across_devices": get_world_size() > 1}
+            losses[name] = (
+                SparseMultipleNegativesRankingLoss(encoder, **several)
+                if teacher is None
+                else TaughtContrastiveLoss(encoder, teacher, **several)
             )
+        elif name == "teacher":
+            assert teacher is not None  # the config requires one
+            losses[name] = TeacherLoss(teacher, config.temperature, config.teacher_temperature or teacher.temperature)
         elif name == "margin-mse":
             losses[name] = SparseMarginMSELoss(encoder)
         else:
@@ -83,7 +151,7 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
     """
     weights = parse_objective(config.objective)
     negatives, scores = len(pairs[0].negatives), len(pairs[0].scores or ())
-    distilled = [name for name in weights if name != "contrastive"]
+    distilled = [name for name in weights if name in ("margin-mse", "kl")]
     if distilled and not negatives:
         raise DataError(f"{config.data}: no negatives, which {distilled[0]} needs; anysplade mine finds some")
     if distilled and not scores:
@@ -92,7 +160,7 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
         raise DataError(f"{config.data}: one score for each negative is a margin; kl needs the positive's score too")
     if not distilled:
         if scores:
-            logger.info("%s: the scores are not used by the contrastive objective", config.data)
+            logger.info("%s: the scores are not used by the objective %s", config.data, config.objective)
         return
     given = np.array([pair.scores for pair in pairs])  # (examples, negatives or 1 + negatives)
     if "margin-mse" in weights:

@@ -33,7 +33,7 @@ from anysplade.data.python_docs import PACKAGES
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.model.calibration import Calibration, sample_pairs
-from anysplade.model.encoder import build_encoder, check_model, has_static_queries, is_routed, masked_lm
+from anysplade.model.encoder import build_encoder, check_model, has_static_queries, is_routed, is_saved_encoder, masked_lm
 from anysplade.model.head import find_head
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
@@ -41,13 +41,16 @@ from anysplade.training.callbacks import DevEvaluator, Estimate, MarkComplete, P
 from anysplade.training.card import write_card
 from anysplade.training.config import TrainingConfig, parse_objective
 from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
+from anysplade.training.mining import mine
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import check_examples, make_loss
 from anysplade.training.regularization import ActiveDimsController
+from anysplade.training.teachers import BatchTeacher, prepare_teacher, teacher_kind
 
 logger = logging.getLogger(__name__)
 
-_DATA = "data"  # the folder of the training examples during a run
+_DATA = "data"  # the folder of the training examples, and of what the teacher says of them, during a run
+_MINED = 2  # hard negatives of an example that has none, where a teacher tells the false ones
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
 _CHECKED = 1000  # examples that are looked at before the others are read
 _DEV_METRIC = "eval_dev_nDCG@10"
@@ -108,19 +111,23 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             return finished
         backbone = resolve_model(config.backbone)
         check_model(backbone)  # an unusable model is an error before the data are read
+        guide = None if config.teacher is None else resolve_model(config.teacher)
+        if guide is not None:
+            teacher_kind(guide)
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
         pairs = _examples(config, output, arguments, progress)
         hashes = {
             "data": pairs.data_hash,
             "backbone": fingerprint(backbone),
             "dev": None if dev is None else data_hash(dev),
+            "teacher": None if guide is None else fingerprint(guide),
         }
         known = recorded.get("hashes", {"data": recorded.get("data_hash", pairs.data_hash)})
         changed = [name for name, value in known.items() if value != hashes[name]]
         if finished is not None and arguments.process_index == 0:
             shutil.rmtree(output / _DATA)
         if changed:
-            what = {"data": "training data", "backbone": "backbone", "dev": "dev collection"}[changed[0]]
+            what = {"data": "training data", "dev": "dev collection"}.get(changed[0], changed[0])
             source = getattr(config, changed[0])
             raise OutputError(f"{output}: the {what} changed since this run began ({source}); choose another `output`")
         if finished is not None:
@@ -129,6 +136,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             logger.info("%s holds this run's result already", output)
             return finished
 
+        teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, progress)
     logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
@@ -138,7 +146,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             if arguments.process_index == 0:
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
             checkpoint = last_checkpoint(output / "checkpoints")
-        trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, progress)
+        trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, teacher, progress)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start
@@ -189,13 +197,16 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
     """The training examples, checked and kept beside the run, where all its processes read them."""
-    folder = output / _DATA
+    folder = output / _DATA / "examples"
     if arguments.process_index:
         if not folder.exists():
             raise AnyspladeError(f"{output}: the first process could not prepare the examples; it says why")
         return StoredPairs(folder)
     read = read_pairs(config.data, texts=config.texts, negatives=config.negatives, progress=progress)
     first = list(islice(read, _CHECKED))
+    if config.teacher is not None and config.negatives != 0 and not first[0].negatives:
+        read = read_pairs(_mined(config, folder.parent, progress))
+        first = list(islice(read, _CHECKED))
     check_examples(config, first)
     if len(first) < 2:
         raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
@@ -207,6 +218,45 @@ def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrai
         shutil.rmtree(folder)
         raise
     return pairs
+
+
+def _mined(config: TrainingConfig, folder: Path, progress: bool) -> Path:
+    """The examples with hard negatives of BM25 and of a model: the backbone if it retrieves already, else the teacher.
+
+    A model that retrieves tells random negatives from positives as it is, and would learn nothing of them.
+    """
+    assert config.teacher is not None
+    backbone = resolve_model(config.backbone)
+    if is_saved_encoder(backbone):
+        miners = ["bm25", config.backbone]
+    else:
+        miners = ["bm25"] + [config.teacher] * (teacher_kind(resolve_model(config.teacher)) != "cross-encoder")
+    file = folder / "mined.jsonl"
+    mined = mine(
+        config.data,
+        file,
+        miner=miners,
+        teacher=config.teacher,
+        texts=config.texts,
+        negatives=config.negatives or _MINED,
+        progress=progress,
+    )
+    if mined.left_out:
+        logger.warning("%s: %d examples left out, for which too few hard negatives were found", config.data, mined.left_out)
+    return file
+
+
+def _teacher(
+    config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, pairs: StoredPairs, progress: bool
+) -> BatchTeacher:
+    """What the teacher has to say of the examples, computed by the first process and read by all."""
+    assert config.teacher is not None
+    folder = output / _DATA / "teacher"
+    if arguments.process_index and not folder.exists():
+        raise AnyspladeError(f"{output}: the first process could not prepare the teacher; it says why")
+    return prepare_teacher(
+        config.teacher, pairs, folder, max_length=config.max_length, precision=config.precision, progress=progress
+    )
 
 
 def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
@@ -306,11 +356,11 @@ def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
 def _files(config: TrainingConfig, output: Path) -> dict[str, list[Any]]:
     """Size and time of the files that a run reads: what has the same need not be read again to be known for the same.
 
-    Those of the data, of its texts, of the dev collection and of the backbone; of ``python-docs`` the packages'
+    Those of the data, of its texts, of the dev collection, of the backbone and of the teacher; of ``python-docs`` the packages'
     versions. Datasets and models that go by a name alone, of the hub or of ir_datasets, are taken for unchanged.
     """
     found: dict[str, list[Any]] = {}
-    for source in (config.data, config.texts, config.dev, config.backbone):
+    for source in (config.data, config.texts, config.dev, config.backbone, config.teacher):
         path = Path(source or "").expanduser().resolve()
         if source == PYTHON_DOCS:
             found |= {d.name: [d.version] for package in PACKAGES for d in importlib.metadata.distributions(name=package)}
@@ -382,8 +432,13 @@ def _trainer(
     pairs: StoredPairs,
     arguments: SparseEncoderTrainingArguments,
     dev: Collection | None,
+    teacher: BatchTeacher | None,
     progress: bool,
 ) -> tuple[SparseEncoderTrainer, Monitor]:
+    dataset = pairs.dataset
+    if teacher is not None:  # the label is the example's number; what scores the data has are not used
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name == "label"])
+        dataset = dataset.add_column("label", list(range(len(dataset))))
     documents = [name for name in pairs.dataset.column_names if name not in ("query", "label")]
     prompts = {role: encoder.prompts[role] or "" for role in ("query", "document")}
     if any(prompts.values()):
@@ -394,7 +449,7 @@ def _trainer(
         model = masked_lm(encoder)
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its old name
         enable({"use_reentrant": False})
-    loss = make_loss(config, encoder)
+    loss = make_loss(config, encoder, teacher)
     if config.head_learning_rate is not None:
         arguments.learning_rate_mapping = {_head_parameters(loss, masked_lm(encoder)): config.head_learning_rate}
     monitor = Monitor(
@@ -417,7 +472,7 @@ def _trainer(
     trainer = _Trainer(
         model=encoder,
         args=arguments,
-        train_dataset=pairs.dataset,
+        train_dataset=dataset,
         loss=loss,
         evaluator=None if dev is None else DevEvaluator(dev),
         callbacks=callbacks,

@@ -1,0 +1,267 @@
+"""A teacher's scores against matrices written out by hand, and its vectors against the model's own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
+from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
+from anysplade.training.teachers import Kept, open_teacher, prepare_teacher
+from tiny import WORDS, make_lexical, make_tokenizer
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+PAIRS = [
+    Pair(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 1 : i + 9]), (" ".join(WORDS[i + 9 : i + 15]),)) for i in range(0, 96, 4)
+]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """The folders of three small ones with random weights."""
+    folder, tokenizer = tmp_path_factory.mktemp("teachers"), make_tokenizer()
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 64}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder / "body")
+    tokenizer.save_pretrained(folder / "body")
+    body = Transformer(str(folder / "body"))
+    prompts = {"query": "kabel ", "document": ""}
+    pooled = [body, Pooling(body.get_embedding_dimension())]
+    SentenceTransformer(modules=pooled, prompts=prompts).save_pretrained(str(folder / "dense"))
+    BertForSequenceClassification(BertConfig(num_labels=1, **sizes)).save_pretrained(folder / "cross-encoder")
+    tokenizer.save_pretrained(folder / "cross-encoder")
+    load_encoder(make_lexical(folder / "lexical"), 1, 0).save_pretrained(str(folder / "sparse"))
+    return {kind: str(folder / kind) for kind in ("dense", "sparse", "cross-encoder", "body", "lexical")}
+
+
+def by_hand(folder, kind, pairs):
+    """The teacher's scores of a batch by sentence-transformers alone, (queries, documents)."""
+    documents = [pair.positive for pair in pairs] + [pair.negatives[0] for pair in pairs]
+    if kind == "cross-encoder":
+        model = open_teacher(folder).model
+        scores = np.full((len(pairs), len(documents)), np.nan)
+        for i, pair in enumerate(pairs):
+            for column, text in ((i, pair.positive), (len(pairs) + i, pair.negatives[0])):
+                scores[i, column] = model.predict([(pair.query, text)], activation_fn=torch.nn.Identity())[0]
+        return scores
+    model = SparseEncoder(folder) if kind == "sparse" else SentenceTransformer(folder)
+    left, right = (
+        encode(texts) for encode, texts in ((model.encode_query, [p.query for p in pairs]), (model.encode_document, documents))
+    )
+    return np.asarray(model.similarity(left, right))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
+def test_the_scores_of_a_batch_are_the_models_own(kind, teachers, tmp_path):
+    assert open_teacher(teachers[kind]).kind == kind
+    teacher = prepare_teacher(teachers[kind], PAIRS, tmp_path / "teacher", max_length=None, precision="float32")
+    batch = np.array([7, 2, 19, 4])
+    found = teacher.scores(batch[:2], batch)
+    expected = by_hand(teachers[kind], kind, [PAIRS[i] for i in batch])[:2]
+    assert found.shape == (2, 8)
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_allclose(found, expected, atol=2e-3 if kind == "dense" else 1e-4)  # half precision keeps 11 bits
+
+
+@pytest.fixture
+def batch(teachers, tmp_path):
+    """Vectors of a batch of 6 and their examples' numbers, with the teacher of all examples."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = [torch.rand(6, 50, generator=generator).requires_grad_() for _ in range(3)]
+    numbers = torch.tensor([3, 1, 20, 8, 15, 4])
+
+    def of(kind):
+        return prepare_teacher(teachers[kind], PAIRS, tmp_path / kind, max_length=None, precision="float32")
+
+    return embeddings, numbers, of
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
+def test_kl_over_the_batch_is_that_of_a_dense_matrix(kind, batch):
+    embeddings, numbers, of = batch
+    teacher = of(kind)
+    loss = TeacherLoss(teacher, 2.0, 0.5).compute_loss_from_embeddings(embeddings, numbers)
+    gradients = torch.autograd.grad(loss, embeddings)
+    wanted = torch.from_numpy(teacher.scores(numbers.numpy(), numbers.numpy()))
+    total = 0.0
+    scores = embeddings[0] @ torch.cat(embeddings[1:]).T / 2
+    for i in range(6):
+        known = [j for j in range(12) if not torch.isnan(wanted[i, j])]
+        assert len(known) == (2 if kind == "cross-encoder" else 12)
+        p, q = (torch.softmax(row[known], 0) for row in (wanted[i] / 0.5, scores[i]))
+        total = total + sum(a * (torch.log(a) - torch.log(b)) for a, b in zip(p, q, strict=True)) / 6
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for found, expected in zip(gradients, torch.autograd.grad(total, embeddings), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
+def test_documents_that_the_teacher_prefers_are_no_negatives(kind, batch, backbone):
+    embeddings, numbers, of = batch
+    encoder, teacher = load_encoder(backbone), of(kind)
+    loss = TaughtContrastiveLoss(encoder, teacher, scale=0.5).compute_loss_from_embeddings(embeddings, numbers)
+    given = teacher.scores(numbers.numpy(), numbers.numpy())
+    scores = 0.5 * embeddings[0] @ torch.cat(embeddings[1:]).T
+    left_out, total = 0, 0.0
+    for i in range(6):
+        kept = [j for j in range(12) if not given[i, j] > given[i, i]]
+        left_out += 12 - len(kept)
+        total = total - (scores[i, i] - torch.logsumexp(scores[i, kept], 0)) / 6
+    assert left_out > 0
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_without_a_likely_answer_the_loss_is_the_stock_one(batch, backbone):
+    class Undecided:
+        def scores(self, queries, documents):
+            return np.zeros((len(queries), 2 * len(documents)), np.float32)
+
+    embeddings, numbers, _ = batch
+    encoder = load_encoder(backbone)
+    stock = SparseMultipleNegativesRankingLoss(encoder, scale=0.5).compute_loss_from_embeddings(embeddings, numbers)
+    assert torch.equal(
+        TaughtContrastiveLoss(encoder, Undecided(), scale=0.5).compute_loss_from_embeddings(embeddings, numbers), stock
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
+def test_nothing_is_computed_twice(kind, teachers, tmp_path, monkeypatch):
+    teacher = open_teacher(teachers[kind])
+    pairs = [(pair.query, pair.positive) for pair in PAIRS]
+    before = Kept(teacher, tmp_path).scores(pairs)
+
+    def fail(*_):
+        raise AssertionError("computed again")
+
+    again = Kept(teacher, tmp_path)
+    for name in ("encode", "rate"):
+        monkeypatch.setattr(type(teacher), name, fail)
+    assert np.array_equal(again.scores(pairs[::-1]), before[::-1])
+    monkeypatch.undo()
+    for file in (tmp_path / teacher.key).iterdir():  # damaged: computed again
+        file.write_bytes(file.read_bytes()[:90])
+    np.testing.assert_array_equal(Kept(teacher, tmp_path).scores(pairs), before)
+
+
+def test_a_killed_run_goes_on_after_its_last_shard(teachers, tmp_path, monkeypatch):
+    teacher, seen = open_teacher(teachers["dense"]), []
+    monkeypatch.setattr("anysplade.training.teachers._SHARD", 10)
+    encode = type(teacher).encode
+
+    def dies(self, texts, role):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.extend([texts])
+        return encode(self, texts, role)
+
+    texts = [pair.positive for pair in PAIRS]
+    monkeypatch.setattr(type(teacher), "encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        Kept(teacher, tmp_path).vectors(texts, "document")
+    seen.clear()
+    vectors = Kept(teacher, tmp_path).vectors(texts, "document")
+    assert [len(part) for part in seen] == [len(texts) - 20]
+    monkeypatch.undo()
+    np.testing.assert_allclose(vectors.astype(np.float32), teacher.encode(texts, "document").astype(np.float32), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
+@pytest.mark.parametrize("objective", ["auto", "teacher", "contrastive + 0.5*teacher"])
+def test_a_run_with_a_teacher(kind, objective, teachers, backbone, collection_folder, tmp_path):
+    data = str(collection_folder)
+    if kind == "cross-encoder":  # with random weights it tells no negative from a positive
+        mine(data, tmp_path / "mined.jsonl", negatives=2, margin=0)
+        data = str(tmp_path / "mined.jsonl")
+    config = TrainingConfig(
+        backbone, data, output=str(tmp_path / "run"), teacher=teachers[kind], objective=objective,
+        steps=3, batch_size=4, max_length=16,
+    )  # fmt: skip
+    result = train(config)
+    assert result.steps == 3
+    names = {"teacher_loss"} | ({"contrastive_loss"} if objective != "teacher" else set())
+    logged = result.log[0].keys()
+    assert (names <= logged) if len(names) > 1 else "base_loss" in logged
+    assert result.config["objective"] == ("contrastive + teacher" if objective == "auto" else objective)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]["teacher"]
+    assert not (tmp_path / "run" / "data").exists()
+    assert train(config) == result
+
+
+def test_examples_without_negatives_get_hard_ones(teachers, backbone, collection_folder, tmp_path, monkeypatch):
+    seen = {}
+    module = "anysplade.training.run.prepare_teacher"
+
+    def watch(name, pairs, folder, **options):
+        seen["pairs"] = list(pairs)
+        return prepare_teacher(name, pairs, folder, **options)
+
+    monkeypatch.setattr(module, watch)
+    options = {"teacher": teachers["sparse"], "steps": 2, "batch_size": 4, "max_length": 16}
+    train(TrainingConfig(backbone, str(collection_folder), output=str(tmp_path / "run"), **options))
+    assert {len(pair.negatives) for pair in seen["pairs"]} == {2}
+    train(TrainingConfig(backbone, str(collection_folder), output=str(tmp_path / "none"), negatives=0, **options))
+    assert {len(pair.negatives) for pair in seen["pairs"]} == {0}
+
+
+def test_mining_by_several_models_with_a_teacher(teachers, collection_folder, tmp_path):
+    options = {"negatives": 3, "margin": 0.0}
+    alone = {}
+    for name, miner in (("bm25", "bm25"), ("dense", teachers["dense"])):
+        mine(str(collection_folder), tmp_path / f"{name}.jsonl", miner=miner, teacher=teachers["sparse"], **options)
+        alone[name] = {row["query"]: row["negatives"] for row in map(json.loads, (tmp_path / f"{name}.jsonl").open())}
+    mine(str(collection_folder), tmp_path / "both.jsonl", miner=["bm25", teachers["dense"]], teacher=teachers["sparse"], **options)
+    judge = Kept(open_teacher(teachers["sparse"]), tmp_path / "kept")
+    both = load_pairs(tmp_path / "both.jsonl")
+    assert both
+    for pair in both:
+        own, *others = judge.scores([(pair.query, text) for text in (pair.positive, *pair.negatives)])
+        assert all(score <= own for score in others)
+        known = [alone[name].get(pair.query) for name in alone]
+        if all(known):
+            assert set(pair.negatives) <= {text for texts in known for text in texts}
+
+
+def test_faults(teachers, backbone, collection_folder, tmp_path):
+    options = {"output": str(tmp_path / "run"), "steps": 2, "batch_size": 4}
+    for objective, message in (("teacher", "needs a teacher"), ("contrastive + teacher", "needs a teacher")):
+        with pytest.raises(OptionError, match=message):
+            TrainingConfig(backbone, "data", objective=objective, **options)
+    for objective in ("contrastive", "kl", "teacher + margin-mse"):
+        with pytest.raises(OptionError, match="does not go with a teacher model"):
+            TrainingConfig(backbone, "data", teacher=teachers["dense"], objective=objective, **options)
+    with pytest.raises(ModelError, match="cannot teach"):
+        train(TrainingConfig(backbone, str(collection_folder), teacher=teachers["body"], **options))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ModelError, match="not trained to retrieve"):
+        open_teacher(backbone)
+    with pytest.raises(ModelError, match="a cross-encoder cannot search"):
+        mine(str(collection_folder), tmp_path / "mined.jsonl", miner=teachers["cross-encoder"])
+    with pytest.raises(DataError, match="there are no negatives"):
+        train(TrainingConfig(backbone, str(collection_folder), teacher=teachers["cross-encoder"], negatives=0, **options))
+
+
+def test_another_teacher_is_another_run(teachers, backbone, collection_folder, tmp_path):
+    options = {"output": str(tmp_path / "run"), "steps": 2, "batch_size": 4, "max_length": 16}
+    train(TrainingConfig(backbone, str(collection_folder), teacher=teachers["dense"], **options))
+    with pytest.raises(OutputError, match="teacher"):
+        train(TrainingConfig(backbone, str(collection_folder), teacher=teachers["sparse"], **options))
+
+
+def test_a_teacher_of_nan_is_named(teachers, tmp_path):
+    teacher = open_teacher(teachers["dense"])
+    teacher.model[0].model.embeddings.word_embeddings.weight.data[7].fill_(float("nan"))
+    bad = make_tokenizer().convert_ids_to_tokens(7)
+    with pytest.raises(ModelError, match=f"gives NaN or infinity for the document '{bad}'"):
+        teacher.encode([WORDS[30], bad], "document")
