@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
 from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
 from anysplade.training.teachers import Kept, open_teacher, prepare_teacher
-from tiny import WORDS, make_lexical, make_tokenizer
+from processes import run_on_two_processes
+from tiny import WORDS, make_backbone, make_lexical, make_tokenizer
 
 SIZES = {
     "hidden_size": 32,
@@ -265,3 +266,19 @@ def test_a_teacher_of_nan_is_named(teachers, tmp_path):
     bad = make_tokenizer().convert_ids_to_tokens(7)
     with pytest.raises(ModelError, match=f"gives NaN or infinity for the document '{bad}'"):
         teacher.encode([WORDS[30], bad], "document")
+
+
+def test_two_processes_learn_as_one(teachers, collection_folder, tmp_path):
+    """Each scores its queries against the documents of both."""
+    backbone = make_backbone("bert", tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = {
+        "backbone": backbone, "data": str(collection_folder), "teacher": teachers["dense"], "negatives": 0, "steps": 30,
+        "batch_size": 8, "learning_rate": 1e-4, "max_length": 16, "k": 2.0, "shift": 0.5, "checkpoint_steps": 100,
+    }  # fmt: skip
+    one = train(TrainingConfig(output=str(tmp_path / "one"), **options))
+    (tmp_path / "options.json").write_text(json.dumps(options | {"output": str(tmp_path / "two")}))
+    run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert two["processes"] == 2
+    a, b = ([seen["loss"] for seen in found["observations"]] for found in (one.monitoring, two["monitoring"]))
+    assert b == pytest.approx(a, rel=1e-4)

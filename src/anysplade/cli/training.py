@@ -92,7 +92,8 @@ def mine(
     /,
     *,
     out: Out,
-    miner: str = "bm25",
+    miner: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("bm25",),
+    teacher: str | None = None,
     corpus: str | None = None,
     texts: str | None = None,
     negatives: int = 8,
@@ -105,7 +106,8 @@ def mine(
     Args:
         data: training examples, in any form that train takes.
         out: the JSONL file to write.
-        miner: bm25, or a sparse encoder's folder or hub id.
+        miner: bm25, or a sparse encoder's or dense model's folder or hub id; of several, each in turn gives a candidate.
+        teacher: a dense model, sparse encoder or cross-encoder that tells likely answers from negatives; none: each miner itself.
         corpus: where to look (JSONL, BEIR folder); the data's own positives otherwise.
         texts: where the ids in the data have their texts.
         negatives: wanted of each example.
@@ -117,7 +119,8 @@ def mine(
     mined = mining.mine(
         data,
         out,
-        miner=miner,
+        miner=miner[0] if len(miner) == 1 else miner,
+        teacher=teacher,
         corpus=corpus,
         texts=texts,
         negatives=negatives,
@@ -134,7 +137,7 @@ def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max
 
     Args:
         data: training examples with negatives.
-        teacher: a cross-encoder's folder or hub id, or bm25.
+        teacher: a cross-encoder's, dense model's or sparse encoder's folder or hub id, or bm25.
         out: the JSONL file to write.
         texts: where the ids in the data have their texts.
         max_length: tokens that a query with a document is cut to.

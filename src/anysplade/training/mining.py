@@ -27,7 +27,7 @@ from anysplade.data.pairs import load_pairs
 from anysplade.errors import DataError, ModelError, OptionError, OutputError
 from anysplade.model.options import Role
 from anysplade.search.exact import Postings
-from anysplade.training.teachers import Kept, Rows, kept_vectors, open_teacher
+from anysplade.training.teachers import Kept, Rows, Teacher, kept_vectors, open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ def mine(
     negatives: int = 8,
     depth: int = 100,
     margin: float = 0.05,
+    max_length: int | None = None,
+    precision: str = "float32",
     progress: bool = False,
 ) -> Mined:
     """Find hard negatives: documents that retrievers rank high and that are no positive of the query.
@@ -73,6 +75,8 @@ def mine(
         texts: where the texts of ids in the data are.
         negatives: wanted of each example, the highest ranked.
         depth: of the ranking they are taken from.
+        max_length: tokens to which models cut a text; what each reads if None.
+        precision: of the models' products, float32 or bfloat16.
 
     Raises:
         OutputError: the output exists and was made in another way.
@@ -97,18 +101,19 @@ def mine(
         positives.setdefault(pair.query, set()).add(position[pair.positive])
     named = miner if isinstance(miner, str) else miners
     options = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
-    if teacher is not None:
-        options["teacher"] = teacher
+    given = {"teacher": teacher, "max_length": max_length, "precision": None if precision == "float32" else precision}
+    options |= {name: value for name, value in given.items() if value is not None}
+    opened = functools.partial(open_teacher, max_length=max_length, precision=precision)
     output = Path(output).expanduser()
 
     # A finished output needs none of these.
     @functools.cache
     def kept() -> Kept | None:
-        return None if teacher is None else kept_vectors(open_teacher(teacher), _parts_of(output) / "teacher", progress)
+        return None if teacher is None else kept_vectors(opened(teacher), _parts_of(output) / "teacher", progress)
 
     @functools.cache
     def searches() -> list[Search]:
-        return [_searcher(name, documents, depth, kept() if name == teacher else None, progress) for name in miners]
+        return [_searcher(name, opened, documents, depth, kept() if name == teacher else None, progress) for name in miners]
 
     found_any = False
 
@@ -237,9 +242,12 @@ def _require_extra(name: str) -> None:
         import_module("anysplade.evaluation.bm25")
 
 
-def _searcher(miner: str, documents: list[str], depth: int, kept: Kept | None, progress: bool) -> Search:
+def _searcher(
+    miner: str, opened: Callable[[str], Teacher], documents: list[str], depth: int, kept: Kept | None, progress: bool
+) -> Search:
     """
     Args:
+        opened: loads a model.
         kept: the miner's vectors, if it is the teacher too.
     """
     if miner == "bm25":
@@ -247,7 +255,7 @@ def _searcher(miner: str, documents: list[str], depth: int, kept: Kept | None, p
 
         bm25 = BM25(documents)
         return lambda queries: bm25.top(queries, depth)
-    model = open_teacher(miner) if kept is None else kept.teacher
+    model = opened(miner) if kept is None else kept.teacher
     if model.kind == "cross-encoder":
         raise ModelError(f"{miner}: a cross-encoder cannot search; mine with bm25, a sparse or a dense model")
 
