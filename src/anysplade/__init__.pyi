@@ -6,6 +6,8 @@ from .data.collections import Pair as Pair
 from .data.collections import load_collection as load_collection
 from .data.collections import read_corpus as read_corpus
 from .data.collections import write_collection as write_collection
+from .data.document_pairs import MadePairs as MadePairs
+from .data.document_pairs import make_pairs as make_pairs
 from .data.pairs import load_pairs as load_pairs
 from .data.pairs import read_pairs as read_pairs
 from .errors import AnyspladeError as AnyspladeError
@@ -44,6 +46,8 @@ from .search.remote import open_index as open_index
 from .study.plan import StudyConfig as StudyConfig
 from .study.results import StudyResult as StudyResult
 from .study.run import run_study as run_study
+from .training.adaptation import Adaptation as Adaptation
+from .training.adaptation import adapt as adapt
 from .training.config import TrainingConfig as TrainingConfig
 from .training.mining import Mined as Mined
 from .training.mining import mine as mine

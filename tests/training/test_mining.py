@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from anysplade import DataError, ModelError, OptionError, OutputError, TrainingConfig, load_pairs, mine, score, train
+from anysplade import DataError, ModelError, OptionError, OutputError, TrainingConfig, load_encoder, load_pairs, mine, score, train
 from anysplade.training import mining as module
 from tiny import WORDS, make_tokenizer
 
@@ -31,9 +31,10 @@ def cross_encoder(tmp_path):
 
 @pytest.mark.parametrize("miner", ["bm25", "model"])
 def test_negatives_are_near_and_no_positives(miner, backbone, collection_folder, tmp_path):
-    mined = mine(
-        str(collection_folder), tmp_path / "mined.jsonl", miner=backbone if miner == "model" else miner, negatives=2, margin=0
-    )
+    if miner == "model":
+        load_encoder(backbone).save_pretrained(str(tmp_path / "model"))
+    by = str(tmp_path / "model") if miner == "model" else miner
+    mined = mine(str(collection_folder), tmp_path / "mined.jsonl", miner=by, negatives=2, margin=0)
     rows = read(tmp_path / "mined.jsonl")
     assert len(rows) == mined.examples
     assert mined.examples + mined.left_out == 40

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -13,12 +14,14 @@ from anysplade._common.figures import draw
 
 if TYPE_CHECKING:
     from anysplade.cli.demo import DemoResult
+    from anysplade.data.document_pairs import MadePairs
     from anysplade.evaluation.comparisons import Comparison, Evaluations
     from anysplade.model.calibration import Calibration
     from anysplade.model.head import HeadReport
     from anysplade.search.documents import Hit
     from anysplade.search.sizing import Size
     from anysplade.study.results import StudyResult
+    from anysplade.training.adaptation import Adaptation
     from anysplade.training.heads import HeadTraining
     from anysplade.training.run import TrainingResult
 
@@ -90,6 +93,33 @@ def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
         f"loss of masked tokens {masked}, of tokens that can be seen {named}",
         f"model: {result.model}",
         f"next: anysplade train {result.model} DATA --out RUN",
+    ]
+
+
+def adaptation_lines(result: "Adaptation", corpus: str) -> list[RenderableType]:
+    rows = [{"model": name} | costs for name, costs in (("original", result.before), ("adapted", result.after))]
+    metrics = [name for name in result.before if not name.endswith(("dims", "flops"))]
+    return [
+        *evaluation_table(rows, metrics),
+        f"judged by {result.judged_by}: {result.reason}",
+        f"kept: the {result.kept} model, in {result.model}",
+        f"next: anysplade index {result.model} {corpus} --out INDEX",
+    ]
+
+
+def made_pairs_lines(made: "MadePairs", out: str) -> list[RenderableType]:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in made.pairs.items())
+    table = _table("kind", "query", "positive")
+    for example in made.examples:
+        table.add_row(
+            example["kind"], *(escape(shorten(example[name], _SNIPPET, placeholder=" …")) for name in ("query", "positive"))
+        )
+    return [
+        f"{sum(made.pairs.values()):,} pairs ({kinds}) from {made.documents:,} documents",
+        f"left out: {made.near_duplicates:,} near-duplicates; {made.ambiguous:,} pairs whose query other documents have too; "
+        f"{made.without:,} documents without a pair",
+        table,
+        f"next: anysplade train BACKBONE {out} --out RUN",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Commands that train and prepare training data: train, mine, score."""
+"""Commands that train and prepare training data: train, adapt, head, pairs, mine, score."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anysplade.cli.app import Json, Out, Result, command, is_watched
-from anysplade.training.config import TrainingConfig
+from anysplade.data.document_pairs import KINDS
+from anysplade.training.config import TrainingConfig, TrainingPrecision
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,87 @@ def head(
         progress=is_watched(),
     )
     return Result(result.to_dict(), report.head_training_lines(result))
+
+
+@command
+def adapt(
+    model: str,
+    corpus: str,
+    /,
+    *,
+    teacher: str,
+    out: Out,
+    judged: str | None = None,
+    split: str = "test",
+    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = KINDS,
+    steps: int = 300,
+    batch_size: int = 32,
+    learning_rate: float = 2e-5,
+    max_length: int | None = 256,
+    precision: TrainingPrecision = "float32",
+    seed: int = 0,
+    json: Json = False,
+) -> Result:
+    """Adapt a sparse encoder to a corpus without labels, at no more cost; what is not better is not kept.
+
+    Args:
+        model: a sparse encoder's folder or hub id.
+        corpus: the documents, in any form that index takes.
+        teacher: a dense model's, sparse encoder's or cross-encoder's folder or hub id.
+        out: a folder; its model/ is the adapted model, or the original if the adapted one is not better.
+        judged: a collection to judge by; a tenth of the documents is held out for that otherwise.
+        split: which judgements of it.
+        kinds: of training pairs: title, heading, sentence.
+        steps: of training.
+        batch_size: queries a step.
+        learning_rate: peak.
+        max_length: tokens a text is cut to.
+        precision: of the products; bfloat16 is faster where the machine has it.
+        seed: of everything random.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.training import adaptation
+
+    result = adaptation.adapt(
+        model,
+        corpus,
+        out,
+        teacher=teacher,
+        judged=judged,
+        split=split,
+        kinds=kinds,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        precision=precision,
+        seed=seed,
+        progress=is_watched(),
+    )
+    return Result(result.to_dict(), report.adaptation_lines(result, corpus))
+
+
+@command
+def pairs(
+    corpus: str,
+    /,
+    *,
+    out: Out,
+    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = KINDS,
+    json: Json = False,
+) -> Result:
+    """Make training pairs from documents alone.
+
+    Args:
+        corpus: the documents, in any form that index takes.
+        out: the JSONL file to write.
+        kinds: title (and text), heading (and section), sentence (and the rest of its document).
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.data.document_pairs import make_pairs
+
+    made = make_pairs(corpus, out, kinds=kinds, progress=is_watched())
+    return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, str(out)))
 
 
 @command

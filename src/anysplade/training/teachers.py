@@ -142,7 +142,7 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
     model: Any
     cosine = False
     if kind == "sparse":
-        model = _open_sparse(source, max_length)
+        model = open_sparse(source, max_length)
         cosine = model.similarity_fn_name == "cosine"
     else:
         try:
@@ -163,8 +163,9 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
     return Teacher(name, kind, model, cosine, precision, batch_size, hashlib.sha256(json.dumps(about).encode()).hexdigest())
 
 
-def _open_sparse(source: str, max_length: int | None) -> SparseEncoder:
-    """
+def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
+    """A sparse encoder as it was saved, or the masked LM of a published SPLADE with its pooling.
+
     Raises:
         ModelError: a masked LM that was not trained to retrieve.
     """

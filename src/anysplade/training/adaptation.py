@@ -1,0 +1,240 @@
+"""Adapt a model that retrieves already to a corpus without labels, and keep the result only if it is better.
+
+Pairs are made from the documents, hard negatives are mined with BM25 and the model itself, a teacher tells the false negatives
+from the true ones and scores the batches, and the active dims that the model had are the targets of the training.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SparseEncoder
+
+from anysplade._common.files import default_cache, require_empty, whole_folder, write_whole
+from anysplade._common.provenance import provenance
+from anysplade.data.collections import Collection, Document, Pair, load_collection, read_corpus
+from anysplade.data.document_pairs import KINDS, make_pairs
+from anysplade.data.pairs import load_pairs
+from anysplade.errors import DataError, OutputError
+from anysplade.evaluation.comparisons import Comparison, compare
+from anysplade.evaluation.evaluations import Evaluation, evaluate
+from anysplade.model.encoder import has_static_queries
+from anysplade.model.saved import fingerprint, resolve_model
+from anysplade.training.config import TrainingConfig
+from anysplade.training.level import active_dims
+from anysplade.training.run import train
+from anysplade.training.teachers import open_sparse, teacher_kind
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = 0.1  # of the documents, to judge by where no collection is given
+_MOST_HELD_OUT = 300
+_FEWEST_HELD_OUT = 20
+_METRIC = "nDCG@10"
+_COSTLIER = 1.05  # times the FLOPS: what is above is no longer the same cost
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What ``adapt`` did; lies in ``adaptation.json``."""
+
+    model: str  # folder of the model that was kept
+    kept: str  # "adapted" or "original"
+    reason: str  # in one sentence
+    judged_by: str  # a collection, or held-out pairs
+    before: dict[str, Any]  # effectiveness and cost of the original
+    after: dict[str, Any]  # of the adapted model
+    comparison: dict[str, Any]  # of the two, paired by query
+    pairs: dict[str, int]  # made from the documents, by kind
+    options: dict[str, Any]
+    seconds: float  # of this process
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def adapt(
+    model: str,
+    corpus: str,
+    output: str | Path,
+    *,
+    teacher: str,
+    judged: str | None = None,
+    split: str = "test",
+    kinds: Sequence[str] = KINDS,
+    steps: int = 300,
+    batch_size: int = 32,
+    learning_rate: float = 2e-5,
+    max_length: int | None = 256,
+    precision: str = "float32",
+    seed: int = 0,
+    progress: bool = False,
+) -> Adaptation:
+    """Adapt a sparse encoder to the documents of a corpus, without labels, at no more cost.
+
+    Called again with the same options after an interruption, it goes on where it was; finished, it returns its result.
+
+    Args:
+        model: a sparse encoder's folder or hub id, or a published SPLADE's.
+        corpus: the documents; anything that can be indexed.
+        output: a folder; its ``model`` is the adapted model, or the original if that is not worse.
+        teacher: a dense model, sparse encoder or cross-encoder.
+        judged: a collection to judge by, before and after; a tenth of the documents is held out for that if None.
+        split: which judgements of it.
+        kinds: of pairs; see ``make_pairs``.
+        steps: of training.
+        batch_size: queries a step, each with its document and two hard negatives.
+        learning_rate: peak.
+        max_length: tokens a text is cut to.
+        precision: of the products in training and of the teacher; bfloat16 is faster where the machine has it.
+        seed: of everything random.
+
+    Raises:
+        ModelError: no sparse encoder, or no teacher.
+        DataError: no pairs can be made, or too few documents to hold some out.
+        OutputError: the folder holds something else.
+    """
+    output = Path(output).expanduser()
+    source = resolve_model(model)
+    guide = resolve_model(teacher)
+    teacher_kind(guide)
+    options = {
+        "model": model, "corpus": corpus, "teacher": teacher, "judged": judged, "split": split, "kinds": list(kinds),
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
+        "precision": precision, "seed": seed,
+    }  # fmt: skip
+    about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(guide)]}
+    finished = _claim(output, about)
+    if finished is not None:
+        logger.info("%s holds this adaptation already", output)
+        return finished
+    start = time.perf_counter()
+    collection = None if judged is None else load_collection(judged, split, progress=progress)
+    write_whole(output / "options.json", json.dumps(about, indent=2) + "\n")
+    made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
+    held_out = judged is None
+    if collection is None:
+        collection = _hold_out(corpus, output, progress)
+    if not (output / "original").exists():
+        with whole_folder(output / "original") as folder:
+            open_sparse(source).save_pretrained(str(folder))
+    data = output / ("training.jsonl" if held_out else "pairs.jsonl")
+    targets = _targets(open_sparse(str(output / "original"), max_length), load_pairs(data))
+    trained = train(
+        TrainingConfig(
+            str(output / "original"),
+            str(data),
+            output=str(output / "training"),
+            teacher=teacher,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            precision=precision,  # type: ignore[arg-type]  # the config checks it
+            seed=seed,
+            checkpoint_steps=max(1, min(500, steps)),
+            query_active_dims=targets[0],
+            document_active_dims=targets[1],
+        ),
+        progress=progress,
+    )
+    cache = default_cache()
+    before, after = (
+        evaluate(folder, collection, [_METRIC], cache=cache, progress=progress) for folder in (output / "original", trained.model)
+    )
+    compared = compare([before, after])[0]
+    better, reason = _judge(before, after, compared)
+    with whole_folder(output / "model") as folder:
+        shutil.copytree(Path(trained.model) if better else output / "original", folder, dirs_exist_ok=True)
+    result = Adaptation(
+        model=str(output / "model"),
+        kept="adapted" if better else "original",
+        reason=reason,
+        judged_by=f"{len(collection.queries):,} held-out pairs" if held_out else collection.name,
+        before=_summary(before),
+        after=_summary(after),
+        comparison=compared.to_dict(),
+        pairs=made.pairs,
+        options=options,
+        seconds=time.perf_counter() - start,
+        provenance=provenance(),
+    )
+    write_whole(output / "adaptation.json", json.dumps(about | result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _targets(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float | None, float]:
+    """The active dims that the model has on the training texts; none for queries that have a weight a token."""
+    queries, documents = active_dims(encoder, pairs)
+    return None if has_static_queries(encoder) else max(1.0, queries), max(1.0, documents)
+
+
+def _judge(before: Evaluation, after: Evaluation, compared: Comparison) -> tuple[bool, str]:
+    """Whether the adapted model is kept, and why."""
+    assert before.flops is not None
+    assert after.flops is not None
+    values = f"{_METRIC} {before.metrics[_METRIC]:.3f} → {after.metrics[_METRIC]:.3f} (p {compared.p:.2g})"
+    cost = f"FLOPS {before.flops:.2f} → {after.flops:.2f}"
+    if after.metrics[_METRIC] <= before.metrics[_METRIC]:
+        return False, f"the adapted model is not better: {values}, {cost}"
+    if after.flops > _COSTLIER * before.flops:
+        return False, f"the adapted model is better and costs more: {values}, {cost}"
+    return True, f"the adapted model is better at no more cost: {values}, {cost}"
+
+
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    costs = {name: getattr(evaluation, name) for name in ("query_active_dims", "document_active_dims", "flops")}
+    return evaluation.metrics | costs
+
+
+def _hold_out(corpus: str, output: Path, progress: bool) -> Collection:
+    """A collection of some documents' pairs; the others' pairs are written to ``training.jsonl``.
+
+    Which documents is decided by the hash of their ids. A held-out document stands in the collection without what its query
+    was taken from.
+
+    Raises:
+        DataError: too few documents have pairs.
+    """
+    rows = [json.loads(line) for line in (output / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
+    held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
+    if len(held) < _FEWEST_HELD_OUT:
+        raise DataError(
+            f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection with `judged`"
+        )
+    documents = dict(read_corpus(corpus, progress=progress))
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    training = []
+    for row in rows:
+        id_ = row["document_id"]
+        if id_ not in held:
+            training.append(json.dumps(row, ensure_ascii=False) + "\n")
+        elif f"of {id_}" not in queries:  # the first pair of each
+            queries[f"of {id_}"] = row["query"]
+            qrels[f"of {id_}"] = {id_: 1}
+            documents[id_] = Document("", row["positive"])
+    write_whole(output / "training.jsonl", "".join(training))
+    return Collection(f"{len(queries)} held-out pairs", documents, queries, qrels)
+
+
+def _claim(output: Path, about: dict[str, Any]) -> Adaptation | None:
+    """Check that the folder is new or of this very adaptation; the result if it is finished."""
+    options, record = output / "options.json", output / "adaptation.json"
+    if not options.is_file():
+        require_empty(output)
+        return None
+    if json.loads(options.read_text(encoding="utf-8")) != about:
+        raise OutputError(f"{output}: an adaptation with other options, model or teacher; choose another `output` or remove it")
+    if not record.is_file():
+        return None
+    known = json.loads(record.read_text(encoding="utf-8"))
+    return Adaptation(**{field.name: known[field.name] for field in fields(Adaptation)})
