@@ -148,6 +148,13 @@ def missing_weights(model_class: Any, source: str, folder: str = "") -> list[str
     return sorted(info["missing_keys"])
 
 
+def describe_encoder(source: str, folder: str = "") -> str:
+    """Architecture and size of an encoder, read from its config, for a message."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, subfolder=folder)
+    name = (config.architectures or [config.model_type])[0]
+    return f"{name}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
+
+
 def give_head(source: str) -> str:
     """What helps an encoder without an MLM head, for a message."""
     return f"`anysplade head {source} --text CORPUS --out BACKBONE` gives it one"
@@ -170,7 +177,8 @@ def check_weights(model_class: Any, source: str, folder: str = "", head: str = "
     of_head = [key for key in missing if not key.startswith(f"{model_class.base_model_prefix}.")]
     if len(of_head) == len(missing):
         fix = give_head(source) if head == "MLM head" else "use a model that was saved with it"
-        raise ModelError(f"{source}: the checkpoint has no trained {head} ({of_head[0]} is missing); {fix}")
+        about = describe_encoder(source, folder)
+        raise ModelError(f"{source}: an encoder ({about}) with no trained {head} ({of_head[0]} is missing); {fix}")
     raise ModelError(f"{source}: the checkpoint lacks weights ({missing[0]} is one of {len(missing)}); was it saved whole?")
 
 
