@@ -151,8 +151,12 @@ def missing_weights(model_class: Any, source: str, folder: str = "") -> list[str
 def describe_encoder(source: str, folder: str = "") -> str:
     """Architecture and size of an encoder, read from its config, for a message."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, subfolder=folder)
-    name = (config.architectures or [config.model_type])[0]
-    return f"{name}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
+    known = [(config.architectures or [config.model_type])[0]]
+    if hasattr(config, "num_hidden_layers"):
+        known.append(f"{config.num_hidden_layers} layers")
+    if hasattr(config, "vocab_size"):
+        known.append(f"vocabulary {config.vocab_size:,}")
+    return ", ".join(known)
 
 
 def give_head(source: str) -> str:
@@ -175,7 +179,7 @@ def check_weights(model_class: Any, source: str, folder: str = "", head: str = "
     if not missing:
         return
     of_head = [key for key in missing if not key.startswith(f"{model_class.base_model_prefix}.")]
-    if len(of_head) == len(missing):
+    if of_head:
         fix = give_head(source) if head == "MLM head" else "use a model that was saved with it"
         about = describe_encoder(source, folder)
         raise ModelError(f"{source}: an encoder ({about}) with no trained {head} ({of_head[0]} is missing); {fix}")

@@ -62,12 +62,12 @@ class HeadTraining:
     text: str  # what was trained on, as it was named
     texts: int  # pieces of it
     data_hash: str  # SHA-256 of them
-    options: dict[str, Any]
+    options: dict[str, Any]  # of ``train_head``, and the weights of the loss's parts
     seconds: float  # of training, in this process
     # Its parts without their weights, means over the first and over the last tenth of the steps: "named" is the cross-entropy of
     # naming tokens that can be seen, "bag" of naming a text's words by its largest logits, "masked" of guessing masked tokens.
     losses: dict[str, list[float]]
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # versions, commit, hardware, command
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
