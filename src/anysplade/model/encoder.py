@@ -208,7 +208,8 @@ def encoder_folder(source: str) -> str:
     folders = _transformer_folders(source)
     if len(folders) != 1:
         kinds = ", ".join(entry["type"].rpartition(".")[2] for entry in modules)
-        raise ModelError(f"{source}: was saved as a SentenceTransformer with {len(folders)} transformers ({kinds}); give one with one")
+        about = f"was saved as a SentenceTransformer with {len(folders)} transformers in it ({kinds})"
+        raise ModelError(f"{source}: {about}; give a model with one")
     return folders[0]
 
 

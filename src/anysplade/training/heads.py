@@ -133,7 +133,7 @@ def train_head(
         "encoder_learning_rate": encoder_learning_rate,
         "layer_decay": layer_decay,
         "seed": seed,
-        "weights": _WEIGHTS,
+        "weights": dict(_WEIGHTS),
     }
     data_hash = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
     about = {"fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
