@@ -8,7 +8,8 @@ nor, as softmax ignores a constant, their level; SPLADE depends on both. ``resca
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from anysplade import __version__
 from anysplade.errors import ModelError, OptionError
@@ -142,10 +144,22 @@ def missing_weights(model_class: Any, source: str, folder: str = "") -> list[str
     """
     options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
     try:
-        _, info = model_class.from_pretrained(source, **options)
+        with missing_is_expected():
+            _, info = model_class.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source}: its weights cannot be loaded: {first_line(error)}") from error
     return sorted(info["missing_keys"])
+
+
+@contextmanager
+def missing_is_expected() -> Iterator[None]:
+    """A time in which transformers does not warn of weights that a checkpoint lacks."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def describe_encoder(source: str, folder: str = "") -> str:

@@ -37,7 +37,7 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
-from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_weights
+from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
 from anysplade.model.pooling import max_logits, native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.callbacks import Estimate, MarkComplete, Progress, last_checkpoint
@@ -111,6 +111,7 @@ def train_head(
         DataError: there is no text.
         OutputError: the folder holds something else.
         OptionError: an impossible option.
+        AnyspladeError: the training diverged.
     """
     output = Path(output).expanduser()
     for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1), ("max_length", max_length, 8)):
@@ -142,9 +143,9 @@ def train_head(
     if finished is not None:
         logger.info("%s holds this head already", output)
         return finished
-    write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
     set_seed(seed)
     model, tokenizer = with_new_head(source, folder)
+    write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
     counts = _token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
     start_biases(model, counts)
     trainer = _HeadTrainer(
@@ -215,7 +216,8 @@ def with_new_head(source: str, folder: str = "") -> tuple[PreTrainedModel, PreTr
     """
     missing = set(missing_weights(masked_lm_class(source, folder), source, folder))
     options: dict[str, Any] = {"subfolder": folder, "trust_remote_code": False}
-    model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, **options)
+    with missing_is_expected():
+        model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     fit_tokenizer(tokenizer, model, source)
     if tokenizer.mask_token_id is None:
@@ -409,10 +411,13 @@ def _claim(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | N
         require_empty(output)
         return None
     before = json.loads(known.read_text(encoding="utf-8"))
-    old, new = ({"encoder": one["fingerprint"], "text": one["data_hash"]} | one["options"] for one in (before, about))
-    different = [name for name in new if old.get(name) != new[name]]
-    if different:
-        raise OutputError(f"{output}: a head with another {', '.join(different)}; choose another `output` or remove {known.parent}")
+    old, new = before["options"], about["options"]
+    different = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
+    # The sample of the text depends on the options.
+    changed = [name for name, key in (("encoder", "fingerprint"), ("text", "data_hash")) if before[key] != about[key]]
+    if different or changed:
+        what = f"other options ({'; '.join(different)})" if different else f"another {' and '.join(changed)}"
+        raise OutputError(f"{output}: a head with {what}; choose another `output` or remove {known.parent}")
     if known.parent == parts:
         require_empty(output)
         return None
