@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import anysplade.model.pooling as pooling_module
-from anysplade.model.pooling import _screen, _screened_max, _tiles, splade_pool
+from anysplade.model.pooling import _screen, _screened_max, _tiles, max_logits, splade_pool
 
 
 def reference(hidden, weight, bias, mask, pooling="max", double_log=False):
@@ -215,6 +215,31 @@ def test_a_row_without_tokens_is_zero():
     out = splade_pool(torch.randn(2, 4, 8), torch.randn(20, 8), torch.full((20,), 5.0), torch.tensor([[0] * 4, [1] * 4]))
     assert (out[0] == 0).all()
     assert (out[1] > 0).any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    length=st.integers(1, 20),
+    vocabulary=st.integers(1, 300),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_largest_logits_and_their_gradients(batch, length, vocabulary, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((batch, length, 8), (vocabulary, 8), (vocabulary,))
+    )
+    mask = torch.rand(batch, length, generator=generator) < 0.6
+    mask[:, 0] = True
+    leaves = (hidden, weight, bias) if with_bias else (hidden, weight)
+    plain = linear(hidden, weight, bias if with_bias else None).masked_fill(~mask.unsqueeze(2), -torch.inf).amax(dim=1)
+    fused = max_logits(hidden, weight, bias if with_bias else None, mask)
+    torch.testing.assert_close(fused, plain)
+    upstream = torch.randn(batch, vocabulary, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (fused, plain)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_frozen_decoder_gets_no_gradient():

@@ -87,10 +87,10 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
 
 
 def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
-    masked, named = ("{:.2f} → {:.2f}".format(*loss) for loss in (result.masked_loss, result.named_loss))
+    losses = ", ".join(f"{name} {first:.2f} → {last:.2f}" for name, (first, last) in result.losses.items())
     return [
         f"{result.architecture}: {result.options['steps']} steps on {result.texts:,} texts in {result.seconds:.0f} s; "
-        f"loss of masked tokens {masked}, of tokens that can be seen {named}",
+        f"loss: {losses}",
         f"model: {result.model}",
         f"next: anysplade train {result.model} DATA --out RUN",
     ]

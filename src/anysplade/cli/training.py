@@ -49,7 +49,7 @@ def head(
     batch_size: int = 32,
     max_length: int = 128,
     learning_rate: float = 5e-4,
-    encoder_learning_rate: float = 1e-4,
+    encoder_learning_rate: float = 0.0,
     layer_decay: float = 0.7,
     seed: int = 0,
     json: Json = False,

@@ -23,11 +23,13 @@ from anysplade.model.calibration import Calibration, calibrate
 from anysplade.model.head import (
     check_masked_lm,
     check_weights,
+    describe_encoder,
     find_head,
     fit_tokenizer,
     give_head,
     has_remote_code,
     load_masked_lm,
+    masked_lm_class,
     rescale_head,
     usable_positions,
 )
@@ -184,8 +186,11 @@ def is_saved_encoder(source: str) -> bool:
     if kind != "SparseEncoder":
         # SparseEncoder(name) takes it too, and puts an untrained autoencoder on top.
         if kind == "SentenceTransformer":
+            folder = encoder_folder(source)
+            masked_lm_class(source, folder)  # a decoder can be given no head
             raise ModelError(
-                f"{source}: was saved as a SentenceTransformer (a dense embedding model); it has no MLM head; {give_head(source)}"
+                f"{source}: was saved as a SentenceTransformer, a dense embedding model ({describe_encoder(source, folder)}); "
+                f"it has no MLM head; {give_head(source)}"
             )
         raise ModelError(f"{source}: was saved as a {kind}; it has no MLM head, so give a masked LM or a SparseEncoder")
     return True
@@ -203,7 +208,8 @@ def encoder_folder(source: str) -> str:
     folders = _transformer_folders(source)
     if len(folders) != 1:
         kinds = ", ".join(entry["type"].rpartition(".")[2] for entry in modules)
-        raise ModelError(f"{source}: its modules ({kinds}) hold {len(folders)} transformers; give a model with one")
+        about = f"was saved as a SentenceTransformer with {len(folders)} transformers in it ({kinds})"
+        raise ModelError(f"{source}: {about}; give a model with one")
     return folders[0]
 
 
@@ -378,11 +384,9 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     head = find_head(model)
     if not isinstance(pooling, SpladePooling):
         return _not_fused(f"its last module is {type(pooling).__name__}")
-    if not isinstance(head.decoder, nn.Linear) or (head.decoder.bias is None and head.biases):
-        return _not_fused(f"{type(model).__name__} adds a bias outside its decoder")
     unfuse_pooling(encoder)
-    if not _logits_are_the_decoders(model, head.decoder):
-        return _not_fused(f"{type(model).__name__} changes its logits after the decoder")
+    if reason := after_decoder(model):
+        return _not_fused(reason)
     if pooling.embedding_dimension is None:  # the module's own forward would set it
         pooling.embedding_dimension = len(head.decoder.weight)
     transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
@@ -394,6 +398,16 @@ def unfuse_pooling(encoder: SparseEncoder) -> None:
     """Back to the modules' own forward."""
     for module in splade_modules(encoder):
         module.__dict__.pop("forward", None)
+
+
+def after_decoder(model: PreTrainedModel) -> str | None:
+    """What a masked LM does after its decoder, for a message; None if its logits are what the decoder returns."""
+    head = find_head(model)
+    if not isinstance(head.decoder, nn.Linear) or (head.decoder.bias is None and head.biases):
+        return f"{type(model).__name__} adds a bias outside its decoder"
+    if not _logits_are_the_decoders(model, head.decoder):
+        return f"{type(model).__name__} changes its logits after the decoder"
+    return None
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ nor, as softmax ignores a constant, their level; SPLADE depends on both. ``resca
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from anysplade import __version__
 from anysplade.errors import ModelError, OptionError
@@ -142,10 +144,33 @@ def missing_weights(model_class: Any, source: str, folder: str = "") -> list[str
     """
     options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
     try:
-        _, info = model_class.from_pretrained(source, **options)
+        with missing_is_expected():
+            _, info = model_class.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source}: its weights cannot be loaded: {first_line(error)}") from error
     return sorted(info["missing_keys"])
+
+
+@contextmanager
+def missing_is_expected() -> Iterator[None]:
+    """A time in which transformers does not warn of weights that a checkpoint lacks."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def describe_encoder(source: str, folder: str = "") -> str:
+    """Architecture and size of an encoder, read from its config, for a message."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, subfolder=folder)
+    known = [(config.architectures or [config.model_type])[0]]
+    if hasattr(config, "num_hidden_layers"):
+        known.append(f"{config.num_hidden_layers} layers")
+    if hasattr(config, "vocab_size"):
+        known.append(f"vocabulary {config.vocab_size:,}")
+    return ", ".join(known)
 
 
 def give_head(source: str) -> str:
@@ -168,9 +193,10 @@ def check_weights(model_class: Any, source: str, folder: str = "", head: str = "
     if not missing:
         return
     of_head = [key for key in missing if not key.startswith(f"{model_class.base_model_prefix}.")]
-    if len(of_head) == len(missing):
+    if of_head:
         fix = give_head(source) if head == "MLM head" else "use a model that was saved with it"
-        raise ModelError(f"{source}: the checkpoint has no trained {head} ({of_head[0]} is missing); {fix}")
+        about = describe_encoder(source, folder)
+        raise ModelError(f"{source}: an encoder ({about}) with no trained {head} ({of_head[0]} is missing); {fix}")
     raise ModelError(f"{source}: the checkpoint lacks weights ({missing[0]} is one of {len(missing)}); was it saved whole?")
 
 

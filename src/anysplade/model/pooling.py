@@ -80,6 +80,23 @@ def splade_pool(
         return _MaxPool.apply(hidden, weight, bias, mask, double_log, dtype, keep)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def max_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """The largest logit of each term over a text's tokens, with no activation; arguments, memory and type as in ``splade_pool``.
+
+    Returns:
+        (batch, vocabulary); a row without tokens has the logits of its first padding.
+    """
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.float32 if autocast else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        if autocast:
+            half = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(half), weight.to(half)
+        return _MaxPool.apply(hidden, weight, bias, mask, None, dtype, True)
+
+
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,7 +105,7 @@ class _MaxPool(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor,
-        double_log: bool,
+        double_log: bool | None,  # None: the logits as they are
         dtype: torch.dtype,
         keep: bool,
     ) -> Tensor:
@@ -106,7 +123,8 @@ class _MaxPool(torch.autograd.Function):
             pooled[start:end] = values
         if bias is not None:
             pooled += bias.to(dtype).unsqueeze(1)
-        pooled.relu_().masked_fill_(~mask.bool().any(dim=1), 0).log1p_()
+        if double_log is not None:
+            pooled.relu_().masked_fill_(~mask.bool().any(dim=1), 0).log1p_()
         if double_log:
             pooled.log1p_()
         result = pooled.T.contiguous()  # (batch, vocabulary)
@@ -120,7 +138,9 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight, bias, source, chosen, result = ctx.saved_tensors
         batch, length = source.shape
-        through = (gradient * _slope(result, ctx.double_log) * (result > 0)).T  # (vocabulary, batch)
+        if ctx.double_log is not None:
+            gradient = gradient * _slope(result, ctx.double_log) * (result > 0)
+        through = gradient.T  # (vocabulary, batch)
         term, row = through.nonzero(as_tuple=True)  # sorted by term
         token = source[row, chosen[term, row].long()] + row * length
         values = through[term, row].to(tokens.dtype)

@@ -1,14 +1,15 @@
 """An MLM head for an encoder that has none, such as a dense embedding model, trained on plain text.
 
-SPLADE reads the weight of a term off the logit that the head gives it, so a head must name, at each token, the token itself and
-words that could stand in its place. Both are trained on the same texts: masked tokens are to be guessed from their context
-(Devlin et al., arXiv 1810.04805), and tokens that can be seen are to be named. The encoder is trained too, each layer at a lower
-rate than the one above it. What else was tried stands in docs/heads.md.
+SPLADE reads the weight of a term off the largest logit that the head gives it at any token. The loss has up to three parts: tokens
+that can be seen are to be named where they stand; the largest logits are to name a text's words, rare ones above all; and
+masked tokens are to be guessed from their context (Devlin et al., arXiv 1810.04805). The encoder stays as it is, or is trained
+with the head, each layer at a lower rate than the one above it.
 """
 
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 import shutil
@@ -35,16 +36,19 @@ from anysplade._common.files import require_empty, whole_folder, write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import encoder_folder, hidden_states
-from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_weights
-from anysplade.model.pooling import native_bfloat16
+from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
+from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
+from anysplade.model.pooling import max_logits, native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.callbacks import Estimate, MarkComplete, Progress, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = {"masked": 0.0, "named": 1.0, "bag": 0.3}  # of the parts of the loss; a part of weight 0 is not computed
 _MASKED = 0.2  # of a text's tokens are to be guessed
 _NAMED = 0.2  # are to be named as they stand there
+_BAGS = 0.5  # of a batch's texts are to be named as bags of words
+_COUNTED = 2000  # texts whose tokens are counted, for the decoder's bias and the rarity of tokens
 _CHARACTERS = 6  # a token, of a text that is cut into pieces: more than there are, so that a piece fills its tokens
 
 
@@ -55,13 +59,15 @@ class HeadTraining:
     model: str  # the new masked LM's folder
     encoder: str  # what it was made from
     architecture: str  # class of transformers
-    texts: int  # pieces of text trained on
+    text: str  # what was trained on, as it was named
+    texts: int  # pieces of it
     data_hash: str  # SHA-256 of them
-    options: dict[str, Any]
+    options: dict[str, Any]  # of ``train_head``, and the weights of the loss's parts
     seconds: float  # of training, in this process
-    masked_loss: tuple[float, float]  # of guessing masked tokens: over the first and over the last tenth of the steps
-    named_loss: tuple[float, float]  # of naming tokens that can be seen, likewise
-    provenance: dict[str, Any]
+    # Its parts without their weights, means over the first and over the last tenth of the steps: "named" is the cross-entropy of
+    # naming tokens that can be seen, "bag" of naming a text's words by its largest logits, "masked" of guessing masked tokens.
+    losses: dict[str, list[float]]
+    provenance: dict[str, Any]  # versions, commit, hardware, command
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +82,7 @@ def train_head(
     batch_size: int = 32,
     max_length: int = 128,
     learning_rate: float = 5e-4,
-    encoder_learning_rate: float = 1e-4,
+    encoder_learning_rate: float = 0.0,
     layer_decay: float = 0.7,
     seed: int = 0,
     checkpoint_steps: int = 100,
@@ -105,6 +111,7 @@ def train_head(
         DataError: there is no text.
         OutputError: the folder holds something else.
         OptionError: an impossible option.
+        AnyspladeError: the training diverged.
     """
     output = Path(output).expanduser()
     for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1), ("max_length", max_length, 8)):
@@ -127,18 +134,20 @@ def train_head(
         "encoder_learning_rate": encoder_learning_rate,
         "layer_decay": layer_decay,
         "seed": seed,
+        "weights": dict(_WEIGHTS),
     }
     data_hash = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
-    about = {"encoder": encoder, "fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
+    about = {"fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
     parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
     finished = _claim(output, parts, about)
     if finished is not None:
         logger.info("%s holds this head already", output)
         return finished
-    write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
     set_seed(seed)
     model, tokenizer = with_new_head(source, folder)
-    start_biases(model, tokenizer, pieces, max_length)
+    write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
+    counts = _token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
+    start_biases(model, counts)
     trainer = _HeadTrainer(
         model=model,
         args=_arguments(parts, options, checkpoint_steps),
@@ -146,6 +155,7 @@ def train_head(
         data_collator=_Collator(tokenizer, min(max_length, tokenizer.model_max_length)),
         callbacks=[MarkComplete(), Progress(progress), Estimate()],
         tokenizer=tokenizer,
+        counts=counts,
         encoder_learning_rate=encoder_learning_rate,
         layer_decay=layer_decay,
     )
@@ -153,21 +163,20 @@ def train_head(
     checkpoint = last_checkpoint(parts)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    masked, named = (_first_and_last(trainer.state.log_history, name) for name in ("masked_loss", "named_loss"))
     result = HeadTraining(
         model=str(output),
         encoder=encoder,
         architecture=type(model).__name__,
+        text=text,
         texts=len(pieces),
         data_hash=data_hash,
         options=options,
         seconds=time.perf_counter() - start,
-        masked_loss=masked,
-        named_loss=named,
+        losses={name: _first_and_last(trainer.state.log_history, f"{name}_loss") for name, weight in _WEIGHTS.items() if weight},
         provenance=provenance(),
     )
-    if not all(map(torch.isfinite, map(torch.tensor, (*masked, *named)))):
-        raise AnyspladeError(f"{output}: the training diverged (loss {masked[1]:g}); lower `learning_rate`")
+    if not all(math.isfinite(value) for values in result.losses.values() for value in values):
+        raise AnyspladeError(f"{output}: the training diverged (losses {result.losses}); lower `learning_rate`, and remove {parts}")
     with whole_folder(output) as whole:
         model.eval().save_pretrained(whole)
         tokenizer.save_pretrained(whole)
@@ -203,17 +212,20 @@ def with_new_head(source: str, folder: str = "") -> tuple[PreTrainedModel, PreTr
         folder: below the source, where the encoder lies in it.
 
     Raises:
-        ModelError: the tokenizer is not the encoder's or has no mask token, or the decoder is not tied.
+        ModelError: the tokenizer is not the encoder's or has no mask token, or the decoder is not tied or not the last step.
     """
     missing = set(missing_weights(masked_lm_class(source, folder), source, folder))
     options: dict[str, Any] = {"subfolder": folder, "trust_remote_code": False}
-    model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, **options)
+    with missing_is_expected():
+        model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     fit_tokenizer(tokenizer, model, source)
     if tokenizer.mask_token_id is None:
         raise ModelError(f"{source}: its tokenizer has no mask token, so a head cannot be trained on its text; use another encoder")
     if find_head(model).decoder.weight is not model.get_input_embeddings().weight:
         raise ModelError(f"{source}: {type(model).__name__} does not tie its decoder to the input embeddings; use another encoder")
+    if reason := after_decoder(model):
+        raise ModelError(f"{source}: {reason}, so a head cannot be trained; use another encoder")
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if key in missing and weight.dim() == 2 and weight.shape[0] == weight.shape[1]:
@@ -221,15 +233,19 @@ def with_new_head(source: str, folder: str = "") -> tuple[PreTrainedModel, PreTr
     return model, tokenizer
 
 
+def _token_counts(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
+    """How often each token is in the texts, and one more, (vocabulary,)."""
+    counts = torch.ones(find_head(model).decoder.weight.shape[0])
+    for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
+    return counts
+
+
 @torch.no_grad()
-def start_biases(model: PreTrainedModel, tokenizer: Any, pieces: Sequence[str], max_length: int) -> None:
-    """Set the decoder's bias to the logarithm of each token's frequency in a sample, less the mean: what a head learns first."""
-    head = find_head(model)
-    counts = torch.ones(head.decoder.weight.shape[0])
-    for ids in tokenizer(list(pieces[:2000]), truncation=True, max_length=max_length)["input_ids"]:
-        counts.index_add_(0, torch.tensor(ids), torch.ones(len(ids)))
+def start_biases(model: PreTrainedModel, counts: Tensor) -> None:
+    """Set the decoder's bias to the logarithm of each token's count, less the mean: what a head learns first."""
     frequency = counts.log()
-    for bias in head.biases:
+    for bias in find_head(model).biases:
         bias.copy_((frequency - frequency.mean()).reshape(bias.shape))
 
 
@@ -248,11 +264,13 @@ class _Collator:
 
 
 class _HeadTrainer(Trainer):
-    """Masked tokens are to be guessed, others to be named; both are drawn anew in each step."""
+    """Trains the head, with the loss in parts; what is masked and what is named is drawn anew in each step."""
 
-    def __init__(self, tokenizer: Any, encoder_learning_rate: float, layer_decay: float, **kwargs: Any) -> None:
+    def __init__(self, tokenizer: Any, counts: Tensor, encoder_learning_rate: float, layer_decay: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.special = torch.tensor(tokenizer.all_special_ids)  # neither masked nor named
+        self.rarity = -(counts / counts.sum()).log()  # (vocabulary,)
+        self.rarity[self.special] = 0
         self.mask_token: int = tokenizer.mask_token_id
         self.encoder_learning_rate = encoder_learning_rate
         self.layer_decay = layer_decay
@@ -275,26 +293,38 @@ class _HeadTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs | {name: sum(values) / len(values) for name, values in self.parts.items()}, *args, **kwargs)
+        super().log(logs | {f"{name}_loss": sum(values) / len(values) for name, values in self.parts.items()}, *args, **kwargs)
         self.parts.clear()
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        model.eval()  # without dropout
+        parts = self.loss_parts(model, inputs["input_ids"], inputs["attention_mask"])
+        for name, part in parts.items():
+            self.parts.setdefault(name, []).append(float(part.detach()))
+        return sum(_WEIGHTS[name] * part for name, part in parts.items())
+
+    def loss_parts(self, model: Any, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss whose weight is not 0, of a batch: ids and attention mask, (batch, length)."""
+        decoder = find_head(model).decoder
         words = attention.bool() & ~torch.isin(ids, self.special.to(ids.device))
         draw, how = torch.rand(ids.shape, device=ids.device), torch.rand(ids.shape, device=ids.device)
-        guessed = words & (draw < _MASKED)
-        named = words & (draw >= 1 - _NAMED)
-        decoder = find_head(model).decoder
-        seen = ids.masked_fill(guessed & (how < 0.8), self.mask_token)
-        seen = torch.where(guessed & (how >= 0.9), torch.randint_like(ids, decoder.weight.shape[0]), seen)
+        chosen = {"masked": words & (draw < _MASKED), "named": words & (draw >= 1 - _NAMED)}
+        seen = ids
+        if _WEIGHTS["masked"]:
+            seen = ids.masked_fill(chosen["masked"] & (how < 0.8), self.mask_token)
+            seen = torch.where(chosen["masked"] & (how >= 0.9), torch.randint_like(ids, len(decoder.weight)), seen)
         hidden = hidden_states(model, input_ids=seen, attention_mask=attention)
-        loss = hidden.new_zeros(())
-        for name, chosen in (("masked_loss", guessed), ("named_loss", named)):
-            total = nn.functional.cross_entropy(decoder(hidden[chosen]).float(), ids[chosen], reduction="sum")
-            part = total / max(1, int(chosen.sum()))
-            self.parts.setdefault(name, []).append(float(part.detach()))
-            loss = loss + part
-        return loss
+        parts = {}
+        for name, where in chosen.items():
+            if _WEIGHTS[name]:
+                total = nn.functional.cross_entropy(decoder(hidden[where]).float(), ids[where], reduction="sum")
+                parts[name] = total / max(1, int(where.sum()))
+        if _WEIGHTS["bag"]:
+            few = math.ceil(len(ids) * _BAGS)
+            logits = max_logits(hidden[:few], decoder.weight, decoder.bias, attention[:few]).float()
+            bags = torch.zeros_like(logits).scatter_(1, ids[:few], 1) * self.rarity.to(ids.device)  # padding is special
+            parts["bag"] = nn.functional.cross_entropy(logits, bags / bags.sum(dim=1, keepdim=True).clamp_min(1e-9))
+        return parts
 
 
 _LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
@@ -303,7 +333,7 @@ _LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")
 def layer_rates(model: PreTrainedModel, top: float, decay: float) -> dict[str, float]:
     """The learning rate of each of the encoder's weights, by name: ``top`` in the top layer, lower by ``decay`` in each below it.
 
-    What is in no layer, embeddings above all, counts as one more layer below; only a norm after the last layer as the top one.
+    What is in no layer, embeddings above all, counts as one more layer below.
     """
     prefix = f"{model.base_model_prefix}."
     body = {name: _LAYER.search(name) for name, _ in model.named_parameters() if name.startswith(prefix)}
@@ -358,17 +388,20 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
 
 def _pieces(text: str, characters: int) -> Iterator[str]:
     text = " ".join(text.split())
-    while text:
-        end = len(text) if len(text) <= characters else text.rfind(" ", characters // 2, characters) + 1 or characters
-        yield text[:end].strip()
-        text = text[end:]
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text):
+            end = text.rfind(" ", start + characters // 2, end + 1) + 1 or end
+        yield text[start:end].strip()
+        start = end
 
 
-def _first_and_last(log: list[dict[str, float]], name: str) -> tuple[float, float]:
+def _first_and_last(log: list[dict[str, float]], name: str) -> list[float]:
     """Mean over the first and over the last tenth of what was logged."""
     values = [entry[name] for entry in log if name in entry]
     tenth = max(1, len(values) // 10)
-    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    return [sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth]
 
 
 def _claim(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | None:
@@ -378,8 +411,14 @@ def _claim(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | N
         require_empty(output)
         return None
     before = json.loads(known.read_text(encoding="utf-8"))
-    if {name: before.get(name) for name in about} != about:
-        raise OutputError(f"{output}: was made from another encoder, text or options; choose another `output` or remove it")
+    old, new = before["options"], about["options"]
+    different = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
+    # The sample of the text depends on the options.
+    changed = [name for name, key in (("encoder", "fingerprint"), ("text", "data_hash")) if before[key] != about[key]]
+    if different or changed:
+        what = f"other options ({'; '.join(different)})" if different else f"another {' and '.join(changed)}"
+        raise OutputError(f"{output}: a head with {what}; choose another `output` or remove {known.parent}")
     if known.parent == parts:
+        require_empty(output)
         return None
     return HeadTraining(**{field.name: before[field.name] for field in fields(HeadTraining)})
