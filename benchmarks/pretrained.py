@@ -1,0 +1,241 @@
+"""Published weights of ordinary size: a head for a dense model, its calibration, a teacher, and adaptation without labels.
+
+Needs --data, a folder of collections and training pairs in BEIR layout, and models in folders: --dense, a dense model of
+sentence-transformers without an MLM head (all-MiniLM-L6-v2); --teacher, a better one (all-mpnet-base-v2); --splade, a published
+SPLADE. Everything is kept in --out: an interrupted experiment resumes.
+
+heads        what a head is trained on, and whether the encoder is trained too; nDCG@10 after a short training is the measure
+calibration  the dense model with a head, raw, with fixed k and with auto, three seeds at one learning rate and one at a quarter
+             and four times of it
+teachers     the same, trained on pairs with hard negatives, with a teacher and without, three seeds at equal cost
+adapt        the SPLADE adapted to the documents of two collections without labels, three seeds
+epochs       how long a step takes with a teacher whose vectors are known, beside one without
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pairs, mine, train, train_head
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.study.cells import METRIC, Cell, CellRecord
+from anysplade.study.run import run_cells
+from anysplade.training import heads as head_module
+from anysplade.training.teachers import kept_vectors, open_teacher
+
+TRAINING = ("squad-dev", "squad-nqg-sentences", "medquad", "wikipedia-title-para", "tldr")
+COLLECTIONS = ("squad-dev", "vaswani", "cisi", "cosqa")
+EXAMPLES = 7200  # of the 110,507 pairs
+SEEDS = (0, 1, 2)
+LEARNING_RATE = 1e-4
+SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 64, "precision": "bfloat16", "checkpoint_steps": 10**6}
+HEADS: dict[str, dict[str, Any]] = {
+    "raw": {"k": 1, "shift": 0},
+    "k=4": {"k": 4, "shift": 0},
+    "k=8": {"k": 8, "shift": 0},
+    "auto": {"k": "auto", "shift": "auto"},
+}
+HEAD: dict[str, Any] = {"steps": 300, "batch_size": 16, "max_length": 96, "learning_rate": 2e-3}
+# Weights of the parts of the head's loss, and options of ``train_head``.
+ARMS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
+    "named and bag of words": ({}, {}),
+    "masked words": ({"masked": 1.0, "named": 0.0, "bag": 0.0}, {}),
+    "named words": ({"bag": 0.0}, {}),
+    "bag of words": ({"named": 0.0}, {}),
+    "all three": ({"masked": 1.0}, {}),
+    "named and bag of words, 100 steps": ({}, {"steps": 100}),
+    "named and bag of words, 1,000 steps": ({}, {"steps": 1000}),
+    "named and bag of words, encoder too": ({}, {"encoder_learning_rate": 5e-5}),
+    "masked and named words, encoder too": ({"masked": 1.0, "bag": 0.0}, {"encoder_learning_rate": 1e-4}),
+}
+TAUGHT: dict[str, Any] = SHORT | {
+    "steps": 400, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30, "document_active_dims": 150,
+}  # fmt: skip
+ADAPT: dict[str, Any] = {"steps": 300, "batch_size": 32, "learning_rate": 5e-5, "max_length": 128, "precision": "bfloat16"}
+
+
+def examples(options: argparse.Namespace) -> str:
+    """A sample of the pairs of all training sets, in one file."""
+    path: Path = options.out / f"pairs-{EXAMPLES}.jsonl"
+    if not path.exists():
+        pairs = [pair for name in TRAINING for pair in load_pairs(options.data / name / "pairs.jsonl")]
+        sample = random.Random(0).sample(pairs, EXAMPLES)
+        write_whole(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in sample))
+    return str(path)
+
+
+def with_head(options: argparse.Namespace, name: str = "head", **changes: Any) -> str:
+    """The dense model with a head trained on --text."""
+    train_head(options.dense, options.text, options.out / name, **HEAD | changes)
+    return str(options.out / name)
+
+
+def run(groups: Sequence[Cell], collections: Sequence[str], options: argparse.Namespace) -> list[CellRecord]:
+    paths = [str(options.data / name) for name in collections]
+    records, failed = run_cells(list(groups), paths, options.out, options.workers, progress=True)
+    if failed:
+        sys.exit(f"{len(failed)} cells failed, the first one: {next(iter(failed.values()))}")
+    return [records[cell.hash] for cell in groups]
+
+
+def row(label: dict[str, Any], records: Sequence[CellRecord]) -> dict[str, Any]:
+    """Of each collection the mean over seeds, the values themselves and the cost."""
+    results = {}
+    for path in records[0].results:
+        found = [record.results[path] for record in records]
+        values = [scores.ndcg for scores in found]
+        costs = {
+            name: statistics.mean(getattr(scores, name) for scores in found)
+            for name in ("query_active_dims", "document_active_dims", "flops")
+        }
+        results[Path(path).name] = {METRIC: statistics.mean(values), "by seed": values} | costs
+    start = {"k": records[0].k, "shift": records[0].shift}
+    findings = sorted({finding["name"] for record in records for finding in record.findings})
+    mean = statistics.mean(result[METRIC] for result in results.values())
+    return label | {"mean": mean, "start": start, "findings": findings, "results": results}
+
+
+def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
+    """nDCG@10 of a dense model."""
+    teacher = open_teacher(model, max_length=256, precision="bfloat16")
+    kept = kept_vectors(teacher, options.out / "vectors", progress=True)
+    results = {}
+    for name in collections:
+        collection = load_collection(options.data / name)
+        documents = kept.vectors([document.full_text for document in collection.corpus.values()], "document").astype(np.float32)
+        queries = kept.vectors(list(collection.queries.values()), "query").astype(np.float32)
+        ids, ranking = list(collection.corpus), {}
+        for query, scores in zip(collection.queries, queries @ documents.T, strict=True):
+            ranking[query] = {ids[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[:100]}
+        results[name] = measure(parse_metrics([METRIC]), collection.qrels, ranking)[0]
+    return {"model": Path(model).name, "results": results}
+
+
+def bm25(options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
+    results = {name: evaluate("bm25", options.data / name, [METRIC], depth=100).metrics for name in collections}
+    return {"model": "bm25", "results": results}
+
+
+def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
+    defaults, cells, losses = dict(head_module._WEIGHTS), {}, {}
+    for arm, (weights, changes) in ARMS.items():
+        head_module._WEIGHTS.update(defaults | weights)
+        name = "head-" + "".join(c if c.isalnum() else "-" for c in arm)
+        made = train_head(options.dense, options.text, options.out / name, **HEAD | changes)
+        losses[arm] = {"losses": made.losses, "seconds": made.seconds}
+        settings = SHORT | {"steps": 100, "learning_rate": LEARNING_RATE, "seed": 0} | HEADS["auto"]
+        cells[arm] = Cell(str(options.out / name), str(options.data / "squad-dev" / "pairs.jsonl"), settings)
+    head_module._WEIGHTS.update(defaults)
+    records = run(list(cells.values()), ("squad-dev", "cisi"), options)
+    rows = [row({"arm": arm} | losses[arm], [record]) for arm, record in zip(cells, records, strict=True)]
+    return [*rows, as_dense(options.dense, options, ("squad-dev", "cisi")), bm25(options, ("squad-dev", "cisi"))]
+
+
+def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
+    data, backbone = examples(options), with_head(options)
+    groups: dict[tuple[str, float], list[Cell]] = {}
+    for rate, seeds in ((LEARNING_RATE, SEEDS), (LEARNING_RATE / 4, SEEDS[:1]), (4 * LEARNING_RATE, SEEDS[:1])):
+        for head, choice in HEADS.items():
+            settings = SHORT | {"steps": 400, "learning_rate": rate} | choice
+            groups[head, rate] = [Cell(backbone, data, settings | {"seed": seed}) for seed in seeds]
+    records = iter(run([cell for cells in groups.values() for cell in cells], COLLECTIONS, options))
+    return [
+        row({"head": head, "learning_rate": rate}, [next(records) for _ in cells]) for (head, rate), cells in groups.items()
+    ] + [bm25(options)]
+
+
+def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    data, backbone = examples(options), with_head(options)
+    shared = {"negatives": 1, "max_length": SHORT["max_length"], "precision": SHORT["precision"], "progress": True}
+    mine(data, options.out / "by-words.jsonl", miner="bm25", **shared)
+    mine(data, options.out / "by-teacher.jsonl", miner=["bm25", options.teacher], teacher=options.teacher, **shared)
+    arms = {
+        "contrastive": Cell(backbone, str(options.out / "by-words.jsonl"), TAUGHT),
+        "contrastive + teacher": Cell(backbone, str(options.out / "by-teacher.jsonl"), TAUGHT | {"teacher": options.teacher}),
+    }
+    cells = {arm: [replace(cell, options={**cell.options, "seed": seed}) for seed in SEEDS] for arm, cell in arms.items()}
+    records = iter(run([cell for group in cells.values() for cell in group], COLLECTIONS, options))
+    rows = [row({"objective": arm}, [next(records) for _ in group]) for arm, group in cells.items()]
+    return [*rows, as_dense(options.dense, options), bm25(options)]
+
+
+def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for name in ("vaswani", "cisi"):
+        corpus = str(options.data / name)
+        found = [
+            adapt(
+                options.splade, corpus, options.out / f"adapt-{name}-{seed}", teacher=options.teacher, judged=corpus, seed=seed,
+                progress=True, **ADAPT,
+            )
+            for seed in SEEDS
+        ]  # fmt: skip
+        rows.append(
+            {
+                "collection": name,
+                "before": found[0].before,
+                "after": [one.after for one in found],
+                "kept": [one.kept for one in found],
+                "p": [one.comparison["p"] for one in found],
+                "gain": statistics.mean(one.after[METRIC] for one in found) / found[0].before[METRIC] - 1,
+                "seconds": [one.seconds for one in found],
+                "pairs": found[0].pairs,
+            }
+        )
+    return [*rows, bm25(options, ("vaswani", "cisi"))]
+
+
+def epochs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians of the time of a whole run of the same examples in turns; the teacher's vectors are known from the first one."""
+    data, backbone = str(options.out / "by-teacher.jsonl"), with_head(options)
+    settings = {name: value for name, value in TAUGHT.items() if not name.endswith("active_dims")} | {"steps": 30}
+    arms = {"contrastive": {}, "contrastive + teacher": {"teacher": options.teacher}}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(-1, 5):  # the first one warms up
+        for arm, more in arms.items():
+            output = options.out / "epochs" / f"{arm}-{turn}-{time.time_ns()}"
+            taken = train(TrainingConfig(backbone, data, output=str(output), **settings | more)).seconds
+            if turn >= 0:
+                seconds[arm].append(taken)
+    medians = {arm: statistics.median(taken) for arm, taken in seconds.items()}
+    return [
+        {"seconds of 30 steps": seconds, "medians": medians, "ratio": medians["contrastive + teacher"] / medians["contrastive"]}
+    ]
+
+
+EXPERIMENTS = {"heads": heads, "calibration": calibration, "teachers": teachers, "adapt": adaptation, "epochs": epochs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--data", type=Path, required=True, help=f"folder of {', '.join(dict.fromkeys((*TRAINING, *COLLECTIONS)))}")
+    parser.add_argument("--dense", help="folder of a dense model without an MLM head")
+    parser.add_argument("--teacher", help="folder of a dense model")
+    parser.add_argument("--splade", help="folder of a published SPLADE")
+    parser.add_argument("--text", help="what heads are trained on: a file with one text a line")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the cells and what they need")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args()
+    rows = EXPERIMENTS[options.experiment](options)
+    print(json.dumps(rows, indent=1))
+    if options.json:
+        write_whole(
+            options.json, json.dumps({"experiment": options.experiment, "rows": rows, "provenance": provenance()}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
