@@ -15,7 +15,7 @@ import numpy as np
 
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Document, iter_corpus
+from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, OptionError, OutputError
 
@@ -103,6 +103,8 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
         made = list(dict.fromkeys(row for kind in chosen for row in _MAKERS[kind](id_, document)))
         without += not made
         rows += made
+    if not documents:
+        raise empty_corpus(corpus)
     options = {"corpus": corpus, "kinds": chosen}
     finished = _finished(output, record, {"data_hash": digest.hexdigest(), "options": options})
     if finished is not None:

@@ -1,0 +1,85 @@
+import json
+import random
+
+import pytest
+from sentence_transformers import SparseEncoder
+
+from anysplade import DataError, ModelError, OutputError, adapt, evaluate, load_collection
+from anysplade.training import adaptation as module
+from tiny import WORDS
+
+OPTIONS = {"steps": 4, "batch_size": 4, "max_length": 32}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Documents of 24 words, enough to hold some out."""
+    generator = random.Random(0)
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = (" ".join(generator.choices(WORDS, k=24)) for _ in range(240))
+    file.write_text("".join(json.dumps({"_id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    return str(file)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monkeypatch):
+    if better:
+        monkeypatch.setattr(module, "_judge", lambda *_: (True, "said so"))
+    else:
+        monkeypatch.setattr(module, "_COSTLIER", 0.0)  # any cost is too high
+    result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
+    assert result.kept == ("adapted" if better else "original")
+    assert result.judged_by == "24 held-out pairs"
+    chosen = tmp_path / "run" / ("training/model" if better else "original")
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (chosen / "model.safetensors").read_bytes()
+    SparseEncoder(result.model)
+    assert result.before["nDCG@10"] > 0
+    assert {"query_active_dims", "document_active_dims", "flops"} < result.after.keys()
+    training = [json.loads(line)["document_id"] for line in (tmp_path / "run" / "training.jsonl").open()]
+    assert len(training) == len(set(training)) == result.pairs["sentence"] - 24
+
+    def fail(*_, **__):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(module, "train", fail)
+    assert adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS) == result
+    with pytest.raises(OutputError, match="other options"):
+        adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["sparse"], **OPTIONS)
+
+
+def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):
+    judged = str(collection_folder)
+    result = adapt(teachers["lexical"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS)
+    assert result.judged_by == load_collection(judged).name
+    again = evaluate(result.model, judged)
+    expected = result.after if result.kept == "adapted" else result.before
+    assert again.metrics["nDCG@10"] == pytest.approx(expected["nDCG@10"])
+
+
+def test_it_goes_on_where_it_was_stopped(teachers, corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(module, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
+    before = (tmp_path / "run" / "training" / "training.json").stat().st_mtime_ns
+    adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
+    assert (tmp_path / "run" / "training" / "training.json").stat().st_mtime_ns == before
+
+
+def test_faults(teachers, corpus, backbone, tmp_path):
+    with pytest.raises(ModelError, match="not trained to retrieve"):
+        adapt(backbone, corpus, tmp_path / "a", teacher=teachers["dense"], **OPTIONS)
+    with pytest.raises(ModelError, match="cannot teach"):
+        adapt(teachers["sparse"], corpus, tmp_path / "b", teacher=teachers["body"], **OPTIONS)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(line for line in list(open(corpus))[:30]))
+    with pytest.raises(DataError, match="30 documents have pairs, too few"):
+        adapt(teachers["sparse"], str(few), tmp_path / "c", teacher=teachers["dense"], **OPTIONS)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        adapt(teachers["sparse"], corpus, tmp_path / "taken", teacher=teachers["dense"], **OPTIONS)
