@@ -1,6 +1,7 @@
 import gzip
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
-from transformers import AutoModelForMaskedLM, GPT2Config, GPT2Model, T5Config, T5EncoderModel
+from transformers import AutoModelForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2Model, T5Config, T5EncoderModel
 
 from anysplade import (
     AnyspladeError,
@@ -227,6 +228,30 @@ def test_a_finished_head_is_not_trained_again(body, text, tmp_path):
         file.write("kabel\n")
     with pytest.raises(OutputError, match="a head with another text; choose another `output`"):
         train_head(body, text, tmp_path / "out", **OPTIONS)
+
+
+def test_checkpoints_of_a_finished_head_are_removed(body, text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(heads.shutil, "rmtree", lambda *args, **kwargs: None)
+        first = train_head(Path(body), Path(text), tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out.parts" / "checkpoint-8").exists()
+    assert train_head(body, text, tmp_path / "out", **OPTIONS) == first
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_several_processes_are_refused(body, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="without torchrun"):
+        train_head(body, text, tmp_path / "out", **OPTIONS)
+
+
+def test_a_classifier_gives_its_encoder(body, text, tmp_path):
+    BertForSequenceClassification.from_pretrained(body).save_pretrained(tmp_path / "classifier")
+    make_tokenizer().save_pretrained(tmp_path / "classifier")
+    train_head(tmp_path / "classifier", text, tmp_path / "out", **OPTIONS)
+    train_head(body, text, tmp_path / "same", **OPTIONS)
+    expected, found = weights(tmp_path / "same"), weights(tmp_path / "out")
+    assert all(torch.equal(expected[name], found[name]) for name in expected if name.startswith("bert."))
 
 
 def test_a_foreign_folder_is_refused(body, text, tmp_path):

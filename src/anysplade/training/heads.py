@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import shutil
@@ -74,8 +75,8 @@ class HeadTraining:
 
 
 def train_head(
-    encoder: str,
-    text: str,
+    encoder: str | Path,
+    text: str | Path,
     output: str | Path,
     *,
     steps: int = 500,
@@ -113,7 +114,9 @@ def train_head(
         OptionError: an impossible option.
         AnyspladeError: the training diverged.
     """
-    output = Path(output).expanduser()
+    encoder, text, output = str(encoder), str(text), Path(output).expanduser()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("a head is trained by one process; start it without torchrun")
     for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1), ("max_length", max_length, 8)):
         if value < low:
             raise OptionError(f"{name} is {value}: it must be at least {low}")
@@ -141,6 +144,7 @@ def train_head(
     parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
     finished = _claim(output, parts, about)
     if finished is not None:
+        shutil.rmtree(parts, ignore_errors=True)  # of a training that ended between its last two lines
         logger.info("%s holds this head already", output)
         return finished
     set_seed(seed)
@@ -343,7 +347,7 @@ def layer_rates(model: PreTrainedModel, top: float, decay: float) -> dict[str, f
 
 def _arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int) -> TrainingArguments:
     gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options["steps"],
         per_device_train_batch_size=options["batch_size"],
@@ -363,6 +367,9 @@ def _arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int) -> 
         dataloader_pin_memory=gpu,
         use_cpu=not gpu and not torch.backends.mps.is_available(),
     )
+    _ = arguments.device  # counts the GPUs
+    arguments._n_gpu = min(1, arguments.n_gpu)  # each of several would take a batch of its own
+    return arguments
 
 
 def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str]:
