@@ -117,7 +117,13 @@ def train_head(
     encoder, text, output = str(encoder), str(text), Path(output).expanduser()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a head is trained by one process; start it without torchrun")
-    for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1), ("max_length", max_length, 8)):
+    lowest = {
+        "steps": (steps, 1),
+        "batch_size": (batch_size, 1),
+        "max_length": (max_length, 8),
+        "checkpoint_steps": (checkpoint_steps, 1),
+    }
+    for name, (value, low) in lowest.items():
         if value < low:
             raise OptionError(f"{name} is {value}: it must be at least {low}")
     if not (0 < learning_rate < 1 and 0 <= encoder_learning_rate < 1 and 0 < layer_decay <= 1):
@@ -373,7 +379,7 @@ def _arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int) -> 
 
 
 def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str]:
-    """Up to ``count`` pieces of the texts of a source, drawn at random in one pass; memory is that of the pieces.
+    """Up to ``count`` pieces of the texts of a source, drawn at random in one pass, in random order; memory is that of the pieces.
 
     Args:
         characters: of a piece at most; a longer text is cut at white space where it has some.
@@ -390,6 +396,7 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
             kept[place] = piece
     if not kept:
         raise DataError(f"{text}: no text in it; a head is trained on a corpus, or on a file with one text a line")
+    draw.shuffle(kept)
     return kept
 
 
