@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import shutil
@@ -74,8 +75,8 @@ class HeadTraining:
 
 
 def train_head(
-    encoder: str,
-    text: str,
+    encoder: str | Path,
+    text: str | Path,
     output: str | Path,
     *,
     steps: int = 500,
@@ -113,8 +114,16 @@ def train_head(
         OptionError: an impossible option.
         AnyspladeError: the training diverged.
     """
-    output = Path(output).expanduser()
-    for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1), ("max_length", max_length, 8)):
+    encoder, text, output = str(encoder), str(text), Path(output).expanduser()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("a head is trained by one process; start it without torchrun")
+    lowest = {
+        "steps": (steps, 1),
+        "batch_size": (batch_size, 1),
+        "max_length": (max_length, 8),
+        "checkpoint_steps": (checkpoint_steps, 1),
+    }
+    for name, (value, low) in lowest.items():
         if value < low:
             raise OptionError(f"{name} is {value}: it must be at least {low}")
     if not (0 < learning_rate < 1 and 0 <= encoder_learning_rate < 1 and 0 < layer_decay <= 1):
@@ -141,6 +150,7 @@ def train_head(
     parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
     finished = _claim(output, parts, about)
     if finished is not None:
+        shutil.rmtree(parts, ignore_errors=True)  # of a training that ended between its last two lines
         logger.info("%s holds this head already", output)
         return finished
     set_seed(seed)
@@ -343,7 +353,7 @@ def layer_rates(model: PreTrainedModel, top: float, decay: float) -> dict[str, f
 
 def _arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int) -> TrainingArguments:
     gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options["steps"],
         per_device_train_batch_size=options["batch_size"],
@@ -363,10 +373,13 @@ def _arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int) -> 
         dataloader_pin_memory=gpu,
         use_cpu=not gpu and not torch.backends.mps.is_available(),
     )
+    _ = arguments.device  # counts the GPUs
+    arguments._n_gpu = min(1, arguments.n_gpu)  # each of several would take a batch of its own
+    return arguments
 
 
 def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str]:
-    """Up to ``count`` pieces of the texts of a source, drawn at random in one pass; memory is that of the pieces.
+    """Up to ``count`` pieces of the texts of a source, drawn at random in one pass, in random order; memory is that of the pieces.
 
     Args:
         characters: of a piece at most; a longer text is cut at white space where it has some.
@@ -383,6 +396,7 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
             kept[place] = piece
     if not kept:
         raise DataError(f"{text}: no text in it; a head is trained on a corpus, or on a file with one text a line")
+    draw.shuffle(kept)
     return kept
 
 
