@@ -1,10 +1,15 @@
 import logging
 
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from anysplade import Index
+from anysplade import Index, load_encoder
 from opensearch_server import serve  # noqa: F401  (a fixture)
-from tiny import make_backbone, make_collection, make_static
+from tiny import make_backbone, make_collection, make_lexical, make_static, make_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +22,24 @@ def backbone(tmp_path_factory):
 def collection_folder(tmp_path_factory):
     """A BEIR folder: 40 documents, 20 queries, training pairs."""
     return make_collection(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """The folders of three small models that can teach, with random weights, and of two that they were made from."""
+    folder, tokenizer = tmp_path_factory.mktemp("teachers"), make_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    options = sizes | {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 64}
+    BertModel(BertConfig(**options)).save_pretrained(folder / "body")
+    tokenizer.save_pretrained(folder / "body")
+    body = Transformer(str(folder / "body"))
+    pooled = [body, Pooling(body.get_embedding_dimension())]
+    SentenceTransformer(modules=pooled, prompts={"query": "kabel ", "document": ""}).save_pretrained(str(folder / "dense"))
+    BertForSequenceClassification(BertConfig(num_labels=1, **options)).save_pretrained(folder / "cross-encoder")
+    tokenizer.save_pretrained(folder / "cross-encoder")
+    load_encoder(make_lexical(folder / "lexical"), 1, 0).save_pretrained(str(folder / "sparse"))
+    return {kind: str(folder / kind) for kind in ("dense", "sparse", "cross-encoder", "body", "lexical")}
 
 
 @pytest.fixture(scope="session")

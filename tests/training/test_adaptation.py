@@ -1,5 +1,6 @@
 import json
 import random
+from pathlib import Path
 
 import pytest
 from sentence_transformers import SparseEncoder
@@ -76,7 +77,7 @@ def test_faults(teachers, corpus, backbone, tmp_path):
     with pytest.raises(ModelError, match="cannot teach"):
         adapt(teachers["sparse"], corpus, tmp_path / "b", teacher=teachers["body"], **OPTIONS)
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(line for line in list(open(corpus))[:30]))
+    few.write_text("".join(Path(corpus).read_text().splitlines(keepends=True)[:30]))
     with pytest.raises(DataError, match="30 documents have pairs, too few"):
         adapt(teachers["sparse"], str(few), tmp_path / "c", teacher=teachers["dense"], **OPTIONS)
     (tmp_path / "taken").mkdir()

@@ -6,45 +6,17 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
-from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
 from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
 from anysplade.training.teachers import Kept, open_teacher, prepare_teacher
 from processes import run_on_two_processes
-from tiny import WORDS, make_backbone, make_lexical, make_tokenizer
+from tiny import WORDS, make_backbone, make_tokenizer
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
 PAIRS = [
     Pair(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 1 : i + 9]), (" ".join(WORDS[i + 9 : i + 15]),)) for i in range(0, 96, 4)
 ]
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """The folders of three small ones with random weights."""
-    folder, tokenizer = tmp_path_factory.mktemp("teachers"), make_tokenizer()
-    torch.manual_seed(0)
-    sizes = SIZES | {"vocab_size": len(tokenizer), "pad_token_id": 0, "max_position_embeddings": 64}
-    BertModel(BertConfig(**sizes)).save_pretrained(folder / "body")
-    tokenizer.save_pretrained(folder / "body")
-    body = Transformer(str(folder / "body"))
-    prompts = {"query": "kabel ", "document": ""}
-    pooled = [body, Pooling(body.get_embedding_dimension())]
-    SentenceTransformer(modules=pooled, prompts=prompts).save_pretrained(str(folder / "dense"))
-    BertForSequenceClassification(BertConfig(num_labels=1, **sizes)).save_pretrained(folder / "cross-encoder")
-    tokenizer.save_pretrained(folder / "cross-encoder")
-    load_encoder(make_lexical(folder / "lexical"), 1, 0).save_pretrained(str(folder / "sparse"))
-    return {kind: str(folder / kind) for kind in ("dense", "sparse", "cross-encoder", "body", "lexical")}
 
 
 def by_hand(folder, kind, pairs):
