@@ -160,7 +160,7 @@ def adapt(
         judged_by=f"{len(collection.queries):,} held-out pairs" if held_out else collection.name,
         before=_summary(before),
         after=_summary(after),
-        comparison=compared.to_dict(),
+        comparison=json.loads(json.dumps(compared.to_dict())),  # as it is read again
         pairs=made.pairs,
         options=options,
         seconds=time.perf_counter() - start,
