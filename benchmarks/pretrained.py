@@ -39,7 +39,7 @@ COLLECTIONS = ("squad-dev", "vaswani", "cisi", "cosqa")
 EXAMPLES = 7200  # of the 110,507 pairs
 SEEDS = (0, 1, 2)
 LEARNING_RATE = 1e-4
-SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 64, "precision": "bfloat16", "checkpoint_steps": 10**6}
+SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 48, "precision": "bfloat16", "checkpoint_steps": 10**6}
 HEADS: dict[str, dict[str, Any]] = {
     "raw": {"k": 1, "shift": 0},
     "k=4": {"k": 4, "shift": 0},
@@ -62,7 +62,7 @@ ARMS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
 TAUGHT: dict[str, Any] = SHORT | {
     "steps": 400, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30, "document_active_dims": 150,
 }  # fmt: skip
-ADAPT: dict[str, Any] = {"steps": 300, "batch_size": 32, "learning_rate": 5e-5, "max_length": 128, "precision": "bfloat16"}
+ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 5e-5, "max_length": 96, "precision": "bfloat16"}
 
 
 def examples(options: argparse.Namespace) -> str:
