@@ -6,6 +6,8 @@ from .data.collections import Pair as Pair
 from .data.collections import load_collection as load_collection
 from .data.collections import read_corpus as read_corpus
 from .data.collections import write_collection as write_collection
+from .data.document_pairs import MadePairs as MadePairs
+from .data.document_pairs import make_pairs as make_pairs
 from .data.pairs import load_pairs as load_pairs
 from .data.pairs import read_pairs as read_pairs
 from .errors import AnyspladeError as AnyspladeError

@@ -13,6 +13,7 @@ from anysplade._common.figures import draw
 
 if TYPE_CHECKING:
     from anysplade.cli.demo import DemoResult
+    from anysplade.data.document_pairs import MadePairs
     from anysplade.evaluation.comparisons import Comparison, Evaluations
     from anysplade.model.calibration import Calibration
     from anysplade.model.head import HeadReport
@@ -91,6 +92,20 @@ def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
         f"model: {result.model}",
         f"next: anysplade train {result.model} DATA --out RUN",
     ]
+
+
+def made_pairs_lines(made: "MadePairs", out: Path) -> list[RenderableType]:
+    """How many pairs of each kind, what was left out and why, and three of the pairs."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in made.pairs.items())
+    lines = [f"{sum(made.pairs.values()):,} pairs from {made.documents:,} documents ({kinds}), in {out}"]
+    for part, counted in made.left_out.items():
+        if counted:
+            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in counted.items())
+            lines.append(f"left out, {part}: {', '.join(reasons)}")
+    for row in made.examples:
+        query, positive = (" ".join(row[name].split()) for name in ("query", "positive"))
+        lines += [f"{row['kind']}: {query[:_SNIPPET]}", f"    {positive[:_SNIPPET]}{'…' if len(positive) > _SNIPPET else ''}"]
+    return [*map(Text, lines), f"next: anysplade train MODEL {out} --out RUN"]
 
 
 def evaluation_table(

@@ -1,4 +1,4 @@
-"""Commands that train and prepare training data: train, mine, score."""
+"""Commands that train and prepare training data: train, head, pairs, mine, score."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,29 @@ def head(
         progress=is_watched(),
     )
     return Result(result.to_dict(), report.head_training_lines(result))
+
+
+@command
+def pairs(
+    corpus: str,
+    /,
+    *,
+    out: Out,
+    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("title", "heading", "sentence"),
+    json: Json = False,
+) -> Result:
+    """Make training pairs from documents alone: titles, headings and sentences stand for queries.
+
+    Args:
+        corpus: documents (JSONL, BEIR folder), an ir_datasets id, a hub dataset or python-docs.
+        out: the JSONL file to write.
+        kinds: of pairs: title, heading, sentence.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.data.document_pairs import make_pairs
+
+    made = make_pairs(corpus, out, kinds=kinds, progress=is_watched())
+    return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, out))
 
 
 @command

@@ -39,10 +39,14 @@ _SHOWN = 300  # characters of an example's texts in the record
 
 # Headings that say nothing of their text, also where only one document has them.
 _GENERIC = frozenset(
-    "untitled,no title,title,home,index,contents,table of contents,abstract,introduction,overview,summary,background,conclusion,"
-    "conclusions,discussion,results,methods,references,bibliography,further reading,external links,see also,links,notes,note,"
-    "remarks,appendix,acknowledgements,acknowledgments,faq,example,examples,usage,parameters,other parameters,arguments,args,"
-    "options,returns,return,yields,raises,warns,warnings,attributes,properties,description,details,license,changelog,todo".split(",")
+    re.split(
+        r",\s+",
+        """untitled, no title, title, home, index, contents, table of contents, abstract, introduction, overview, summary, background,
+    conclusion, conclusions, discussion, results, methods, references, bibliography, further reading, external links, see also,
+    links, notes, note, remarks, appendix, acknowledgements, acknowledgments, faq, example, examples, usage, parameters, other
+    parameters, arguments, args, options, returns, return, yields, raises, warns, warnings, attributes, properties, description,
+    details, license, changelog, todo""",
+    )
 )
 
 
@@ -100,7 +104,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
             pass
         before = finished_record(output, options | {"data_hash": digest.hexdigest()})
         if before is not None:
-            return MadePairs(*(before.pop(name) for name in MadePairs._fields[:-1]), before)
+            return MadePairs(**{name: before.pop(name) for name in MadePairs._fields[:-1]}, about=before)
     with whole_file(output) as file, tempfile.TemporaryFile(dir=output.parent) as candidates:
         # Which of them stay is known at the end; until then only these few numbers of each are in memory.
         numbers, queries, kind_of = array("q"), array("Q"), array("B")  # document, hash of the query, kind
@@ -111,7 +115,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
             read += 1
             title, text = (whole_characters(part) for part in document[:2])
             if not _size(text):
-                left_out["document"]["empty"] += 1
+                left_out["document"]["without_text"] += 1
                 continue
             for kind, query, positive in _pairs(id_, Document(title, text), options["kinds"], left_out):
                 row = {"query": query, "positive": positive, "kind": kind, "document_id": id_}
@@ -129,9 +133,9 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
         shared = np.zeros(len(kept), bool)
         shared[kept] = counts[inverse] > 1
         by_kind = {kind: np.asarray(kind_of) == KINDS.index(kind) for kind in options["kinds"]}
-        left_out["document"]["near_duplicate"] = int(duplicate.sum())
+        left_out["document"]["near_duplicates"] = int(duplicate.sum())
         for kind, is_kind in by_kind.items():
-            left_out[kind]["shared_query"] = int((shared & is_kind).sum())
+            left_out[kind]["query_of_several_texts"] = int((shared & is_kind).sum())
         kept &= ~shared
         reasons = {part: {reason: count for reason, count in counted.items() if count} for part, counted in left_out.items()}
         if not kept.any():
@@ -167,10 +171,10 @@ def _hashed(documents: Iterable[tuple[str, Document]], digest: Any) -> Iterator[
 
 def _no_pair(corpus: str, read: int, reasons: dict[str, dict[str, int]]) -> str:
     """The message where all is left out: why, and what to do."""
-    found = [f"{part}: {reason.replace('_', ' ')} ({count:,})" for part, counted in reasons.items() for reason, count in counted.items()]
+    found = [f"{count:,} {reason.replace('_', ' ')}" for counted in reasons.values() for reason, count in counted.items()]
     others = [kind for kind in KINDS if kind not in reasons]
     fix = f"try other `kinds`: {', '.join(others)}" if others else "give a corpus with titles, or with longer texts"
-    return f"{corpus}: none of {read:,} documents gave a pair; {'; '.join(found)}; {fix}"
+    return f"{corpus}: none of {read:,} documents gave a pair ({', '.join(found)}); {fix}"
 
 
 def _cut(text: str) -> str:
@@ -185,7 +189,9 @@ def _hash(text: str) -> int:
 # ---------------------------------------------------------------------------------- words and lengths
 
 # Han, kana, Thai, Lao, Myanmar, Khmer: scripts that put no spaces between words.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _UNSPACED_CHARACTER = re.compile(rf"[{_UNSPACED}]")
 _MARKS = " \t\n.,:;!?…。、！？：；()[]\"'“”‘’「」"  # around a word or a query, without meaning
@@ -210,14 +216,14 @@ def _pairs(id_: str, document: Document, kinds: Sequence[str], left_out: dict[st
     title, text = document.title, document.text
     if "title" in kinds:
         if not title.strip():
-            left_out["title"]["no_title"] += 1
+            left_out["title"]["without_title"] += 1
         elif reason := _unusable(title, body := _without_title(title, text)):
             left_out["title"][reason] += 1
         else:
             yield "title", " ".join(title.split()), body
     if "heading" in kinds:
         sections = list(_sections(text))
-        left_out["heading"]["no_heading"] += not sections
+        left_out["heading"]["without_heading"] += not sections
         for heading, body in sections:
             if reason := "same_as_title" if _normal(heading) == _normal(title) else _unusable(heading, body):
                 left_out["heading"][reason] += 1
@@ -226,7 +232,7 @@ def _pairs(id_: str, document: Document, kinds: Sequence[str], left_out: dict[st
     if "sentence" in kinds:
         found = _sentence_pair(id_, document)
         if found is None:
-            left_out["sentence"]["no_sentence"] += 1
+            left_out["sentence"]["without_sentence"] += 1
         else:
             yield "sentence", *found
 
@@ -237,17 +243,19 @@ def _unusable(heading: str, body: str) -> str:
         return "generic"
     if _size(heading) > _QUERY_WORDS:
         return "too_long"
-    return "too_short_text" if _size(body) < _POSITIVE_WORDS else ""
+    return "text_too_short" if _size(body) < _POSITIVE_WORDS else ""
 
 
 def _without_title(title: str, text: str) -> str:
     """A text without the title that it begins with, on a line or as a sentence of its own."""
     words = r"\s+".join(map(re.escape, title.split()))
-    return re.sub(rf"\A\s*(?:#+\s+)?{words}(?:\s*\Z|[ \t]*[.:]?[ \t]*\n(?:[=\-~#*]+[ \t]*\n)?|[.:]\s)", "", text, flags=re.I).strip()
+    return re.sub(
+        rf"\A\s*(?:#+\s+)?{words}(?:\s*\Z|[ \t]*[.:]?[ \t]*\n(?:[=\-~#*]+[ \t]*\n)?|[.:]\s)", "", text, flags=re.I
+    ).strip()
 
 
 _UNDERLINE = re.compile(r"""([=\-~^"'`:.+*#_])\1{2,}\s*""")
-_FENCE = re.compile(r"\s*(?:```|~~~)")
+_FENCE = re.compile(r"\s*(?:```|~~~(?!~))")
 _MARKDOWN = re.compile(r" {0,3}#{1,6}[ \t]+(\S.*?)[ \t#]*")
 _HTML = re.compile(r"<h([1-6])\b[^<>]{0,200}>(.{0,300}?)</h\1\s*>", re.I | re.S)
 
@@ -287,14 +295,17 @@ def _plain(heading: str) -> str:
 
 # Sentences end at an "end", and are never continued past a "wall": blank and indented lines, lists, the marks of code.
 _BOUNDARY = re.compile(
-    r"""(?x) (?P<end> [.!?…؟۔।]+ ["'”’)\]]* (?=\s) | [。！？｡]+ ["」』”’）]* )
+    r"""(?x) (?P<end> [.!?…؟۔।]+ (?: (?= \"{3} | '{3} ) | ["'”’)\]]* (?=\s) ) | [。！？｡]+ ["」』”’）]* )
     | (?P<wall> \n [ \t]* (?= \n | [-*+•>|\#] | \d+[.)]\s | :\w+ ) | \n (?= [ \t]+ \S ) | (?<=:) \n
-        | \"{3} | '{3} | `{3} | >>> | -{3,} | ={3,} | ~{3,} | /\*+ | \*+/ | //
+        | \"{3} | '{3} | `{3} | >>>[^\n]* | -{3,} | ={3,} | ~{3,} | /\*+ | \*+/ | (?<!:)//
         | [:@] (?: param | type | returns? | rtype | raises? | throws ) \b
         | (?: Args | Arguments | Returns? | Raises | Yields | Examples? | Parameters | Usage | Notes? ) \s* : )"""
 )
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|al|approx|Dr|Mr|Mrs|Ms|Prof|St|Fig|Eq|No|Vol|pp|ed)|\b[A-Z])\.\Z")
-_SYMBOL = re.compile(r"[_=<>{}\[\]|\\`^~*/@#$%&+;]|\w\(|\w\.\w|\"|\d")
+_SYMBOL = re.compile(r"[_=<>{}\[\]|\\`^~*/@#$%&+;]|\w\(|\w\.\w|\b(?:def|self)\b|\"|\d")
+_WHOLE = re.compile(
+    r"""(?!\S+[ ]?:\s)(?s:.)*[.!?…؟۔।。！？｡]["'”’)\]」』）]*"""
+)  # a sentence, not a piece or a "name : description"
 _LEADING = re.compile(r"[\s\-*+•>#|:.,;]*(?:\d+[.)]\s+)?")  # marks of lists and quotations
 
 
@@ -303,7 +314,7 @@ def _sentence_pair(id_: str, document: Document) -> tuple[str, str] | None:
     title, text = document.title, document.text
     spans = list(_sentences(text))
     order = [
-        (not (text[end - 1 : end + 1].strip(" \n\t\"'”’)]」』）")[-1:] in _ENDS), _hash(f"{id_}\n{start}"), start, end)
+        (not _WHOLE.fullmatch(text, start, end), _hash(f"{id_}\n{start}"), start, end)
         for start, end in spans
         if _is_informative(text[start:end])
     ]
@@ -315,9 +326,6 @@ def _sentence_pair(id_: str, document: Document) -> tuple[str, str] | None:
         if _size(rest) >= _POSITIVE_WORDS and _normal(query) not in " ".join(positive.casefold().split()):
             return query, positive
     return None
-
-
-_ENDS = ".!?…؟۔।。！？｡"
 
 
 def _sentences(text: str) -> Iterator[tuple[int, int]]:
@@ -360,8 +368,9 @@ def _part(id_: str, text: str, start: int, end: int) -> tuple[int, int] | None:
     length = min(least + chosen % (most - least + 1), len(tokens) - _POSITIVE_WORDS * per_word)
     if length < least:
         return None
-    first = (chosen >> 32) % (len(tokens) - length + 1)
-    begin, stop = tokens[first].start(), tokens[first + length - 1].end()
+    starts = [(chosen >> 8 * i) % (len(tokens) - length + 1) for i in range(2, 6)]
+    # Of as many words the most characters: the fewest of them are "of" and "the".
+    begin, stop = max(((tokens[i].start(), tokens[i + length - 1].end()) for i in starts), key=lambda span: span[1] - span[0])
     while begin < stop and unicodedata.category(text[begin]).startswith("M"):  # a vowel sign stays with its letter
         begin += 1
     while stop < end and unicodedata.category(text[stop]).startswith("M"):

@@ -1,0 +1,265 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anysplade import DataError, Document, OptionError, OutputError, load_pairs, make_pairs
+from anysplade.data.document_pairs import _near_duplicates, _sections, _sentence_pair, _signature, _size
+
+LAMPS = (
+    "Lamps were lit along the harbour every evening. The keeper counted seventeen ships before midnight. Nobody slept much there."
+)
+BREAD = "Bread needs flour, water, salt and patience. A slow dough tastes better than a quick one. Bakers rise early in every town."
+RIVER = "The river rises in cold northern mountains. Its water turns the wheels of eleven mills. Trout live below the last bridge."
+
+
+def corpus_of(folder, *documents):
+    """A corpus of (title, text) or texts, with the ids d0, d1, ..."""
+    path = folder / "corpus.jsonl"
+    titled = [document if isinstance(document, tuple) else ("", document) for document in documents]
+    rows = ({"_id": f"d{i}", "title": title, "text": text} for i, (title, text) in enumerate(titled))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def made_of(folder, *documents, kinds=("title", "heading", "sentence")):
+    """What is made of documents, and the rows."""
+    made = make_pairs(corpus_of(folder, *documents), folder / "pairs.jsonl", kinds=kinds)
+    return made, rows_of(folder / "pairs.jsonl")
+
+
+def test_each_kind(tmp_path):
+    text = f"# Harbour lights\n\n{LAMPS}\n\n## How the bread was made\n\n{BREAD}\n\n## See also\n\n{RIVER}\n"
+    made, rows = made_of(tmp_path, ("Harbour lights", text), ("The river", RIVER))
+    assert made.pairs == {"title": 2, "heading": 1, "sentence": 2}
+    assert made.documents == 2
+    assert made.left_out == {
+        "document": {},
+        "title": {},
+        "heading": {"same_as_title": 1, "generic": 1, "without_heading": 1},
+        "sentence": {},
+    }
+    title, heading, sentence, *_ = rows
+    assert title == {"query": "Harbour lights", "positive": title["positive"], "kind": "title", "document_id": "d0"}
+    assert title["positive"].startswith("Lamps were lit")  # without the title
+    assert (heading["query"], heading["positive"]) == ("How the bread was made", BREAD)
+    assert sentence["query"] in f"{LAMPS} {BREAD} {RIVER}"
+    assert sentence["positive"].startswith("Harbour lights #")  # the document's full text, but for the sentence
+    assert sentence["query"] not in sentence["positive"]
+    assert [row["kind"] for row in made.examples] == ["title", "heading", "sentence"]
+    assert [(pair.query, pair.positive) for pair in load_pairs(tmp_path / "pairs.jsonl")] == [
+        (row["query"], row["positive"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, sections",
+    [
+        ("# One #\na\n\n### Two `x` [link](http://a.b)\nb\nc", [("One", "a"), ("Two x link", "b\nc")]),
+        ("before\n\nOne\n===\na\n\n~~~~~~~\nTwo two\n~~~~~~~\nb", [("One", "a"), ("Two two", "b")]),
+        ("<p>x</p><h2 class='a'>Tom &amp; <b>Jerry</b></h2> <p>a</p>", [("Tom & Jerry", "<p>a</p>")]),
+        ("# One\n```\n# a comment\n```\na", [("One", "```\n# a comment\n```\na")]),
+        ("#hashtag\n#!/bin/sh\na | b\n--- | ---\ntitle: a long line of the front matter\n---", []),
+    ],
+)
+def test_headings(text, sections):
+    assert list(_sections(text)) == sections
+
+
+def test_near_duplicates_give_no_pair(tmp_path):
+    again = " ".join([*(f"{LAMPS} {BREAD} {RIVER}".replace("seventeen", "twelve")).split(), "\n"])
+    made, rows = made_of(tmp_path, f"{LAMPS} {BREAD} {RIVER}", again, LAMPS.upper(), LAMPS, BREAD)
+    assert made.left_out["document"] == {"near_duplicates": 2}
+    assert [row["document_id"] for row in rows] == ["d0", "d2", "d4"]
+
+
+def test_a_query_of_several_texts_is_left_out(tmp_path):
+    made, rows = made_of(
+        tmp_path, ("News", LAMPS), ("NEWS.", BREAD), ("Rivers", RIVER), ("Index", f"{LAMPS} {RIVER}"), kinds=["title"]
+    )
+    assert [row["query"] for row in rows] == ["Rivers"]
+    assert made.left_out["title"] == {"generic": 1, "query_of_several_texts": 2}
+
+
+def test_a_duplicate_takes_no_title_from_the_first(tmp_path):
+    made, rows = made_of(tmp_path, ("The harbour", LAMPS), ("The harbour", LAMPS), kinds=["title"])
+    assert [row["document_id"] for row in rows] == ["d0"]
+    assert made.left_out["document"] == {"near_duplicates": 1}
+
+
+def test_texts_without_punctuation_give_a_part():
+    text = (
+        "an electronic analogue computer for solving systems of linear equations mathematical derivation of the operating principle"
+    )
+    query, positive = _sentence_pair("d", Document("", text))
+    assert 6 <= len(query.split()) <= 15
+    assert query in text
+    assert len(query.split()) + len(positive.split()) == len(text.split())
+    assert _sentence_pair("d", Document("", "six words are not enough here")) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "東京は日本の首都であり世界最大級の都市です。多くの人が毎日電車で通勤しています。春には公園で桜がきれいに咲きます。",
+        "北京是中国的首都也是一座古老的城市。每年有许多游客来参观故宫和长城！冬天的北京非常寒冷而且经常刮风。",
+        "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและเป็นเมืองที่มีประชากรมากที่สุด มีแม่น้ำเจ้าพระยาไหลผ่านกลางเมือง",
+        "東京は日本の首都であり世界最大級の都市で多くの人が毎日電車で通勤していて春には公園で桜がきれいに咲きます",
+    ],
+)
+def test_scripts_without_spaces(text):
+    query, positive = _sentence_pair("d", Document("", text))
+    assert query in text
+    assert 4 <= _size(query) <= 40
+    assert len("".join((query + positive).split())) == len("".join(text.split()))
+
+
+def test_sentences_of_code_are_its_words():
+    code = 'def paste(xsel=False): """Returns the contents of the clipboard.""" kind = "a" if xsel else "b" return run(kind, xsel)'
+    query, positive = _sentence_pair("d", Document("", code))
+    assert query == "Returns the contents of the clipboard."
+    assert positive.startswith("def paste(xsel=False):")
+    assert _sentence_pair("d", Document("", "x = f(a, b); y = g(x, c); return {k: v for k, v in zip(x, y) if k != v}")) is None
+
+
+def test_abbreviations_end_no_sentence():
+    text = "Dr. Miller met them, e.g. at the old harbour, with J. Smith. " + BREAD
+    found = {_sentence_pair(str(i), Document("", text))[0] for i in range(30)}
+    assert found == {"Dr. Miller met them, e.g. at the old harbour, with J. Smith.", *(f"{s}." for s in BREAD[:-1].split(". "))}
+
+
+def test_a_title_is_cut_off_only_where_it_stands_alone(tmp_path):
+    paris = "Paris is the capital of France and its largest city by far."
+    _, rows = made_of(
+        tmp_path, ("Paris", paris), ("The harbour", f"The harbour. {LAMPS}"), ("Bread", f"Bread\n=====\n{BREAD}"), kinds=["title"]
+    )
+    assert [row["positive"] for row in rows] == [paris, LAMPS, BREAD]
+
+
+def test_a_rerun_makes_nothing_again_and_another_output_is_refused(tmp_path, monkeypatch):
+    made, _ = made_of(tmp_path, ("The harbour", LAMPS), ("Bread", BREAD))
+    output, record = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.json"
+    assert json.loads(record.read_text()) == made.to_dict()
+    before = output.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("anysplade.data.document_pairs._pairs", None)
+        again = make_pairs(str(tmp_path / "corpus.jsonl"), output, kinds=("sentence", "title", "heading"))
+    assert (again.to_dict(), output.stat().st_mtime_ns) == (made.to_dict(), before)
+    with pytest.raises(OutputError, match="choose another"):
+        make_pairs(str(tmp_path / "corpus.jsonl"), output, kinds=["title"])
+    corpus_of(tmp_path, RIVER)
+    with pytest.raises(OutputError, match="choose another"):
+        make_pairs(str(tmp_path / "corpus.jsonl"), output)
+    with pytest.raises(OutputError, match="choose another"):  # the corpus itself
+        make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "corpus.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "pairs.jsonl", "pairs.jsonl.json"]
+
+
+def test_the_same_pairs_in_another_process(tmp_path):
+    _, rows = made_of(tmp_path, ("The harbour", LAMPS), BREAD, RIVER, f"{RIVER} {BREAD}", f"{RIVER} Yes. {BREAD}")
+    code = "import sys, anysplade; anysplade.make_pairs(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "corpus.jsonl", tmp_path / "again.jsonl"], check=True)
+    assert rows_of(tmp_path / "again.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    "documents, kinds, message",
+    [
+        ([LAMPS, BREAD], ["title"], r"none of 2 documents gave a pair \(2 without title\); try other `kinds`: heading, sentence"),
+        (
+            ["too short", "", "🎉🎉"],
+            ["title", "heading", "sentence"],
+            r"2 without text, 1 without title, .*; give a corpus with titles",
+        ),
+        ([("Kabel", "kabel")], ["title"], "1 text too short"),
+        ([], ["title"], "the corpus is empty"),
+    ],
+)
+def test_no_pair_at_all(documents, kinds, message, tmp_path):
+    with pytest.raises(DataError, match=message) as raised:
+        made_of(tmp_path, *documents, kinds=kinds)
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("kinds", [[], ["titel"], ["title", "titel"], "title"])
+def test_unknown_kinds(kinds, tmp_path):
+    with pytest.raises(OptionError, match="choose of title, heading, sentence"):
+        made_of(tmp_path, LAMPS, kinds=kinds)
+
+
+def test_texts_that_could_break_something(tmp_path):
+    words = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}" for i in range(100_000))
+    made, rows = made_of(
+        tmp_path,
+        ("A\x00 title\ud83d", f"{LAMPS}\x00"),
+        ("Long", words),
+        ("🎉", "🎉 " * 50),
+        ("Again and again", "This is the same sentence. " * 20_000),
+        ("Headings", "<h1>" * 10_000 + "# \n" * 10_000 + BREAD),
+        ("Spaces", f"{' ' * 50_000}{RIVER}{chr(10) * 50_000}"),
+    )
+    assert made.pairs["title"] >= 4
+    assert not any("This is the same sentence" in row["query"] for row in rows)
+    assert len(load_pairs(tmp_path / "pairs.jsonl")) == len(rows)
+    assert len(Path(tmp_path / "pairs.jsonl.json").read_text()) < 10_000
+
+
+def test_a_duplicate_id_is_named(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": "a", "text": LAMPS}) + "\n" + json.dumps({"_id": "a", "text": BREAD}))
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: the id 'a' is a duplicate"):
+        make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "pairs.jsonl")
+
+
+WORD = st.sampled_from(
+    ["ships", "Harbour", "the", "of", "grün", "x", "3.14", "e.g.", "f(x)", "東京", "都市は", "กรุง", "हिन्दी", "🎉", "\x00"]
+)
+MARK = st.sampled_from([". ", " ", ", ", "! ", "。", "\n", "\n\n", "\n- ", ' """', "? "])
+TEXT = st.lists(st.tuples(WORD, MARK), max_size=80).map(lambda parts: "".join(word + mark for word, mark in parts)) | st.text(
+    max_size=200
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT, TEXT, st.text(max_size=5))
+def test_the_sentence_is_not_in_the_positive(title, text, id_):
+    found = _sentence_pair(id_, Document(title, text))
+    assert found == _sentence_pair(id_, Document(title, text))
+    if found:
+        query, positive = found
+        assert query not in " ".join(positive.split())
+        assert query in " ".join(text.split())
+        assert _size(positive) >= 8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6))
+def test_whatever_is_made_can_be_read(tmp_path_factory, documents):
+    folder = tmp_path_factory.mktemp("any")
+    documents = [(title.encode(errors="replace").decode(), text.encode(errors="replace").decode()) for title, text in documents]
+    try:
+        made, rows = made_of(folder, *documents)
+    except DataError:
+        return
+    assert sum(made.pairs.values()) == len(rows) == len(load_pairs(folder / "pairs.jsonl"))
+    assert len({row["query"] for row in rows}) == len(rows)
+
+
+def test_the_share_of_equal_runs_decides():
+    """Of pairs of texts of 200 words that share a part, those above a Jaccard similarity of 0.85 and none below 0.5 are found."""
+    generator = np.random.default_rng(0)
+    texts = generator.integers(0, 10**6, (60, 200))
+    for shared, expected in ((190, 60), (110, 0)):
+        others = np.concatenate([texts[:, :shared], generator.integers(0, 10**6, (60, 200 - shared))], axis=1)
+        both = [" ".join(map(str, text)) for text in (*texts, *others)]
+        duplicate = _near_duplicates(np.stack([_signature(text) for text in both]))
+        assert (duplicate[:60].sum(), duplicate[60:].sum()) == (0, expected)
