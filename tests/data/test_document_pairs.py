@@ -65,6 +65,7 @@ def test_each_kind(tmp_path):
     "text, sections",
     [
         ("# One #\na\n\n### Two `x` [link](http://a.b)\nb\nc", [("One", "a"), ("Two x link", "b\nc")]),
+        ("# C#\na\n# C #\nb", [("C#", "a"), ("C", "b")]),
         ("before\n\nOne\n===\na\n\n~~~~~~~\nTwo two\n~~~~~~~\nb", [("One", "a"), ("Two two", "b")]),
         ("<p>x</p><h2 class='a'>Tom &amp; <b>Jerry</b></h2> <p>a</p>", [("Tom & Jerry", "<p>a</p>")]),
         ("# One\n```\n# a comment\n```\na", [("One", "```\n# a comment\n```\na")]),
@@ -205,7 +206,7 @@ def test_texts_that_could_break_something(tmp_path):
         ("Long", words),
         ("🎉", "🎉 " * 50),
         ("Again and again", "This is the same sentence. " * 20_000),
-        ("Headings", "<h1>" * 10_000 + "# \n" * 10_000 + BREAD),
+        ("Headings", "<h1>" * 10_000 + "# \n" * 10_000 + "# " * 10_000 + "x\n" + BREAD),
         ("Spaces", f"{' ' * 50_000}{RIVER}{chr(10) * 50_000}"),
     )
     assert made.pairs["title"] >= 4

@@ -41,11 +41,11 @@ _SHOWN = 300  # characters of an example's texts in the record
 _GENERIC = frozenset(
     re.split(
         r",\s+",
-        """untitled, no title, title, home, index, contents, table of contents, abstract, introduction, overview, summary, background,
-    conclusion, conclusions, discussion, results, methods, references, bibliography, further reading, external links, see also,
-    links, notes, note, remarks, appendix, acknowledgements, acknowledgments, faq, example, examples, usage, parameters, other
-    parameters, arguments, args, options, returns, return, yields, raises, warns, warnings, attributes, properties, description,
-    details, license, changelog, todo""",
+        """untitled, no title, title, home, index, contents, table of contents, abstract, introduction, overview, summary,
+        background, conclusion, conclusions, discussion, results, methods, references, bibliography, further reading,
+        external links, see also, links, notes, note, remarks, appendix, acknowledgements, acknowledgments, faq, example,
+        examples, usage, parameters, other parameters, arguments, args, options, returns, return, yields, raises, warns,
+        warnings, attributes, properties, description, details, license, changelog, todo""",
     )
 )
 
@@ -256,7 +256,7 @@ def _without_title(title: str, text: str) -> str:
 
 _UNDERLINE = re.compile(r"""([=\-~^"'`:.+*#_])\1{2,}\s*""")
 _FENCE = re.compile(r"\s*(?:```|~~~(?!~))")
-_MARKDOWN = re.compile(r" {0,3}#{1,6}[ \t]+(\S.*?)[ \t#]*")
+_MARKDOWN = re.compile(r" {0,3}#{1,6}[ \t]+(\S.*)")
 _HTML = re.compile(r"<h([1-6])\b[^<>]{0,200}>(.{0,300}?)</h\1\s*>", re.I | re.S)
 
 
@@ -288,6 +288,9 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
 
 def _plain(heading: str) -> str:
     """A heading without the markup of Markdown and HTML."""
+    opened = heading.rstrip().rstrip("#")
+    if opened[-1:].isspace():  # "# Heading #", but not "# C#"
+        heading = opened
     heading = re.sub(r"!?\[([^\[\]]*)\]\([^()]*\)", r"\1", heading)  # a link's text
     heading = re.sub(r"<[^<>]{1,200}>|\{#[^{}]*\}|[*`]+", "", heading)
     return " ".join(html.unescape(heading).split())
@@ -296,7 +299,7 @@ def _plain(heading: str) -> str:
 # Sentences end at an "end", and are never continued past a "wall": blank and indented lines, lists, the marks of code.
 _BOUNDARY = re.compile(
     r"""(?x) (?P<end> [.!?…؟۔।]+ (?: (?= \"{3} | '{3} ) | ["'”’)\]]* (?=\s) ) | [。！？｡]+ ["」』”’）]* )
-    | (?P<wall> \n [ \t]* (?= \n | [-*+•>|\#] | \d+[.)]\s | :\w+ ) | \n (?= [ \t]+ \S ) | (?<=:) \n
+    | (?P<wall> \n [ \t]* (?= \n | [-*+•>|\#] | \d+[.)]\s | :\w+ ) | \n (?= [ \t]+ \S | [\w*,\ ]{1,40}[ ]: ) | (?<=:) \n
         | \"{3} | '{3} | `{3} | >>>[^\n]* | -{3,} | ={3,} | ~{3,} | /\*+ | \*+/ | (?<!:)//
         | [:@] (?: param | type | returns? | rtype | raises? | throws ) \b
         | (?: Args | Arguments | Returns? | Raises | Yields | Examples? | Parameters | Usage | Notes? ) \s* : )"""
@@ -304,7 +307,7 @@ _BOUNDARY = re.compile(
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|al|approx|Dr|Mr|Mrs|Ms|Prof|St|Fig|Eq|No|Vol|pp|ed)|\b[A-Z])\.\Z")
 _SYMBOL = re.compile(r"[_=<>{}\[\]|\\`^~*/@#$%&+;]|\w\(|\w\.\w|\b(?:def|self)\b|\"|\d")
 _WHOLE = re.compile(
-    r"""(?!\S+[ ]?:\s)(?s:.)*[.!?…؟۔।。！？｡]["'”’)\]」』）]*"""
+    r"""(?!(?:\S+[ ]?){1,3}:\s)(?s:.)*[.!?…؟۔।。！？｡]["'”’)\]」』）]*"""
 )  # a sentence, not a piece or a "name : description"
 _LEADING = re.compile(r"[\s\-*+•>#|:.,;]*(?:\d+[.)]\s+)?")  # marks of lists and quotations
 
