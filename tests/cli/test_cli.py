@@ -328,6 +328,29 @@ def test_mine_and_score(collection_folder, call_json, call, tmp_path):
     assert "examples scored by bm25" in out
 
 
+def test_pairs_from_documents_are_trained_on(backbone, call_json, call, tmp_path):
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "pairs.jsonl"
+    texts = [
+        " ".join(f"{word}{i}" for word in ("kabel", "locor", "midan", "nufil", "pegor", "rahan", "sojim", "tukop"))
+        for i in range(8)
+    ]
+    corpus.write_text(
+        "".join(json.dumps({"_id": str(i), "title": f"kabel {i}", "text": text}) + "\n" for i, text in enumerate(texts))
+    )
+    made = call_json("pairs", corpus, "--out", out, "--kinds", "title", "heading")
+    assert made["pairs"] == {"title": 8, "heading": 0}
+    assert made["out"] == str(out)
+    code, text, _ = call("pairs", corpus, "--kinds", "heading", "title", "--out", out)
+    assert code == 0
+    assert "8 pairs from 8 documents (8 title, 0 heading)" in text
+    assert "left out, heading: 8 without heading" in text
+    assert text.rstrip().endswith(f"next: anysplade train MODEL {out} --out RUN")
+    assert call("train", backbone, out, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 4)[0] == 0
+    code, _, err = call("pairs", corpus, "--out", out)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "choose another --out" in err
+
+
 @pytest.fixture
 def indexed(backbone, tmp_path):
     rows = [

@@ -1,167 +1,266 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anysplade import DataError, Document, OptionError, OutputError, load_pairs, make_pairs
-from anysplade.data.document_pairs import KINDS, _NearDuplicates, _sentences
+from anysplade.data.document_pairs import _near_duplicates, _sections, _sentence_pair, _signature, _size
 
-LONG = "The quick fox jumps over a lazy dog in the park. It was seen by a man who sold bread there. Nobody else came by that day."
-
-
-def corpus(folder, documents):
-    """A corpus of (title, text) pairs or texts."""
-    rows = [document if isinstance(document, tuple) else ("", document) for document in documents]
-    lines = (json.dumps({"_id": f"d{i}", "title": title, "text": text}) + "\n" for i, (title, text) in enumerate(rows))
-    (folder / "corpus.jsonl").write_text("".join(lines))
-    return str(folder / "corpus.jsonl")
+LAMPS = (
+    "Lamps were lit along the harbour every evening. The keeper counted seventeen ships before midnight. Nobody slept much there."
+)
+BREAD = "Bread needs flour, water, salt and patience. A slow dough tastes better than a quick one. Bakers rise early in every town."
+RIVER = "The river rises in cold northern mountains. Its water turns the wheels of eleven mills. Trout live below the last bridge."
 
 
-def made(folder, documents, **options):
-    result = make_pairs(corpus(folder, documents), folder / "pairs.jsonl", **options)
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert sum(result.pairs.values()) == len(rows)
-    assert all(example in rows for example in result.examples)
-    return result, rows
+def corpus_of(folder, *documents):
+    """A corpus of (title, text) or texts, with the ids d0, d1, ..."""
+    path = folder / "corpus.jsonl"
+    titled = [document if isinstance(document, tuple) else ("", document) for document in documents]
+    rows = ({"_id": f"d{i}", "title": title, "text": text} for i, (title, text) in enumerate(titled))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-PAGE = f"""{LONG}
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-# How foxes *sleep*
 
-Foxes sleep in the open most of the year, and curl up.
-
-What they eat
-=============
-They eat mice, berries and whatever else a garden has to offer.
-<h2>Where &amp; when</h2>
-All over the world and at any time of a day."""
+def made_of(folder, *documents, kinds=("title", "heading", "sentence")):
+    """What is made of documents, and the rows."""
+    made = make_pairs(corpus_of(folder, *documents), folder / "pairs.jsonl", kinds=kinds)
+    return made, rows_of(folder / "pairs.jsonl")
 
 
 def test_each_kind(tmp_path):
-    other = LONG.replace("fox", "baker").replace("dog", "oven") + " So it is."
-    result, rows = made(tmp_path, [("On foxes", PAGE), ("On bread", other)])
-    assert result.pairs == {"title": 2, "heading": 3, "sentence": 2}
-    by_query = {row["query"]: row for row in rows}
-    assert by_query["On bread"]["positive"].startswith("The quick baker")
-    assert by_query["How foxes sleep"]["positive"] == "Foxes sleep in the open most of the year, and curl up."
-    assert by_query["What they eat"]["positive"].startswith("They eat mice")
-    assert by_query["Where & when"]["positive"].startswith("All over the world")
-    for row in rows:
-        assert row["document_id"] in ("d0", "d1")
-        if row["kind"] == "sentence":
-            assert row["query"] not in row["positive"]
-            assert row["positive"].startswith("On ")
-    pairs = load_pairs(tmp_path / "pairs.jsonl")
-    assert [(pair.query, pair.positive) for pair in pairs] == [(row["query"], row["positive"]) for row in rows]
-    assert (tmp_path / "pairs.jsonl.json").is_file()
-
-
-def test_the_kinds_that_are_asked_for(tmp_path):
-    result, rows = made(tmp_path, [("On foxes", LONG)], kinds=["title"])
-    assert result.pairs == {"title": 1}
-    assert {row["kind"] for row in rows} == {"title"}
-
-
-def test_text_without_sentences_gives_words_in_a_row(tmp_path):
-    words = " ".join(f"word{chr(97 + i)}" for i in range(26))
-    (row,) = made(tmp_path, [words])[1]
-    assert row["query"] in words
-    assert 6 <= len(row["query"].split()) <= 15
-    assert set(row["query"].split()) | set(row["positive"].split()) == set(words.split())
-    assert not set(row["query"].split()) & set(row["positive"].split())
-
-
-def test_scripts_without_spaces(tmp_path):
-    (row,) = made(tmp_path, [("", "信息检索是计算机科学的一个分支。它研究如何从大量文本中找到需要的内容。人们每天都在使用它。")])[1]
-    assert 5 <= len(row["query"]) <= 40
-    assert row["query"] not in row["positive"]
-
-
-CODE = """\
-def invert(matrix, tolerance=1e-9):
-    \'\'\'Compute the inverse of a square matrix.\'\'\'
-    return [[row[i] for row in matrix] for i in range(3)]"""
-
-
-def test_code_gives_its_language(tmp_path):
-    (row,) = made(tmp_path, [CODE])[1]
-    assert row["query"] == "Compute the inverse of a square matrix."
-    assert "def invert" in row["positive"]
-
-
-def test_near_duplicates_and_ambiguous_titles_are_left_out(tmp_path):
-    other = "Bread is made of flour and water, and it takes a night to rise. Bakers get up early for that reason alone."
-    result, rows = made(tmp_path, [("Introduction", LONG), ("introduction!", other), ("Foxes", LONG.replace("bread", "bread,"))])
-    assert result.near_duplicates == 1
-    assert result.ambiguous == 2
-    assert {row["document_id"] for row in rows} == {"d0", "d1"}
-    assert {row["kind"] for row in rows} == {"sentence"}
-
-
-def test_again_it_is_the_same_and_not_made_twice(tmp_path):
-    documents = [("On foxes", LONG), LONG.upper().replace("FOX", "HEN").replace("MAN", "CAT").replace("DAY", "AGE")]
-    first, _ = made(tmp_path, documents)
-    content = (tmp_path / "pairs.jsonl").read_bytes()
-    time = (tmp_path / "pairs.jsonl").stat().st_mtime_ns
-    assert made(tmp_path, documents)[0] == first
-    assert (tmp_path / "pairs.jsonl").stat().st_mtime_ns == time
-    with pytest.raises(OutputError, match="choose another"):
-        made(tmp_path, documents, kinds=["title"])
-    with pytest.raises(OutputError, match="choose another"):
-        made(tmp_path, documents[:1])
-    (tmp_path / "other.jsonl").write_text("something else\n")
-    with pytest.raises(OutputError, match="choose another"):
-        make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "other.jsonl")
-    assert (tmp_path / "other.jsonl").read_text() == "something else\n"
-    make_pairs(corpus(tmp_path, documents), tmp_path / "again.jsonl")
-    assert (tmp_path / "again.jsonl").read_bytes() == content
+    text = f"# Harbour lights\n\n{LAMPS}\n\n## How the bread was made\n\n{BREAD}\n\n## See also\n\n{RIVER}\n"
+    made, rows = made_of(tmp_path, ("Harbour lights", text), ("The river", RIVER))
+    assert made.pairs == {"title": 2, "heading": 1, "sentence": 2}
+    assert made.documents == 2
+    assert made.left_out == {
+        "document": {},
+        "title": {},
+        "heading": {"same_as_title": 1, "generic": 1, "without_heading": 1},
+        "sentence": {},
+    }
+    title, heading, sentence, *_ = rows
+    assert title == {"query": "Harbour lights", "positive": title["positive"], "kind": "title", "document_id": "d0"}
+    assert title["positive"].startswith("Lamps were lit")  # without the title
+    assert (heading["query"], heading["positive"]) == ("How the bread was made", BREAD)
+    assert sentence["query"] in f"{LAMPS} {BREAD} {RIVER}"
+    assert sentence["positive"].startswith("Harbour lights #")  # the document's full text, but for the sentence
+    assert sentence["query"] not in sentence["positive"]
+    assert [row["kind"] for row in made.examples] == ["title", "heading", "sentence"]
+    assert [(pair.query, pair.positive) for pair in load_pairs(tmp_path / "pairs.jsonl")] == [
+        (row["query"], row["positive"]) for row in rows
+    ]
 
 
 @pytest.mark.parametrize(
-    "documents, message",
+    "text, sections",
     [
-        ([""], "too short"),
-        (["🙂🙂🙂 🙂"], "too short"),
-        ([("Title", "Title")], "too short"),
-        ([("Same", f"{a} b c d e f g h i j") for a in "xyz"], "too short|same queries"),
-        ([], "the corpus is empty"),
+        ("# One #\na\n\n### Two `x` [link](http://a.b)\nb\nc", [("One", "a"), ("Two x link", "b\nc")]),
+        ("# C#\na\n# C #\nb", [("C#", "a"), ("C", "b")]),
+        ("before\n\nOne\n===\na\n\n~~~~~~~\nTwo two\n~~~~~~~\nb", [("One", "a"), ("Two two", "b")]),
+        ("<p>x</p><h2 class='a'>Tom &amp; <b>Jerry</b></h2> <p>a</p>", [("Tom & Jerry", "<p>a</p>")]),
+        ("# One\n```\n# a comment\n```\na", [("One", "```\n# a comment\n```\na")]),
+        ("#hashtag\n#!/bin/sh\na | b\n--- | ---\ntitle: a long line of the front matter\n---", []),
     ],
 )
-def test_nothing_to_make(tmp_path, documents, message):
-    with pytest.raises(DataError, match=message):
-        make_pairs(corpus(tmp_path, documents), tmp_path / "pairs.jsonl", kinds=["title"])
-    assert not (tmp_path / "pairs.jsonl").exists()
+def test_headings(text, sections):
+    assert list(_sections(text)) == sections
 
 
-def test_unknown_kinds(tmp_path):
-    for kinds in (["titles"], []):
-        with pytest.raises(OptionError, match="choose from title, heading, sentence"):
-            make_pairs(corpus(tmp_path, [LONG]), tmp_path / "pairs.jsonl", kinds=kinds)
+def test_near_duplicates_give_no_pair(tmp_path):
+    again = " ".join([*(f"{LAMPS} {BREAD} {RIVER}".replace("seventeen", "twelve")).split(), "\n"])
+    made, rows = made_of(tmp_path, f"{LAMPS} {BREAD} {RIVER}", again, LAMPS.upper(), LAMPS, BREAD)
+    assert made.left_out["document"] == {"near_duplicates": 2}
+    assert [row["document_id"] for row in rows] == ["d0", "d2", "d4"]
 
 
-def test_hostile_texts(tmp_path):
-    documents = ["half \ud83d a " + LONG, "word " * 100_000 + "end", "\0" * 50, "#" * 5000 + "\n" + "=" * 5000, ("=", "-\n" * 300)]
-    result, rows = made(tmp_path, documents)
-    assert result.documents == 5
-    assert any("\ufffd" in row["query"] + row["positive"] for row in rows)
+def test_a_query_of_several_texts_is_left_out(tmp_path):
+    made, rows = made_of(
+        tmp_path, ("News", LAMPS), ("NEWS.", BREAD), ("Rivers", RIVER), ("Index", f"{LAMPS} {RIVER}"), kinds=["title"]
+    )
+    assert [row["query"] for row in rows] == ["Rivers"]
+    assert made.left_out["title"] == {"generic": 1, "query_of_several_texts": 2}
 
 
-@given(st.text(max_size=400), st.sampled_from(["", "A title"]))
-def test_a_sentence_and_its_rest_have_all_words(text, title):
-    for row in _sentences("id", Document(title, text)):
-        rest = f"{title} {text}".split()
-        assert (
-            sorted("".join(f"{row.query}{row.positive}".split()).strip("\"'")) <= sorted("".join(rest)) or "\ufffd" in row.positive
-        )
-        assert len("".join(row.query.split())) + len("".join(row.positive.split())) <= len("".join(rest)) + 2
+def test_a_duplicate_takes_no_title_from_the_first(tmp_path):
+    made, rows = made_of(tmp_path, ("The harbour", LAMPS), ("The harbour", LAMPS), kinds=["title"])
+    assert [row["document_id"] for row in rows] == ["d0"]
+    assert made.left_out["document"] == {"near_duplicates": 1}
 
 
-@given(st.lists(st.sampled_from("abcdefgh"), min_size=40, max_size=80), st.integers(0, 39))
-def test_a_text_is_its_own_near_duplicate(words, start):
-    seen = _NearDuplicates()
-    assert not seen.has(" ".join(words))
-    assert seen.has("  ".join(words).upper())
-    assert not seen.has(" ".join(f"other{word}{i}" for i, word in enumerate(words)))
-    assert set(KINDS) == {"title", "heading", "sentence"}
+def test_texts_without_punctuation_give_a_part():
+    text = (
+        "an electronic analogue computer for solving systems of linear equations mathematical derivation of the operating principle"
+    )
+    query, positive = _sentence_pair("d", Document("", text))
+    assert 6 <= len(query.split()) <= 15
+    assert query in text
+    assert len(query.split()) + len(positive.split()) == len(text.split())
+    assert _sentence_pair("d", Document("", "six words are not enough here")) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "東京は日本の首都であり世界最大級の都市です。多くの人が毎日電車で通勤しています。春には公園で桜がきれいに咲きます。",
+        "北京是中国的首都也是一座古老的城市。每年有许多游客来参观故宫和长城！冬天的北京非常寒冷而且经常刮风。",
+        "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและเป็นเมืองที่มีประชากรมากที่สุด มีแม่น้ำเจ้าพระยาไหลผ่านกลางเมือง",
+        "東京は日本の首都であり世界最大級の都市で多くの人が毎日電車で通勤していて春には公園で桜がきれいに咲きます",
+    ],
+)
+def test_scripts_without_spaces(text):
+    query, positive = _sentence_pair("d", Document("", text))
+    assert query in text
+    assert 4 <= _size(query) <= 40
+    assert len("".join((query + positive).split())) == len("".join(text.split()))
+
+
+def test_sentences_of_code_are_its_words():
+    code = 'def paste(xsel=False): """Returns the contents of the clipboard.""" kind = "a" if xsel else "b" return run(kind, xsel)'
+    query, positive = _sentence_pair("d", Document("", code))
+    assert query == "Returns the contents of the clipboard."
+    assert positive.startswith("def paste(xsel=False):")
+    assert _sentence_pair("d", Document("", "x = f(a, b); y = g(x, c); return {k: v for k, v in zip(x, y) if k != v}")) is None
+
+
+def test_abbreviations_end_no_sentence():
+    text = "Dr. Miller met them, e.g. at the old harbour, with J. Smith. " + BREAD
+    found = {_sentence_pair(str(i), Document("", text))[0] for i in range(30)}
+    assert found == {"Dr. Miller met them, e.g. at the old harbour, with J. Smith.", *(f"{s}." for s in BREAD[:-1].split(". "))}
+
+
+def test_a_title_is_cut_off_only_where_it_stands_alone(tmp_path):
+    paris = "Paris is the capital of France and its largest city by far."
+    _, rows = made_of(
+        tmp_path, ("Paris", paris), ("The harbour", f"The harbour. {LAMPS}"), ("Bread", f"Bread\n=====\n{BREAD}"), kinds=["title"]
+    )
+    assert [row["positive"] for row in rows] == [paris, LAMPS, BREAD]
+
+
+def test_a_rerun_makes_nothing_again_and_another_output_is_refused(tmp_path, monkeypatch):
+    made, _ = made_of(tmp_path, ("The harbour", LAMPS), ("Bread", BREAD))
+    output, record = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.json"
+    assert json.loads(record.read_text()) == made.to_dict()
+    before = output.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("anysplade.data.document_pairs._pairs", None)
+        again = make_pairs(str(tmp_path / "corpus.jsonl"), output, kinds=("sentence", "title", "heading"))
+    assert (again.to_dict(), output.stat().st_mtime_ns) == (made.to_dict(), before)
+    with pytest.raises(OutputError, match="choose another"):
+        make_pairs(str(tmp_path / "corpus.jsonl"), output, kinds=["title"])
+    corpus_of(tmp_path, RIVER)
+    with pytest.raises(OutputError, match="choose another"):
+        make_pairs(str(tmp_path / "corpus.jsonl"), output)
+    with pytest.raises(OutputError, match="choose another"):  # the corpus itself
+        make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "corpus.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "pairs.jsonl", "pairs.jsonl.json"]
+
+
+def test_the_same_pairs_in_another_process(tmp_path):
+    _, rows = made_of(tmp_path, ("The harbour", LAMPS), BREAD, RIVER, f"{RIVER} {BREAD}", f"{RIVER} Yes. {BREAD}")
+    code = "import sys, anysplade; anysplade.make_pairs(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "corpus.jsonl", tmp_path / "again.jsonl"], check=True)
+    assert rows_of(tmp_path / "again.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    "documents, kinds, message",
+    [
+        ([LAMPS, BREAD], ["title"], r"none of 2 documents gave a pair \(2 without title\); try other `kinds`: heading, sentence"),
+        (
+            ["too short", "", "🎉🎉"],
+            ["title", "heading", "sentence"],
+            r"2 without text, 1 without title, .*; give a corpus with titles",
+        ),
+        ([("Kabel", "kabel")], ["title"], "1 text too short"),
+        ([], ["title"], "the corpus is empty"),
+    ],
+)
+def test_no_pair_at_all(documents, kinds, message, tmp_path):
+    with pytest.raises(DataError, match=message) as raised:
+        made_of(tmp_path, *documents, kinds=kinds)
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("kinds", [[], ["titel"], ["title", "titel"], "title"])
+def test_unknown_kinds(kinds, tmp_path):
+    with pytest.raises(OptionError, match="choose of title, heading, sentence"):
+        made_of(tmp_path, LAMPS, kinds=kinds)
+
+
+def test_texts_that_could_break_something(tmp_path):
+    words = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}" for i in range(100_000))
+    made, rows = made_of(
+        tmp_path,
+        ("A\x00 title\ud83d", f"{LAMPS}\x00"),
+        ("Long", words),
+        ("🎉", "🎉 " * 50),
+        ("Again and again", "This is the same sentence. " * 20_000),
+        ("Headings", "<h1>" * 10_000 + "# \n" * 10_000 + "# " * 10_000 + "x\n" + BREAD),
+        ("Spaces", f"{' ' * 50_000}{RIVER}{chr(10) * 50_000}"),
+    )
+    assert made.pairs["title"] >= 4
+    assert not any("This is the same sentence" in row["query"] for row in rows)
+    assert len(load_pairs(tmp_path / "pairs.jsonl")) == len(rows)
+    assert len(Path(tmp_path / "pairs.jsonl.json").read_text()) < 10_000
+
+
+def test_a_duplicate_id_is_named(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": "a", "text": LAMPS}) + "\n" + json.dumps({"_id": "a", "text": BREAD}))
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: the id 'a' is a duplicate"):
+        make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "pairs.jsonl")
+
+
+WORD = st.sampled_from(
+    ["ships", "Harbour", "the", "of", "grün", "x", "3.14", "e.g.", "f(x)", "東京", "都市は", "กรุง", "हिन्दी", "🎉", "\x00"]
+)
+MARK = st.sampled_from([". ", " ", ", ", "! ", "。", "\n", "\n\n", "\n- ", ' """', "? "])
+TEXT = st.lists(st.tuples(WORD, MARK), max_size=80).map(lambda parts: "".join(word + mark for word, mark in parts)) | st.text(
+    max_size=200
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT, TEXT, st.text(max_size=5))
+def test_the_sentence_is_not_in_the_positive(title, text, id_):
+    found = _sentence_pair(id_, Document(title, text))
+    assert found == _sentence_pair(id_, Document(title, text))
+    if found:
+        query, positive = found
+        assert query not in " ".join(positive.split())
+        assert query in " ".join(text.split())
+        assert _size(positive) >= 8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6))
+def test_whatever_is_made_can_be_read(tmp_path_factory, documents):
+    folder = tmp_path_factory.mktemp("any")
+    documents = [(title.encode(errors="replace").decode(), text.encode(errors="replace").decode()) for title, text in documents]
+    try:
+        made, rows = made_of(folder, *documents)
+    except DataError:
+        return
+    assert sum(made.pairs.values()) == len(rows) == len(load_pairs(folder / "pairs.jsonl"))
+    assert len({row["query"] for row in rows}) == len(rows)
+
+
+def test_the_share_of_equal_runs_decides():
+    """Of pairs of texts of 200 words that share a part, those above a Jaccard similarity of 0.85 and none below 0.5 are found."""
+    generator = np.random.default_rng(0)
+    texts = generator.integers(0, 10**6, (60, 200))
+    for shared, expected in ((190, 60), (110, 0)):
+        others = np.concatenate([texts[:, :shared], generator.integers(0, 10**6, (60, 200 - shared))], axis=1)
+        both = [" ".join(map(str, text)) for text in (*texts, *others)]
+        duplicate = _near_duplicates(np.stack([_signature(text) for text in both]))
+        assert (duplicate[:60].sum(), duplicate[60:].sum()) == (0, expected)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import logging
 import os
 import secrets
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from anysplade.errors import OutputError
 
@@ -66,18 +68,57 @@ def write_whole(target: str | Path, content: str | bytes) -> None:
     Raises:
         OutputError: ``target`` is a folder, or cannot be written.
     """
+    with whole_file(target) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[BinaryIO]:
+    """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
+
+    Raises:
+        OutputError: ``target`` is a folder, or cannot be written.
+    """
     target = Path(target).expanduser()
+    work = target.with_name(f".{target.name}.{os.getpid()}")
     with _permitted(target):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        opened = open(work, "wb")  # noqa: SIM115 - closed below, before it is renamed
+    try:
+        with opened:
+            yield opened
+        with _permitted(target):
             work.replace(target)
-        except BaseException:
-            work.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of a file of data is: ``OUTPUT.json`` beside it."""
+    return output.with_name(f"{output.name}.json")
+
+
+def finished_record(output: Path, about: dict[str, Any], parts: Path | None = None) -> dict[str, Any] | None:
+    """The record of a file of data that was made from the same data and options; None if it is still to be made.
+
+    Args:
+        about: options and hash of the data, as JSON has them; the record contains them.
+        parts: a folder with unfinished work on the output, which has them in ``about.json``.
+
+    Raises:
+        OutputError: the output, or the unfinished work, was made in another way.
+    """
+    started = parts is not None and parts.exists()
+    if not (output.exists() or started):
+        return None
+    known = parts / "about.json" if parts is not None and started else record_path(output)
+    before = json.loads(known.read_text()) if known.is_file() else {}
+    if {name: before.get(name) for name in about} != about:
+        raise OutputError(f"{output}: exists and was not made from the same data and options; choose another `output`")
+    return before if output.exists() and known == record_path(output) else None
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -107,20 +106,18 @@ def adaptation_lines(result: "Adaptation", corpus: str) -> list[RenderableType]:
     ]
 
 
-def made_pairs_lines(made: "MadePairs", out: str) -> list[RenderableType]:
+def made_pairs_lines(made: "MadePairs", out: Path) -> list[RenderableType]:
+    """How many pairs of each kind, what was left out and why, and three of the pairs."""
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in made.pairs.items())
-    table = _table("kind", "query", "positive")
-    for example in made.examples:
-        table.add_row(
-            example["kind"], *(escape(shorten(example[name], _SNIPPET, placeholder=" …")) for name in ("query", "positive"))
-        )
-    return [
-        f"{sum(made.pairs.values()):,} pairs ({kinds}) from {made.documents:,} documents",
-        f"left out: {made.near_duplicates:,} near-duplicates; {made.ambiguous:,} pairs whose query other documents have too; "
-        f"{made.without:,} documents without a pair",
-        table,
-        f"next: anysplade train BACKBONE {out} --out RUN",
-    ]
+    lines = [f"{sum(made.pairs.values()):,} pairs from {made.documents:,} documents ({kinds}), in {out}"]
+    for part, counted in made.left_out.items():
+        if counted:
+            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in counted.items())
+            lines.append(f"left out, {part}: {', '.join(reasons)}")
+    for row in made.examples:
+        query, positive = (" ".join(row[name].split()) for name in ("query", "positive"))
+        lines += [f"{row['kind']}: {query[:_SNIPPET]}", f"    {positive[:_SNIPPET]}{'…' if len(positive) > _SNIPPET else ''}"]
+    return [*map(Text, lines), f"next: anysplade train MODEL {out} --out RUN"]
 
 
 def evaluation_table(

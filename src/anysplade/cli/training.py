@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anysplade.cli.app import Json, Out, Result, command, is_watched
-from anysplade.data.document_pairs import KINDS
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 
 
@@ -97,7 +96,7 @@ def adapt(
     out: Out,
     judged: str | None = None,
     split: str = "test",
-    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = KINDS,
+    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("title", "heading", "sentence"),
     steps: int = 300,
     batch_size: int = 32,
     learning_rate: float = 2e-5,
@@ -151,21 +150,21 @@ def pairs(
     /,
     *,
     out: Out,
-    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = KINDS,
+    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("title", "heading", "sentence"),
     json: Json = False,
 ) -> Result:
-    """Make training pairs from documents alone.
+    """Make training pairs from documents alone: titles, headings and sentences stand for queries.
 
     Args:
-        corpus: the documents, in any form that index takes.
+        corpus: documents (JSONL, BEIR folder), an ir_datasets id, a hub dataset or python-docs.
         out: the JSONL file to write.
-        kinds: title (and text), heading (and section), sentence (and the rest of its document).
+        kinds: of pairs: title, heading, sentence.
     """
     from anysplade.cli import rendering as report
     from anysplade.data.document_pairs import make_pairs
 
     made = make_pairs(corpus, out, kinds=kinds, progress=is_watched())
-    return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, str(out)))
+    return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, out))
 
 
 @command

@@ -1,279 +1,423 @@
-"""Training pairs from documents alone: title and text, heading and section, a sentence and the rest of its document."""
+"""Training pairs made from documents alone, for a corpus that has no queries.
+
+A title, a heading or a sentence stands for the query, and the text that it belongs to for the document that answers it. The
+sentence pairs are the inverse cloze task (Lee et al., arXiv 1906.00300). Nothing is random: a corpus always gives the same pairs.
+"""
 
 import hashlib
 import html
 import json
 import re
+import sys
+import tempfile
+import unicodedata
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import finished_record, record_path, whole_file, write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.data.sources import whole_characters
-from anysplade.errors import DataError, OptionError, OutputError
+from anysplade.errors import DataError, OptionError
 
-Kind = Literal["title", "heading", "sentence"]
+KINDS: tuple[str, ...] = ("title", "heading", "sentence")
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+_SENTENCE_WORDS = (4, 40)
+_SPAN_WORDS = (6, 15)  # of the part that stands for a sentence in a text without any
+_QUERY_WORDS = 40  # a longer title or heading is none
+_POSITIVE_WORDS = 8  # at least
+_TRIED = 20  # sentences of a document, until one is found that occurs once
+_SHOWN = 300  # characters of an example's texts in the record
 
-_QUERY = (1, 40)  # words of a title or heading
-_SENTENCE = (5, 40)  # words of a sentence
-_SPAN = (6, 15)  # words of a span, of a text without sentences
-_POSITIVE = 8  # words of a positive at least
-_LETTERS = 0.75  # of a sentence's characters, white space included: tables have fewer
-_MARKS = 0.03  # of a sentence's characters at most are marks of code
-_SHOWN = 3
-
-# Scripts without spaces between words: a character counts as a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n\s*\n|\"{3}|'{3}")
-_CODE = re.compile(r"[(){}\[\]<>=_|\\;:@]")
-_MARKDOWN = re.compile(r" {0,3}#{1,6}\s+(.+?)\s*#*\s*$")
-_UNDERLINE = re.compile(r"\s*([=\-~^\"'`#*+.:_])\1{2,}\s*$")
-_HTML = re.compile(r"\s*<h[1-6][^>]*>(.+?)</h[1-6]>\s*$", re.IGNORECASE)
-
-
-class _Row(NamedTuple):
-    query: str
-    positive: str
-    kind: Kind
-    document_id: str
+# Headings that say nothing of their text, also where only one document has them.
+_GENERIC = frozenset(
+    re.split(
+        r",\s+",
+        """untitled, no title, title, home, index, contents, table of contents, abstract, introduction, overview, summary,
+        background, conclusion, conclusions, discussion, results, methods, references, bibliography, further reading,
+        external links, see also, links, notes, note, remarks, appendix, acknowledgements, acknowledgments, faq, example,
+        examples, usage, parameters, other parameters, arguments, args, options, returns, return, yields, raises, warns,
+        warnings, attributes, properties, description, details, license, changelog, todo""",
+    )
+)
 
 
-@dataclass(frozen=True)
-class MadePairs:
-    """What ``make_pairs`` made; lies beside the pairs, in ``OUTPUT.json``."""
+class MadePairs(NamedTuple):
+    """The record that ``make_pairs`` writes beside the JSONL, to ``OUTPUT.json``."""
 
-    pairs: dict[str, int]  # by kind
+    pairs: dict[str, int]  # written, by kind
     documents: int  # read
-    near_duplicates: int  # documents left out, whose text is nearly that of one before
-    ambiguous: int  # pairs left out, since another document has the same query
-    without: int  # documents left without a pair: too short, or without what the kinds need
-    examples: list[dict[str, str]]  # three of the pairs
-    data_hash: str  # SHA-256 of the corpus
-    options: dict[str, Any]
-    provenance: dict[str, Any]
+    left_out: dict[str, dict[str, int]]  # how many documents, or pairs of a kind, by the reason
+    examples: list[dict[str, str]]  # three rows of the JSONL, of different kinds if there are any; long texts are cut
+    about: dict[str, Any]  # options, hash of the data, provenance
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self._fields if name != "about"} | self.about
 
 
 def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS, progress: bool = False) -> MadePairs:
-    """Make training pairs from the documents of a corpus, without labels; the same corpus gives the same pairs.
+    """Make training pairs from the documents of a corpus, without any query.
 
-    ``title``: a title, and the text without it. ``heading``: a heading of Markdown, reStructuredText or HTML, and its section.
-    ``sentence``: one sentence, chosen by the hash of the document, and the document without it (the inverse cloze task, arXiv
-    1906.00300); of a text without sentences a few words in a row. Documents whose text is nearly that of one before are left
-    out (about two thirds of their shingles of three words are the same), and pairs whose query occurs in several documents, such as
-    "Introduction": it names none of them.
+    The kinds of pairs:
+
+    - ``"title"``: a document's title, and its text
+    - ``"heading"``: a heading in the text (Markdown, underlined as in reStructuredText, HTML), and the text up to the next one
+    - ``"sentence"``: one sentence of 4 to 40 words, and the document without it; a text without sentences gives a
+      part of 6 to 15 words. A hash of the document's id chooses it. Sentences of code are not taken
+
+    In scripts without spaces two characters count as a word. Left out, and counted by reason, are:
+
+    - near-duplicates of an earlier document, which would be wrong negatives of each other: texts of which about 70 % or more
+      of the runs of three words are the same (Jaccard similarity, estimated from 64 MinHash values of the first 2,000 words)
+    - queries that stand for more than one text, in capitals or not, and headings such as "Introduction"
+    - titles and headings of more than 40 words, and texts of less than 8
 
     Args:
-        corpus: anything that can be indexed.
-        output: a JSONL file of ``query``, ``positive``, ``kind`` and ``document_id``, which ``train`` reads.
-        kinds: of pairs.
-        progress: show a progress bar where the corpus has one.
+        corpus: any source of ``read_corpus``.
+        output: a JSONL file with ``query``, ``positive``, ``kind`` and ``document_id``, which ``read_pairs`` reads. It is
+            written at once when all is made; one that was made from the same corpus and options is not made again.
+        kinds: of pairs to make.
 
     Raises:
         OptionError: an unknown kind, or none.
-        DataError: no pair can be made of the corpus.
-        OutputError: the output exists and was made from another corpus or with other kinds.
+        OutputError: the output exists and was made in another way, or cannot be written.
+        DataError: no pair can be made, or as ``read_corpus`` raises it.
     """
-    chosen = [kind for kind in KINDS if kind in kinds]
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not chosen:
-        raise OptionError(f"kinds: {unknown[0] if unknown else 'none'}; choose from {', '.join(KINDS)}")
+    if not kinds or not set(kinds) <= set(KINDS):
+        unknown = ", ".join(repr(kind) for kind in kinds if kind not in KINDS) or "none"
+        raise OptionError(f"`kinds`: {unknown}; choose of {', '.join(KINDS)}")
     output = Path(output).expanduser()
-    record = output.with_name(f"{output.name}.json")
-    digest, seen, rows = hashlib.sha256(), _NearDuplicates(), list[_Row]()
-    documents = near = without = 0
-    for id_, document in iter_corpus(corpus, progress=progress):
-        documents += 1
-        digest.update(json.dumps([id_, document.title, document.text]).encode())
-        if seen.has(document.full_text):
-            near += 1
-            continue
-        made = list(dict.fromkeys(row for kind in chosen for row in _MAKERS[kind](id_, document)))
-        without += not made
-        rows += made
-    if not documents:
-        raise empty_corpus(corpus)
-    options = {"corpus": corpus, "kinds": chosen}
-    finished = _finished(output, record, {"data_hash": digest.hexdigest(), "options": options})
-    if finished is not None:
-        return finished
-    places: dict[str, set[str]] = {}
-    for row in rows:
-        places.setdefault(_normal(row.query), set()).add(row.document_id)
-    kept = [row for row in rows if len(places[_normal(row.query)]) == 1]
-    if not kept:
-        why = "other documents have the same queries" if rows else "texts are too short, or lack what the kinds need"
-        raise DataError(f"{corpus}: no pair of {', '.join(chosen)} from {documents:,} documents: {why}; choose other kinds")
-    shown = [kept[(2 * i + 1) * len(kept) // (2 * _SHOWN)] for i in range(_SHOWN)]
-    counts = Counter(row.kind for row in kept)
-    result = MadePairs(
-        pairs={kind: counts[kind] for kind in chosen},
-        documents=documents,
-        near_duplicates=near,
-        ambiguous=len(rows) - len(kept),
-        without=without,
-        examples=[row._asdict() for row in dict.fromkeys(shown)],
-        data_hash=digest.hexdigest(),
-        options=options,
-        provenance=provenance(),
+    options: dict[str, Any] = {"corpus": str(corpus), "kinds": [kind for kind in KINDS if kind in kinds]}
+    digest = hashlib.sha256()
+    documents = _hashed(iter_corpus(corpus, progress=progress), digest)
+    watched = tqdm(documents, desc="making pairs", unit="document", disable=not progress, leave=False, file=sys.stderr)
+    if output.exists():
+        for _ in watched:
+            pass
+        before = finished_record(output, options | {"data_hash": digest.hexdigest()})
+        if before is not None:
+            return MadePairs(**{name: before.pop(name) for name in MadePairs._fields[:-1]}, about=before)
+    with whole_file(output) as file, tempfile.TemporaryFile(dir=output.parent) as candidates:
+        # Which of them stay is known at the end; until then only these few numbers of each are in memory.
+        numbers, queries, kind_of = array("q"), array("Q"), array("B")  # document, hash of the query, kind
+        signatures = bytearray()
+        left_out = {part: Counter[str]() for part in ("document", *options["kinds"])}
+        read = with_text = 0
+        for id_, document in watched:
+            read += 1
+            title, text = (whole_characters(part) for part in document[:2])
+            if not _size(text):
+                left_out["document"]["without_text"] += 1
+                continue
+            for kind, query, positive in _pairs(id_, Document(title, text), options["kinds"], left_out):
+                row = {"query": query, "positive": positive, "kind": kind, "document_id": id_}
+                candidates.write(whole_characters(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
+                numbers.append(with_text)
+                queries.append(_hash(_normal(query)))
+                kind_of.append(KINDS.index(kind))
+            signatures += _signature(text).tobytes()
+            with_text += 1
+        if not read:
+            raise empty_corpus(corpus)
+        duplicate = _near_duplicates(np.frombuffer(signatures, np.uint16).reshape(-1, _HASHES))
+        kept = ~duplicate[np.asarray(numbers)]
+        _, inverse, counts = np.unique(np.asarray(queries)[kept], return_inverse=True, return_counts=True)
+        shared = np.zeros(len(kept), bool)
+        shared[kept] = counts[inverse] > 1
+        by_kind = {kind: np.asarray(kind_of) == KINDS.index(kind) for kind in options["kinds"]}
+        left_out["document"]["near_duplicates"] = int(duplicate.sum())
+        for kind, is_kind in by_kind.items():
+            left_out[kind]["query_of_several_texts"] = int((shared & is_kind).sum())
+        kept &= ~shared
+        reasons = {part: {reason: count for reason, count in counted.items() if count} for part, counted in left_out.items()}
+        if not kept.any():
+            raise DataError(_no_pair(corpus, read, reasons))
+        first = [int(np.argmax(kept & is_kind)) for is_kind in by_kind.values() if (kept & is_kind).any()]
+        shown = list(dict.fromkeys([*first, *map(int, np.flatnonzero(kept)[:3])]))[:3]
+        examples: dict[int, dict[str, str]] = {}
+        candidates.seek(0)
+        for i, line in enumerate(candidates):
+            if kept[i]:
+                file.write(line)
+                if i in shown:
+                    examples[i] = {name: _cut(value) for name, value in json.loads(line).items()}
+    made = MadePairs(
+        {kind: int((kept & is_kind).sum()) for kind, is_kind in by_kind.items()},
+        read,
+        reasons,
+        [examples[i] for i in shown],
+        options | {"data_hash": digest.hexdigest(), "provenance": provenance()},
     )
-    write_whole(output, "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in kept))
-    write_whole(record, json.dumps(result.to_dict(), indent=2) + "\n")
-    return result
+    write_whole(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")
+    return made
 
 
-def _finished(output: Path, record: Path, about: dict[str, Any]) -> MadePairs | None:
-    """What was recorded, if the output was made from the same corpus in the same way."""
-    if not output.exists():
-        return None
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if {name: known.get(name) for name in about} != about:
-        raise OutputError(f"{output}: exists and was not made from the same corpus and kinds; choose another `output`")
-    return MadePairs(**{field.name: known[field.name] for field in fields(MadePairs)})
+def _hashed(documents: Iterable[tuple[str, Document]], digest: Any) -> Iterator[tuple[str, Document]]:
+    """The documents as they are, each added to the digest when it is read."""
+    for id_, document in documents:
+        for text in (id_, document.title, document.text):
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+        yield id_, document
 
 
-# ------------------------------------------------------------------------------------------- kinds
+def _no_pair(corpus: str, read: int, reasons: dict[str, dict[str, int]]) -> str:
+    """The message where all is left out: why, and what to do."""
+    found = [f"{count:,} {reason.replace('_', ' ')}" for counted in reasons.values() for reason, count in counted.items()]
+    others = [kind for kind in KINDS if kind not in reasons]
+    fix = f"try other `kinds`: {', '.join(others)}" if others else "give a corpus with titles, or with longer texts"
+    return f"{corpus}: none of {read:,} documents gave a pair ({', '.join(found)}); {fix}"
 
 
-def _titles(id_: str, document: Document) -> Iterator[_Row]:
-    title = _line(document.title)
-    text = document.text.strip()
-    if title and text.startswith(title):
-        text = text[len(title) :].lstrip(" .:-–\n")
-    if _is_query(title) and _words(text) >= _POSITIVE:
-        yield _Row(title, _line(text), "title", id_)
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _headings(id_: str, document: Document) -> Iterator[_Row]:
-    lines = [*document.text.splitlines(), ""]
-    heading, section = "", list[str]()
+def _hash(text: str) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(whole_characters(text).encode(), digest_size=8).digest())
 
-    def row() -> Iterator[_Row]:
-        text = _line(" ".join(section))
-        if _is_query(heading) and _words(text) >= _POSITIVE:
-            yield _Row(heading, text, "heading", id_)
 
-    skip = False
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        if skip:
-            skip = False
-            continue
-        marked = _MARKDOWN.match(line) or _HTML.match(line)
-        underlined = bool(line.strip()) and bool(_UNDERLINE.match(after)) and 2 * len(after.strip()) >= len(line.strip())
-        if marked or (underlined and not _UNDERLINE.match(line)):
-            yield from row()
-            heading, section, skip = _line(_plain(marked[1]) if marked else line), [], not marked
+# ---------------------------------------------------------------------------------- words and lengths
+
+# Han, kana, Thai, Lao, Myanmar, Khmer: scripts that put no spaces between words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+_UNSPACED_CHARACTER = re.compile(rf"[{_UNSPACED}]")
+_MARKS = " \t\n.,:;!?…。、！？：；()[]\"'“”‘’「」"  # around a word or a query, without meaning
+
+
+def _size(text: str) -> float:
+    """Words: tokens with a letter or digit; a character of a script without spaces is half a word."""
+    words = [token for token in _TOKEN.findall(text) if any(map(str.isalnum, token))]
+    return len(words) - sum(1 for word in words if _UNSPACED_CHARACTER.match(word)) / 2
+
+
+def _normal(text: str) -> str:
+    """A text in small letters and single spaces, without the marks around it: what makes two queries the same."""
+    return " ".join(text.casefold().split()).strip(_MARKS)
+
+
+# ------------------------------------------------------------------------------------ pairs of a document
+
+
+def _pairs(id_: str, document: Document, kinds: Sequence[str], left_out: dict[str, Counter[str]]) -> Iterator[tuple[str, str, str]]:
+    """Kind, query and positive of each pair of a document; what gives none is counted in ``left_out``."""
+    title, text = document.title, document.text
+    if "title" in kinds:
+        if not title.strip():
+            left_out["title"]["without_title"] += 1
+        elif reason := _unusable(title, body := _without_title(title, text)):
+            left_out["title"][reason] += 1
         else:
-            section.append(line)
-    yield from row()
+            yield "title", " ".join(title.split()), body
+    if "heading" in kinds:
+        sections = list(_sections(text))
+        left_out["heading"]["without_heading"] += not sections
+        for heading, body in sections:
+            if reason := "same_as_title" if _normal(heading) == _normal(title) else _unusable(heading, body):
+                left_out["heading"][reason] += 1
+            else:
+                yield "heading", heading, body
+    if "sentence" in kinds:
+        found = _sentence_pair(id_, document)
+        if found is None:
+            left_out["sentence"]["without_sentence"] += 1
+        else:
+            yield "sentence", *found
 
 
-def _sentences(id_: str, document: Document) -> Iterator[_Row]:
-    text = document.text.strip()
-    spans = _sentence_spans(text) or _word_spans(text, id_)
-    good = [(start, end) for start, end in spans if _words(text[:start]) + _words(text[end:]) >= _POSITIVE]
-    if good:
-        start, end = good[_draw(id_, text) % len(good)]
-        rest = _line(Document(document.title, f"{text[:start]} {text[end:]}").full_text)
-        yield _Row(_line(text[start:end]).strip("\"' "), rest, "sentence", id_)
+def _unusable(heading: str, body: str) -> str:
+    """Why a title or heading with its text is no pair; empty if it is one."""
+    if _normal(heading) in _GENERIC or not any(map(str.isalpha, heading)):
+        return "generic"
+    if _size(heading) > _QUERY_WORDS:
+        return "too_long"
+    return "text_too_short" if _size(body) < _POSITIVE_WORDS else ""
 
 
-_MAKERS = {"title": _titles, "heading": _headings, "sentence": _sentences}
+def _without_title(title: str, text: str) -> str:
+    """A text without the title that it begins with, on a line or as a sentence of its own."""
+    words = r"\s+".join(map(re.escape, title.split()))
+    return re.sub(
+        rf"\A\s*(?:#+\s+)?{words}(?:\s*\Z|[ \t]*[.:]?[ \t]*\n(?:[=\-~#*]+[ \t]*\n)?|[.:]\s)", "", text, flags=re.I
+    ).strip()
 
 
-def _sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Where the sentences of natural language stand in a text; none if it is all one sentence."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    spans = list(zip([0, *ends], [*ends, len(text)], strict=True))
-    return [span for span in spans if len(spans) > 1 and _is_sentence(text[slice(*span)])]
+_UNDERLINE = re.compile(r"""([=\-~^"'`:.+*#_])\1{2,}\s*""")
+_FENCE = re.compile(r"\s*(?:```|~~~(?!~))")
+_MARKDOWN = re.compile(r" {0,3}#{1,6}[ \t]+(\S.*)")
+_HTML = re.compile(r"<h([1-6])\b[^<>]{0,200}>(.{0,300}?)</h\1\s*>", re.I | re.S)
 
 
-def _word_spans(text: str, id_: str) -> list[tuple[int, int]]:
-    """One span of a few words in a row, chosen by the hash of the document."""
-    words = list(_WORD.finditer(text))
-    draw = _draw(text, id_)
-    length = _SPAN[0] + draw % (_SPAN[1] - _SPAN[0] + 1)
-    if len(words) < length + _POSITIVE:
-        return []
-    first = (draw >> 16) % (len(words) - length + 1)
-    span = words[first].start(), words[first + length - 1].end()
-    return [span] if _share_of_letters(text[slice(*span)]) >= _LETTERS else []
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    """The headings of a text, each with the text up to the next one."""
+    text = _HTML.sub(lambda found: f"\n# {' '.join(found[2].split())}\n", text)
+    lines = text.split("\n")
+    heading, body, fenced, i = "", list[str](), False, 0
+    while i < len(lines):
+        line, below = lines[i], lines[i + 1] if i + 1 < len(lines) else ""
+        after_blank = i == 0 or not lines[i - 1].strip() or _UNDERLINE.fullmatch(lines[i - 1])
+        underlined = _UNDERLINE.fullmatch(below) and line[:1].strip() and 2 * len(below.strip()) >= len(line.strip())
+        markdown = _MARKDOWN.fullmatch(line)
+        if _FENCE.match(line) and not _UNDERLINE.fullmatch(below):
+            fenced = not fenced
+        if not fenced and (markdown or (underlined and after_blank and not _UNDERLINE.fullmatch(line))):
+            if body and _UNDERLINE.fullmatch(body[-1]):  # a line above the heading
+                body.pop()
+            if heading:
+                yield heading, "\n".join(body).strip()
+            heading, body = _plain(markdown[1] if markdown else line), []
+            i += 1 if markdown else 2
+        else:
+            body.append(line)
+            i += 1
+    if heading:
+        yield heading, "\n".join(body).strip()
 
 
-def _is_sentence(text: str) -> bool:
-    text = text.strip()
-    language = _share_of_letters(text) >= _LETTERS and len(_CODE.findall(text)) <= _MARKS * len(text)
-    return language and _SENTENCE[0] <= _words(text) <= _SENTENCE[1]
+def _plain(heading: str) -> str:
+    """A heading without the markup of Markdown and HTML."""
+    opened = heading.rstrip().rstrip("#")
+    if opened[-1:].isspace():  # "# Heading #", but not "# C#"
+        heading = opened
+    heading = re.sub(r"!?\[([^\[\]]*)\]\([^()]*\)", r"\1", heading)  # a link's text
+    heading = re.sub(r"<[^<>]{1,200}>|\{#[^{}]*\}|[*`]+", "", heading)
+    return " ".join(html.unescape(heading).split())
 
 
-def _share_of_letters(text: str) -> float:
-    return sum(character.isalpha() or character.isspace() for character in text) / max(1, len(text))
+# Sentences end at an "end", and are never continued past a "wall": blank and indented lines, lists, the marks of code.
+_BOUNDARY = re.compile(
+    r"""(?x) (?P<end> [.!?…؟۔।]+ (?: (?= \"{3} | '{3} ) | ["'”’)\]]* (?=\s) ) | [。！？｡]+ ["」』”’）]* )
+    | (?P<wall> \n [ \t]* (?= \n | [-*+•>|\#] | \d+[.)]\s | :\w+ ) | \n (?= [ \t]+ \S | [\w*,\ ]{1,40}[ ]: ) | (?<=:) \n
+        | \"{3} | '{3} | `{3} | >>>[^\n]* | -{3,} | ={3,} | ~{3,} | /\*+ | \*+/ | (?<!:)//
+        | [:@] (?: param | type | returns? | rtype | raises? | throws ) \b
+        | (?: Args | Arguments | Returns? | Raises | Yields | Examples? | Parameters | Usage | Notes? ) \s* : )"""
+)
+_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|al|approx|Dr|Mr|Mrs|Ms|Prof|St|Fig|Eq|No|Vol|pp|ed)|\b[A-Z])\.\Z")
+_SYMBOL = re.compile(r"[_=<>{}\[\]|\\`^~*/@#$%&+;]|\w\(|\w\.\w|\b(?:def|self)\b|\"|\d")
+_WHOLE = re.compile(
+    r"""(?!(?:\S+[ ]?){1,3}:\s)(?s:.)*[.!?…؟۔।。！？｡]["'”’)\]」』）]*"""
+)  # a sentence, not a piece or a "name : description"
+_LEADING = re.compile(r"[\s\-*+•>#|:.,;]*(?:\d+[.)]\s+)?")  # marks of lists and quotations
 
 
-def _is_query(text: str) -> bool:
-    return _QUERY[0] <= _words(text) <= _QUERY[1] and any(map(str.isalpha, text))
+def _sentence_pair(id_: str, document: Document) -> tuple[str, str] | None:
+    """A sentence and the document without it; the first by a hash that can be cut out, whole sentences before others."""
+    title, text = document.title, document.text
+    spans = list(_sentences(text))
+    order = [
+        (not _WHOLE.fullmatch(text, start, end), _hash(f"{id_}\n{start}"), start, end)
+        for start, end in spans
+        if _is_informative(text[start:end])
+    ]
+    if len(spans) == 1 and (part := _part(id_, text, *spans[0])):
+        order.append((True, 2**64, *part))
+    for *_, start, end in islice(sorted(order), _TRIED):
+        query, rest = " ".join(text[start:end].split()), f"{text[:start].rstrip()} {text[end:].lstrip()}".strip()
+        positive = Document(title, rest).full_text
+        if _size(rest) >= _POSITIVE_WORDS and _normal(query) not in " ".join(positive.casefold().split()):
+            return query, positive
+    return None
 
 
-def _words(text: str) -> int:
-    return sum(1 for _ in _WORD.finditer(text))
+def _sentences(text: str) -> Iterator[tuple[int, int]]:
+    """Where the sentences of a text begin and end."""
+    has_capitals = text != text.lower()
+    start = 0
+    for found in [*_BOUNDARY.finditer(text), None]:
+        end = len(text) if found is None else found.end() if found["end"] else found.start()
+        if found and found["end"] and found["end"][0] == ".":
+            following = text[end : end + 40].lstrip()[:1]
+            if (has_capitals and following.islower()) or _ABBREVIATION.search(text[max(start, end - 8) : end]):
+                continue
+        begin = _LEADING.match(text, start, end)
+        begun = begin.end() if begin else start
+        last = begun + len(text[begun:end].rstrip())
+        if last > begun:
+            yield begun, last
+        start = end if found is None else found.end()
 
 
-def _line(text: str) -> str:
-    return " ".join(whole_characters(text).split())
+def _is_prose(sentence: str) -> bool:
+    return 25 * len(_SYMBOL.findall(sentence)) <= len(sentence)
 
 
-def _plain(text: str) -> str:
-    """Without tags and entities of HTML and emphasis of Markdown."""
-    return html.unescape(re.sub(r"<[^>]+>|[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}", "", text))
+def _is_informative(sentence: str) -> bool:
+    """Whether a sentence has the length of a query, is no code, and has three different words of three letters or more."""
+    words = {word for word in re.findall(r"[^\W\d_]+", sentence.casefold()) if len(word) >= 3}
+    long_enough = len(words) >= 3 or len(set(_UNSPACED_CHARACTER.findall(sentence))) >= 6
+    return long_enough and _SENTENCE_WORDS[0] <= _size(sentence) <= _SENTENCE_WORDS[1] and _is_prose(sentence)
 
 
-def _normal(query: str) -> str:
-    return " ".join(_WORD.findall(query.casefold()))
+def _part(id_: str, text: str, start: int, end: int) -> tuple[int, int] | None:
+    """A part of a text that is all one sentence, or has no punctuation."""
+    if not _is_prose(text[start:end]):
+        return None
+    tokens = list(_TOKEN.finditer(text, start, end))
+    per_word = max(1, round(len(tokens) / max(_size(text[start:end]), 1)))  # 2 in a script without spaces
+    least, most = (count * per_word for count in _SPAN_WORDS)
+    chosen = _hash(f"{id_}\npart")
+    length = min(least + chosen % (most - least + 1), len(tokens) - _POSITIVE_WORDS * per_word)
+    if length < least:
+        return None
+    starts = [(chosen >> 8 * i) % (len(tokens) - length + 1) for i in range(2, 6)]
+    # Of as many words the most characters: the fewest of them are "of" and "the".
+    begin, stop = max(((tokens[i].start(), tokens[i + length - 1].end()) for i in starts), key=lambda span: span[1] - span[0])
+    while begin < stop and unicodedata.category(text[begin]).startswith("M"):  # a vowel sign stays with its letter
+        begin += 1
+    while stop < end and unicodedata.category(text[stop]).startswith("M"):
+        stop += 1
+    return begin, stop
 
 
-def _draw(*parts: str) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big")
+# ------------------------------------------------------------------------------------ near-duplicates
+
+_RUN = 3  # words
+_COMPARED = 2000  # words of a text
+_HASHES = 64  # of a text, in bands of four; texts that agree in a band are compared
+_ALIKE = 0.7  # of the hashes are equal
+
+_MIX = np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53, 0x9E3779B97F4A7C15], np.uint64)
+_SEEDS = np.arange(1, _HASHES + 1, dtype=np.uint64) * _MIX[2:]
 
 
-# --------------------------------------------------------------------------------- near-duplicates
+def _signature(text: str) -> np.ndarray:
+    """MinHash: of the hashes of all runs of three words, 64 times the smallest, of which 16 bits are kept; shape (64,), uint16."""
+    tokens = [found[0].strip(_MARKS) for found in islice(_TOKEN.finditer(text.casefold()), _COMPARED)]
+    words = [zlib.crc32(token.encode()) for token in tokens if token]
+    words += [0] * (_RUN - len(words))
+    hashes = np.array(words, np.uint64)
+    runs = _mixed(hashes[:-2] + _mixed(hashes[1:-1] + _mixed(hashes[2:])))
+    return _mixed(runs[:, None] ^ _SEEDS).min(axis=0).astype(np.uint16)
 
 
-class _NearDuplicates:
-    """Texts seen before, by MinHash (Broder 1997): 16 smallest hashes of shingles of three words, in 4 bands of 4.
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """The finalizer of MurmurHash3, on uint64; any shape."""
+    shift = np.uint64(33)
+    values = (values ^ (values >> shift)) * _MIX[0]
+    values = (values ^ (values >> shift)) * _MIX[1]
+    return values ^ (values >> shift)
 
-    Two texts are taken for the same if all hashes of a band agree, as they do half of the time where 0.64 of the shingles are
-    common, and nearly always at 0.9. Memory: 4 hashes of 8 bytes a text.
-    """
 
-    def __init__(self) -> None:
-        generator = np.random.default_rng(0)
-        self._factors = generator.integers(1, 2**63, (16, 1), dtype=np.uint64) | np.uint64(1)
-        self._bands: set[int] = set()
-
-    def has(self, text: str) -> bool:
-        """Whether a text like this one came before; from now on this one did. A text without words is like no other."""
-        words = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text.casefold())], np.uint64)
-        if not len(words):
-            return False
-        padded = np.concatenate([words, np.zeros(max(0, 3 - len(words)), np.uint64)])
-        shingles = (padded[:-2] * np.uint64(0x9E3779B97F4A7C15) + padded[1:-1]) * np.uint64(0xC2B2AE3D27D4EB4F) + padded[2:]
-        shingles = np.unique(shingles ^ (shingles >> np.uint64(29)))
-        parts = np.array_split(shingles, 1 + len(shingles) // 4096)
-        smallest = np.min([(part * self._factors).min(axis=1) for part in parts], axis=0)
-        bands = [hash((i, band.tobytes())) for i, band in enumerate(smallest.reshape(4, 4))]
-        known = any(band in self._bands for band in bands)
-        if not known:
-            self._bands.update(bands)
-        return known
+def _near_duplicates(signatures: np.ndarray) -> np.ndarray:
+    """Whether each text is a near-duplicate of an earlier one; signatures (texts, 64), result (texts,)."""
+    duplicate = np.zeros(len(signatures), bool)
+    for band in signatures.view(np.uint64).T:  # four hashes of 16 bits in one number
+        order = np.argsort(band, kind="stable")
+        earlier, later = order[:-1], order[1:]
+        same = band[earlier] == band[later]
+        earlier, later = earlier[same], later[same]
+        alike = (signatures[earlier] == signatures[later]).mean(axis=1) >= _ALIKE
+        duplicate[later[alike]] = True
+    return duplicate

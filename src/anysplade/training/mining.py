@@ -20,11 +20,11 @@ import numpy as np
 from scipy import sparse
 from tqdm import tqdm
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import finished_record, record_path, write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
-from anysplade.errors import DataError, ModelError, OptionError, OutputError
+from anysplade.errors import DataError, ModelError, OptionError
 from anysplade.model.options import Role
 from anysplade.search.exact import Postings
 from anysplade.training.teachers import Kept, Rows, Teacher, kept_vectors, open_teacher
@@ -315,18 +315,11 @@ def _in_blocks(
     task: str,
 ) -> Mined | None:
     """Write the rows of all blocks and return what was written; None, with nothing written, if no block gave a row."""
-    record, parts = output.with_name(f"{output.name}.json"), _parts_of(output)
+    parts = _parts_of(output)
     digest = hashlib.sha256(json.dumps([list(pairs), list(documents)]).encode()).hexdigest()
     about = options | {"data_hash": digest}
-    if output.exists() or parts.exists():
-        known = parts / "about.json" if parts.exists() else record
-        before = json.loads(known.read_text()) if known.is_file() else {}
-        if {name: before.get(name) for name in about} != about:
-            raise OutputError(f"{output}: exists and was not made from the same data and options; choose another `output`")
-        if output.exists() and record.is_file():
-            return Mined(
-                before["examples"], before["left_out"], {k: v for k, v in before.items() if k not in ("examples", "left_out")}
-            )
+    if (before := finished_record(output, about, parts)) is not None:
+        return Mined(before.pop("examples"), before.pop("left_out"), before)
     write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
     starts = range(0, len(pairs), _BLOCK)
     for start in tqdm(starts, desc=task, unit="block", disable=not progress, leave=False, file=sys.stderr):
@@ -341,7 +334,7 @@ def _in_blocks(
         return None
     mined = Mined(count, len(pairs) - count, about | {"provenance": provenance()})
     write_whole(output, lines)
-    write_whole(record, json.dumps(mined.to_dict(), indent=2) + "\n")
+    write_whole(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
     shutil.rmtree(parts)
     if mined.left_out:
         logger.info("%s: %d of %d examples left out for want of enough negatives", output, mined.left_out, len(pairs))
