@@ -48,7 +48,7 @@ def stand_ins(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe, backbone, collection_folder, stand_ins, tmp_path, capsys):
+def test_recipe(recipe, backbone, collection_folder, teachers, stand_ins, tmp_path, capsys):
     options = yaml.safe_load(recipe.read_text())
     assert f"anysplade train --config recipes/{recipe.name}" in recipe.read_text()
     data = stand_ins.get(options["data"], str(collection_folder))
@@ -56,6 +56,8 @@ def test_recipe(recipe, backbone, collection_folder, stand_ins, tmp_path, capsys
     command += ["--steps", "2", "--batch-size", "4", "--max-length", "16", "--checkpoint-steps", "2", "--json"]
     if "dev" in options:
         command += ["--dev", str(collection_folder)]
+    if "teacher" in options:
+        command += ["--teacher", teachers["dense"]]
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 2

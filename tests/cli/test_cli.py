@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from anysplade.cli import app, main
 from anysplade.cli.app import _as_typed
 from anysplade.cli.config import config_file
 from processes import drop_privileges, run_command, run_python
-from tiny import make_backbone, make_lexical
+from tiny import WORDS, make_backbone, make_lexical
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
 
@@ -349,6 +350,22 @@ def test_pairs_from_documents_are_trained_on(backbone, call_json, call, tmp_path
     code, _, err = call("pairs", corpus, "--out", out)
     assert (code, err.count("\n")) == (2, 1)
     assert "choose another --out" in err
+
+
+def test_a_model_is_adapted(teachers, collection_folder, call_json, call, tmp_path):
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "run"
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(generator.sample(WORDS, 9), k=24)) for _ in range(100)]
+    corpus.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    options = ["--teacher", teachers["dense"], "--judged", collection_folder, "--steps", 2, "--batch-size", 4, "--max-length", 32]
+    adapted = call_json("adapt", teachers["sparse"], corpus, "--out", out, *options)
+    assert adapted["kept"] in ("original", "adapted")
+    code, text, _ = call("adapt", teachers["sparse"], corpus, "--out", out, *options)
+    assert code == 0
+    assert f"kept: the {adapted['kept']} model, in {out}/model" in text
+    assert "FLOPS" in text
+    code, _, err = call("adapt", teachers["sparse"], corpus, "--out", out, *options[2:], "--teacher", teachers["sparse"])
+    assert (code, err.count("\n")) == (2, 1)
 
 
 @pytest.fixture
