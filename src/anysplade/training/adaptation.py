@@ -52,9 +52,9 @@ class Adaptation:
     after: dict[str, Any]  # of the adapted model
     comparison: dict[str, Any]  # of the two, paired by query
     pairs: dict[str, int]  # made from the documents, by kind
-    options: dict[str, Any]
+    options: dict[str, Any]  # of ``adapt``
     seconds: float  # of this process
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # versions, commit, hardware, command
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

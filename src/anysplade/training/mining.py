@@ -109,7 +109,12 @@ def mine(
     # A finished output needs none of these.
     @functools.cache
     def kept() -> Kept | None:
-        return None if teacher is None else kept_vectors(opened(teacher), _parts_of(output) / "teacher", progress)
+        if teacher is None:
+            return None
+        known = kept_vectors(opened(teacher), _parts_of(output) / "teacher", progress)
+        known.learn(documents, "document")
+        known.learn([pair.query for pair in pairs], "query")
+        return known
 
     @functools.cache
     def searches() -> list[Search]:
@@ -211,20 +216,17 @@ def _below_the_positive(
     """The first candidates of each pair that the teacher scores below its positive; it reads no more than it must."""
     own = judge.scores([(pair.query, pair.positive) for pair in part])
     chosen: list[list[int]] = [[] for _ in part]
-    start = 0
+    start, end = 0, negatives
     while True:
         judged = [
-            (i, document)
-            for i, listed in enumerate(candidates)
-            if len(chosen[i]) < negatives
-            for document in listed[start : start + negatives]
+            (i, document) for i, listed in enumerate(candidates) if len(chosen[i]) < negatives for document in listed[start:end]
         ]
         if not judged:
             return chosen
         for (i, document), given in zip(judged, judge.scores([(part[i].query, documents[d]) for i, d in judged]), strict=True):
             if given <= _bound(own[i], margin):
                 chosen[i].append(document)
-        start += negatives
+        start, end = end, 3 * end
 
 
 # ------------------------------------------------------------------------------ miners and teachers

@@ -204,6 +204,12 @@ class Kept:
                 logger.info("%s: is damaged; it is made again", file)
         self._shard = lru_cache(_OPEN)(self._read)
 
+    def learn(self, texts: Sequence[str], role: Role) -> None:
+        """Compute the vectors that are not known yet; many at once take less time than a few again and again."""
+        if self.teacher.kind != "cross-encoder":
+            keys = [_hash(role, text) for text in texts]
+            self._learn(keys, texts, lambda part: self.teacher.encode(part, role), f"{role} texts")
+
     def vectors(self, texts: Sequence[str], role: Role) -> Rows:
         """(texts, width), in their order; computed where they are not known yet."""
         return self._of([_hash(role, text) for text in texts], texts, lambda part: self.teacher.encode(part, role), f"{role} texts")
@@ -221,13 +227,16 @@ class Kept:
             return np.asarray(left.multiply(right).sum(axis=1), dtype=np.float32).ravel()
         return np.einsum("pw,pw->p", left.astype(np.float32), right.astype(np.float32))
 
-    def _of(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> Rows:
+    def _learn(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> None:
         missing = list({key: item for key, item in zip(keys, items, strict=True) if key not in self._places}.items())
         starts = range(0, len(missing), _SHARD)
         for start in tqdm(starts, f"{self.teacher.name}: {what}", disable=not self.progress or not missing, leave=False):
             part = missing[start : start + _SHARD]
             rows = compute([item for _, item in part])
             self._write(np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), -1), rows)
+
+    def _of(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> Rows:
+        self._learn(keys, items, compute, what)
         by_shard: dict[str, list[tuple[int, int]]] = {}
         for i, key in enumerate(keys):
             name, row = self._places[key]
