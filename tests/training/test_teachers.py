@@ -188,6 +188,42 @@ def test_examples_without_negatives_get_hard_ones(teachers, backbone, collection
     assert {len(pair.negatives) for pair in seen["pairs"]} == {0}
 
 
+def test_so_many_negatives_are_mined_as_are_asked_for(teachers, backbone, collection_folder, tmp_path):
+    options = {"teacher": teachers["sparse"], "steps": 2, "batch_size": 4, "max_length": 16, "output": str(tmp_path / "run")}
+    one = train(TrainingConfig(backbone, str(collection_folder), negatives=1, **options))
+    assert one.pairs > 4
+    with pytest.raises(DataError, match="negatives, but `negatives` is 3"):  # of examples that have some, none are mined
+        mine(str(collection_folder), tmp_path / "mined.jsonl", negatives=1)
+        train(TrainingConfig(backbone, str(tmp_path / "mined.jsonl"), negatives=3, **options | {"output": str(tmp_path / "a")}))
+
+
+def test_what_a_call_prepared_serves_no_other_one(teachers, backbone, collection_folder, tmp_path, monkeypatch):
+    """A call that ends before the first step holds no run, and the next one in its folder may be of anything."""
+    options = {"output": str(tmp_path / "run"), "steps": 2, "batch_size": 4, "max_length": 16}
+    data = str(collection_folder)
+    with monkeypatch.context() as patch:
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("anysplade.training.run._encoder", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainingConfig(backbone, data, teacher=teachers["sparse"], **options))
+    assert (tmp_path / "run" / "data" / "teacher").exists()
+    seen = {}
+
+    def watch(name, pairs, folder, **given):
+        seen["pairs"], seen["teacher"] = list(pairs), prepare_teacher(name, pairs, folder, **given)
+        return seen["teacher"]
+
+    monkeypatch.setattr("anysplade.training.run.prepare_teacher", watch)
+    train(TrainingConfig(backbone, data, teacher=teachers["dense"], **options))
+    batch = np.arange(4)
+    expected = by_hand(teachers["dense"], "dense", [seen["pairs"][i]._replace(negatives=seen["pairs"][i].negatives[:1]) for i in batch])
+    np.testing.assert_allclose(seen["teacher"].scores(batch, batch)[:, :8], expected, atol=2e-3)
+    assert train(TrainingConfig(backbone, data, teacher=teachers["dense"], **options)).pairs == len(seen["pairs"])
+
+
 def test_mining_by_several_models_with_a_teacher(teachers, collection_folder, tmp_path):
     options = {"negatives": 3, "margin": 0.0}
     alone = {}

@@ -5,6 +5,7 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 ``training.json`` (the result, written when all is done).
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _DATA = "data"  # the folder of the training examples, and of what the teacher says of them, during a run
 _MINED = 2  # hard negatives of an example that has none, where a teacher tells the false ones
+_PREPARATION = 7 * 24 * 3600  # seconds that processes wait for the first one, which mines and encodes for all
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
 _CHECKED = 1000  # examples that are looked at before the others are read
 _DEV_METRIC = "eval_dev_nDCG@10"
@@ -202,14 +205,18 @@ def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrai
         if not folder.exists():
             raise AnyspladeError(f"{output}: the first process could not prepare the examples; it says why")
         return StoredPairs(folder)
-    read = read_pairs(config.data, texts=config.texts, negatives=config.negatives, progress=progress)
-    first = list(islice(read, _CHECKED))
-    if config.teacher is not None and config.negatives != 0 and not first[0].negatives:
-        read = read_pairs(_mined(config, folder.parent, progress))
-        first = list(islice(read, _CHECKED))
+    may_mine = config.teacher is not None and config.negatives != 0
+    reading = partial(read_pairs, config.data, texts=config.texts, progress=progress)
+    read = reading(negatives=None if may_mine else config.negatives)
+    first = list(islice(read, 1))
+    mining = may_mine and not first[0].negatives
+    if mining or (may_mine and config.negatives is not None):
+        read, first = read_pairs(_mined(config, output, progress)) if mining else reading(negatives=config.negatives), []
+    first += islice(read, _CHECKED)
     check_examples(config, first)
     if len(first) < 2:
-        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2")
+        mined = "; hard negatives were found for no other, so try `negatives=0`" if mining else ""
+        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2{mined}")
     pairs = StoredPairs.write(chain(first, read), folder)
     contrastive = arguments.batch_sampler == BatchSamplers.NO_DUPLICATES
     try:
@@ -220,10 +227,11 @@ def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrai
     return pairs
 
 
-def _mined(config: TrainingConfig, folder: Path, progress: bool) -> Path:
+def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:
     """The examples with hard negatives of BM25 and of a model: the backbone if it retrieves already, else the teacher.
 
-    A model that retrieves tells random negatives from positives as it is, and would learn nothing of them.
+    A model that retrieves tells random negatives from positives as it is, and would learn nothing of them. The file's name
+    depends on all that the negatives do, so that none of another call in this folder is taken for them.
     """
     assert config.teacher is not None
     backbone = resolve_model(config.backbone)
@@ -231,16 +239,17 @@ def _mined(config: TrainingConfig, folder: Path, progress: bool) -> Path:
         miners = ["bm25", config.backbone]
     else:
         miners = ["bm25"] + [config.teacher] * (teacher_kind(resolve_model(config.teacher)) != "cross-encoder")
-    file = folder / "mined.jsonl"
-    mined = mine(
-        config.data,
-        file,
-        miner=miners,
-        teacher=config.teacher,
-        texts=config.texts,
-        negatives=config.negatives or _MINED,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "miner": miners,
+        "teacher": config.teacher,
+        "texts": config.texts,
+        "negatives": config.negatives or _MINED,
+        "max_length": config.max_length,
+        "precision": config.precision,
+    }
+    decisive = json.dumps([config.data, options, _files(config, output)])
+    file = output / _DATA / f"mined-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}.jsonl"
+    mined = mine(config.data, file, **options, progress=progress)
     if mined.left_out:
         logger.warning("%s: %d examples left out, for which too few hard negatives were found", config.data, mined.left_out)
     return file
@@ -254,6 +263,8 @@ def _teacher(
     folder = output / _DATA / "teacher"
     if arguments.process_index and not folder.exists():
         raise AnyspladeError(f"{output}: the first process could not prepare the teacher; it says why")
+    if not (arguments.process_index or (output / "run.json").exists()):  # of a call with other data or another teacher
+        shutil.rmtree(folder, ignore_errors=True)
     return prepare_teacher(
         config.teacher, pairs, folder, max_length=config.max_length, precision=config.precision, progress=progress
     )
@@ -395,6 +406,7 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
         raise OptionError(f"batch_size {config.batch_size} does not divide among {several} processes; choose a multiple")
     if several > 1:  # a batch is that of all processes, so that their number changes nothing but the speed
         more |= {"accelerator_config": {"split_batches": True}, "ddp_backend": "nccl" if gpu else "gloo"}
+        more["ddp_timeout"] = _PREPARATION
     arguments = SparseEncoderTrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=config.steps or -1,
