@@ -1,11 +1,13 @@
 """A teacher's scores against matrices written out by hand, and its vectors against the model's own."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
 
 from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
@@ -126,6 +128,10 @@ def test_nothing_is_computed_twice(kind, teachers, tmp_path, monkeypatch):
     for file in (tmp_path / teacher.key).iterdir():  # damaged: computed again
         file.write_bytes(file.read_bytes()[:90])
     np.testing.assert_array_equal(Kept(teacher, tmp_path).scores(pairs), before)
+    for file in (tmp_path / teacher.key).iterdir():
+        if ".keys" not in file.name:
+            file.write_bytes(file.read_bytes()[:150])
+    np.testing.assert_array_equal(Kept(teacher, tmp_path).scores(pairs), before)
 
 
 def test_a_killed_run_goes_on_after_its_last_shard(teachers, tmp_path, monkeypatch):
@@ -192,8 +198,8 @@ def test_so_many_negatives_are_mined_as_are_asked_for(teachers, backbone, collec
     options = {"teacher": teachers["sparse"], "steps": 2, "batch_size": 4, "max_length": 16, "output": str(tmp_path / "run")}
     one = train(TrainingConfig(backbone, str(collection_folder), negatives=1, **options))
     assert one.pairs > 4
+    mine(str(collection_folder), tmp_path / "mined.jsonl", negatives=1)
     with pytest.raises(DataError, match="negatives, but `negatives` is 3"):  # of examples that have some, none are mined
-        mine(str(collection_folder), tmp_path / "mined.jsonl", negatives=1)
         train(TrainingConfig(backbone, str(tmp_path / "mined.jsonl"), negatives=3, **options | {"output": str(tmp_path / "a")}))
 
 
@@ -219,7 +225,7 @@ def test_what_a_call_prepared_serves_no_other_one(teachers, backbone, collection
     monkeypatch.setattr("anysplade.training.run.prepare_teacher", watch)
     train(TrainingConfig(backbone, data, teacher=teachers["dense"], **options))
     batch = np.arange(4)
-    expected = by_hand(teachers["dense"], "dense", [seen["pairs"][i]._replace(negatives=seen["pairs"][i].negatives[:1]) for i in batch])
+    expected = by_hand(teachers["dense"], "dense", seen["pairs"][:4])
     np.testing.assert_allclose(seen["teacher"].scores(batch, batch)[:, :8], expected, atol=2e-3)
     assert train(TrainingConfig(backbone, data, teacher=teachers["dense"], **options)).pairs == len(seen["pairs"])
 
@@ -272,8 +278,28 @@ def test_a_teacher_of_nan_is_named(teachers, tmp_path):
     teacher = open_teacher(teachers["dense"])
     teacher.model[0].model.embeddings.word_embeddings.weight.data[7].fill_(float("nan"))
     bad = make_tokenizer().convert_ids_to_tokens(7)
-    with pytest.raises(ModelError, match=f"gives NaN or infinity for the document '{bad}'"):
+    with pytest.raises(ModelError, match=f"gives NaN, infinity or a number above 65,504 for the document '{bad}'"):
         teacher.encode([WORDS[30], bad], "document")
+
+
+def test_numbers_that_half_precision_cannot_hold_are_an_error(teachers):
+    teacher = dataclasses.replace(open_teacher(teachers["dense"]), cosine=False)
+    teacher.model[0].model.encoder.layer[-1].output.LayerNorm.bias.data.fill_(1e5)
+    with pytest.raises(ModelError, match="above 65,504"):
+        teacher.encode([WORDS[30]], "document")
+
+
+@pytest.mark.parametrize("max_length", [None, 8, 256])
+def test_no_text_is_too_long(max_length, teachers, tmp_path):
+    """The models have positions for 64 tokens; a static embedding for any number."""
+    tokens = make_tokenizer().backend_tokenizer
+    SentenceTransformer(modules=[StaticEmbedding(tokens, embedding_dim=8)]).save_pretrained(str(tmp_path / "static"))
+    text = " ".join(WORDS * 2)
+    for source in (teachers["dense"], teachers["sparse"], str(tmp_path / "static")):
+        assert open_teacher(source, max_length=max_length).encode([text], "document").shape[0] == 1
+    pairs = [(WORDS[0], text), (WORDS[0], " ".join(WORDS[:20]))]
+    scores = open_teacher(teachers["cross-encoder"], max_length=max_length).rate(pairs)
+    assert (abs(scores[0] - scores[1]) < 1e-7) == (max_length == 8)  # both are cut after the same words
 
 
 def test_two_processes_learn_as_one(teachers, collection_folder, tmp_path):

@@ -8,7 +8,9 @@ import hashlib
 import io
 import json
 import logging
+import math
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +31,7 @@ from anysplade.errors import DataError, ModelError
 from anysplade.model.calibration import is_sparse
 from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
-from anysplade.model.head import check_weights
+from anysplade.model.head import check_weights, usable_positions
 from anysplade.model.options import Role
 from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json
 
@@ -63,7 +65,7 @@ class Teacher:
         """Vectors whose dot products are the scores: (texts, width), float16 of a dense model, float32 of a sparse one.
 
         Raises:
-            ModelError: NaN or infinity in a vector.
+            ModelError: NaN, infinity or what float16 cannot hold in a vector.
         """
         if self.kind == "sparse":
             rows: sparse.csr_matrix = encode(self.model, texts, role, progress=progress)
@@ -79,11 +81,12 @@ class Teacher:
                 normalize_embeddings=self.cosine,
                 show_progress_bar=progress,
             )
-        vectors = np.asarray(vectors, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            vectors = np.asarray(vectors, dtype=np.float32).astype(np.float16)
         if not np.isfinite(vectors).all():
             bad = texts[int((~np.isfinite(vectors)).any(axis=1).nonzero()[0][0])]
-            raise ModelError(f"{self.name}: gives NaN or infinity for the {role} {bad[:60]!r}")
-        return vectors.astype(np.float16)
+            raise ModelError(f"{self.name}: gives NaN, infinity or a number above 65,504 for the {role} {bad[:60]!r}")
+        return vectors
 
     def rate(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """A cross-encoder's raw logits for pairs of a query and a document, (pairs,), float32.
@@ -146,18 +149,21 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
         cosine = model.similarity_fn_name == "cosine"
     else:
         try:
-            model = SentenceTransformer(source) if kind == "dense" else CrossEncoder(source, max_length=max_length)
+            model = SentenceTransformer(source) if kind == "dense" else CrossEncoder(source)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ModelError(f"{source}: cannot be loaded as a {kind} model: {first_line(error)}") from error
         if kind == "dense":
             if model.similarity_fn_name not in ("cosine", "dot"):
                 raise ModelError(f"{source}: scores by {model.similarity_fn_name}; a teacher's score is a cosine or a dot product")
             cosine = model.similarity_fn_name == "cosine"
-            model.max_seq_length = min(filter(None, (model.max_seq_length, max_length)), default=None)
         else:
             check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
             if model.num_labels != 1:
                 raise ModelError(f"{source}: gives {model.num_labels} outputs a pair; a teacher gives one")
+        positions = None if kind == "dense" else usable_positions(model.model)
+        limit = min(filter(None, (model.max_seq_length, max_length, positions)), default=None)
+        if limit != model.max_seq_length and model.max_seq_length != math.inf:  # a static embedding reads any text whole
+            model.max_seq_length = limit
         model.eval().float()
     about = [fingerprint(source) or source, kind, max_length, precision, cosine]
     return Teacher(name, kind, model, cosine, precision, batch_size, hashlib.sha256(json.dumps(about).encode()).hexdigest())
@@ -200,7 +206,7 @@ class Kept:
                 keys = np.load(file)
                 if len(keys) == _length(self._read(name)):
                     self._add(name, keys)
-            except (OSError, ValueError, KeyError, EOFError):
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 logger.info("%s: is damaged; it is made again", file)
         self._shard = lru_cache(_OPEN)(self._read)
 
@@ -317,7 +323,9 @@ class BatchTeacher:
         with whole_folder(folder) as work:
             if teacher.kind == "cross-encoder":
                 if not pairs[0].negatives:
-                    raise DataError(f"{teacher.name}: a cross-encoder ranks an example's own documents, and there are no negatives")
+                    raise DataError(
+                        f"{teacher.name}: a cross-encoder ranks an example's own documents, and there are no negatives; give some"
+                    )
                 shape = (len(pairs), 1 + len(pairs[0].negatives))
                 scores = np.lib.format.open_memmap(work / "scores.npy", "w+", np.float32, shape)
                 for start, part in _parts(pairs):
