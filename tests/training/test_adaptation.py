@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SparseEncoder
 
-from anysplade import DataError, ModelError, OutputError, adapt, evaluate, load_collection
+from anysplade import DataError, ModelError, OptionError, OutputError, adapt, evaluate, load_collection
 from anysplade.training import adaptation as module
 from tiny import WORDS
 
@@ -58,17 +58,35 @@ def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):
 
 
 def test_it_goes_on_where_it_was_stopped(teachers, corpus, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-
-        def stop(*_, **__):
-            raise KeyboardInterrupt
-
         patch.setattr(module, "evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     before = (tmp_path / "run" / "training" / "training.json").stat().st_mtime_ns
+    with monkeypatch.context() as patch:  # between the model and the record
+        patch.setattr(module, "Adaptation", stop)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
+    assert (tmp_path / "run" / "model").exists()
     adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     assert (tmp_path / "run" / "training" / "training.json").stat().st_mtime_ns == before
+
+
+def test_a_mistake_leaves_the_folder_to_the_next_call(teachers, corpus, tmp_path, monkeypatch):
+    given = {"teacher": teachers["dense"]} | OPTIONS
+    run = tmp_path / "run"
+    with pytest.raises(DataError, match="no such corpus"):
+        adapt(teachers["sparse"], str(tmp_path / "nowhere.jsonl"), run, **given)
+    for wrong in ({"steps": 0}, {"learning_rate": -1.0}, {"kinds": ("titel",)}):
+        with pytest.raises(OptionError):
+            adapt(teachers["sparse"], corpus, run, **given | wrong)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="without torchrun"):
+        adapt(teachers["sparse"], corpus, run, **given)
+    assert not run.exists()
 
 
 def test_faults(teachers, corpus, backbone, tmp_path):

@@ -7,10 +7,11 @@ from the true ones and scores the batches, and the active dims that the model ha
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, Document, Pair, load_collection, read_corpus
 from anysplade.data.document_pairs import KINDS, make_pairs
 from anysplade.data.pairs import load_pairs
-from anysplade.errors import DataError, OutputError
+from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.evaluations import Evaluation, evaluate
 from anysplade.model.encoder import has_static_queries
@@ -100,7 +101,10 @@ def adapt(
         ModelError: no sparse encoder, or no teacher.
         DataError: no pairs can be made, or too few documents to hold some out.
         OutputError: the folder holds something else.
+        OptionError: an impossible option, or several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("a model is adapted by one process; start it without torchrun")
     output = Path(output).expanduser()
     source = resolve_model(model)
     guide = resolve_model(teacher)
@@ -116,41 +120,44 @@ def adapt(
         logger.info("%s holds this adaptation already", output)
         return finished
     start = time.perf_counter()
-    collection = None if judged is None else load_collection(judged, split, progress=progress)
-    write_whole(output / "options.json", json.dumps(about, indent=2) + "\n")
-    made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
     held_out = judged is None
-    if collection is None:
-        collection = _hold_out(corpus, output, progress)
-    if not (output / "original").exists():
-        with whole_folder(output / "original") as folder:
-            open_sparse(source).save_pretrained(str(folder))
     data = output / ("training.jsonl" if held_out else "pairs.jsonl")
-    targets = _targets(open_sparse(str(output / "original"), max_length), load_pairs(data))
-    trained = train(
-        TrainingConfig(
-            str(output / "original"),
-            str(data),
-            output=str(output / "training"),
-            teacher=teacher,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            max_length=max_length,
-            precision=precision,  # type: ignore[arg-type]  # the config checks it
-            seed=seed,
-            checkpoint_steps=max(1, min(500, steps)),
-            query_active_dims=targets[0],
-            document_active_dims=targets[1],
-        ),
-        progress=progress,
+    config = TrainingConfig(  # impossible options are an error before anything is written
+        str(output / "original"),
+        str(data),
+        output=str(output / "training"),
+        teacher=teacher,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        precision=precision,  # type: ignore[arg-type]  # the config checks it
+        seed=seed,
+        checkpoint_steps=max(1, min(500, steps)),
     )
+    collection = None if judged is None else load_collection(judged, split, progress=progress)
+    begun = (output / "options.json").exists()
+    write_whole(output / "options.json", json.dumps(about, indent=2) + "\n")
+    try:
+        made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
+        if collection is None:
+            collection = _hold_out(corpus, output, progress)
+        if not (output / "original").exists():
+            with whole_folder(output / "original") as folder:
+                open_sparse(source).save_pretrained(str(folder))
+    except AnyspladeError:
+        if not begun:  # what cannot be adapted leaves the folder to the next call
+            shutil.rmtree(output)
+        raise
+    queries, documents = _targets(open_sparse(str(output / "original"), max_length), load_pairs(data))
+    trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
     cache = default_cache()
     before, after = (
         evaluate(folder, collection, [_METRIC], cache=cache, progress=progress) for folder in (output / "original", trained.model)
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
+    shutil.rmtree(output / "model", ignore_errors=True)  # of a call that ended between this line and the record
     with whole_folder(output / "model") as folder:
         shutil.copytree(Path(trained.model) if better else output / "original", folder, dirs_exist_ok=True)
     result = Adaptation(
