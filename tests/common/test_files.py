@@ -1,9 +1,10 @@
+import errno
 import os
 
 import pytest
 
 from anysplade import OutputError
-from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.files import whole_file, whole_folder, write_whole
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path):
@@ -64,3 +65,13 @@ def test_where_nothing_can_be_made(tmp_path):
             pass
         with pytest.raises(OutputError, match=r"cannot be written: .*name another place"):
             write_whole(place, "text")
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def fill():
+        with whole_file(tmp_path / "file"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match="file: cannot be written: No space left on device; make room"):
+        fill()
+    assert not list(tmp_path.iterdir())

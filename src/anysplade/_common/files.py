@@ -18,6 +18,7 @@ from anysplade.errors import OutputError
 logger = logging.getLogger(__name__)
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # codes of an OSError that mean: no permission
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def write_whole(target: str | Path, content: str | bytes) -> None:
     """Write a file of text or bytes under a temporary name and rename it to ``target``.
 
     Raises:
-        OutputError: ``target`` is a folder, or cannot be written.
+        OutputError: ``target`` is a folder, or cannot be written, also for want of room.
     """
     with whole_file(target) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -77,7 +78,7 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` is a folder, or cannot be written.
+        OutputError: ``target`` is a folder, or cannot be written, also for want of room.
     """
     target = Path(target).expanduser()
     work = target.with_name(f".{target.name}.{os.getpid()}")
@@ -91,8 +92,10 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
             yield opened
         with _permitted(target):
             work.replace(target)
-    except BaseException:
+    except BaseException as error:
         work.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise OutputError(f"{target}: cannot be written: {error.strerror}; make room, or name another place") from error
         raise
 
 
