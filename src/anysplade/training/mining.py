@@ -24,7 +24,7 @@ from anysplade._common.files import finished_record, record_path, write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
-from anysplade.errors import DataError, ModelError, OptionError
+from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
 from anysplade.model.options import Role
 from anysplade.search.exact import Postings
 from anysplade.training.teachers import Kept, Rows, Teacher, kept_vectors, open_teacher
@@ -327,7 +327,12 @@ def _in_blocks(
     for start in tqdm(starts, desc=task, unit="block", disable=not progress, leave=False, file=sys.stderr):
         part = parts / f"{start:09}.jsonl"
         if not part.exists():
-            rows = block(list(pairs[start : start + _BLOCK]))
+            try:
+                rows = list(block(list(pairs[start : start + _BLOCK])))
+            except AnyspladeError:
+                if not any(parts.glob("*.jsonl")):  # a wrong model, say: nothing is begun
+                    shutil.rmtree(parts)
+                raise
             write_whole(part, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     lines = "".join((parts / f"{start:09}.jsonl").read_text(encoding="utf-8") for start in starts)
     count = lines.count("\n")
