@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("better", [True, False])
 def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monkeypatch):
+    corpus = str(shutil.copy(corpus, tmp_path / "corpus.jsonl"))
     if better:
         monkeypatch.setattr(module, "_judge", lambda *_: (True, "said so"))
     else:
@@ -44,6 +46,9 @@ def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monk
 
     monkeypatch.setattr(module, "train", fail)
     assert adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS) == result
+    Path(corpus).write_text("\n".join(Path(corpus).read_text().splitlines()[:-1]))
+    with pytest.raises(OutputError, match="not made from the same data"):
+        adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     with pytest.raises(OutputError, match="other options"):
         adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["sparse"], **OPTIONS)
 

@@ -117,6 +117,7 @@ def adapt(
     about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(guide)]}
     finished = _claim(output, about)
     if finished is not None:
+        make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # an error if the corpus is another now
         logger.info("%s holds this adaptation already", output)
         return finished
     start = time.perf_counter()
