@@ -263,6 +263,7 @@ def test_faults(teachers, backbone, collection_folder, tmp_path):
         open_teacher(backbone)
     with pytest.raises(ModelError, match="a cross-encoder cannot search"):
         mine(str(collection_folder), tmp_path / "mined.jsonl", miner=teachers["cross-encoder"])
+    mine(str(collection_folder), tmp_path / "mined.jsonl", negatives=1)  # the mistake left nothing behind
     with pytest.raises(DataError, match="there are no negatives"):
         train(TrainingConfig(backbone, str(collection_folder), teacher=teachers["cross-encoder"], negatives=0, **options))
 

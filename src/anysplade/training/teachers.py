@@ -204,7 +204,7 @@ class Kept:
             name = file.name.removesuffix(".keys.npy")
             try:
                 keys = np.load(file)
-                if len(keys) == _length(self._read(name)):
+                if len(keys) == self._length(name):
                     self._add(name, keys)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 logger.info("%s: is damaged; it is made again", file)
@@ -268,13 +268,17 @@ class Kept:
     def _add(self, name: str, keys: np.ndarray) -> None:
         self._places |= {key.tobytes(): (name, row) for row, key in enumerate(keys)}
 
+    def _length(self, name: str) -> int:
+        """Of a shard, without its numbers: a cache may hold many gigabytes. A torn file is an error."""
+        path = self.folder / f"{name}.npz"
+        if not path.exists():
+            return len(self._read(name))
+        with np.load(path) as file:
+            return int(file["shape"][0])
+
     def _read(self, name: str) -> Any:
         path = self.folder / f"{name}.npz"
         return sparse.load_npz(path) if path.exists() else np.load(self.folder / f"{name}.npy", mmap_mode="r")
-
-
-def _length(rows: Rows) -> int:
-    return int(rows.shape[0])
 
 
 def _hash(*parts: str) -> bytes:
