@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
 
@@ -295,9 +297,13 @@ def test_no_text_is_too_long(max_length, teachers, tmp_path):
     """The models have positions for 64 tokens; a static embedding for any number."""
     tokens = make_tokenizer().backend_tokenizer
     SentenceTransformer(modules=[StaticEmbedding(tokens, embedding_dim=8)]).save_pretrained(str(tmp_path / "static"))
+    routed = Router.for_query_document([StaticEmbedding(tokens, embedding_dim=32)], list(SentenceTransformer(teachers["dense"])))
+    SentenceTransformer(modules=[routed]).save_pretrained(str(tmp_path / "routed"))
     text = " ".join(WORDS * 2)
-    for source in (teachers["dense"], teachers["sparse"], str(tmp_path / "static")):
-        assert open_teacher(source, max_length=max_length).encode([text], "document").shape[0] == 1
+    for source in (teachers["dense"], teachers["sparse"], str(tmp_path / "static"), str(tmp_path / "routed")):
+        rows = open_teacher(source, max_length=max_length).encode([text, " ".join(WORDS[:20])], "document")
+        same = np.allclose(*(rows.toarray() if sparse.issparse(rows) else rows).astype(np.float32), atol=2e-3)
+        assert same == (max_length == 8 and "static" not in source)  # both are cut after the same words
     pairs = [(WORDS[0], text), (WORDS[0], " ".join(WORDS[:20]))]
     scores = open_teacher(teachers["cross-encoder"], max_length=max_length).rate(pairs)
     assert (abs(scores[0] - scores[1]) < 1e-7) == (max_length == 8)  # both are cut after the same words

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -160,10 +160,10 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
             check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
             if model.num_labels != 1:
                 raise ModelError(f"{source}: gives {model.num_labels} outputs a pair; a teacher gives one")
-        positions = None if kind == "dense" else usable_positions(model.model)
-        limit = min(filter(None, (model.max_seq_length, max_length, positions)), default=None)
-        if limit != model.max_seq_length and model.max_seq_length != math.inf:  # a static embedding reads any text whole
-            model.max_seq_length = limit
+        for module in model.modules():  # a static embedding has none, and reads any text whole
+            if isinstance(module, Transformer):
+                limits = (module.max_seq_length, max_length, usable_positions(module.model))
+                module.max_seq_length = min(filter(None, limits), default=None)
         model.eval().float()
     about = [fingerprint(source) or source, kind, max_length, precision, cosine]
     return Teacher(name, kind, model, cosine, precision, batch_size, hashlib.sha256(json.dumps(about).encode()).hexdigest())
