@@ -239,6 +239,8 @@ def _mined(config: TrainingConfig, folder: Path, progress: bool) -> Path:
         teacher=config.teacher,
         texts=config.texts,
         negatives=config.negatives or _MINED,
+        max_length=config.max_length,
+        precision=config.precision,
         progress=progress,
     )
     if mined.left_out:
