@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForMaskedLM
 
 from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pairs, mine, train, train_head
 from anysplade._common.files import write_whole
@@ -139,7 +141,23 @@ def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
     head_module._WEIGHTS.update(defaults)
     records = run(list(cells.values()), ("squad-dev", "cisi"), options)
     rows = [row({"arm": arm} | losses[arm], [record]) for arm, record in zip(cells, records, strict=True)]
+    for line, (arm, cell) in zip(rows, cells.items(), strict=True):
+        if "encoder_learning_rate" in ARMS[arm][1]:  # what it costs the dense model
+            line["as a dense model"] = as_dense(with_encoder_of(cell.backbone, options), options, ("squad-dev", "cisi"))["results"]
     return [*rows, as_dense(options.dense, options, ("squad-dev", "cisi")), bm25(options, ("squad-dev", "cisi"))]
+
+
+def with_encoder_of(backbone: str, options: argparse.Namespace) -> str:
+    """The dense model with the encoder of a masked LM that was made from it."""
+    folder = Path(f"{backbone}-dense")
+    if not folder.exists():
+        model: Any = SentenceTransformer(options.dense)
+        missing = model[0].model.load_state_dict(
+            AutoModelForMaskedLM.from_pretrained(backbone).base_model.state_dict(), strict=False
+        )
+        assert all("pooler" in key for key in missing.missing_keys), missing
+        model.save_pretrained(str(folder))
+    return str(folder)
 
 
 def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
