@@ -14,26 +14,30 @@ epochs       how long a step takes with a teacher whose vectors are known, besid
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForMaskedLM
 
 from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pairs, mine, train, train_head
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.measures import measure, parse_metrics
-from anysplade.study.cells import METRIC, Cell, CellRecord
-from anysplade.study.run import run_cells
 from anysplade.training import heads as head_module
 from anysplade.training.teachers import kept_vectors, open_teacher
 
+METRIC = "nDCG@10"
 TRAINING = ("squad-dev", "squad-nqg-sentences", "medquad", "wikipedia-title-para", "tldr")
 COLLECTIONS = ("squad-dev", "vaswani", "cisi", "cosqa")
 EXAMPLES = 7200  # of the 110,507 pairs
@@ -62,6 +66,8 @@ ARMS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
 TAUGHT: dict[str, Any] = SHORT | {
     "steps": 400, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30, "document_active_dims": 150,
 }  # fmt: skip
+LENGTH = 256  # tokens to which texts are cut in evaluation
+COSTS = ("query_active_dims", "document_active_dims", "flops")
 ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 5e-5, "max_length": 96, "precision": "bfloat16"}
 
 
@@ -81,27 +87,44 @@ def with_head(options: argparse.Namespace, name: str = "head", **changes: Any) -
     return str(options.out / name)
 
 
-def run(groups: Sequence[Cell], collections: Sequence[str], options: argparse.Namespace) -> list[CellRecord]:
+def run(trainings: dict[str, TrainingConfig], collections: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Train and evaluate, several at a time; what each did is kept in ``runs/NAME.json``."""
     paths = [str(options.data / name) for name in collections]
-    records, failed = run_cells(list(groups), paths, options.out, options.workers, progress=True)
-    if failed:
-        sys.exit(f"{len(failed)} cells failed, the first one: {next(iter(failed.values()))}")
-    return [records[cell.hash] for cell in groups]
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            name: pool.submit(run_one, config, paths, options.out / "runs" / f"{name}.json") for name, config in trainings.items()
+        }
+        return {name: job.result() for name, job in jobs.items()}
 
 
-def row(label: dict[str, Any], records: Sequence[CellRecord]) -> dict[str, Any]:
+def run_one(config: TrainingConfig, collections: Sequence[str], record: Path) -> dict[str, Any]:
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known and known["config"] != json.loads(json.dumps(asdict(config))):
+        sys.exit(f"{record}: is of another training; remove it or choose another --out")
+    if not known:
+        torch.set_num_threads(1)
+        trained = train(config)
+        calibrated = {name: trained.calibration[name] for name in ("k", "shift")}
+        findings = sorted({finding["name"] for finding in trained.monitoring["findings"]})
+        known = {"config": trained.config, **calibrated, "findings": findings, "seconds": trained.seconds, "results": {}}
+    for path in collections:
+        if Path(path).name not in known["results"]:
+            found = evaluate(Path(config.output) / "model", path, [METRIC], depth=100, max_length=LENGTH, precision="bfloat16")
+            costs = {name: getattr(found, name) for name in COSTS}
+            known["results"][Path(path).name] = found.metrics | costs
+            write_whole(record, json.dumps(known, indent=1) + "\n")
+    return known
+
+
+def row(label: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of each collection the mean over seeds, the values themselves and the cost."""
     results = {}
-    for path in records[0].results:
-        found = [record.results[path] for record in records]
-        values = [scores.ndcg for scores in found]
-        costs = {
-            name: statistics.mean(getattr(scores, name) for scores in found)
-            for name in ("query_active_dims", "document_active_dims", "flops")
-        }
-        results[Path(path).name] = {METRIC: statistics.mean(values), "by seed": values} | costs
-    start = {"k": records[0].k, "shift": records[0].shift}
-    findings = sorted({finding["name"] for record in records for finding in record.findings})
+    for name in records[0]["results"]:
+        found = [record["results"][name] for record in records]
+        means = {key: statistics.mean(one[key] for one in found) for key in (METRIC, *COSTS)}
+        results[name] = means | {"by seed": [one[METRIC] for one in found]}
+    start = {name: records[0][name] for name in ("k", "shift")}
+    findings = sorted({name for record in records for name in record["findings"]})
     mean = statistics.mean(result[METRIC] for result in results.values())
     return label | {"mean": mean, "start": start, "findings": findings, "results": results}
 
@@ -128,31 +151,49 @@ def bm25(options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) 
 
 
 def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
-    defaults, cells, losses = dict(head_module._WEIGHTS), {}, {}
+    defaults, trainings, losses = dict(head_module._WEIGHTS), {}, {}
     for arm, (weights, changes) in ARMS.items():
         head_module._WEIGHTS.update(defaults | weights)
         name = "head-" + "".join(c if c.isalnum() else "-" for c in arm)
         made = train_head(options.dense, options.text, options.out / name, **HEAD | changes)
         losses[arm] = {"losses": made.losses, "seconds": made.seconds}
-        settings = SHORT | {"steps": 100, "learning_rate": LEARNING_RATE, "seed": 0} | HEADS["auto"]
-        cells[arm] = Cell(str(options.out / name), str(options.data / "squad-dev" / "pairs.jsonl"), settings)
+        data, output = str(options.data / "squad-dev" / "pairs.jsonl"), str(options.out / f"{name}-trained")
+        trainings[arm] = TrainingConfig(made.model, data, output=output, **SHORT, steps=100, learning_rate=LEARNING_RATE)
     head_module._WEIGHTS.update(defaults)
-    records = run(list(cells.values()), ("squad-dev", "cisi"), options)
-    rows = [row({"arm": arm} | losses[arm], [record]) for arm, record in zip(cells, records, strict=True)]
+    records = run(trainings, ("squad-dev", "cisi"), options)
+    rows = [row({"arm": arm} | losses[arm], [records[arm]]) for arm in trainings]
+    for line, (arm, config) in zip(rows, trainings.items(), strict=True):
+        if "encoder_learning_rate" in ARMS[arm][1]:  # what it costs the dense model
+            dense = with_encoder_of(config.backbone, options)
+            line["as a dense model"] = as_dense(dense, options, ("squad-dev", "cisi"))["results"]
     return [*rows, as_dense(options.dense, options, ("squad-dev", "cisi")), bm25(options, ("squad-dev", "cisi"))]
+
+
+def with_encoder_of(backbone: str, options: argparse.Namespace) -> str:
+    """The dense model with the encoder of a masked LM that was made from it."""
+    folder = Path(f"{backbone}-dense")
+    if not folder.exists():
+        model: Any = SentenceTransformer(options.dense)
+        missing = model[0].model.load_state_dict(
+            AutoModelForMaskedLM.from_pretrained(backbone).base_model.state_dict(), strict=False
+        )
+        assert all("pooler" in key for key in missing.missing_keys), missing
+        model.save_pretrained(str(folder))
+    return str(folder)
 
 
 def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
     data, backbone = examples(options), with_head(options)
-    groups: dict[tuple[str, float], list[Cell]] = {}
+    trainings, groups = {}, {}
     for rate, seeds in ((LEARNING_RATE, SEEDS), (LEARNING_RATE / 4, SEEDS[:1]), (4 * LEARNING_RATE, SEEDS[:1])):
         for head, choice in HEADS.items():
-            settings = SHORT | {"steps": 400, "learning_rate": rate} | choice
-            groups[head, rate] = [Cell(backbone, data, settings | {"seed": seed}) for seed in seeds]
-    records = iter(run([cell for cells in groups.values() for cell in cells], COLLECTIONS, options))
-    return [
-        row({"head": head, "learning_rate": rate}, [next(records) for _ in cells]) for (head, rate), cells in groups.items()
-    ] + [bm25(options)]
+            groups[head, rate] = [f"calibration {head} {rate:g} {seed}" for seed in seeds]
+            for seed, name in zip(seeds, groups[head, rate], strict=True):
+                settings = SHORT | choice | {"steps": 400, "learning_rate": rate, "seed": seed}
+                trainings[name] = TrainingConfig(backbone, data, output=str(options.out / name), **settings)
+    records = run(trainings, ("squad-dev", "cisi", "cosqa"), options)
+    rows = [row({"head": head, "learning_rate": rate}, [records[name] for name in names]) for (head, rate), names in groups.items()]
+    return [*rows, bm25(options)]
 
 
 def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -161,12 +202,16 @@ def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
     mine(data, options.out / "by-words.jsonl", miner="bm25", **shared)
     mine(data, options.out / "by-teacher.jsonl", miner=["bm25", options.teacher], teacher=options.teacher, **shared)
     arms = {
-        "contrastive": Cell(backbone, str(options.out / "by-words.jsonl"), TAUGHT),
-        "contrastive + teacher": Cell(backbone, str(options.out / "by-teacher.jsonl"), TAUGHT | {"teacher": options.teacher}),
+        "contrastive": {"data": str(options.out / "by-words.jsonl")},
+        "contrastive + teacher": {"data": str(options.out / "by-teacher.jsonl"), "teacher": options.teacher},
     }
-    cells = {arm: [replace(cell, options={**cell.options, "seed": seed}) for seed in SEEDS] for arm, cell in arms.items()}
-    records = iter(run([cell for group in cells.values() for cell in group], COLLECTIONS, options))
-    rows = [row({"objective": arm}, [next(records) for _ in group]) for arm, group in cells.items()]
+    names = {(arm, seed): f"teachers {arm} {seed}" for seed in SEEDS for arm in arms}
+    trainings = {
+        name: TrainingConfig(backbone, output=str(options.out / name), seed=seed, **TAUGHT | arms[arm])
+        for (arm, seed), name in names.items()
+    }
+    records = run(trainings, COLLECTIONS, options)
+    rows = [row({"objective": arm}, [records[names[arm, seed]] for seed in SEEDS]) for arm in arms]
     return [*rows, as_dense(options.dense, options), bm25(options)]
 
 

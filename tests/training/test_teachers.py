@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +194,7 @@ def test_examples_without_negatives_get_hard_ones(teachers, backbone, collection
     options = {"teacher": teachers["sparse"], "steps": 2, "batch_size": 4, "max_length": 16}
     train(TrainingConfig(backbone, str(collection_folder), output=str(tmp_path / "run"), **options))
     assert {len(pair.negatives) for pair in seen["pairs"]} == {2}
+    assert len(list((Path(os.environ["ANYSPLADE_CACHE"]) / "teachers").iterdir())) == 1  # mining and training ask for the same
     train(TrainingConfig(backbone, str(collection_folder), output=str(tmp_path / "none"), negatives=0, **options))
     assert {len(pair.negatives) for pair in seen["pairs"]} == {0}
 
