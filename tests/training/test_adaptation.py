@@ -6,8 +6,20 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SparseEncoder
 
-from anysplade import DataError, ModelError, OptionError, OutputError, adapt, evaluate, load_collection
+from anysplade import (
+    DataError,
+    ModelError,
+    OptionError,
+    OutputError,
+    adapt,
+    evaluate,
+    load_collection,
+    load_pairs,
+    make_pairs,
+    open_encoder,
+)
 from anysplade.training import adaptation as module
+from anysplade.training.level import flops, trim_flops
 from tiny import WORDS
 
 OPTIONS = {"steps": 4, "batch_size": 4, "max_length": 32}
@@ -33,7 +45,7 @@ def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monk
     result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     assert result.kept == ("adapted" if better else "original")
     assert result.judged_by == "24 held-out pairs"
-    chosen = tmp_path / "run" / ("training/model" if better else "original")
+    chosen = tmp_path / "run" / ("adapted" if better else "original")
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (chosen / "model.safetensors").read_bytes()
     SparseEncoder(result.model)
     assert result.before["nDCG@10"] > 0
@@ -51,6 +63,26 @@ def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monk
         adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     with pytest.raises(OutputError, match="other options"):
         adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["sparse"], **OPTIONS)
+
+
+def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_judge", lambda *_: (True, "said so"))
+    result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
+    original, adapted = (open_encoder(tmp_path / "run" / name) for name in ("original", "model"))
+    assert adapted.max_seq_length == original.max_seq_length == 64
+    assert open_encoder(tmp_path / "run" / "training" / "model").max_seq_length == 32
+    pairs = load_pairs(tmp_path / "run" / "training.jsonl")
+    assert 0 < flops(adapted, pairs) <= flops(original, pairs)
+    assert (Path(result.model) / "README.md").read_text().count("How it was made") == 1
+
+
+def test_trimming_takes_no_more_than_it_must(backbone, corpus, tmp_path):
+    encoder = load_encoder(backbone)
+    pairs = load_pairs(make_pairs(corpus, tmp_path / "pairs.jsonl") and tmp_path / "pairs.jsonl")
+    before = flops(encoder, pairs)
+    assert trim_flops(encoder, pairs, before) == 0.0
+    assert trim_flops(encoder, pairs, before / 2) > 0
+    assert 0 < flops(encoder, pairs) <= before / 2
 
 
 def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):

@@ -266,6 +266,8 @@ def test_faults(teachers, backbone, collection_folder, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ModelError, match="not trained to retrieve"):
         open_teacher(backbone)
+    with pytest.raises(OptionError, match="bm25 cannot be the teacher"):
+        mine(str(collection_folder), tmp_path / "mined.jsonl", teacher="bm25")
     with pytest.raises(ModelError, match="a cross-encoder cannot search"):
         mine(str(collection_folder), tmp_path / "mined.jsonl", miner=teachers["cross-encoder"])
     mine(str(collection_folder), tmp_path / "mined.jsonl", negatives=1)  # the mistake left nothing behind

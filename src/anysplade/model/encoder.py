@@ -116,7 +116,7 @@ def build_encoder(
     )
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
-        _cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))
+        cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))
     if fused:
         fuse_pooling(encoder)
     return encoder, calibration
@@ -138,13 +138,13 @@ def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = 
     source = resolve_model(path)
     encoder = _load_saved(source) if is_saved_encoder(source) else _with_splade_pooling(source)
     if max_length is not None:
-        _cut_at(encoder, max_length)
+        cut_at(encoder, max_length)
     if fused and is_splade(encoder):
         fuse_pooling(encoder)
     return encoder
 
 
-def _cut_at(encoder: SparseEncoder, max_length: int) -> None:
+def cut_at(encoder: SparseEncoder, max_length: int) -> None:
     """Have every text cut to so many tokens, or to as many as the model has positions for."""
     if max_length < 3:
         raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")

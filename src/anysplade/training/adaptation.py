@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Transformer
 
 from anysplade._common.files import default_cache, require_empty, whole_folder, write_whole
 from anysplade._common.provenance import provenance
@@ -25,10 +26,10 @@ from anysplade.data.pairs import load_pairs
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.evaluations import Evaluation, evaluate
-from anysplade.model.encoder import has_static_queries
+from anysplade.model.encoder import cut_at, has_static_queries, open_encoder, reader
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
-from anysplade.training.level import active_dims
+from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train
 from anysplade.training.teachers import open_sparse, teacher_kind
 
@@ -150,17 +151,20 @@ def adapt(
         if not begun:  # what cannot be adapted leaves the folder to the next call
             shutil.rmtree(output)
         raise
-    queries, documents = _targets(open_sparse(str(output / "original"), max_length), load_pairs(data))
+    original, pairs = open_sparse(str(output / "original"), max_length), load_pairs(data)
+    queries, documents = _targets(original, pairs)
     trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
+    if not (output / "adapted").exists():
+        _write_adapted(Path(trained.model), output, pairs, flops(original, pairs))
     cache = default_cache()
     before, after = (
-        evaluate(folder, collection, [_METRIC], cache=cache, progress=progress) for folder in (output / "original", trained.model)
+        evaluate(output / name, collection, [_METRIC], cache=cache, progress=progress) for name in ("original", "adapted")
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
     shutil.rmtree(output / "model", ignore_errors=True)  # of a call that ended between this line and the record
     with whole_folder(output / "model") as folder:
-        shutil.copytree(Path(trained.model) if better else output / "original", folder, dirs_exist_ok=True)
+        shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
     result = Adaptation(
         model=str(output / "model"),
         kept="adapted" if better else "original",
@@ -182,6 +186,20 @@ def _targets(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float | Non
     """The active dims that the model has on the training texts; none for queries that have a weight a token."""
     queries, documents = active_dims(encoder, pairs)
     return None if has_static_queries(encoder) else max(1.0, queries), max(1.0, documents)
+
+
+def _write_adapted(trained: Path, output: Path, pairs: Sequence[Pair], most: float) -> None:
+    """Write the trained model at the original's FLOPS at most, and at its length: only the training cut the texts shorter."""
+    limit = reader(open_encoder(output / "original"), "document")
+    encoder = open_encoder(trained)
+    trim_flops(encoder, pairs, most)
+    if isinstance(limit, Transformer) and limit.max_seq_length is not None:
+        cut_at(encoder, limit.max_seq_length)
+    with whole_folder(output / "adapted") as folder:
+        encoder.save_pretrained(str(folder))
+        for name in ("README.md", "training.svg"):
+            if (trained / name).exists():
+                shutil.copy(trained / name, folder)
 
 
 def _judge(before: Evaluation, after: Evaluation, compared: Comparison) -> tuple[bool, str]:

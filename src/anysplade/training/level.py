@@ -73,6 +73,29 @@ def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[flo
     return best
 
 
+def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> float:
+    """Expected products of a query and a document (arXiv 2004.05665), over a sample of the training pairs."""
+    sample = _sample(pairs)
+    queries = encode(encoder, [pair.query for pair in sample], "query")
+    documents = encode(encoder, [pair.positive for pair in sample], "document")
+    return float(queries.getnnz(axis=0) @ documents.getnnz(axis=0)) / len(sample) ** 2
+
+
+def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: float) -> float:
+    """Lower the decoder's bias by as little as it takes, at most 1, for no more FLOPS on a sample of the training texts."""
+    biases = find_head(masked_lm(encoder)).biases
+    if not biases or flops(encoder, pairs) <= most:
+        return 0.0
+    before = [bias.detach().clone() for bias in biases]
+    low, high = 0.0, 1.0
+    while high - low > _TRIM_STEP:
+        shift = (low + high) / 2
+        _shift(biases, before, shift)
+        low, high = (shift, high) if flops(encoder, pairs) > most else (low, shift)
+    _shift(biases, before, high)
+    return high
+
+
 @torch.no_grad()
 def _shift(biases: Iterable[torch.Tensor], before: Iterable[torch.Tensor], by: float) -> None:
     for bias, value in zip(biases, before, strict=True):

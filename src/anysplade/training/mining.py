@@ -89,8 +89,10 @@ def mine(
     miners = [miner] if isinstance(miner, str) else list(dict.fromkeys(miner))
     if not miners:
         raise OptionError("no miner; name bm25 or a model")
-    for name in (*miners, teacher):
-        _require_extra(name or "")
+    if teacher == "bm25":
+        raise OptionError("bm25 cannot be the teacher of mining: it would tell likely answers by their words; name a model")
+    for name in miners:
+        _require_extra(name)
     pairs = load_pairs(data, texts=texts, progress=progress)
     documents = list(dict.fromkeys(pair.positive for pair in pairs))
     if corpus is not None:

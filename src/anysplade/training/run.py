@@ -251,7 +251,11 @@ def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:
     file = output / _DATA / f"mined-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}.jsonl"
     mined = mine(config.data, file, **options, progress=progress)
     if mined.left_out:
-        logger.warning("%s: %d examples left out, for which too few hard negatives were found", config.data, mined.left_out)
+        logger.warning(
+            "%s: %d examples left out, for which too few hard negatives were found; `negatives=0` trains on all",
+            config.data,
+            mined.left_out,
+        )
     return file
 
 
