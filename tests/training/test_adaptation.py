@@ -14,6 +14,7 @@ from anysplade import (
     adapt,
     evaluate,
     load_collection,
+    load_encoder,
     load_pairs,
     make_pairs,
     open_encoder,
@@ -81,8 +82,8 @@ def test_trimming_takes_no_more_than_it_must(backbone, corpus, tmp_path):
     pairs = load_pairs(make_pairs(corpus, tmp_path / "pairs.jsonl") and tmp_path / "pairs.jsonl")
     before = flops(encoder, pairs)
     assert trim_flops(encoder, pairs, before) == 0.0
-    assert trim_flops(encoder, pairs, before / 2) > 0
-    assert 0 < flops(encoder, pairs) <= before / 2
+    assert trim_flops(encoder, pairs, 0.8 * before) > 0
+    assert 0 < flops(encoder, pairs) <= 0.8 * before
 
 
 def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):
