@@ -179,6 +179,7 @@ def test_a_run_with_a_teacher(kind, objective, teachers, backbone, collection_fo
     assert result.config["objective"] == ("contrastive + teacher" if objective == "auto" else objective)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]["teacher"]
     assert not (tmp_path / "run" / "data").exists()
+    assert f"| Teacher | `{teachers[kind]}` |" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert train(config) == result
 
 

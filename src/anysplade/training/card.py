@@ -44,6 +44,8 @@ def _section(result: dict[str, Any], figure: bool) -> str:
         ("Objective", f"{config['objective']}, {config['regularizer']} regularizer"),
         ("Steps", f"{steps}, seed {config['seed']}, {result['processes']} process(es)"),
     ]
+    if config["teacher"] is not None:
+        table.insert(-1, ("Teacher", f"`{config['teacher']}`"))
     if result["level_trim"]:
         table.append(("Level trimmed after training", f"{result['level_trim']:+.3g}"))
     lines = ["## How it was made", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table), ""]
