@@ -39,6 +39,7 @@ _HELD_OUT = 0.1  # of the documents, to judge by where no collection is given
 _MOST_HELD_OUT = 300
 _FEWEST_HELD_OUT = 20
 _METRIC = "nDCG@10"
+_NEGATIVES = 4  # hard ones of each query
 _COSTLIER = 1.05  # times the FLOPS: what is above is no longer the same cost
 
 
@@ -92,7 +93,7 @@ def adapt(
         split: which judgements of it.
         kinds: of pairs; see ``make_pairs``.
         steps: of training.
-        batch_size: queries a step, each with its document and two hard negatives.
+        batch_size: queries a step, each with its document and four hard negatives.
         learning_rate: peak.
         max_length: tokens a text is cut to.
         precision: of the products in training and of the teacher; bfloat16 is faster where the machine has it.
@@ -122,13 +123,14 @@ def adapt(
         logger.info("%s holds this adaptation already", output)
         return finished
     start = time.perf_counter()
-    held_out = judged is None
-    data = output / ("training.jsonl" if held_out else "pairs.jsonl")
+    data = output / "training.jsonl"
     config = TrainingConfig(  # impossible options are an error before anything is written
         str(output / "original"),
         str(data),
         output=str(output / "training"),
         teacher=teacher,
+        objective="teacher",
+        negatives=_NEGATIVES,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -142,8 +144,7 @@ def adapt(
     write_whole(output / "options.json", json.dumps(about, indent=2) + "\n")
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
-        if collection is None:
-            collection = _hold_out(corpus, output, progress)
+        held_out = _write_training(corpus, output, judged is None, progress)
         if not (output / "original").exists():
             with whole_folder(output / "original") as folder:
                 open_sparse(source).save_pretrained(str(folder))
@@ -151,6 +152,8 @@ def adapt(
         if not begun:  # what cannot be adapted leaves the folder to the next call
             shutil.rmtree(output)
         raise
+    collection = held_out or collection
+    assert collection is not None  # one is given, or some are held out
     original, pairs = open_sparse(str(output / "original"), max_length), load_pairs(data)
     queries, documents = _targets(original, pairs)
     trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
@@ -169,7 +172,7 @@ def adapt(
         model=str(output / "model"),
         kept="adapted" if better else "original",
         reason=reason,
-        judged_by=f"{len(collection.queries):,} held-out pairs" if held_out else collection.name,
+        judged_by=collection.name,
         before=_summary(before),
         after=_summary(after),
         comparison=json.loads(json.dumps(compared.to_dict())),  # as it is read again
@@ -220,35 +223,47 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
     return evaluation.metrics | costs
 
 
-def _hold_out(corpus: str, output: Path, progress: bool) -> Collection:
-    """A collection of some documents' pairs; the others' pairs are written to ``training.jsonl``.
+def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -> Collection | None:
+    """Write the pairs to train on to ``training.jsonl``: the queries that were made, and their documents in full.
 
-    Which documents is decided by the hash of their ids. A held-out document stands in the collection without what its query
-    was taken from.
+    In full, since that is how they are searched: without the words that the query was made of, the model would learn to expand
+    what it need not. That a query then finds its own document by its words is no fault; it is the teacher's order of the
+    others that is learned.
+
+    Returns:
+        With ``hold_out`` a collection of the pairs of some documents, which are not trained on; the hash of their ids says
+        which. In it such a document stands without what its query was made of.
 
     Raises:
-        DataError: too few documents have pairs.
+        DataError: too few documents have pairs to hold some out.
     """
     rows = [json.loads(line) for line in (output / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
-    held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
-    if len(held) < _FEWEST_HELD_OUT:
-        raise DataError(
-            f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection with `judged`"
-        )
     documents = dict(read_corpus(corpus, progress=progress))
+    held: set[str] = set()
+    if hold_out:
+        chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
+        held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
+        if len(held) < _FEWEST_HELD_OUT:
+            raise DataError(
+                f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection "
+                "with `judged`"
+            )
+    training = (
+        {"query": row["query"], "positive": documents[row["document_id"]].full_text, "document_id": row["document_id"]}
+        for row in rows
+        if row["document_id"] not in held
+    )
+    write_whole(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
+    if not hold_out:
+        return None
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
-    training = []
     for row in rows:
         id_ = row["document_id"]
-        if id_ not in held:
-            training.append(json.dumps(row, ensure_ascii=False) + "\n")
-        elif f"of {id_}" not in queries:  # the first pair of each
+        if id_ in held and f"of {id_}" not in queries:  # the first pair of each
             queries[f"of {id_}"] = row["query"]
             qrels[f"of {id_}"] = {id_: 1}
             documents[id_] = Document("", row["positive"])
-    write_whole(output / "training.jsonl", "".join(training))
     return Collection(f"{len(queries)} held-out pairs", documents, queries, qrels)
 
 
