@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain, islice
@@ -223,6 +224,8 @@ def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrai
         check_batch_size(pairs.dataset, config.batch_size, arguments.world_size, contrastive, config.data)
     except OptionError:
         shutil.rmtree(folder)
+        with suppress(OSError):  # mined negatives stay
+            folder.parent.rmdir()
         raise
     return pairs
 
