@@ -87,12 +87,17 @@ def test_trimming_takes_no_more_than_it_must(backbone, corpus, tmp_path):
 
 
 def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):
-    judged = str(collection_folder)
+    judged = str(shutil.copytree(collection_folder, tmp_path / "judged"))
     result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS)
     assert result.judged_by == load_collection(judged).name
     again = evaluate(result.model, judged)
     expected = result.after if result.kept == "adapted" else result.before
     assert again.metrics["nDCG@10"] == pytest.approx(expected["nDCG@10"])
+    assert adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS) == result
+    queries = tmp_path / "judged" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace(WORDS[3], WORDS[4]))
+    with pytest.raises(OutputError, match="is another than the models were judged by"):
+        adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS)
 
 
 def test_it_goes_on_where_it_was_stopped(teachers, corpus, tmp_path, monkeypatch):
@@ -118,7 +123,7 @@ def test_a_mistake_leaves_the_folder_to_the_next_call(teachers, corpus, tmp_path
     run = tmp_path / "run"
     with pytest.raises(DataError, match="no such corpus"):
         adapt(teachers["sparse"], str(tmp_path / "nowhere.jsonl"), run, **given)
-    for wrong in ({"steps": 0}, {"learning_rate": -1.0}, {"kinds": ("titel",)}):
+    for wrong in ({"steps": 0}, {"learning_rate": -1.0}, {"kinds": ("titel",)}, {"batch_size": 4096}):
         with pytest.raises(OptionError):
             adapt(teachers["sparse"], corpus, run, **given | wrong)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -20,7 +20,7 @@ from sentence_transformers.base.modules import Transformer
 
 from anysplade._common.files import default_cache, require_empty, whole_folder, write_whole
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Collection, Document, Pair, load_collection, read_corpus
+from anysplade.data.collections import Collection, Document, Pair, data_hash, load_collection, read_corpus
 from anysplade.data.document_pairs import KINDS, make_pairs
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
@@ -51,6 +51,7 @@ class Adaptation:
     kept: str  # "adapted" or "original"
     reason: str  # in one sentence
     judged_by: str  # a collection, or held-out pairs
+    judged_hash: str  # SHA-256 of its content
     before: dict[str, Any]  # effectiveness and cost of the original
     after: dict[str, Any]  # of the adapted model
     comparison: dict[str, Any]  # of the two, paired by query
@@ -120,6 +121,10 @@ def adapt(
     finished = _claim(output, about)
     if finished is not None:
         make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # an error if the corpus is another now
+        if judged is not None and data_hash(load_collection(judged, split, progress=progress)) != finished.judged_hash:
+            raise OutputError(
+                f"{output}: the collection {judged} is another than the models were judged by; choose another `output`"
+            )
         logger.info("%s holds this adaptation already", output)
         return finished
     start = time.perf_counter()
@@ -148,15 +153,15 @@ def adapt(
         if not (output / "original").exists():
             with whole_folder(output / "original") as folder:
                 open_sparse(source).save_pretrained(str(folder))
+        original, pairs = open_sparse(str(output / "original"), max_length), load_pairs(data)
+        queries, documents = _targets(original, pairs)
+        trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
     except AnyspladeError:
-        if not begun:  # what cannot be adapted leaves the folder to the next call
+        if not (begun or (output / "training" / "run.json").exists()):  # what cannot be adapted leaves the folder to the next call
             shutil.rmtree(output)
         raise
     collection = held_out or collection
     assert collection is not None  # one is given, or some are held out
-    original, pairs = open_sparse(str(output / "original"), max_length), load_pairs(data)
-    queries, documents = _targets(original, pairs)
-    trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
     if not (output / "adapted").exists():
         _write_adapted(Path(trained.model), output, pairs, flops(original, pairs))
     cache = default_cache()
@@ -173,6 +178,7 @@ def adapt(
         kept="adapted" if better else "original",
         reason=reason,
         judged_by=collection.name,
+        judged_hash=data_hash(collection),
         before=_summary(before),
         after=_summary(after),
         comparison=json.loads(json.dumps(compared.to_dict())),  # as it is read again
