@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
@@ -11,6 +12,7 @@ from anysplade.data.collections import Pair
 from anysplade.model.encoder import masked_lm
 from anysplade.model.encoding import encode
 from anysplade.model.head import find_head
+from anysplade.model.probe import PROBE_QUERIES
 from anysplade.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -73,25 +75,31 @@ def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[flo
     return best
 
 
-def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> float:
-    """Expected products of a query and a document (arXiv 2004.05665), over a sample of the training pairs."""
+def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> np.ndarray:
+    """Expected products of a query and a document (arXiv 2004.05665): of a sample of the training pairs, and of everyday queries.
+
+    Users' queries are neither, and a model can become costlier on one kind while it becomes cheaper on the other.
+
+    Returns:
+        (2,): by kind of queries.
+    """
     sample = _sample(pairs)
-    queries = encode(encoder, [pair.query for pair in sample], "query")
-    documents = encode(encoder, [pair.positive for pair in sample], "document")
-    return float(queries.getnnz(axis=0) @ documents.getnnz(axis=0)) / len(sample) ** 2
+    documents = encode(encoder, [pair.positive for pair in sample], "document").getnnz(axis=0)
+    queries = (encode(encoder, texts, "query") for texts in ([pair.query for pair in sample], PROBE_QUERIES))
+    return np.array([rows.getnnz(axis=0) @ documents / (rows.shape[0] * len(sample)) for rows in queries])
 
 
-def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: float) -> float:
-    """Lower the decoder's bias by as little as it takes, at most 1, for no more FLOPS on a sample of the training texts."""
+def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: np.ndarray) -> float:
+    """Lower the decoder's bias by as little as it takes, at most 1, for no more ``flops`` than ``most`` of either kind, (2,)."""
     biases = find_head(masked_lm(encoder)).biases
-    if not biases or flops(encoder, pairs) <= most:
+    if not biases or (flops(encoder, pairs) <= most).all():
         return 0.0
     before = [bias.detach().clone() for bias in biases]
     low, high = 0.0, 1.0
     while high - low > _TRIM_STEP:
         shift = (low + high) / 2
         _shift(biases, before, shift)
-        low, high = (shift, high) if flops(encoder, pairs) > most else (low, shift)
+        low, high = (low, shift) if (flops(encoder, pairs) <= most).all() else (shift, high)
     _shift(biases, before, high)
     return high
 
