@@ -68,7 +68,7 @@ TAUGHT: dict[str, Any] = SHORT | {
 }  # fmt: skip
 LENGTH = 256  # tokens to which texts are cut in evaluation
 COSTS = ("query_active_dims", "document_active_dims", "flops")
-ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 5e-5, "max_length": 96, "precision": "bfloat16"}
+ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 1e-4, "max_length": 96, "precision": "bfloat16"}
 
 
 def examples(options: argparse.Namespace) -> str:

@@ -99,7 +99,7 @@ def adapt(
     kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("title", "heading", "sentence"),
     steps: int = 200,
     batch_size: int = 16,
-    learning_rate: float = 5e-5,
+    learning_rate: float = 1e-4,
     max_length: int | None = 256,
     precision: TrainingPrecision = "float32",
     seed: int = 0,
