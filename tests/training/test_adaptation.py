@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade import (
@@ -71,7 +72,13 @@ def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_
     result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     original, adapted = (open_encoder(tmp_path / "run" / name) for name in ("original", "model"))
     assert adapted.max_seq_length == original.max_seq_length == 64
-    assert open_encoder(tmp_path / "run" / "training" / "model").max_seq_length == 32
+    trained = open_encoder(tmp_path / "run" / "training" / "model")
+    assert trained.max_seq_length == 32
+    weights = [dict(encoder.named_parameters()) for encoder in (original, trained, adapted)]
+    for name in weights[0].keys() - {name for name in weights[0] if name.endswith("bias")}:  # the bias was trimmed
+        before, after, mean = (of[name].detach() for of in weights)
+        torch.testing.assert_close(mean, (before + after) / 2)
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     pairs = load_pairs(tmp_path / "run" / "training.jsonl")
     assert flops(adapted, pairs)[0] > 0
     assert (flops(adapted, pairs) <= flops(original, pairs)).all()
