@@ -66,6 +66,7 @@ ARMS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
 TAUGHT: dict[str, Any] = SHORT | {
     "steps": 400, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30, "document_active_dims": 150,
 }  # fmt: skip
+FEW = ("squad-dev", "cisi")  # in-domain and zero-shot, where the four would take too long
 LENGTH = 256  # tokens to which texts are cut in evaluation
 COSTS = ("query_active_dims", "document_active_dims", "flops")
 ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 1e-4, "max_length": 96, "precision": "bfloat16"}
@@ -160,13 +161,13 @@ def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
         data, output = str(options.data / "squad-dev" / "pairs.jsonl"), str(options.out / f"{name}-trained")
         trainings[arm] = TrainingConfig(made.model, data, output=output, **SHORT, steps=100, learning_rate=LEARNING_RATE)
     head_module._WEIGHTS.update(defaults)
-    records = run(trainings, ("squad-dev", "cisi"), options)
+    records = run(trainings, FEW, options)
     rows = [row({"arm": arm} | losses[arm], [records[arm]]) for arm in trainings]
     for line, (arm, config) in zip(rows, trainings.items(), strict=True):
         if "encoder_learning_rate" in ARMS[arm][1]:  # what it costs the dense model
             dense = with_encoder_of(config.backbone, options)
-            line["as a dense model"] = as_dense(dense, options, ("squad-dev", "cisi"))["results"]
-    return [*rows, as_dense(options.dense, options, ("squad-dev", "cisi")), bm25(options, ("squad-dev", "cisi"))]
+            line["as a dense model"] = as_dense(dense, options, FEW)["results"]
+    return [*rows, as_dense(options.dense, options, FEW), bm25(options, FEW)]
 
 
 def with_encoder_of(backbone: str, options: argparse.Namespace) -> str:
@@ -191,9 +192,9 @@ def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
             for seed, name in zip(seeds, groups[head, rate], strict=True):
                 settings = SHORT | choice | {"steps": 400, "learning_rate": rate, "seed": seed}
                 trainings[name] = TrainingConfig(backbone, data, output=str(options.out / name), **settings)
-    records = run(trainings, ("squad-dev", "cisi"), options)
+    records = run(trainings, FEW, options)
     rows = [row({"head": head, "learning_rate": rate}, [records[name] for name in names]) for (head, rate), names in groups.items()]
-    return [*rows, bm25(options, ("squad-dev", "cisi"))]
+    return [*rows, bm25(options, FEW)]
 
 
 def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -183,7 +183,7 @@ def adapt(
         kept="adapted" if better else "original",
         reason=reason,
         judged_by=collection.name,
-        judged_hash=data_hash(collection),
+        judged_hash=after.data_hash,
         before=_summary(before),
         after=_summary(after),
         comparison=json.loads(json.dumps(compared.to_dict())),  # as it is read again
