@@ -34,6 +34,7 @@ from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pai
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.model.pooling import native_bfloat16
 from anysplade.training import heads as head_module
 from anysplade.training.teachers import kept_vectors, open_teacher
 
@@ -43,7 +44,8 @@ COLLECTIONS = ("squad-dev", "vaswani", "cisi", "cosqa")
 EXAMPLES = 7200  # of the 110,507 pairs
 SEEDS = (0, 1, 2)
 LEARNING_RATE = 1e-4
-SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 48, "precision": "bfloat16", "checkpoint_steps": 10**6}
+PRECISION = "bfloat16" if native_bfloat16("cpu") else "float32"
+SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 48, "precision": PRECISION, "checkpoint_steps": 10**6}
 HEADS: dict[str, dict[str, Any]] = {
     "raw": {"k": 1, "shift": 0},
     "k=4": {"k": 4, "shift": 0},
@@ -68,8 +70,9 @@ TAUGHT: dict[str, Any] = SHORT | {
 }  # fmt: skip
 FEW = ("squad-dev", "cisi")  # in-domain and zero-shot, where the four would take too long
 LENGTH = 256  # tokens to which texts are cut in evaluation
+PLACES = ("backbone", "data", "output", "teacher")  # settings that name a folder, which may lie elsewhere when a run resumes
 COSTS = ("query_active_dims", "document_active_dims", "flops")
-ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 1e-4, "max_length": 96, "precision": "bfloat16"}
+ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 1e-4, "max_length": 96, "precision": PRECISION}
 
 
 def examples(options: argparse.Namespace) -> str:
@@ -100,17 +103,18 @@ def run(trainings: dict[str, TrainingConfig], collections: Sequence[str], option
 
 def run_one(config: TrainingConfig, collections: Sequence[str], record: Path) -> dict[str, Any]:
     known = json.loads(record.read_text()) if record.exists() else {}
-    if known and known["config"] != json.loads(json.dumps(asdict(config))):
+    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in PLACES}))
+    if known and known["config"] != settings:
         sys.exit(f"{record}: is of another training; remove it or choose another --out")
     if not known:
         torch.set_num_threads(1)
         trained = train(config)
         calibrated = {name: trained.calibration[name] for name in ("k", "shift")}
         findings = sorted({finding["name"] for finding in trained.monitoring["findings"]})
-        known = {"config": trained.config, **calibrated, "findings": findings, "seconds": trained.seconds, "results": {}}
+        known = {"config": settings, **calibrated, "findings": findings, "seconds": trained.seconds, "results": {}}
     for path in collections:
         if Path(path).name not in known["results"]:
-            found = evaluate(Path(config.output) / "model", path, [METRIC], depth=100, max_length=LENGTH, precision="bfloat16")
+            found = evaluate(Path(config.output) / "model", path, [METRIC], depth=100, max_length=LENGTH, precision=PRECISION)
             costs = {name: getattr(found, name) for name in COSTS}
             known["results"][Path(path).name] = found.metrics | costs
             write_whole(record, json.dumps(known, indent=1) + "\n")
@@ -132,7 +136,7 @@ def row(label: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, A
 
 def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
     """nDCG@10 of a dense model."""
-    teacher = open_teacher(model, max_length=256, precision="bfloat16")
+    teacher = open_teacher(model, max_length=256, precision=PRECISION)
     kept = kept_vectors(teacher, options.out / "vectors", progress=True)
     results = {}
     for name in collections:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,7 @@ from anysplade.model.encoder import build_encoder
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
-from anysplade.training.run import _ranking_loss
+from anysplade.training.run import _arguments, _ranking_loss
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone
 
@@ -48,6 +49,15 @@ def config(backbone, collection_folder, tmp_path):
         )
 
     return make
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_that_the_processor_would_emulate_is_said(config, native, monkeypatch, caplog):
+    monkeypatch.setattr("anysplade.training.run.native_bfloat16", lambda device: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = config(precision="bfloat16")
+    _arguments(options, Path(options.output))
+    assert ("`precision=float32` is faster here" in caplog.text) is not native
 
 
 def weights(folder):

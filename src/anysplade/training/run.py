@@ -38,6 +38,7 @@ from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionEr
 from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import build_encoder, check_model, has_static_queries, is_routed, is_saved_encoder, masked_lm
 from anysplade.model.head import find_head
+from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
 from anysplade.training.callbacks import DevEvaluator, Estimate, MarkComplete, Progress, last_checkpoint, step_of
@@ -441,7 +442,9 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
         use_cpu=not gpu and not torch.backends.mps.is_available(),
         **more,
     )
-    _ = arguments.device  # joins the other processes
+    device = arguments.device  # joins the other processes
+    if config.precision == "bfloat16" and device.type == "cpu" and not native_bfloat16("cpu"):
+        logger.warning("this processor has no products of bfloat16 and emulates them slowly; `precision=float32` is faster here")
     return arguments
 
 
