@@ -91,17 +91,20 @@ def with_head(options: argparse.Namespace, name: str = "head", **changes: Any) -
     return str(options.out / name)
 
 
-def run(trainings: dict[str, TrainingConfig], collections: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def run(
+    trainings: dict[str, TrainingConfig], collections: Sequence[str], options: argparse.Namespace, length: int = LENGTH
+) -> dict[str, dict[str, Any]]:
     """Train and evaluate, several at a time; what each did is kept in ``runs/NAME.json``."""
     paths = [str(options.data / name) for name in collections]
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {
-            name: pool.submit(run_one, config, paths, options.out / "runs" / f"{name}.json") for name, config in trainings.items()
+            name: pool.submit(run_one, config, paths, options.out / "runs" / f"{name}.json", length)
+            for name, config in trainings.items()
         }
         return {name: job.result() for name, job in jobs.items()}
 
 
-def run_one(config: TrainingConfig, collections: Sequence[str], record: Path) -> dict[str, Any]:
+def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, length: int) -> dict[str, Any]:
     known = json.loads(record.read_text()) if record.exists() else {}
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in PLACES}))
     if known and known["config"] != settings:
@@ -114,7 +117,7 @@ def run_one(config: TrainingConfig, collections: Sequence[str], record: Path) ->
         known = {"config": settings, **calibrated, "findings": findings, "seconds": trained.seconds, "results": {}}
     for path in collections:
         if Path(path).name not in known["results"]:
-            found = evaluate(Path(config.output) / "model", path, [METRIC], depth=100, max_length=LENGTH, precision=PRECISION)
+            found = evaluate(Path(config.output) / "model", path, [METRIC], depth=100, max_length=length, precision=PRECISION)
             costs = {name: getattr(found, name) for name in COSTS}
             known["results"][Path(path).name] = found.metrics | costs
             write_whole(record, json.dumps(known, indent=1) + "\n")
@@ -196,7 +199,7 @@ def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
             for seed, name in zip(seeds, groups[head, rate], strict=True):
                 settings = SHORT | choice | {"steps": 400, "learning_rate": rate, "seed": seed}
                 trainings[name] = TrainingConfig(backbone, data, output=str(options.out / name), **settings)
-    records = run(trainings, FEW, options)
+    records = run(trainings, FEW, options, LENGTH // 2)  # raw heads make every text long, and twenty runs are evaluated
     rows = [row({"head": head, "learning_rate": rate}, [records[name] for name in names]) for (head, rate), names in groups.items()]
     return [*rows, bm25(options, FEW)]
 

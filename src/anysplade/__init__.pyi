@@ -30,6 +30,8 @@ from .model.calibration import calibrate as calibrate
 from .model.encoder import load_encoder as load_encoder
 from .model.encoder import open_encoder as open_encoder
 from .model.encoding import encode as encode
+from .model.folding import Folding as Folding
+from .model.folding import fold_head as fold_head
 from .model.head import HeadReport as HeadReport
 from .model.head import inspect_head as inspect_head
 from .model.head import rescale_head as rescale_head

@@ -21,6 +21,7 @@ from anysplade.cli.app import _as_typed
 from anysplade.cli.config import config_file
 from processes import drop_privileges, run_command, run_python
 from tiny import WORDS, make_backbone, make_lexical
+from vocabularies import byte_level, make_cased
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
 
@@ -116,6 +117,15 @@ def test_output_in_an_encoding_without_these_characters(backbone, tmp_path):
     assert b"kabel" in subprocess.run(command, check=True, **options).stdout
 
 
+def test_a_cased_vocabulary_is_folded(call, call_json, tmp_path):
+    cased = make_cased("modernbert", tmp_path / "cased", byte_level())
+    done = call_json("rescale", cased, "--fold", "case", "--mute", "--out", tmp_path / "folded")
+    assert (done["k"], done["shift"], done["folding"]["by"]) == (1, 0, "case")
+    assert done["live"] == done["vocabulary"] - done["folding"]["folded"] - done["folding"]["muted"]
+    assert "terms folded into others by case" in call("inspect", tmp_path / "folded")[1]
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "folded")
+
+
 def test_from_backbone_to_search(backbone, collection_folder, call, call_json, tmp_path):
     inspected = call_json("inspect", backbone, "--data", collection_folder)
     assert inspected["architecture"] == "BertForMaskedLM"
@@ -196,6 +206,8 @@ def broken(collection_folder, tmp_path):
         ("rescale {model} --out {tmp}/new --k 0", "k is 0"),
         ("rescale {model} --out {tmp}/new --k nan", "k is nan"),
         ("rescale {model} --out {tmp}/new --k eight", "eight"),
+        ("rescale {model} --out {tmp}/new --fold case", "one form of each word already (uncased)"),
+        ("train {model} {data} --out {tmp}/new --fold case", "one form of each word already (uncased)"),
         ("train ./nowhere {data} --out {tmp}/new", "no such model folder"),
         ("train {model} ./nowhere --out {tmp}/new", "no such training data"),
         ("train {model} {data} --out {data}", "no run of anysplade"),

@@ -249,6 +249,56 @@ def test_a_frozen_decoder_gets_no_gradient():
     assert weight.grad is None
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    length=st.integers(1, 30),
+    width=st.integers(2, 16),
+    vocabulary=st.integers(2, 200),
+    dead=st.floats(0, 1),
+    padding=st.floats(0, 1),
+    with_bias=st.booleans(),
+    pooling=st.sampled_from(["max", "sum"]),
+    double_log=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_of_the_live_terms_alone(batch, length, width, vocabulary, dead, padding, with_bias, pooling, double_log, seed):
+    """Outputs and gradients are those of the whole head, whose other rows give nothing: training, and both ways of encoding."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, length, width, generator=generator)
+    live = (torch.rand(vocabulary, generator=generator) >= dead).nonzero()[:, 0]
+    weight, bias = torch.zeros(vocabulary, width), torch.full((vocabulary,), -1e4) if with_bias else None
+    weight[live] = torch.randn(len(live), width, generator=generator)
+    if with_bias:
+        bias[live] = torch.randn(len(live), generator=generator)
+    mask = (torch.rand(batch, length, generator=generator) >= padding).long()
+    upstream = torch.randn(batch, vocabulary, generator=generator)
+    upstream[:, torch.isin(torch.arange(vocabulary), live, invert=True)] = 0
+
+    def pool(*inputs):
+        return splade_pool(*inputs, live=live)
+
+    of_all = gradients(splade_pool, hidden, weight, bias, mask, pooling, double_log, upstream)
+    of_live = gradients(pool, hidden, weight, bias, mask, pooling, double_log, upstream)
+    for name, a, b in zip(("output", "hidden", "weight", "bias"), of_live, of_all, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(pool(hidden, weight, bias, mask, pooling, double_log), of_all[0], rtol=1e-5, atol=1e-5)
+        if pooling == "max":
+            screened = _screened_max(hidden, weight, bias, mask, double_log, live)
+            if screened is not None:
+                torch.testing.assert_close(screened, of_all[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_screen_is_that_of_these_terms():
+    weight = torch.randn(30, 8)
+    some, others = torch.arange(0, 30, 2), torch.arange(1, 30, 2)
+    first = _screen(weight, some)
+    assert _screen(weight, some.clone()) is first
+    assert len(_screen(weight, others[:5]).rounded) == 5
+    assert len(_screen(weight).rounded) == 30
+
+
 @pytest.mark.parametrize("vocabulary", [64, 5000])
 def test_bfloat16(vocabulary):
     hidden, weight = torch.randn(2, 9, 16), torch.randn(vocabulary, 16)

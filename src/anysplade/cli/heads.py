@@ -1,9 +1,12 @@
 """Commands on a masked LM's head: inspect, rescale."""
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from anysplade.cli.app import Json, Out, Result, command, is_watched
-from anysplade.model.options import BiasPolicy, Choice
+from anysplade.model.options import BiasPolicy, Choice, Fold
 
 
 @command
@@ -38,28 +41,36 @@ def rescale(
     /,
     *,
     out: Out,
-    k: Choice = 8.0,
+    k: Choice | None = None,
     shift: Choice = 0.0,
     bias: BiasPolicy = "scale",
+    fold: Fold = "none",
+    mute: Annotated[bool, Parameter(negative="")] = False,
     data: str | None = None,
     json: Json = False,
 ) -> Result:
-    """Write a stock checkpoint whose MLM logits are logits / k - shift.
+    """Write a stock checkpoint whose MLM logits are logits / k - shift, or whose terms are folded.
 
     Args:
         model: a masked LM's folder or hub id.
         out: the new checkpoint's folder.
-        k: divides the head; "auto" measures what it wants.
+        k: divides the head; "auto" measures what it wants; if left out, 8, and 1 where terms are folded or muted.
         shift: lowers the logits by way of the bias; "auto" likewise.
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
+        fold: terms of a cased vocabulary that share a dimension: words that are one up to case and the space before them ("case"),
+            or English words of one stem too ("stem"). The level and the scale for "auto" are measured after it.
+        mute: punctuation and special tokens get no dimension.
         data: training pairs to probe with for "auto"; everyday texts otherwise.
     """
     from anysplade._common import files
     from anysplade.cli import rendering as report
-    from anysplade.model import calibration, head
+    from anysplade.model import calibration, folding, head
 
+    if k is None:
+        k = 8.0 if fold == "none" and not mute else 1.0
     files.require_empty(out)
     loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
+    folding.fold_head(loaded, tokenizer, fold, mute)
     texts = calibration.probe_texts(data, progress=is_watched()) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
     head.rescale_head(loaded, chosen.k, chosen.shift, bias)

@@ -37,6 +37,8 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
     )
     if report.rescaled:
         about += f"\nrescaled before: k={report.rescaled['k']:g}, shift={report.rescaled['shift']:g}"
+    if report.folding:
+        about += f"\n{_folded(report)}"
     before, after = suggested.before, suggested.after
     if before is None or after is None:
         return [about]
@@ -62,10 +64,19 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
     return [about, table, Text(verdict, style="bold")]
 
 
+def _folded(report: "HeadReport") -> str:
+    """What ``fold_head`` recorded."""
+    assert report.folding is not None
+    done = report.folding
+    muted = f", {done['muted']:,} of punctuation and special tokens muted" if done["mute"] else ""
+    return f"{done['folded']:,} terms folded into others by {done['by']}{muted}: {done['live']:,} of {report.vocabulary:,} are left"
+
+
 def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) -> list[RenderableType]:
     tied = "tied, the size unchanged" if report.tied else "not tied"
     return [
-        f"{calibration.formula} (bias: {calibration.bias}), folded into {report.architecture}",
+        *([_folded(report)] if report.folding else []),
+        f"{calibration.formula} (bias: {calibration.bias}), in the head of {report.architecture}",
         f"decoder {tied}",
         f"written to {out}; load it with AutoModelForMaskedLM.from_pretrained({str(out)!r})",
     ]

@@ -16,11 +16,14 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade.errors import ModelError, OptionError
+from anysplade.model import vocabulary
 from anysplade.model.calibration import Calibration, calibrate
+from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.head import (
+    check_folding,
     check_masked_lm,
     check_weights,
     describe_encoder,
@@ -28,15 +31,17 @@ from anysplade.model.head import (
     fit_tokenizer,
     give_head,
     has_remote_code,
+    live_terms,
     load_masked_lm,
     masked_lm_class,
     rescale_head,
     usable_positions,
 )
-from anysplade.model.options import BiasPolicy, Choice, Pooling, QueryEncoder, Role
+from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder, Role
 from anysplade.model.pooling import splade_pool
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.model.saved import first_line, name_terms, resolve_model, saved_file, saved_json
+from anysplade.model.saved import first_line, resolve_model, saved_file, saved_json
+from anysplade.model.vocabulary import name_terms
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +95,8 @@ def build_encoder(
     query_encoder: QueryEncoder = "mlm",
     idf_texts: Iterable[str] = (),
     attention: str | None = None,
+    fold: Fold = "none",
+    mute: bool = False,
 ) -> tuple[SparseEncoder, Calibration]:
     """``load_encoder``, and the calibration that was applied.
 
@@ -99,6 +106,7 @@ def build_encoder(
         query_encoder: ``"idf"`` and ``"static"`` give queries one weight a token, fixed and learned, which
             begins as its inverse document frequency in ``idf_texts``.
         attention: transformers' name of an attention implementation.
+        fold, mute: those of ``fold_head``, before the calibration.
     """
     source = resolve_model(path)
     if is_saved_encoder(source):
@@ -106,11 +114,13 @@ def build_encoder(
         encoder = _load_saved(source, attention)
         if (pooling, double_log, query_encoder) != ("max", False, "mlm"):
             raise OptionError(f"{source}: a sparse encoder already, whose pooling and query encoder stay as they are")
+        check_foldable(source, fold, mute)
     else:
         encoder = _with_splade_pooling(source, pooling, double_log, attention)
         if query_encoder != "mlm":
             encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
     model = masked_lm(encoder)
+    fold_head(model, splade_modules(encoder)[0].tokenizer, fold, mute)
     calibration = calibrate(
         model, splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
     )
@@ -223,6 +233,20 @@ def check_model(source: str) -> None:
         check_masked_lm(source)
 
 
+def check_foldable(source: str, fold: Fold, mute: bool) -> None:
+    """Refuse what cannot be folded, as far as can be known without reading weights.
+
+    Raises:
+        OptionError, ModelError: a sparse encoder, or as ``fold_head`` does.
+    """
+    if fold == "none" and not mute:
+        return
+    if is_saved_encoder(source):
+        raise OptionError(f"{source}: a sparse encoder already, whose terms mean what it learned; fold the backbone instead")
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    plan_folding(tokenizer, len(tokenizer), fold, mute)
+
+
 def _auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice]:
     """What "auto" means for the head of a saved SparseEncoder: no change."""
     if "auto" in (k, shift):
@@ -264,6 +288,7 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
         if getattr(model, "peft_config", None) is None:  # an adapter's folder has no weights but its own
             check_weights(type(model), source, folder)
         fit_tokenizer(module.tokenizer, model, source)
+        check_folding(model, source)
     return encoder.float()
 
 
@@ -303,18 +328,21 @@ _term_names: WeakKeyDictionary[SparseEncoder, list[str]] = WeakKeyDictionary()
 
 
 def term_names(encoder: SparseEncoder) -> list[str]:
-    """The name of each term, (vocabulary,) by id, as ``name_terms`` has it; made once for each encoder.
+    """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` has it; made once for each encoder.
 
-    A head can be wider than its tokenizer's vocabulary, which is padded for speed. An autoencoder's terms are no tokens.
+    An autoencoder's terms are no tokens. A tokenizer that is written in Python does not say what its marks are: its tokens are
+    the names.
     """
     if encoder not in _term_names:
-        tokens: list[str | None] = [None] * (encoder.get_embedding_dimension() or 0)
-        if not isinstance(encoder[-1], SparseAutoEncoder):
-            tokenizer: Any = encoder.tokenizer
-            known = sorted(id_ for id_ in set(tokenizer.get_vocab().values()) if id_ < len(tokens))
-            for id_, token in zip(known, tokenizer.convert_ids_to_tokens(known), strict=True):
-                tokens[id_] = token
-        _term_names[encoder] = name_terms(tokens)
+        size, tokenizer = encoder.get_embedding_dimension() or 0, encoder.tokenizer
+        if isinstance(encoder[-1], SparseAutoEncoder):
+            names = name_terms([None] * size)
+        elif tokenizer.is_fast:
+            names = vocabulary.term_names(tokenizer.backend_tokenizer, size)
+        else:
+            ids = {id_: token for token, id_ in tokenizer.get_vocab().items()}
+            names = name_terms([ids.get(term) for term in range(size)])
+        _term_names[encoder] = names
     return _term_names[encoder]
 
 
@@ -331,6 +359,7 @@ def _with_splade_pooling(
             raise OptionError(f"attention {attention!r}: {str(error).splitlines()[0]}") from error
         raise
     fit_tokenizer(transformer.tokenizer, transformer.model, source)
+    check_folding(transformer.model, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
     vocabulary = len(find_head(transformer.model).decoder.weight)  # left out, it would be known after the first text only
     modules = [transformer, SpladePooling(pooling, activation_function=activation, embedding_dimension=vocabulary)]
@@ -390,7 +419,7 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     if pooling.embedding_dimension is None:  # the module's own forward would set it
         pooling.embedding_dimension = len(head.decoder.weight)
     transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
-    pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
+    pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder, live_terms(model))
     return True
 
 
@@ -463,7 +492,7 @@ def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[s
         return type(transformer).forward(transformer, features, **kwargs)
 
 
-def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[str, Any]) -> dict[str, Any]:
+def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, live: Tensor | None, features: dict[str, Any]) -> dict[str, Any]:
     hidden = features["token_embeddings"]
     if "cu_seq_lens_q" in features:  # unpadded input, (1, tokens, width): padding it again is cheap at this width
         lengths = features["cu_seq_lens_q"].diff().tolist()
@@ -473,7 +502,10 @@ def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, features: dict[st
     else:
         mask = features["attention_mask"]
     double_log = pooling.activation_function == "log1p_relu"
-    features["sentence_embedding"] = splade_pool(hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log)
+    live = None if live is None else live.to(hidden.device)
+    features["sentence_embedding"] = splade_pool(
+        hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, live
+    )
     return features
 
 

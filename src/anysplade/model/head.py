@@ -81,6 +81,38 @@ def find_head(model: PreTrainedModel) -> Head:
     return Head(decoder, tuple(found.values()))
 
 
+@torch.no_grad()
+def live_terms(model: PreTrainedModel) -> Tensor | None:
+    """Ids of the terms that a text can have, ascending, (live,); None if it can have all.
+
+    The others have a row of zeros and a bias below zero, so that their logits are never positive: see ``fold_head``.
+    """
+    head = find_head(model)
+    if head.bias is None or head.decoder.weight is model.get_input_embeddings().weight:  # training an input could revive its row
+        return None
+    negative = (head.bias < 0).nonzero()[:, 0]
+    dead = negative[~head.decoder.weight[negative].any(dim=1)]
+    if not len(dead):
+        return None
+    live = torch.ones(len(head.bias), dtype=torch.bool, device=dead.device)
+    live[dead] = False
+    return live.nonzero()[:, 0]
+
+
+def check_folding(model: PreTrainedModel, source: str) -> None:
+    """Raise ModelError unless a head has as many live terms as its config says of a folded one; see ``fold_head``."""
+    folding = (getattr(model.config, RECORD, None) or {}).get("folding")
+    if folding is None:
+        return
+    live = live_terms(model)
+    count = len(find_head(model).decoder.weight) if live is None else len(live)
+    if count != folding["live"]:
+        raise ModelError(
+            f"{source}: its config says that a folded vocabulary has {folding['live']:,} terms left, and its head has {count:,}; "
+            "take weights and config from the same model"
+        )
+
+
 def load_masked_lm(
     name: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -100,6 +132,7 @@ def load_masked_lm(
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be loaded as a masked LM: {first_line(error)}") from error
     fit_tokenizer(tokenizer, model, source)
+    check_folding(model, source)
     return model.eval(), tokenizer
 
 
@@ -268,10 +301,10 @@ class Probe:
     A per-term affine map commutes with the max over tokens, so the pooled logits are kept raw.
     """
 
-    token_logits: np.ndarray  # (sampled tokens, vocabulary) float32; special tokens included, padding not
-    query_logits: np.ndarray  # (queries, vocabulary): max over each query's tokens
-    document_logits: np.ndarray  # (documents, vocabulary)
-    bias: np.ndarray | None  # (vocabulary,)
+    token_logits: np.ndarray  # (sampled tokens, live terms) float32; special tokens included, padding not
+    query_logits: np.ndarray  # (queries, live terms): max over each query's tokens
+    document_logits: np.ndarray  # (documents, live terms)
+    bias: np.ndarray | None  # (live terms,)
 
     def affine(self, k: float, shift: float, bias: BiasPolicy) -> "Probe":
         """The probe as it would be after ``rescale_head(k, shift, bias)``."""
@@ -311,13 +344,15 @@ class HeadReport:
     model: str  # as it was named
     architecture: str  # class of transformers
     vocabulary: int  # rows of the decoder
+    live: int  # of them that are not switched off: terms that a text can have
     width: int  # columns of the decoder
     tied: bool  # the decoder's weight is the input embeddings'
     bias: bool  # the decoder has one
     frobenius_norm: float  # of the decoder's weight
-    mean_row_norm: float  # L2, over the vocabulary
+    mean_row_norm: float  # L2, over the live terms
     max_row_norm: float  # L2
     rescaled: dict[str, Any] | None  # what rescale_head recorded in the checkpoint
+    folding: dict[str, Any] | None  # what fold_head recorded there
     probe: ProbeReport | None  # None without a tokenizer
 
     def to_dict(self) -> dict[str, Any]:
@@ -351,20 +386,23 @@ def inspect_head(
 
 def describe_head(model: PreTrainedModel, probe: Probe | None, name: str) -> HeadReport:
     """The report of a loaded masked LM whose logits were measured before."""
-    head = find_head(model)
+    head, live = find_head(model), live_terms(model)
     weight = head.decoder.weight.detach().float()  # (vocabulary, width)
-    rows = weight.norm(dim=1)
+    rows = (weight if live is None else weight[live]).norm(dim=1)
+    record = getattr(model.config, RECORD, None) or {}
     return HeadReport(
         model=name,
         architecture=type(model).__name__,
         vocabulary=weight.shape[0],
+        live=len(rows),
         width=weight.shape[1],
         tied=head.decoder.weight is model.get_input_embeddings().weight,
         bias=bool(head.biases),
         frobenius_norm=float(weight.norm()),
         mean_row_norm=float(rows.mean()),
         max_row_norm=float(rows.max()),
-        rescaled=getattr(model.config, RECORD, None),
+        rescaled={name: value for name, value in record.items() if name != "folding"} or None,
+        folding=record.get("folding"),
         probe=None if probe is None else summarize_probe(probe),
     )
 
@@ -383,8 +421,8 @@ def measure_logits(
     """
     if not queries or not documents:
         raise OptionError("calibration needs probe texts: at least one query and one document")
-    head = find_head(model)
-    vocabulary = head.decoder.weight.shape[0]
+    head, live = find_head(model), live_terms(model)
+    vocabulary = head.decoder.weight.shape[0]  # of which the live terms alone are kept
     limit = min(_PROBE_LENGTH, tokenizer.model_max_length)
     encoded = [
         [ids[:limit] for ids in tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]]
@@ -398,13 +436,14 @@ def measure_logits(
     pooled: list[np.ndarray] = []
     seen = 0
     for texts in encoded:
-        rows = np.empty((len(texts), vocabulary), np.float32)
+        rows = np.empty((len(texts), vocabulary if live is None else len(live)), np.float32)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         while order:
             longest = len(texts[order[-1]])
             batch = [order.pop() for _ in range(min(len(order), max(1, _LOGITS_A_BATCH // (longest * vocabulary))))]
             padded = tokenizer.pad({"input_ids": [texts[i] for i in batch]}, return_tensors="pt").to(model.device)
             logits = model(**padded).logits.float()  # (batch, length, vocabulary)
+            logits = logits if live is None else logits[..., live]
             mask = padded["attention_mask"].bool()
             rows[batch] = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1).cpu().numpy()
             flat = logits[mask]
@@ -413,7 +452,7 @@ def measure_logits(
             seen += len(flat)
         pooled.append(rows)
     model.train(was_training)
-    bias = None if head.bias is None else head.bias.float().cpu().numpy()
+    bias = None if head.bias is None else (head.bias if live is None else head.bias[live]).float().cpu().numpy()
     return Probe(np.concatenate(sampled), pooled[0], pooled[1], bias)
 
 
@@ -488,7 +527,8 @@ def rescale_head(model: PreTrainedModel, k: float = 8.0, shift: float = 0.0, bia
     head = find_head(model)
     if shift != 0 and not head.biases:
         raise ModelError(f"{type(model).__name__}: the MLM head has no bias, so it cannot be shifted; use `shift=0` and k alone")
-    earlier = getattr(model.config, RECORD, None)
+    earlier = dict(getattr(model.config, RECORD, None) or {})
+    folding = {name: earlier.pop(name) for name in ("folding",) if name in earlier}
     if earlier:
         logger.warning(
             "this head was rescaled before (k=%g, shift=%g); k=%g and shift=%g come on top",
@@ -497,18 +537,20 @@ def rescale_head(model: PreTrainedModel, k: float = 8.0, shift: float = 0.0, bia
             k,
             shift,
         )
-    before = _check_logits(model)
+    before = check_logits(model)
     offset = 0.0 if head.bias is None or bias == "scale" else head.bias.float() * (1 - 1 / k)
     undo = _apply(model, k, shift, bias)
-    after = _check_logits(model)
+    after, wanted = check_logits(model), before / k + offset - shift
+    if (live := live_terms(model)) is not None:
+        before, after, wanted = before[..., live], after[..., live], wanted[..., live]
     tolerance = 64 * torch.finfo(head.decoder.weight.dtype).eps * max(1.0, float(before.abs().max()) / min(1.0, k), abs(shift))
-    if not torch.allclose(after, before / k + offset - shift, rtol=0, atol=tolerance):
+    if not torch.allclose(after, wanted, rtol=0, atol=tolerance):
         undo()
         raise ModelError(
             f"{type(model).__name__}: its logits are not one projection of its hidden states; k and shift cannot be folded into it"
         )
     record = asdict(Rescaling(float(k), float(shift), bias, str(model.name_or_path or type(model).__name__), __version__))
-    setattr(model.config, RECORD, record | ({"earlier": earlier} if earlier else {}))
+    setattr(model.config, RECORD, record | folding | ({"earlier": earlier} if earlier else {}))
     return model
 
 
@@ -575,7 +617,7 @@ def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> 
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel) -> Tensor:
+def check_logits(model: PreTrainedModel) -> Tensor:
     """Logits of sixteen fixed tokens: (2, 8, vocabulary)."""
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]

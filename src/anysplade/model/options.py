@@ -9,3 +9,4 @@ Runtime = Literal["auto", "torch", "openvino"]  # of encoding
 Pooling = Literal["max", "sum"]
 Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]
+Fold = Literal["none", "case", "stem"]  # which terms share a dimension

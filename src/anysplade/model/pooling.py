@@ -43,6 +43,7 @@ def splade_pool(
     mask: Tensor,
     pooling: Literal["max", "sum"] = "max",
     double_log: bool = False,
+    live: Tensor | None = None,
 ) -> Tensor:
     """SPLADE vectors from the hidden states before the decoder.
 
@@ -53,6 +54,7 @@ def splade_pool(
         mask: (batch, length), nonzero where there is a token. A row without tokens pools to zeros.
         pooling: over the tokens; arXiv 2107.05720 sums, arXiv 2109.10086 takes the maximum.
         double_log: log1p twice, the activation of arXiv 2504.14839.
+        live: ids of the terms that are computed, ascending; the others are 0. None for all.
 
     Returns:
         (batch, vocabulary), at least 0; float32 under autocast, else of hidden's type. Where tokens
@@ -69,15 +71,15 @@ def splade_pool(
         if keep:
             _screens.pop(weight, None)  # the weight is about to change
         elif pooling == "max" and device == "cpu" and torch.float64 not in (hidden.dtype, weight.dtype) and native_int8():
-            screened = _screened_max(hidden, weight, bias, mask, double_log)
+            screened = _screened_max(hidden, weight, bias, mask, double_log, live)
             if screened is not None:
                 return screened.to(dtype)
         if autocast:
             half = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(half), weight.to(half)
         if pooling == "sum":
-            return _SumPool.apply(hidden, weight, bias, mask, double_log, dtype)
-        return _MaxPool.apply(hidden, weight, bias, mask, double_log, dtype, keep)
+            return _SumPool.apply(hidden, weight, bias, mask, double_log, dtype, live)
+        return _MaxPool.apply(hidden, weight, bias, mask, double_log, dtype, keep, live)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -94,7 +96,7 @@ def max_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor
         if autocast:
             half = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(half), weight.to(half)
-        return _MaxPool.apply(hidden, weight, bias, mask, None, dtype, True)
+        return _MaxPool.apply(hidden, weight, bias, mask, None, dtype, True, None)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -108,13 +110,14 @@ class _MaxPool(torch.autograd.Function):
         double_log: bool | None,  # None: the logits as they are
         dtype: torch.dtype,
         keep: bool,
+        live: Tensor | None,
     ) -> Tensor:
         batch, length, _ = hidden.shape
-        vocabulary = weight.shape[0]
+        terms = len(weight) if live is None else len(live)
         tokens, source = _fill_padding(hidden, mask)
-        pooled = hidden.new_empty(vocabulary, batch, dtype=dtype)
-        chosen = torch.empty(vocabulary if keep else 0, batch, dtype=torch.int32, device=hidden.device)
-        for start, end, logits in _products(weight, tokens):
+        pooled = hidden.new_empty(terms, batch, dtype=dtype)
+        chosen = torch.empty(terms if keep else 0, batch, dtype=torch.int32, device=hidden.device)
+        for start, end, logits in _products(weight, tokens, live):
             logits = logits.view(end - start, batch, length)  # tokens last: fast to reduce
             if keep:
                 values, chosen[start:end] = logits.max(dim=2)
@@ -122,28 +125,30 @@ class _MaxPool(torch.autograd.Function):
                 values = logits.amax(dim=2)
             pooled[start:end] = values
         if bias is not None:
-            pooled += bias.to(dtype).unsqueeze(1)
+            pooled += _rows(bias, live).to(dtype).unsqueeze(1)
         if double_log is not None:
             pooled.relu_().masked_fill_(~mask.bool().any(dim=1), 0).log1p_()
         if double_log:
             pooled.log1p_()
-        result = pooled.T.contiguous()  # (batch, vocabulary)
+        result = pooled.T.contiguous()  # (batch, terms)
         if keep:
-            ctx.save_for_backward(tokens, weight, bias, source, chosen, result)
+            ctx.save_for_backward(tokens, weight, bias, source, chosen, result, live)
             ctx.double_log = double_log
-        return result
+        return _spread(result, live, len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight, bias, source, chosen, result = ctx.saved_tensors
+        tokens, weight, bias, source, chosen, result, live = ctx.saved_tensors
         batch, length = source.shape
+        gradient = gradient if live is None else gradient[:, live]
         if ctx.double_log is not None:
             gradient = gradient * _slope(result, ctx.double_log) * (result > 0)
-        through = gradient.T  # (vocabulary, batch)
+        through = gradient.T  # (terms, batch)
         term, row = through.nonzero(as_tuple=True)  # sorted by term
         token = source[row, chosen[term, row].long()] + row * length
         values = through[term, row].to(tokens.dtype)
+        term = term if live is None else live[term]
         to_hidden = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
             order = token.argsort(stable=True)
@@ -152,54 +157,64 @@ class _MaxPool(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_weight = _sums(term, token, values, tokens, len(weight)).to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
-            to_bias = through.sum(dim=1).to(bias.dtype)
-        return to_hidden, to_weight, to_bias, None, None, None, None
+            to_bias = _spread(through.sum(dim=1), live, len(weight)).to(bias.dtype)
+        return to_hidden, to_weight, to_bias, None, None, None, None, None
 
 
 class _SumPool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        double_log: bool,
+        dtype: torch.dtype,
+        live: Tensor | None,
     ) -> Tensor:
         batch, length, width = hidden.shape
         tokens = hidden.reshape(-1, width)
-        pooled = hidden.new_empty(len(weight), batch, dtype=dtype)
-        for start, end, logits in _products(weight, tokens):
-            activation = _activation(logits, bias, start, end, dtype, double_log)
+        pooled = hidden.new_empty(len(weight) if live is None else len(live), batch, dtype=dtype)
+        for start, end, logits in _products(weight, tokens, live):
+            activation = _activation(logits, _part(bias, live, start, end), dtype, double_log)
             pooled[start:end] = activation.view(-1, batch, length).mul_(mask.to(dtype)).sum(dim=2)
-        ctx.save_for_backward(tokens, weight, bias, mask)
+        ctx.save_for_backward(tokens, weight, bias, mask, live)
         ctx.double_log, ctx.dtype = double_log, dtype
-        return pooled.T.contiguous()
+        return _spread(pooled.T.contiguous(), live, len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight, bias, mask = ctx.saved_tensors
+        tokens, weight, bias, mask, live = ctx.saved_tensors
         batch, length = mask.shape
+        gradient = gradient if live is None else gradient[:, live]
         to_hidden = tokens.new_zeros(tokens.shape, dtype=ctx.dtype)
-        to_weight = torch.empty_like(weight)
-        to_bias = None if bias is None else torch.empty_like(bias)
-        for start, end, logits in _products(weight, tokens):
-            activation = _activation(logits, bias, start, end, ctx.dtype, ctx.double_log)
+        to_weight = torch.zeros_like(weight)
+        to_bias = None if bias is None else torch.zeros_like(bias)
+        for start, end, logits in _products(weight, tokens, live):
+            activation = _activation(logits, _part(bias, live, start, end), ctx.dtype, ctx.double_log)
             through = (_slope(activation, ctx.double_log) * (activation > 0)).view(-1, batch, length)
             through = (through * gradient.T[start:end].unsqueeze(2) * mask.to(ctx.dtype)).view(end - start, -1)
+            terms = slice(start, end) if live is None else live[start:end]
             if to_bias is not None:
-                to_bias[start:end] = through.sum(dim=1)
+                to_bias[terms] = through.sum(dim=1).to(to_bias.dtype)
             through = through.to(tokens.dtype)
-            to_hidden += through.T @ weight[start:end].to(tokens.dtype)
-            to_weight[start:end] = through @ tokens
-        return to_hidden.to(tokens.dtype).view(batch, length, -1), to_weight, to_bias, None, None, None
+            to_hidden += through.T @ weight[terms].to(tokens.dtype)
+            to_weight[terms] = (through @ tokens).to(to_weight.dtype)
+        return to_hidden.to(tokens.dtype).view(batch, length, -1), to_weight, to_bias, None, None, None, None
 
 
 class _Screen(NamedTuple):
     """A weight in int8, and how far a logit of it can lie from the exact one; see ``_screened_max``."""
 
     of: Tensor  # the weight as it was: the same memory, kept so that nothing else can come to lie there
+    live: Tensor | None  # the terms that it has; all if None
     version: int
-    rounded: Tensor  # (vocabulary, width), int8
-    scale: Tensor  # (vocabulary,), of the rows
-    of_lost: Tensor  # (vocabulary,), of the error, times the norm of what rounding took from a token
-    of_norm: Tensor  # (vocabulary,), likewise, times the norm of a token
+    rounded: Tensor  # (terms, width), int8
+    scale: Tensor  # (terms,), of the rows
+    of_lost: Tensor  # (terms,), of the error, times the norm of what rounding took from a token
+    of_norm: Tensor  # (terms,), likewise, times the norm of a token
     finite: bool
     packed: Tensor | None  # the rounded weight in oneDNN's own order, for few tokens; None where it cannot be had
 
@@ -208,23 +223,27 @@ _screens = WeakTensorKeyDictionary()  # of weights
 
 
 @torch.no_grad()
-def _screen(weight: Tensor) -> _Screen:
+def _screen(weight: Tensor, live: Tensor | None = None) -> _Screen:
     """The weight's screen, made once until the weight changes."""
     counted = not weight.is_inference()  # nothing counts the changes of one made in inference mode
     known: _Screen | None = _screens.get(weight)
     if known is not None and counted and known.of.data_ptr() == weight.data_ptr() and known.version == weight._version:
-        return known
-    rounded = torch.empty(weight.shape, dtype=torch.int8)
-    scale, norm, lost = weight.new_empty(3, len(weight), dtype=torch.float32)
-    for start in range(0, len(weight), 4096):
+        same = known.live is live or (known.live is not None and live is not None and torch.equal(known.live, live))
+        if same:
+            return known
+    terms = len(weight) if live is None else len(live)
+    rounded = torch.empty(terms, weight.shape[1], dtype=torch.int8)
+    scale, norm, lost = weight.new_empty(3, terms, dtype=torch.float32)
+    for start in range(0, terms, 4096):
         part = slice(start, start + 4096)
-        rounded[part], scale[part], norm[part], lost[part] = _round(weight[part].float(), 1)
+        rows = weight[part] if live is None else weight[live[part]]
+        rounded[part], scale[part], norm[part], lost[part] = _round(rows.float(), 1)
     version, finite = weight._version if counted else -1, bool(lost.isfinite().all())
     packed = torch.ops.onednn.qlinear_prepack(rounded, None) if _packing_works() else None
     gamma = weight.shape[1] * _FLOAT32 / (1 - weight.shape[1] * _FLOAT32)
     slack = 2 * gamma + 24 * _FLOAT32
     of_lost, of_norm = norm * (1 + slack), lost * (1 + slack) + slack * (norm + lost)
-    made = _Screen(weight.detach(), version, rounded, scale, of_lost, of_norm, finite, packed)
+    made = _Screen(weight.detach(), live, version, rounded, scale, of_lost, of_norm, finite, packed)
     if counted:
         _screens[weight] = made
     return made
@@ -244,7 +263,9 @@ def _round(vectors: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool) -> Tensor | None:
+def _screened_max(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool, live: Tensor | None = None
+) -> Tensor | None:
     """Max pooling in float32 by way of int8; None if too many entries may be above zero, or a number is NaN or infinite.
 
     An entry is computed in float32 unless its value in int8 lies below zero by more than the error can be. With the rows
@@ -255,21 +276,22 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
     in the norms; scaling, adding the bias and rounding in ``_round`` err by a few units more.
     """
     batch, length, width = hidden.shape
-    if width == 1:  # torch._int_mm (2.13) gives uninitialised memory
+    if width == 1 or (live is not None and not len(live)):  # torch._int_mm (2.13) gives uninitialised memory
         return None
     hidden = hidden.float()
     tokens, _ = _fill_padding(hidden, mask)
     texts = tokens.view(batch, length, width)
     rounded, scale, norms, lost = _round(texts, (1, 2))
-    screen = _screen(weight)
+    screen = _screen(weight, live)
     if not (lost.isfinite().all() and screen.finite):
         return None
     longest, lost = (norms + lost).amax(dim=1, keepdim=True), lost.amax(dim=1, keepdim=True)  # (batch, 1)
-    rows, terms = [], []
-    most = int(_SCREENED_SHARE * batch * len(weight))
+    found_in, found = [], []
+    count = len(screen.rounded)
+    most = int(_SCREENED_SHARE * batch * count)
     rounded = rounded.view(-1, width)
     few = len(rounded) <= _FEW_TOKENS and screen.packed is not None
-    for start, end in [(0, len(weight))] if few else _tiles(len(weight), 4 * len(rounded), hidden.device):
+    for start, end in [(0, count)] if few else _tiles(count, 4 * len(rounded), hidden.device):
         if few:
             products = _packed_product(rounded, screen.packed, screen.scale)
             rough = products.view(batch, length, -1).amax(dim=1) * scale.unsqueeze(1)
@@ -278,15 +300,17 @@ def _screened_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
             rough = products.view(batch, length, -1).amax(dim=1) * screen.scale[start:end] * scale.unsqueeze(1)
         error = screen.of_lost[start:end] * lost + screen.of_norm[start:end] * longest
         if bias is not None:
-            rough += bias[start:end]
-            error.add_(bias[start:end].abs(), alpha=2 * _FLOAT32)  # the sum is rounded, here and in float32
+            part = _part(bias, live, start, end)
+            rough += part
+            error.add_(part.abs(), alpha=2 * _FLOAT32)  # the sum is rounded, here and in float32
         row, term = (~(rough + error <= 0)).nonzero(as_tuple=True)  # a bias of NaN too, which must be seen
         most -= len(term)
         if most < 0:
             return None
-        rows.append(row)
-        terms.append(term + start)
-    row, term = torch.cat(rows), torch.cat(terms)
+        found_in.append(row)
+        found.append(term + start)
+    row, term = torch.cat(found_in), torch.cat(found)
+    term = term if live is None else live[term]
     result = hidden.new_zeros(batch, len(weight))
     for i in mask.bool().any(dim=1).nonzero()[:, 0].tolist():
         chosen = term[row == i]
@@ -361,23 +385,42 @@ def _tiles(vocabulary: int, bytes_a_term: int, device: torch.device) -> Iterator
         yield start, min(vocabulary, start + height)
 
 
-def _products(weight: Tensor, tokens: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _rows(values: Tensor, live: Tensor | None) -> Tensor:
+    """Those of the live terms."""
+    return values if live is None else values[live]
+
+
+def _part(bias: Tensor | None, live: Tensor | None, start: int, end: int) -> Any:
+    """The bias of a few of the terms that are computed."""
+    return None if bias is None else bias[start:end] if live is None else bias[live[start:end]]
+
+
+def _spread(values: Tensor, live: Tensor | None, count: int) -> Tensor:
+    """Values of the live terms, (..., terms), among all: (..., count)."""
+    if live is None:
+        return values
+    return values.new_zeros(*values.shape[:-1], count).index_copy_(-1, live, values)
+
+
+def _products(weight: Tensor, tokens: Tensor, live: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
     """``weight @ tokens.T`` a few terms at a time, each tile in the same memory: (start, end, logits).
 
     Fresh memory for every tile would cost as much as the product itself.
     """
     columns = tokens.T
     buffer: Tensor | None = None
-    for start, end in _tiles(len(weight), columns.element_size() * columns.shape[1], columns.device):
+    terms = len(weight) if live is None else len(live)
+    for start, end in _tiles(terms, columns.element_size() * columns.shape[1], columns.device):
         if buffer is None:
             buffer = columns.new_empty(end, columns.shape[1])
-        yield start, end, torch.mm(weight[start:end].to(columns.dtype), columns, out=buffer[: end - start])
+        rows = weight[start:end] if live is None else weight[live[start:end]]
+        yield start, end, torch.mm(rows.to(columns.dtype), columns, out=buffer[: end - start])
 
 
-def _activation(logits: Tensor, bias: Tensor | None, start: int, end: int, dtype: torch.dtype, double_log: bool) -> Tensor:
+def _activation(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, double_log: bool) -> Tensor:
     activation = logits.to(dtype)
     if bias is not None:
-        activation += bias[start:end].to(dtype).unsqueeze(1)
+        activation += bias.to(dtype).unsqueeze(1)
     activation = activation.relu_().log1p_()
     return activation.log1p_() if double_log else activation
 

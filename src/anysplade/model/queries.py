@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
-from anysplade.model.saved import first_line, name_terms, saved_file, saved_json
+from anysplade.model.saved import first_line, saved_file, saved_json
+from anysplade.model.vocabulary import term_names
 
 _UNLIMITED = 10**20  # a model_max_length above it means none
 _TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}  # of stored weights, besides bfloat16, which NumPy lacks
@@ -46,7 +47,7 @@ class Queries(Protocol):
 
     @property
     def term_names(self) -> list[str]:
-        """The name of each term, (vocabulary,) by id, as ``name_terms`` has it."""
+        """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` has it."""
 
 
 class StaticQueries:
@@ -141,8 +142,8 @@ class StaticQueries:
 
     @cached_property
     def term_names(self) -> list[str]:
-        """The name of each term, (vocabulary,) by id, as ``name_terms`` has it."""
-        return name_terms([self._tokenizer.id_to_token(term) for term in range(len(self._weights))])
+        """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` has it."""
+        return term_names(self._tokenizer, len(self._weights))
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         return self._tokenizer.encode_batch([self._prompt + whole_characters(text) for text in texts], add_special_tokens=False)

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anysplade.data.sources import hub_advice, is_utf8
-from anysplade.errors import DataError, ModelError
+from anysplade.data.sources import hub_advice
+from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
@@ -89,22 +87,3 @@ def fingerprint(source: str) -> str | None:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def name_terms(tokens: Sequence[str | None]) -> list[str]:
-    """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
-
-    ``[term:ID]`` names a term without a token, and one whose token is empty, holds white space, is a duplicate or is
-    no UTF-8, which files and JSON objects would lose or merge with another.
-
-    Raises:
-        DataError: a token is such a name itself.
-    """
-    count = Counter(tokens)
-    names = [
-        f"[term:{term}]" if token is None or count[token] > 1 or token.split() != [token] or not is_utf8(token) else token
-        for term, token in enumerate(tokens)
-    ]
-    if len(set(names)) < len(names):
-        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
-    return names

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from anysplade.errors import OptionError
-from anysplade.model.options import BiasPolicy, Choice, Pooling, QueryEncoder
+from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder
 
 Regularizer = Literal["flops", "df-flops", "l1"]
 OnCollapse = Literal["warn", "stop", "recalibrate"]
@@ -56,6 +56,9 @@ class TrainingConfig:
         k: divides the MLM head's logits before training; "auto" measures what the head wants.
         shift: is taken from them after that; "auto" likewise. k=1 and shift=0 leave the head alone.
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
+        fold: terms that share a dimension: words that are one up to case and the space before them ("case"), or English words
+            of one stem too ("stem"); for backbones with a cased vocabulary. The checkpoint stays stock.
+        mute: punctuation and special tokens have no dimension.
         pooling: over a text's tokens.
         double_log: log(1 + log(1 + relu)) instead of log(1 + relu).
         query_encoder: mlm; or, for queries without a model at search time, a weight a token: its idf in the
@@ -105,6 +108,8 @@ class TrainingConfig:
     k: Choice = "auto"
     shift: Choice = "auto"
     bias: BiasPolicy = "scale"
+    fold: Fold = "none"
+    mute: bool = False
     pooling: Pooling = "max"
     double_log: bool = False
     query_encoder: QueryEncoder = "mlm"
@@ -174,5 +179,10 @@ class TrainingConfig:
             )
         if self.patience is not None and self.dev is None:
             raise OptionError("patience needs a dev collection to judge by; name one with `dev`")
+        if self.query_encoder != "mlm" and (self.fold != "none" or self.mute):
+            raise OptionError(
+                f"fold, mute: queries of the {self.query_encoder} encoder have a weight a token, and tokens are not folded; leave "
+                "the two out"
+            )
         if self.query_encoder != "mlm" and self.query_active_dims is not None:
             raise OptionError(f"query_active_dims: queries of the {self.query_encoder} encoder have a term a token; leave it out")

@@ -36,7 +36,15 @@ from anysplade.data.python_docs import PACKAGES
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.model.calibration import Calibration, sample_pairs
-from anysplade.model.encoder import build_encoder, check_model, has_static_queries, is_routed, is_saved_encoder, masked_lm
+from anysplade.model.encoder import (
+    build_encoder,
+    check_foldable,
+    check_model,
+    has_static_queries,
+    is_routed,
+    is_saved_encoder,
+    masked_lm,
+)
 from anysplade.model.head import find_head
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
@@ -116,6 +124,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             return finished
         backbone = resolve_model(config.backbone)
         check_model(backbone)  # an unusable model is an error before the data are read
+        check_foldable(backbone, config.fold, config.mute)
         guide = None if config.teacher is None else resolve_model(config.teacher)
         if guide is not None:
             teacher_kind(guide)
@@ -300,6 +309,8 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         query_encoder=config.query_encoder,
         idf_texts=(pair.positive for pair in pairs),
         attention=config.attention,
+        fold=config.fold,
+        mute=config.mute,
     )
     if config.query_active_dims is not None and has_static_queries(encoder):
         raise OptionError(f"{config.backbone}: its queries have a weight a token, so query_active_dims cannot be met; leave it out")

@@ -18,7 +18,7 @@ from scipy import sparse
 from anysplade._common.files import whole_folder
 from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError, OptionError, OutputError
-from anysplade.model.saved import name_terms
+from anysplade.model.vocabulary import name_terms
 from anysplade.search.documents import EncodedDocument, check_vector
 
 _DOCUMENTS_A_FILE = 100_000

@@ -1,0 +1,207 @@
+"""One dimension a word: fold the output vocabulary of a cased backbone, and leave its input as it is.
+
+``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
+with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
+arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension: the decoder's row of one of them becomes the
+mean of their rows, and the rows of the others become dead: a weight of zero, and a bias far below it. The checkpoint stays stock.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anysplade._common.extras import extra
+from anysplade.errors import ModelError, OptionError
+from anysplade.model.head import RECORD, check_logits, find_head, live_terms, untie_head
+from anysplade.model.options import Fold
+from anysplade.model.vocabulary import Entry, has_letters, is_punctuation, marks_spaces, read_entries, right_halves
+
+DEAD = -1e4  # the bias of a dead row: below any logit, and within half precision
+_MUTED = -1
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What was folded; lies under ``anysplade`` in the checkpoint's config.json, as ``folding``."""
+
+    by: Fold  # which terms share a dimension
+    mute: bool  # punctuation and special tokens have no dimension
+    groups: int  # of two terms and more, which are one now
+    folded: int  # terms whose dimension is another's
+    muted: int  # terms without one
+    live: int  # terms that are left
+
+
+def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fold = "case", mute: bool = False) -> Folding | None:
+    """Fold the output vocabulary of a masked LM, in place; its input stays as it is. Calibrate after it, not before.
+
+    The decoder is untied from the input embeddings, so that the checkpoint grows by vocabulary x width numbers.
+
+    Args:
+        model: a masked LM of transformers.
+        tokenizer: of the model.
+        by: ``"case"``: words that are the same up to case, the mark of the space before them and their Unicode form (NFKC) are
+            one; ``"stem"``: English words of one stem too (needs the extra ``evaluation``); ``"none"``: nothing is folded.
+        mute: punctuation and special tokens get no dimension.
+
+    Returns:
+        What was done, which the model's config records too; None where nothing was asked for.
+
+    Raises:
+        OptionError: the vocabulary has nothing to fold, or was folded before.
+        ModelError: there is no head or no bias, the tokenizer does not say what its tokens are, or the logits are not
+            ``W h + b``: then the model is left as it was.
+    """
+    if by == "none" and not mute:
+        return None
+    earlier = getattr(model.config, RECORD, None) or {}
+    if earlier.get("folding"):
+        raise OptionError(f"{model.name_or_path}: was folded before, and is folded once; start from the original")
+    head = find_head(model)
+    if not head.biases:
+        raise ModelError(
+            f"{type(model).__name__}: the MLM head has no bias, so no term of it can be switched off; leave out `fold`"
+        )
+    terms = plan_folding(tokenizer, len(head.decoder.weight), by, mute)
+    own, sizes = np.arange(len(terms)), np.bincount(terms[terms >= 0], minlength=len(terms))
+    _apply(model, terms)
+    done = Folding(
+        by=by,
+        mute=mute,
+        groups=int((sizes > 1).sum()),
+        folded=int(((terms != own) & (terms != _MUTED)).sum()),
+        muted=int((terms == _MUTED).sum()),
+        live=len(own) if (live := live_terms(model)) is None else len(live),
+    )
+    setattr(model.config, RECORD, earlier | {"folding": asdict(done)})
+    return done
+
+
+def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: bool) -> np.ndarray:
+    """``fold_vocabulary`` of a model's tokenizer.
+
+    Raises:
+        OptionError, ModelError: there is nothing to fold, or the tokenizer does not say what its tokens are.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"
+        )
+    terms = fold_vocabulary(tokenizer.backend_tokenizer, size, by, mute)
+    if by == "case" and len(np.unique(terms[terms != _MUTED])) == (terms != _MUTED).sum():
+        raise OptionError(f"{tokenizer.name_or_path}: its vocabulary has one form of each word already (uncased); leave out `fold`")
+    return terms
+
+
+def fold_vocabulary(tokenizer: Tokenizer, size: int, by: Fold = "case", mute: bool = False) -> np.ndarray:
+    """The term whose dimension each term has, (size,): its own id, or another's, or -1 for none.
+
+    The one of a group that stays is the word as most texts have it: in lower case, after a space. A piece that continues a
+    word stays apart from the word of the same letters: the ``ing`` of ``going`` is not the word ``ing``. Where a space is marked
+    and a piece is not, a token without the mark is both, as in ``(word``: there it counts as a piece if it was learned before the
+    word (has a lower id) and other tokens end in it. Letters without case (Chinese, Arabic) are left alone.
+    """
+    entries = [entry for entry in read_entries(tokenizer, size) if entry is not None]
+    forms = {entry.id: form for entry in entries if (form := _form(entry.text)) is not None}
+    words: dict[str, list[Entry]] = {}  # with a mark, by form
+    unmarked: dict[str, Entry] = {}  # in lower case, likewise
+    for entry in entries:
+        if entry.begins and entry.id in forms:
+            words.setdefault(forms[entry.id], []).append(entry)
+        elif not entry.begins and entry.text == forms.get(entry.id):
+            unmarked[entry.text] = entry
+    halves = right_halves(tokenizer)
+    ambiguous = marks_spaces(tokenizer)  # WordPiece marks the pieces
+    stem = _stemmer() if by == "stem" else str
+    terms = np.arange(size)
+    groups: dict[tuple[str, bool], list[Entry]] = {}
+    for entry in entries:
+        if entry.id not in forms or by == "none":
+            continue
+        form = forms[entry.id]
+        piece = not entry.begins and has_letters(form)
+        if piece and ambiguous:
+            piece = _is_piece(unmarked.get(form, entry), words.get(form, []), tokenizer, halves)
+        groups.setdefault((form if piece else stem(form), piece), []).append(entry)
+    for (form, _), group in groups.items():
+        word = has_letters(form)  # punctuation mostly follows a word
+        kept = min(group, key=lambda e: (e.begins != word, e.text != form, e.text != forms[e.id], e.id))
+        terms[[entry.id for entry in group]] = kept.id
+    if by == "case" and not any(map(_differ_by_case, groups.values())):  # an uncased vocabulary has ligatures and the like
+        terms = np.arange(size)
+    if mute:
+        special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special and id_ < size]
+        terms[[*special, *(entry.id for entry in entries if is_punctuation(entry.text))]] = _MUTED
+    return terms
+
+
+def _form(text: str) -> str | None:
+    """A text in the form that all of its spellings share; None if it has letters without case, or accents of their own."""
+    form = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    caseless = any(c.isalpha() and c.lower() == c.upper() for c in form)
+    return None if caseless or not form or any(unicodedata.category(c)[0] == "M" for c in form) else form
+
+
+def _is_piece(entry: Entry, words: Sequence[Entry], tokenizer: Tokenizer, halves: set[str] | None) -> bool:
+    """Whether a token without a mark continues words, rather than being one that follows no space.
+
+    Args:
+        entry: the token, in lower case where the vocabulary has that.
+        words: tokens with a mark and the same form.
+        halves: see ``right_halves``.
+    """
+    same = [word for word in words if word.text == entry.text] or words
+    ends_others = halves is None or tokenizer.id_to_token(entry.id) in halves
+    return not same or (ends_others and entry.id < min(word.id for word in same))
+
+
+def _differ_by_case(group: Sequence[Entry]) -> bool:
+    """Whether the terms of a group differ in case or in the mark of a space, and not in their Unicode form alone."""
+    marks = {entry.begins for entry in group if has_letters(entry.text)}
+    return len(group) > 1 and (len(marks) > 1 or any(entry.text != entry.text.lower() for entry in group))
+
+
+def _stemmer() -> Any:
+    with extra("evaluation"):
+        import Stemmer
+    return Stemmer.Stemmer("english").stemWord
+
+
+def _apply(model: PreTrainedModel, terms: np.ndarray) -> None:
+    """Make of each group's rows their mean, in the row that stays, and switch the others off; check what comes out."""
+    before = check_logits(model)
+    tie_again = untie_head(model)
+    head = find_head(model)
+    changed = [(tensor, tensor.detach().clone()) for tensor in (head.decoder.weight, *head.biases)]
+    to, has = torch.from_numpy(terms).to(before.device), torch.from_numpy(terms != _MUTED).to(before.device)
+    count = torch.bincount(to[has], minlength=len(to))
+    off = count == 0
+
+    def mean(values: Tensor) -> Tensor:  # (vocabulary, ...)
+        summed = torch.zeros_like(values, dtype=torch.float32).index_add_(0, to[has], values[has].float())
+        return summed / count.clamp_min(1).view(-1, *[1] * (values.dim() - 1))
+
+    with torch.no_grad():
+        head.decoder.weight.copy_(mean(head.decoder.weight).masked_fill(off.unsqueeze(1), 0))
+        for bias in head.biases:
+            flat = bias.view(-1)
+            flat.copy_(mean(flat).masked_fill(off, DEAD))
+        after, wanted = check_logits(model), mean(before.movedim(-1, 0)).movedim(0, -1)
+        tolerance = 64 * torch.finfo(head.decoder.weight.dtype).eps * max(1.0, float(before.abs().max()))
+        live = ~off
+        right = torch.allclose(after[..., live], wanted[..., live], rtol=0, atol=tolerance) and bool((after[..., off] < 0).all())
+        if right:
+            return
+        for tensor, old in changed:
+            tensor.copy_(old)
+    tie_again()
+    raise ModelError(
+        f"{type(model).__name__}: its logits are not one projection of its hidden states; its vocabulary cannot be folded"
+    )

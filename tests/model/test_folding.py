@@ -1,0 +1,188 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from transformers import AutoModelForMaskedLM
+
+from anysplade import ModelError, OptionError, TrainingConfig, inspect_head, load_encoder, rescale_head, train
+from anysplade.model.calibration import calibrate
+from anysplade.model.encoder import build_encoder, open_encoder, term_names
+from anysplade.model.encoding import encode
+from anysplade.model.folding import DEAD, fold_head, fold_vocabulary
+from anysplade.model.head import find_head, live_terms, load_masked_lm
+from tiny import make_backbone
+from vocabularies import byte_level, make_cased, sentence_pieces, word_pieces
+
+TEXTS = ["going py ( Py )", "the Going, goes 11 pyIN", "é\n(py)", ""]
+
+
+@pytest.fixture(scope="module", params=["roberta", "modernbert", "xlm-roberta"])
+def cased(request, tmp_path_factory):
+    """A backbone of a cased vocabulary."""
+    folder = tmp_path_factory.mktemp("cased") / request.param
+    tokenizer = sentence_pieces() if request.param == "xlm-roberta" else byte_level()
+    return make_cased(request.param, folder, tokenizer)
+
+
+def folded(tokenizer, by="case", mute=False):
+    """Each token with the one whose dimension it has, where that is another, or None."""
+    backend = tokenizer.backend_tokenizer
+    terms = fold_vocabulary(backend, backend.get_vocab_size(), by, mute).tolist()
+    name = backend.id_to_token
+    return {name(id_): None if term < 0 else name(term) for id_, term in enumerate(terms) if id_ != term}
+
+
+def test_byte_level():
+    found = folded(byte_level())
+    assert {token for token, kept in found.items() if kept == "Ġpy"} == {"py", "Py", "ĠPy"}
+    assert {token for token, kept in found.items() if kept == "Ġgo"} == {"go", "ĠGo"}
+    assert found["Ġ("] == "("
+    assert found["Ġ)"] == ")"
+    assert found["11"] == "Ġ11"
+    assert found["ING"] == "ing"
+    assert "Ġing" not in found
+    assert found["in"] == found["IN"] == "Ġin"  # no token ends in "in", so it is the word after a bracket
+    assert "1" not in found
+    assert "Ġ1" not in found
+    assert not {"<s>", "<mask>", "Ġ", "Ċ", "Ã", "the", "Ã©"} & found.keys()
+
+
+def test_letters_without_case_are_left_alone():
+    assert folded(sentence_pieces()) == {"▁Py": "▁py", "py": "▁py", "▁(": "("}
+
+
+def test_word_pieces():
+    found = {"Python": "python", "PYTHON": "python", "##ING": "##ing", "Go": "go", "Café": "café"}
+    assert folded(word_pieces()) == found
+    assert folded(word_pieces(), "stem") == found | {"links": "link", "Linking": "link"}
+
+
+def test_muted():
+    gone = {token for token, kept in folded(byte_level(), "none", mute=True).items() if kept is None}
+    assert gone == {"<pad>", "<s>", "</s>", "<unk>", "<mask>", "(", ")", "Ġ(", "Ġ)", ".", ",", "!"}  # and not +
+
+
+def test_a_dimension_is_the_mean_of_its_terms(cased):
+    model, tokenizer = load_masked_lm(cased)
+    ids = torch.arange(5, 21).view(2, 8)
+    embeddings = model.get_input_embeddings().weight.clone()
+    with torch.no_grad():
+        before = model(ids).logits
+        done = fold_head(model, tokenizer, "case", mute=True)
+        after = model(ids).logits
+    terms = fold_vocabulary(tokenizer.backend_tokenizer, len(tokenizer), "case", mute=True)
+    for term in range(len(terms)):
+        group = np.flatnonzero(terms == term)
+        if len(group):
+            torch.testing.assert_close(after[..., term], before[..., group].mean(-1), rtol=1e-5, atol=1e-5)
+        else:
+            assert (after[..., term] == DEAD).all()
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    assert done.live == len(live_terms(model)) == len(terms) - done.folded - done.muted
+    assert model.config.anysplade["folding"]["live"] == done.live
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+def test_the_checkpoint_is_stock(cased, tmp_path, pooling):
+    encoder, _ = build_encoder(cased, 2, 0.1, fold="case", mute=True, pooling=pooling)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    stock, fused = SparseEncoder(str(tmp_path / "saved")), open_encoder(tmp_path / "saved")
+    rows = [model.encode(TEXTS, convert_to_tensor=True).to_dense() for model in (stock, fused, encoder)]
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-6)
+    assert torch.equal(rows[1], rows[2])
+    live = live_terms(stock[0].model)
+    assert rows[0].count_nonzero() == rows[0][:, live].count_nonzero() > 0
+    assert encode(fused, TEXTS, "document").nnz == rows[0].count_nonzero()
+    names = term_names(fused)
+    assert names[stock.tokenizer.convert_tokens_to_ids("▁py" if "xlm" in cased else "Ġpy")] == "py"
+
+
+def test_calibration_measures_the_terms_that_are_left(cased, tmp_path):
+    model, tokenizer = load_masked_lm(cased)
+    fold_head(model, tokenizer)
+    chosen = calibrate(model, tokenizer)
+    assert chosen.before.logit_percentiles["0.1"] > -100
+    assert chosen.before.document_similarity < 1
+    rescale_head(model, chosen.k, chosen.shift)
+    assert model.config.anysplade["folding"]
+    assert model.config.anysplade["k"] == chosen.k
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    report = inspect_head(tmp_path / "saved")
+    assert report.live < report.vocabulary
+    assert report.folding["by"] == "case"
+    assert report.rescaled["k"] == chosen.k
+    assert report.probe.positive_share == pytest.approx(chosen.after.positive_share, abs=1e-3)
+    assert min(report.probe.query_active_dims, report.probe.document_active_dims) > 0.5
+
+
+def test_training_leaves_dead_rows_dead(cased, tmp_path):
+    pairs = [{"query": f"py {word}", "positive": f"going {word} ({word})"} for word in ("go", "in", "the", "11", "Py", "Go", "1")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 3))
+    options = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "max_length": 16, "fold": "case", "mute": True}
+    trained = train(TrainingConfig(cased, str(tmp_path / "pairs.jsonl"), output=str(tmp_path / "run"), **options))
+    encoder = open_encoder(trained.model)
+    dead = find_head(encoder[0].model).decoder.weight.abs().sum(dim=1) == 0
+    assert int((~dead).sum()) == encoder[0].model.config.anysplade["folding"]["live"]
+    assert trained.config["fold"] == "case"
+    assert trained.query_active_dims > 0
+
+
+def test_refusals(cased, backbone, tmp_path):
+    model, tokenizer = load_masked_lm(cased)
+    assert fold_head(model, tokenizer, "none") is None
+    assert live_terms(model) is None
+    fold_head(model, tokenizer)
+    with pytest.raises(OptionError, match="was folded before"):
+        fold_head(model, tokenizer, "stem")
+    with pytest.raises(OptionError, match=r"one form of each word already \(uncased\)"):
+        fold_head(*load_masked_lm(backbone))
+    with pytest.raises(OptionError, match="have a weight a token, and tokens are not folded"):
+        TrainingConfig(cased, "data", output="run", query_encoder="idf", fold="case")
+    load_encoder(cased, 1, 0).save_pretrained(str(tmp_path / "encoder"))
+    with pytest.raises(OptionError, match="fold the backbone instead"):
+        build_encoder(tmp_path / "encoder", fold="case")
+
+
+def test_a_head_without_a_bias_cannot_be_folded(tmp_path):
+    folder = make_cased("modernbert", tmp_path / "model", byte_level(), decoder_bias=False)
+    with pytest.raises(ModelError, match="no bias, so no term of it can be switched off"):
+        fold_head(*load_masked_lm(folder))
+
+
+def test_what_follows_the_projection_cannot_be_folded(cased):
+    model, tokenizer = load_masked_lm(cased)
+    tied = find_head(model).decoder.weight
+    find_head(model).decoder.register_forward_hook(lambda module, inputs, output: output.tanh())
+    with pytest.raises(ModelError, match="not one projection of its hidden states"):
+        fold_head(model, tokenizer)
+    assert find_head(model).decoder.weight is tied
+    assert "anysplade" not in model.config.to_dict()
+
+
+def test_other_weights_than_the_config_says_are_refused(cased, tmp_path):
+    model, tokenizer = load_masked_lm(cased)
+    fold_head(model, tokenizer)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("decoder.weight"))
+    weights[name] = weights[name] + 0.1
+    save_file(weights, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="terms left, and its head has"):
+        load_masked_lm(tmp_path / "saved")
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_unfolded_models_are_as_they_were(tmp_path):
+    model, _ = load_masked_lm(make_backbone("bert", tmp_path / "bert"))
+    assert live_terms(model) is None
+    modules = [Transformer(str(tmp_path / "bert"), transformer_task="fill-mask"), SpladePooling("max")]
+    stock, ours = SparseEncoder(modules=modules), load_encoder(tmp_path / "bert", 1, 0)
+    rows = [encoder.encode(["kabel lodan"], convert_to_tensor=True).to_dense() for encoder in (stock, ours)]
+    torch.testing.assert_close(*rows)
