@@ -71,7 +71,7 @@ def study(name, table):
 def runs(name, config, norms, failed_arm=None):
     """The rows of a plan with two trainings each, which failed for one arm."""
     rows = []
-    for i, row in enumerate(plan(name, config, norms)):
+    for i, row in enumerate(plan(name, config, norms, config.backbones)):
         outcome = {"cells": [], "failed": ["it broke"] * 2} if row.key == failed_arm else {"cells": [f"{i}-0", f"{i}-1"]}
         rows.append(RowRuns(**vars(row) | outcome))
     return rows, {hash_: record(0.1 + i / 100, i % 2) for i, hash_ in enumerate(h for row in rows for h in row.cells)}
@@ -96,6 +96,22 @@ def test_main_names_collapse_and_both_directions():
     even = study("main", [("raw", {}, 0.4, 9.0), ("k=8", {}, 0.4, 1.0), ("auto", {}, 0.4, 1.0)])
     assert "no difference shows" in even.conclusions[1]
     assert {test.against for test in even.tests} == {"raw", "k=8"}
+
+
+def test_folding_is_compared_with_the_vocabulary_as_it_is():
+    table = [
+        ("auto", {}, 0.3, 2.0),
+        ("by case", {}, 0.4, 1.5),
+        ("by case and stem", {}, 0.2, 1.0),
+        ("by case, punctuation muted", {}, 0.3, 1.0),
+    ]
+    result = study("folding", table)
+    assert [(test.head, test.against) for test in result.tests] == [(arm, "auto") for arm, *_ in table[1:]]
+    better, worse, even = result.conclusions
+    assert "folded by case, on docs: it is better than the vocabulary as it is: +0.100" in better
+    assert "it is worse than" in worse
+    assert "no difference shows" in even
+    assert "FLOPS 1.50 against 2.00" in better
 
 
 def test_controls_say_what_follows():

@@ -12,9 +12,10 @@ import pytest
 from anysplade.cli import main
 from anysplade.errors import OutputError
 from anysplade.study.cells import Cell, read_cell
-from anysplade.study.plan import STUDIES, StudyConfig
+from anysplade.study.plan import PAPER, StudyConfig
 from anysplade.study.run import run_cells, run_study
 from tiny import make_backbone, make_collection
+from vocabularies import byte_level, make_cased
 
 TRAINING = {"steps": 2, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
 
@@ -42,7 +43,8 @@ def written(place):
 
 
 def test_all_six(written, place):
-    assert list(written["studies"]) == list(STUDIES)
+    assert list(written["studies"]) == list(PAPER)
+    assert not written["unstemmed"]
     assert not written["failed"]
     for study in written["studies"].values():
         assert study["rows"]
@@ -59,6 +61,21 @@ def test_all_six(written, place):
     assert same == pytest.approx([same[0]] * 3, rel=1e-4)  # one function at the start
     assert arms["W/8, LayerNorm x8"]["after"]["start_loss"] == pytest.approx(arms["raw"]["after"]["start_loss"], rel=1e-4)
     assert arms["W/8, LayerNorm x8"]["after"]["mean_row_norm"] == pytest.approx(arms["raw"]["after"]["mean_row_norm"] / 8, rel=1e-4)
+
+
+def test_folding(place, capsys):
+    cased = make_cased("modernbert", place / "cased", byte_level())
+    given = arguments(place, "folding", "folding")
+    given.insert(given.index(str(place / "small-bert")), cased)
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = [(row["backbone"], row["arm"]) for row in found["studies"]["folding"]["rows"]]
+    arms = ["auto", "by case and stem", "by case, punctuation muted"]
+    assert rows == [("cased", arm) for arm in ("auto", "by case", *arms[1:])] + [("small-bert", arm) for arm in arms]
+    (collection,) = found["bm25"]
+    assert found["unstemmed"].keys() == {collection}
+    assert len(found["studies"]["folding"]["tests"]) == 5
+    assert "BM25 without stemming" in (place / "folding" / "report.html").read_text()
 
 
 def test_a_rerun_does_only_what_is_missing(written, place, capsys):

@@ -28,7 +28,7 @@ def evaluate(
 
     Args:
         names: models and then collections. A model is a sparse encoder's folder or hub id, a masked LM as it is,
-            bm25, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets id, a
+            bm25, bm25-unstemmed, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets id, a
             hub dataset, nanobeir or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 if none is given.
         split: which qrels.

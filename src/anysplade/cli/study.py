@@ -28,7 +28,7 @@ def study(
     """Run the paper's experiments with their controls and error bars; after an interruption, the same command continues.
 
     Args:
-        name: norm, tradeoff, dynamics, sensitivity, controls or main; all for all six.
+        name: norm, tradeoff, dynamics, sensitivity, controls or main, or all for these six; or folding.
         out: folder of the cells and of the report.
         backbones: masked LMs, folders or hub ids; the two bundled ones if none is given.
         data: training examples, in any form that train takes.

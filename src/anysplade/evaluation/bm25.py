@@ -42,8 +42,8 @@ _TOKEN = rf"(?u)[{_UNSPACED}]+|(?:\w[{_MARKS}]*){{2,}}"  # without marks the sec
 class BM25:
     """An index over texts in memory; documents are known by their position."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._stemmer = Stemmer.Stemmer("porter")
+    def __init__(self, texts: Sequence[str], stemmed: bool = True) -> None:
+        self._stemmer = Stemmer.Stemmer("porter") if stemmed else None
         self._count = len(texts)
         self._retriever = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
         tokens = self._tokens(list(texts))

@@ -87,7 +87,8 @@ def evaluate(
     2004.05665: the expected products of a query and a document.
 
     Args:
-        model: a sparse encoder or its folder or hub id, a masked LM (used without training), ``"bm25"``, or a TREC run file.
+        model: a sparse encoder or its folder or hub id, a masked LM (used without training), ``"bm25"``, the same
+            without stemming (``"bm25-unstemmed"``), or a TREC run file.
         collection: a ``Collection``, or what ``load_collection`` takes.
         metrics: names of measures, as ir-measures has them.
         split: which relevance judgements to load.
@@ -128,8 +129,8 @@ def evaluate(
         if not run.keys() & collection.qrels.keys():
             raise DataError(f"{model}: has no query of {collection.name}")
         self_matches = set()
-    elif model == "bm25":
-        bm25, everything = BM25(texts), np.arange(len(texts))
+    elif model in ("bm25", "bm25-unstemmed"):
+        bm25, everything = BM25(texts, stemmed=model == "bm25"), np.arange(len(texts))
         rankings = [highest(bm25.score(query, everything), depth + bool(self_matches)) for query in questions]
         if not any(len(documents) for documents, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", collection.name)

@@ -95,9 +95,20 @@ def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: 
             f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"
         )
     terms = fold_vocabulary(tokenizer.backend_tokenizer, size, by, mute)
-    if by == "case" and len(np.unique(terms[terms != _MUTED])) == (terms != _MUTED).sum():
+    if by == "case" and not _shared(terms):
         raise OptionError(f"{tokenizer.name_or_path}: its vocabulary has one form of each word already (uncased); leave out `fold`")
     return terms
+
+
+def folds_by_case(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a vocabulary has several forms of a word."""
+    return tokenizer.is_fast and _shared(fold_vocabulary(tokenizer.backend_tokenizer, len(tokenizer)))
+
+
+def _shared(terms: np.ndarray) -> bool:
+    """Whether a dimension is that of several terms."""
+    kept = terms[terms != _MUTED]
+    return len(np.unique(kept)) < len(kept)
 
 
 def fold_vocabulary(tokenizer: Tokenizer, size: int, by: Fold = "case", mute: bool = False) -> np.ndarray:

@@ -22,6 +22,9 @@ class Arm(StrEnum):
     SCALE_ALONE = "scale alone", "scale alone"
     LOWEST_NORM = "lowest norm", "norm of the lowest backbone"
     HIGHEST_NORM = "highest norm", "norm of the highest backbone"
+    BY_CASE = "by case", "by case"
+    BY_STEM = "by stem", "by case and stem"
+    MUTED = "muted", "by case, punctuation muted"
 
     _template: str
 

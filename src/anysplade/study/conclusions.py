@@ -51,7 +51,7 @@ def summarize(name: str, rows: Sequence[RowRuns], records: Records, settings: Se
     study = Study(
         settings=settings,
         rows=trained,
-        tests=_tests(trained, records, settings.collections) if name == "main" else None,
+        tests=_tests(name, trained, records, settings.collections) if name in ("main", "folding") else None,
         pairs=_pairs(trained, records, first) if name == "controls" else None,
         correlations=_correlations(trained, first) if name == "norm" else None,
         curves=[_curves(row, records) for row in trained] if name == "dynamics" else None,
@@ -67,6 +67,8 @@ def conclude(name: str, study: Study) -> list[str]:
     first = study.settings.collections[0]
     if name == "main":
         return _main(study, first)
+    if name == "folding":
+        return _folding(study)
     if name == "controls":
         return [pair.conclusion for pair in study.pairs or ()]
     if name == "norm":
@@ -79,6 +81,7 @@ def conclude(name: str, study: Study) -> list[str]:
 # The arms that the conclusions refer to, besides the controls' pairs.
 _NEEDED = {
     "main": {Arm.RAW, Arm.FIXED, Arm.AUTO},
+    "folding": {Arm.AUTO, Arm.BY_STEM, Arm.MUTED},
     "norm": {Arm.RAW},
     "tradeoff": {Arm.AUTO},
     "sensitivity": {Arm.LEVEL, Arm.AUTO},
@@ -153,32 +156,58 @@ def _by_arm(rows: Sequence[RowResult]) -> dict[Arm, RowResult]:
 # -------------------------------------------------------------------------------------------- main
 
 
-def _tests(rows: Sequence[RowResult], records: Records, collections: Sequence[str]) -> list[PairedTest]:
-    """``auto`` against raw and against the fixed k that is best on each collection; Holm over all of them."""
+def _tests(name: str, rows: Sequence[RowResult], records: Records, collections: Sequence[str]) -> list[PairedTest]:
+    """Pairs of rows of a study over the queries of each collection; Holm over all of them.
+
+    main: ``auto`` against raw and against the fixed k that is best on the collection; folding: each folding against none.
+    """
     tests = []
     for backbone, group in by_backbone(rows):
         arms = _by_arm(group)
-        fixed = [row for row in group if row.key == Arm.FIXED]
+        if Arm.AUTO not in arms:  # it failed
+            continue
         for collection in collections:
+            fixed = [row for row in group if row.key == Arm.FIXED]
             best = max(fixed, key=lambda row: row.results[collection].ndcg, default=None)
-            for other in (arms.get(Arm.RAW), best):
-                if other is None or Arm.AUTO not in arms:  # they failed
+            pairs = [(arms[Arm.AUTO], other) for other in (arms.get(Arm.RAW), best)]
+            if name == "folding":
+                pairs = [(row, arms[Arm.AUTO]) for row in group if row.key != Arm.AUTO]
+            for row, other in pairs:
+                if other is None:  # it failed
                     continue
-                auto = arms[Arm.AUTO]
                 tests.append(
                     PairedTest(
                         backbone=backbone,
                         collection=collection,
                         key=other.key,
                         against=other.arm,
-                        **_difference(auto, other, records, collection),
-                        flops=auto.results[collection].flops,
+                        **_difference(row, other, records, collection),
+                        flops=row.results[collection].flops,
                         flops_of_other=other.results[collection].flops,
                         p_corrected=math.nan,
+                        head=row.arm,
                     )
                 )
     corrected = holm([test.p for test in tests])
     return [replace(test, p_corrected=p) for test, p in zip(tests, corrected, strict=True)]
+
+
+def _folding(study: Study) -> list[str]:
+    lines = []
+    for test in study.tests or ():
+        verdict = "no difference shows between it and"
+        if _counts(test):
+            verdict = f"it is {'better' if test.difference > 0 else 'worse'} than"
+        ours, none = (
+            next(row for row in study.rows if (row.backbone, row.arm) == (test.backbone, arm)).results[test.collection]
+            for arm in (test.head, test.against)
+        )
+        lines.append(
+            f"{test.backbone} folded {test.head}, on {Path(test.collection).name}: {verdict} the vocabulary as it is: "
+            f"{test.difference:+.3f} (p {test.p_corrected:.2g}); {ours.document_active_dims:.0f} active dims a document against "
+            f"{none.document_active_dims:.0f}, FLOPS {ours.flops:.2f} against {none.flops:.2f}."
+        )
+    return lines
 
 
 def _main(study: Study, collection: str) -> list[str]:

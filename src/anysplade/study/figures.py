@@ -48,7 +48,10 @@ def study_figures(name: str, result: StudyResult) -> list[Figure]:
         "dynamics": lambda: _dynamics(study.curves or ()),
         "sensitivity": lambda: [sketch for group in by_backbone(study.rows) for sketch in _sensitivity(*group, first)],
         "controls": lambda: [_controls(*group, first) for group in by_backbone(study.rows)],
-        "main": lambda: [_main(study, collection, result.bm25[collection]) for collection in study.settings.collections],
+        **dict.fromkeys(
+            ("main", "folding"),
+            lambda: [_main(study, collection, result.bm25[collection]) for collection in study.settings.collections],
+        ),
     }[name]()
     return [
         Figure(

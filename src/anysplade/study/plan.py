@@ -4,7 +4,7 @@ A study is a list of rows: a backbone, an edit of its head, the training's optio
 (``anysplade.study.cells``). Studies share cells.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from anysplade.study.cells import Cell
 from anysplade.study.results import Axis
 from anysplade.training.config import TrainingConfig
 
-Name = Literal["norm", "tradeoff", "dynamics", "sensitivity", "controls", "main"]
-STUDIES: tuple[Name, ...] = ("norm", "tradeoff", "dynamics", "sensitivity", "controls", "main")
+Name = Literal["norm", "tradeoff", "dynamics", "sensitivity", "controls", "main", "folding"]
+PAPER: tuple[Name, ...] = ("norm", "tradeoff", "dynamics", "sensitivity", "controls", "main")  # on the paper's question
+STUDIES: tuple[Name, ...] = (*PAPER, "folding")
 # Options that train a bundled backbone in half a minute on one core.
 SMALL: dict[str, Any] = {
     "steps": 90,
@@ -29,6 +30,7 @@ SMALL: dict[str, Any] = {
     "max_length": 64,
 }
 WEIGHTS = (1, 10, 100)  # times the regularizers' weights: the tradeoff's points
+TARGETS: dict[str, Any] = {"query_active_dims": 16, "document_active_dims": 64}  # folding is compared at equal cost
 LEVELS = (0.01, 0.003, 0.001, 0.0003)  # of the token logits above zero: the map's levels
 
 
@@ -37,7 +39,7 @@ class StudyConfig:
     """The settings of a study.
 
     Args:
-        name: norm, tradeoff, dynamics, sensitivity, controls or main; all for all six.
+        name: norm, tradeoff, dynamics, sensitivity, controls or main, or all for these six; or folding.
         output: folder for the cells, and for one report on all studies that were run there.
         backbones: masked LMs: folders, hub ids or bundled names.
         data: training examples, in any form that train takes.
@@ -77,7 +79,7 @@ class StudyConfig:
 
     @property
     def names(self) -> tuple[Name, ...]:
-        return STUDIES if self.name == "all" else (self.name,)  # type: ignore[return-value]
+        return PAPER if self.name == "all" else (self.name,)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,12 @@ class Row:
 # ---------------------------------------------------------------------------------------- the rows
 
 
-def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Row]:
+def plan(name: Name, config: StudyConfig, norms: Mapping[str, float], cased: Collection[str] = ()) -> list[Row]:
     """The rows of a study.
 
     Args:
         norms: mean row norm of each backbone's decoder, for the controls that take another backbone's norm.
+        cased: the backbones whose vocabulary can be folded by case.
     """
     rows = []
     for backbone in config.backbones:
@@ -106,6 +109,11 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float]) -> list[Ro
         raw, scaled, auto = arm(Arm.RAW), arm(Arm.FIXED, k=config.k), arm(Arm.AUTO, k="auto", shift="auto")
         if name in ("norm", "dynamics"):
             rows += [raw, scaled, auto]
+        elif name == "folding":
+            target = partial(arm, k="auto", shift="auto", **TARGETS)
+            by = "case" if backbone in cased else "none"  # of an uncased vocabulary the stem and the punctuation alone
+            rows += [target(Arm.AUTO), *([target(Arm.BY_CASE, fold=by)] if backbone in cased else [])]
+            rows += [target(Arm.BY_STEM, fold="stem"), target(Arm.MUTED, fold=by, mute=True)]
         elif name == "main":
             rows += [raw, *(arm(Arm.FIXED, k=k) for k in (config.k / 2, config.k, config.k * 2)), auto]
         elif name == "tradeoff":

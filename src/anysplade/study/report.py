@@ -54,7 +54,7 @@ def _part(name: str, result: StudyResult) -> dict[str, Any]:
             }
             for figure in study_figures(name, result)
         ],
-        "tables": _tables(study, result),
+        "tables": _tables(study, result, folding=name == "folding"),
         "conclusions": study.conclusions,
     }
 
@@ -80,25 +80,27 @@ def _origin(provenance: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------- tables
 
 _COLUMNS = ["backbone", "head", "runs", "k", "shift", *METRICS, "query dims", "document dims", "FLOPS", "monitor"]
-_TEST_COLUMNS = ["backbone", "collection", "auto against", METRIC, "p", "FLOPS of auto", "of the other"]
+_TEST_COLUMNS = ["backbone", "collection", "head", "against", METRIC, "p", "FLOPS", "of the other"]
 
 
-def _tables(study: Study, result: StudyResult) -> list[_Table]:
+def _tables(study: Study, result: StudyResult, folding: bool) -> list[_Table]:
     collections = study.settings.collections
     if study.tests is None:
         return [_Table(_short(collections[0]), _COLUMNS, 2, [_line(row, collections[0]) for row in study.rows])]
     tables = []
     for collection in collections:
-        bm25 = result.bm25[collection]
-        measures = [f"{value:.3f}" for value in (bm25.ndcg, bm25.rr, bm25.recall)]
-        lines = [_line(row, collection) for row in study.rows]
-        tables.append(_Table(_short(collection), _COLUMNS, 2, [*lines, (["BM25", *[""] * 4, *measures, *["–"] * 4], None)]))
+        lines: list[tuple[list[str], str | None]] = [_line(row, collection) for row in study.rows]
+        for label, baselines in (("BM25", result.bm25), ("BM25 without stemming", result.unstemmed if folding else {})):
+            if (found := baselines.get(collection)) is not None:
+                measures = [f"{value:.3f}" for value in (found.ndcg, found.rr, found.recall)]
+                lines.append(([label, *[""] * 4, *measures, *["–"] * 4], None))
+        tables.append(_Table(_short(collection), _COLUMNS, 2, lines))
     tests = [
-        [test.backbone, _short(test.collection), test.against, f"{test.difference:+.3f} ± {test.noise / 2:.3f}",
+        [test.backbone, _short(test.collection), test.head, test.against, f"{test.difference:+.3f} ± {test.noise / 2:.3f}",
          f"{test.p_corrected:.2g}", f"{test.flops:.2f}", f"{test.flops_of_other:.2f}"]
         for test in study.tests
     ]  # fmt: skip
-    return [*tables, _Table("Tests", _TEST_COLUMNS, 3, [(values, None) for values in tests])]
+    return [*tables, _Table("Tests", _TEST_COLUMNS, 4, [(values, None) for values in tests])]
 
 
 def _line(row: RowResult, collection: str) -> tuple[list[str], str]:

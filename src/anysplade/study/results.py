@@ -88,7 +88,7 @@ class RowResult(RowRuns):
 
 @dataclass(frozen=True)
 class PairedTest:
-    """``auto`` against another row of the same backbone, over the queries of a collection."""
+    """A row against another one of the same backbone, over the queries of a collection."""
 
     backbone: str
     collection: str
@@ -100,6 +100,7 @@ class PairedTest:
     flops: float
     flops_of_other: Annotated[float, Field(alias="flops of the other")]
     p_corrected: float
+    head: str = "auto"  # the label of the row
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class StudyResult:
     bm25: dict[str, Baseline]  # by collection
     failed: dict[str, str]  # messages of cells that failed, by hash
     report: str  # path of report.html
+    unstemmed: dict[str, Baseline] = field(default_factory=dict)  # BM25 without stemming, likewise, where folding was studied
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json``."""

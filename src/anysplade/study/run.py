@@ -27,6 +27,7 @@ from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
 from anysplade.errors import AnyspladeError, OutputError, worker_died
 from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.folding import folds_by_case
 from anysplade.model.head import describe_head, load_masked_lm
 from anysplade.study.cells import (
     METRICS,
@@ -83,9 +84,14 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
 def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     clear_caches()
     loaded = {name: read_collection(name) for name in config.collections}
-    norms = {name: describe_head(load_masked_lm(name)[0], None, name).mean_row_norm for name in config.backbones}
+    norms, cased = {}, set()
+    for name in config.backbones:
+        model, tokenizer = load_masked_lm(name)
+        norms[name] = describe_head(model, None, name).mean_row_norm
+        if folds_by_case(tokenizer):
+            cased.add(name)
     earlier = read_results(out / "study.json") if (out / "study.json").exists() else StudyResult({}, {}, {}, {}, "")
-    rows = {name: plan(name, config, norms) for name in config.names}
+    rows = {name: plan(name, config, norms, cased) for name in config.names}
     cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
     missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
     workers = config.workers or _default_workers()
@@ -101,14 +107,16 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
         name: summarize(name, [_runs(row, records, failed) for row in study], records, settings, provenance())
         for name, study in rows.items()
     }
-    bm25 = dict(earlier.bm25)
-    for source, collection in loaded.items():
-        if source not in bm25 or bm25[source].data_hash != collection_hash(source):
-            bm25[source] = baseline(evaluate("bm25", collection, METRICS, depth=100))
+    bm25, unstemmed = dict(earlier.bm25), dict(earlier.unstemmed)
+    for kind, known in (("bm25", bm25), ("bm25-unstemmed", unstemmed)):
+        for source, collection in loaded.items() if kind == "bm25" or "folding" in rows else ():
+            if source not in known or known[source].data_hash != collection_hash(source):
+                known[source] = baseline(evaluate(kind, collection, METRICS, depth=100))
     result = StudyResult(
         studies=dict(sorted((earlier.studies | studies).items(), key=lambda item: STUDIES.index(item[0]))),
         cells=earlier.cells | {hash_: summarize_cell(record) for hash_, record in records.items()},
         bm25=bm25,
+        unstemmed=unstemmed,
         failed=failed,
         report=str(out / "report.html"),
     )
