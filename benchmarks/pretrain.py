@@ -3,7 +3,9 @@
 Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is
 not one of vocabulary. ``--architectures`` makes two more, for experiments: DistilBERT, wider and deeper,
 and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level BPE. ``--size small`` makes
-BERT and ModernBERT of another size: a third wider and twice as deep.
+BERT and ModernBERT of another size: a third wider and twice as deep. ``--size medium`` is for BERT, ModernBERT and RoBERTa,
+8 to 9 million parameters with ``--tokens 16384``; ``--vocabulary`` gives each a cased vocabulary (byte-level BPE) or an uncased
+one (WordPiece), so that twins differ in that alone. An interrupted pretraining goes on from its last checkpoint.
 
 The text is every docstring of the environment's packages; of the modules that the python-docs collection
 holds out, without the summary lines, which are its queries. Times and final losses stand in README.md.
@@ -42,21 +44,22 @@ from anysplade.data.python_docs import read_docstrings
 
 VOCABULARY = 8192
 BPE_VOCABULARY = 12_288
-SIZES = {"tiny": (192, 2, 3), "small": (256, 4, 4)}  # of BERT and ModernBERT: width, layers, attention heads
+SIZES = {"tiny": (192, 2, 3), "small": (256, 4, 4), "medium": (256, 6, 4)}  # width, layers, attention heads
 LENGTH = 128  # tokens a training sequence
+CHECKPOINT = 250  # steps
 MASKED = 0.2  # share of tokens to predict
 ARCHITECTURES = ("bert", "modernbert", "distilbert", "roberta")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def train_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], kind: str, size: int) -> PreTrainedTokenizerFast:
     trainer: Any
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=BPE_VOCABULARY,
+            vocab_size=size,
             special_tokens=SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -66,7 +69,7 @@ def train_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, limit_alphabet=256, show_progress=False)
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL, limit_alphabet=256, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -83,13 +86,13 @@ def train_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build(architecture: str, size: str) -> PreTrainedModel:
+def build(architecture: str, size: str, tokens: int) -> PreTrainedModel:
     """The architecture with random weights."""
     width, layers, heads = SIZES[size]
     if architecture == "distilbert":
         return DistilBertForMaskedLM(
             DistilBertConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=tokens,
                 dim=256,
                 n_layers=3,
                 n_heads=4,
@@ -100,13 +103,15 @@ def build(architecture: str, size: str) -> PreTrainedModel:
             )
         )
     if architecture == "roberta":
+        if size != "medium":
+            width, layers, heads = 128, 4, 2
         return RobertaForMaskedLM(
             RobertaConfig(
-                vocab_size=BPE_VOCABULARY,
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                intermediate_size=512,
+                vocab_size=tokens,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
                 max_position_embeddings=258,  # positions begin after the padding's id
                 pad_token_id=0,
                 bos_token_id=2,
@@ -118,7 +123,7 @@ def build(architecture: str, size: str) -> PreTrainedModel:
     if architecture == "bert":
         return BertForMaskedLM(
             BertConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=tokens,
                 hidden_size=width,
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
@@ -130,7 +135,7 @@ def build(architecture: str, size: str) -> PreTrainedModel:
         )
     return ModernBertForMaskedLM(
         ModernBertConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=tokens,
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=heads,
@@ -166,10 +171,12 @@ def batches(sequences: list[list[int]], size: int, generator: random.Random) -> 
     return made
 
 
-def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
+def pretrain(
+    architecture: str, texts: list[str], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, checkpoint: Path
+) -> dict:
     set_seed(args.seed)
-    start = args.start and args.start / f"{architecture}-{args.size}"
-    model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture, args.size)
+    start = args.start and args.start / name(architecture, args)
+    model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture, args.size, len(tokenizer))
     model.train()
     sequences = [
         [2, *ids[i : i + LENGTH - 2], 3]
@@ -190,9 +197,25 @@ def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizer
     losses: list[float] = []
     queue: list[list[list[int]]] = []
     epochs = 0
-    begin = time.perf_counter()
-    bar = tqdm(range(args.steps), desc=architecture, mininterval=10)
-    for _ in bar:
+    first, before = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.setstate(state["generator"])
+        torch.set_rng_state(state["torch"])
+        losses, queue, epochs, before = state["losses"], state["queue"], state["epochs"], state["seconds"]
+        first = len(losses)
+    begin = time.perf_counter() - before
+    bar = tqdm(range(first, args.steps), desc=architecture, mininterval=10)
+    for step in bar:
+        if step > first and step % CHECKPOINT == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state |= {"generator": generator.getstate(), "torch": torch.get_rng_state(), "losses": losses, "queue": queue}
+            partial = checkpoint.with_suffix(".new")
+            torch.save(state | {"epochs": epochs, "seconds": time.perf_counter() - begin}, partial)
+            partial.replace(checkpoint)
         if not queue:
             queue = batches(sequences, args.batch_size, generator)
             epochs += 1
@@ -234,11 +257,19 @@ def pretrain(architecture: str, texts: list[str], tokenizer: PreTrainedTokenizer
     }
 
 
+def name(architecture: str, args: argparse.Namespace) -> str:
+    """Of a backbone's folder."""
+    kind = {"bpe": "-cased", "wordpiece": "-uncased", None: ""}[args.vocabulary]
+    return f"{architecture}-{args.size}{kind}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--architectures", nargs="+", default=["bert", "modernbert"], choices=ARCHITECTURES)
-    parser.add_argument("--size", default="tiny", choices=SIZES, help="of bert and modernbert")
+    parser.add_argument("--size", default="tiny", choices=SIZES, help="of bert and modernbert; medium of roberta too")
+    parser.add_argument("--vocabulary", choices=("bpe", "wordpiece"), help="cased or uncased; bpe for roberta if left out")
+    parser.add_argument("--tokens", type=int, help=f"of the vocabulary; {VOCABULARY:,}, of bpe {BPE_VOCABULARY:,} if left out")
     parser.add_argument("--text", type=Path, help="text to pretrain on, a passage a line; the docstrings if left out")
     parser.add_argument("--start", type=Path, help="go on from the backbones in this folder, with their tokenizers")
     parser.add_argument("--steps", type=int, default=2500)
@@ -252,12 +283,15 @@ def main() -> None:
         texts = sorted({d.text.partition("\n")[2].strip() if d.held_out else d.text for d in read_docstrings(progress=True)})
     print(f"{len(texts):,} texts, {sum(map(len, texts)) / 1e6:.1f} million characters", flush=True)
     for architecture in args.architectures:
+        folder = args.out / name(architecture, args)
         if args.start:
-            tokenizer: Any = AutoTokenizer.from_pretrained(args.start / f"{architecture}-{args.size}")
+            tokenizer: Any = AutoTokenizer.from_pretrained(args.start / name(architecture, args))
         else:
-            tokenizer = train_tokenizer(texts, "bpe" if architecture == "roberta" else "wordpiece")
-        result = pretrain(architecture, texts, tokenizer, args)
-        folder = args.out / f"{architecture}-{args.size}"
+            kind = args.vocabulary or ("bpe" if architecture == "roberta" else "wordpiece")
+            tokenizer = train_tokenizer(texts, kind, args.tokens or (BPE_VOCABULARY if kind == "bpe" else VOCABULARY))
+        args.out.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder.with_suffix(".checkpoint")
+        result = pretrain(architecture, texts, tokenizer, args, checkpoint)
         model = result["model"].half()  # stored in 16 bits to stay small; the config says float32, so it loads as that
         model.config.dtype = torch.float32
         model.save_pretrained(folder)
@@ -266,6 +300,7 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
         (folder / "pretraining.json").write_text(json.dumps(result["record"], indent=2) + "\n")
+        checkpoint.unlink(missing_ok=True)
         print(json.dumps(result["record"]), flush=True)
 
 

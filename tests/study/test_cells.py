@@ -196,7 +196,13 @@ def test_every_option_has_a_command_that_is_tested():
     apart = {"backbone", "data", "_", "output"}
     kinds = {name: field.type for name, field in TrainingConfig.__dataclass_fields__.items() if name not in apart}
     tested = {kinds[name] for name in OPTION}
-    assert {name for name, kind in kinds.items() if kind not in tested} <= {"fold", "pooling", "query_encoder", "on_collapse", "precision"}
+    assert {name for name, kind in kinds.items() if kind not in tested} <= {
+        "fold",
+        "pooling",
+        "query_encoder",
+        "on_collapse",
+        "precision",
+    }
 
 
 def test_the_command_of_an_edited_backbone_is_quoted(place, monkeypatch, capsys, tmp_path):
