@@ -67,6 +67,21 @@ def run(count=20, **odd):
     return [Observation(**HEALTHY | {"step": step} | odd) for step in range(count)]
 
 
+def test_terms_that_no_text_can_have_are_not_counted():
+    class Ranking(torch.nn.Module):
+        def compute_loss_from_embeddings(self, embeddings):
+            return embeddings[0].sum()
+
+    ranking = Ranking()
+    monitor = Monitor(ranking, 8, live=torch.tensor([0, 1, 2, 5]))
+    for _ in range(60):
+        monitor._due = True
+        ranking.compute_loss_from_embeddings([torch.eye(2, 8), torch.eye(2, 8)])
+    assert monitor.vocabulary == 4
+    assert monitor.observations[-1].dead_share == 0.5
+    assert monitor.observations[-1].document_active_dims == 1
+
+
 def test_a_healthy_run_has_no_finding():
     assert diagnose(run(), vocabulary=1000) == []
 

@@ -184,10 +184,13 @@ class Monitor(TrainerCallback, ExportableState):
     In several processes each of them observes the batch of all, and so all come to the same findings.
     """
 
-    def __init__(self, ranking: nn.Module, vocabulary: int, stop: bool = False, contrastive: bool = True) -> None:
+    def __init__(
+        self, ranking: nn.Module, vocabulary: int, stop: bool = False, contrastive: bool = True, live: Tensor | None = None
+    ) -> None:
         self.observations: list[Observation] = []
         self.findings: list[Finding] = []
-        self.vocabulary = vocabulary
+        self.live = live  # the terms that are looked at; all if None
+        self.vocabulary = vocabulary if live is None else len(live)
         self.stop = stop
         self.contrastive = contrastive
         self._last_used: Tensor | None = None
@@ -222,6 +225,8 @@ class Monitor(TrainerCallback, ExportableState):
         if get_world_size() > 1:
             embeddings = [all_gather(embedding.detach().contiguous()) for embedding in embeddings]
             loss = all_gather(loss.detach().reshape(1)).mean()
+        if self.live is not None:
+            embeddings = [embedding[:, self.live] for embedding in embeddings]
         if self._last_used is None:
             self._last_used = torch.full((embeddings[0].shape[1],), len(self.observations), device=embeddings[0].device)
         count = len(self.observations)

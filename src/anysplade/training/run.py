@@ -45,7 +45,7 @@ from anysplade.model.encoder import (
     is_saved_encoder,
     masked_lm,
 )
-from anysplade.model.head import find_head
+from anysplade.model.head import find_head, live_terms
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
@@ -490,6 +490,7 @@ def _trainer(
         encoder.get_embedding_dimension() or 0,
         stop=config.on_collapse != "warn",
         contrastive=list(parse_objective(config.objective)) == ["contrastive"],
+        live=live_terms(masked_lm(encoder)),
     )
     main = arguments.process_index == 0
     callbacks: list[TrainerCallback] = [
