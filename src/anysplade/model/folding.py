@@ -2,8 +2,8 @@
 
 ``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
 with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
-arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension: the decoder's row of one of them becomes the
-mean of their rows, and the rows of the others become dead: a weight of zero, and a bias far below it. The checkpoint stays stock.
+arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension: its decoder row is that of the most frequent of
+them, and the rows of the others become dead: a weight of zero, and a bias far below it. The checkpoint stays stock.
 """
 
 import unicodedata
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade._common.extras import extra
@@ -186,29 +185,31 @@ def _stemmer() -> Any:
 
 
 def _apply(model: PreTrainedModel, terms: np.ndarray) -> None:
-    """Make of each group's rows their mean, in the row that stays, and switch the others off; check what comes out."""
+    """Give each group's row that stays the values of its most frequent term, and switch the others off; check what comes out.
+
+    Vocabularies are in the order in which they were learned, so that the lowest id is the most frequent. The mean of the rows, their
+    mean by frequency and a row fitted to their maximum are what ``benchmarks/folding.py`` compares it with.
+    """
     before = check_logits(model)
     tie_again = untie_head(model)
     head = find_head(model)
     changed = [(tensor, tensor.detach().clone()) for tensor in (head.decoder.weight, *head.biases)]
-    to, has = torch.from_numpy(terms).to(before.device), torch.from_numpy(terms != _MUTED).to(before.device)
-    count = torch.bincount(to[has], minlength=len(to))
-    off = count == 0
-
-    def mean(values: Tensor) -> Tensor:  # (vocabulary, ...)
-        summed = torch.zeros_like(values, dtype=torch.float32).index_add_(0, to[has], values[has].float())
-        return summed / count.clamp_min(1).view(-1, *[1] * (values.dim() - 1))
-
+    has, count = terms != _MUTED, len(terms)
+    first = np.full(count, count)
+    np.minimum.at(first, terms[has], np.flatnonzero(has))
+    live = torch.from_numpy(np.flatnonzero(first < count)).to(before.device)
+    source = torch.from_numpy(first[first < count]).to(before.device)
     with torch.no_grad():
-        head.decoder.weight.copy_(mean(head.decoder.weight).masked_fill(off.unsqueeze(1), 0))
-        for bias in head.biases:
-            flat = bias.view(-1)
-            flat.copy_(mean(flat).masked_fill(off, DEAD))
-        after, wanted = check_logits(model), mean(before.movedim(-1, 0)).movedim(0, -1)
+        for tensor, fill in ((head.decoder.weight, 0.0), *((bias.view(-1), DEAD) for bias in head.biases)):
+            kept = tensor[source]
+            tensor.fill_(fill)
+            tensor[live] = kept
+        after = check_logits(model)
         tolerance = 64 * torch.finfo(head.decoder.weight.dtype).eps * max(1.0, float(before.abs().max()))
-        live = ~off
-        right = torch.allclose(after[..., live], wanted[..., live], rtol=0, atol=tolerance) and bool((after[..., off] < 0).all())
-        if right:
+        dead = torch.ones(count, dtype=torch.bool, device=before.device)
+        dead[live] = False
+        same = torch.allclose(after[..., live], before[..., source], rtol=0, atol=tolerance)
+        if same and bool((after[..., dead] < 0).all()):
             return
         for tensor, old in changed:
             tensor.copy_(old)

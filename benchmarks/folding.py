@@ -1,0 +1,187 @@
+"""How the row of a folded group is best made, and what folding saves in pooling.
+
+Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
+
+rows     of each backbone, how near the logits of a folded dimension come to the largest of its terms' logits, the dimension that
+         an exact fold would have, what SPLADE starts from, and how good it is after a short training; on other texts than rows were
+         made from. first: the row of the lowest id, as ``fold_head`` takes it; mean: of the group's rows; frequent: the row of the term that the head expects most often; prior: the rows weighted by how often the head
+         expects them; ridge: fitted to the largest logit by least squares
+pooling  time and memory of pooling with a folded head, beside the same head with all rows
+"""
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anysplade import TrainingConfig, evaluate, load_pairs, train
+from anysplade._common.files import write_whole
+from anysplade._common.provenance import provenance
+from anysplade.model.calibration import choose, sample_pairs
+from anysplade.model.encoder import hidden_states
+from anysplade.model.folding import fold_head, fold_vocabulary
+from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits
+from anysplade.model.pooling import splade_pool
+from harness import alternate
+
+RULES = ("first", "mean", "frequent", "prior", "ridge")
+LENGTH = 64
+TOKENS = 4000  # that rows are fitted to
+TRAINING: dict[str, Any] = {
+    "steps": 150, "batch_size": 32, "learning_rate": 8e-4, "max_length": 64, "checkpoint_steps": 10**6,
+    "query_active_dims": 16, "document_active_dims": 64,
+}  # fmt: skip
+RIDGE = 1e-2  # of the mean square of a hidden dimension
+
+
+@torch.inference_mode()
+def tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    """Hidden states before the decoder, (tokens, width)."""
+    rows = []
+    for start in range(0, len(texts), 16):
+        given = tokenizer(texts[start : start + 16], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
+        rows.append(hidden_states(model, **inputs)[given["attention_mask"].bool()])
+    return torch.cat(rows)
+
+
+def groups_of(terms: np.ndarray) -> dict[int, Tensor]:
+    """The terms of each dimension that has several."""
+    order = np.argsort(terms, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(terms[order])) + 1)
+    return {int(terms[part[0]]): torch.from_numpy(part) for part in parts if len(part) > 1 and terms[part[0]] >= 0}
+
+
+def made(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
+    """A group's row with its bias behind it, (width + 1,)."""
+    rows = torch.cat([weight[group], bias[group, None]], dim=1)
+    if rule == "first":
+        return rows[group.argmin()]
+    if rule == "mean":
+        return rows.mean(dim=0)
+    if rule == "frequent":
+        return rows[prior[group].argmax()]
+    if rule == "prior":
+        return (prior[group] / prior[group].sum()) @ rows
+    ones = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
+    largest = (ones @ rows.T).amax(dim=1)
+    gram = ones.T @ ones
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram, ones.T @ largest)
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    pairs = load_pairs(options.data)
+    fitted = sample_pairs(pairs, 1)
+    queries, documents = sample_pairs(pairs, 0)
+    found = []
+    for backbone in options.backbones:
+        model, tokenizer = load_masked_lm(backbone)
+        head = find_head(model)
+        assert head.bias is not None
+        weight, bias = head.decoder.weight.detach().clone(), head.bias.clone()
+        hidden = tokens(model, tokenizer, [*fitted[0], *fitted[1]])[:TOKENS].clone()
+        others = tokens(model, tokenizer, [*queries, *documents])[:TOKENS]
+        prior = (hidden @ weight.T + bias).softmax(dim=1).mean(dim=0)
+        trained = [effectiveness(backbone, options, seed) for seed in range(options.seeds)]
+        found.append({"backbone": Path(backbone).name, "rule": "not folded", "trained": trained})
+        groups = groups_of(fold_vocabulary(tokenizer.backend_tokenizer, len(weight), options.by))
+        fold_head(model, tokenizer, options.by)
+        head = find_head(model)
+        for rule in RULES:
+            errors, spread = [], []
+            with torch.inference_mode():
+                for kept, group in groups.items():
+                    row = made(rule, weight, bias, hidden, prior, group)
+                    head.decoder.weight[kept], head.biases[0].view(-1)[kept] = row[:-1], row[-1]
+                    largest = (others @ weight[group].T + bias[group]).amax(dim=1)
+                    errors.append(float((others @ row[:-1] + row[-1] - largest).square().mean()))
+                    spread.append(float(largest.var()))
+            start = choose(measure_logits(model, tokenizer, queries, documents))
+            assert start.after is not None
+            with TemporaryDirectory() as work:
+                model.save_pretrained(f"{work}/folded")
+                tokenizer.save_pretrained(f"{work}/folded")
+                trained = [effectiveness(f"{work}/folded", options, seed) for seed in range(options.seeds)]
+            found.append(
+                {
+                    "backbone": Path(backbone).name, "rule": rule, "groups": len(groups),
+                    "explained": 1 - statistics.mean(errors) / statistics.mean(spread),
+                    "k": start.k, "shift": start.shift, "start_loss": start.after.start_loss,
+                    "query_active_dims": start.after.query_active_dims, "document_active_dims": start.after.document_active_dims,
+                    "document_similarity": start.after.document_similarity, "trained": trained,
+                }
+            )  # fmt: skip
+    return found
+
+
+def effectiveness(backbone: str, options: argparse.Namespace, seed: int) -> dict[str, float]:
+    """nDCG@10 and cost after a short training on --data."""
+    with TemporaryDirectory() as work:
+        result = train(TrainingConfig(backbone, options.data, output=f"{work}/run", seed=seed, **TRAINING))
+        found = evaluate(result.model, options.collection, ["nDCG@10"], depth=10, max_length=128)
+    return found.metrics | {"document_active_dims": found.document_active_dims, "flops": found.flops}
+
+
+def pooling(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The texts are random hidden states; the level is that of calibration, 0.1 % of the logits above zero."""
+    found = []
+    for backbone in options.backbones:
+        model, tokenizer = load_masked_lm(backbone)
+        fold_head(model, tokenizer, options.by, mute=True)
+        live, weight = live_terms(model), find_head(model).decoder.weight.detach().clone()
+        assert live is not None
+        for batch, length, training in ((16, 128, True), (16, 128, False), (1, 16, False)):
+            hidden, mask = torch.randn(batch, length, weight.shape[1]), torch.ones(batch, length)
+            level = np.quantile((hidden[0] @ weight[live].T).numpy(), 0.999)
+            bias = torch.full((len(weight),), -float(level))
+            variants = {
+                name: partial(pool, hidden, weight, bias, mask, terms, training) for name, terms in (("all", None), ("live", live))
+            }
+            seconds = alternate(variants, options.rounds)
+            found.append(
+                {
+                    "backbone": Path(backbone).name, "batch": batch, "length": length,
+                    "what": "forward and backward" if training else "encoding", "terms": len(weight), "live": len(live),
+                    "share": len(live) / len(weight), "ratio": seconds["live"]["median"] / seconds["all"]["median"],
+                    "seconds": seconds,
+                }
+            )  # fmt: skip
+    return found
+
+
+def pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, live: Tensor | None, training: bool) -> None:
+    leaf = weight.detach().requires_grad_() if training else weight
+    with torch.set_grad_enabled(training):
+        vectors = splade_pool(hidden, leaf, bias, mask, live=live)
+        if training:
+            vectors.sum().backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rows", "pooling"))
+    parser.add_argument("--backbones", nargs="+", required=True)
+    parser.add_argument("--by", choices=("case", "stem"), default="case")
+    parser.add_argument("--data", default="python-docs", help="training pairs whose texts rows are fitted to and judged on")
+    parser.add_argument("--collection", default="python-docs", help="what is evaluated on after a short training")
+    parser.add_argument("--seeds", type=int, default=3, help="of that training; 0 leaves it out")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args()
+    found = {"rows": rows, "pooling": pooling}[options.what](options)
+    print(json.dumps(found, indent=1))
+    if options.json:
+        write_whole(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
