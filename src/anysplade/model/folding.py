@@ -187,8 +187,8 @@ def _stemmer() -> Any:
 def _apply(model: PreTrainedModel, terms: np.ndarray) -> None:
     """Give each group's row that stays the values of its most frequent term, and switch the others off; check what comes out.
 
-    Vocabularies are in the order in which they were learned, so that the lowest id is the most frequent. The mean of the rows, their
-    mean by frequency and a row fitted to their maximum are what ``benchmarks/folding.py`` compares it with.
+    Vocabularies are in the order in which they were learned, so that the lowest id is the most frequent. The mean of the rows,
+    their mean by frequency and a row fitted to their maximum are what ``benchmarks/folding.py`` compares it with.
     """
     before = check_logits(model)
     tie_again = untie_head(model)
