@@ -7,7 +7,7 @@ rows     of each backbone, how near the logits of a folded dimension come to the
          were made from. first: the row of the lowest id, as ``fold_head`` takes it; mean: of the group's rows; frequent: the row
          of the term that the head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted
          to the largest logit by least squares
-pooling  time and memory of pooling with a folded head, beside the same head with all rows
+pooling  time of pooling with a folded head, beside the same head with all rows
 """
 
 import argparse

@@ -48,11 +48,11 @@ def test_what_is_no_text_keeps_its_token():
 
 def test_entries_say_where_words_begin():
     backend = byte_level().backend_tokenizer
-    entries = {entry.text: entry.begins for entry in read_entries(backend, backend.get_vocab_size()) if entry}
+    entries = {entry.text: entry.begins for entry in read_entries(backend, backend.get_vocab_size())}
     assert entries["going"]
     assert "ing" in entries
     assert "<s>" not in entries
-    assert not {entry.text for entry in read_entries(word_pieces().backend_tokenizer, 8) if entry} & set(SPECIAL)
+    assert not {entry.text for entry in read_entries(word_pieces().backend_tokenizer, 8)} & set(SPECIAL)
 
 
 @given(st.lists(st.none() | st.text(max_size=3), max_size=30))

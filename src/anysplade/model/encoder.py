@@ -41,7 +41,6 @@ from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEnco
 from anysplade.model.pooling import splade_pool
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.saved import first_line, resolve_model, saved_file, saved_json
-from anysplade.model.vocabulary import name_terms
 
 logger = logging.getLogger(__name__)
 
@@ -336,12 +335,12 @@ def term_names(encoder: SparseEncoder) -> list[str]:
     if encoder not in _term_names:
         size, tokenizer = encoder.get_embedding_dimension() or 0, encoder.tokenizer
         if isinstance(encoder[-1], SparseAutoEncoder):
-            names = name_terms([None] * size)
+            names = vocabulary.name_terms([None] * size)
         elif tokenizer.is_fast:
             names = vocabulary.term_names(tokenizer.backend_tokenizer, size)
         else:
             ids = {id_: token for token, id_ in tokenizer.get_vocab().items()}
-            names = name_terms([ids.get(term) for term in range(size)])
+            names = vocabulary.name_terms([ids.get(term) for term in range(size)])
         _term_names[encoder] = names
     return _term_names[encoder]
 
@@ -419,7 +418,8 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     if pooling.embedding_dimension is None:  # the module's own forward would set it
         pooling.embedding_dimension = len(head.decoder.weight)
     transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
-    pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder, live_terms(model))
+    pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
+    pooling.register_buffer("live", live_terms(model), persistent=False)  # goes where the model goes, and is not saved
     return True
 
 
@@ -427,6 +427,7 @@ def unfuse_pooling(encoder: SparseEncoder) -> None:
     """Back to the modules' own forward."""
     for module in splade_modules(encoder):
         module.__dict__.pop("forward", None)
+        module._buffers.pop("live", None)
 
 
 def after_decoder(model: PreTrainedModel) -> str | None:
@@ -492,7 +493,7 @@ def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[s
         return type(transformer).forward(transformer, features, **kwargs)
 
 
-def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, live: Tensor | None, features: dict[str, Any]) -> dict[str, Any]:
+def _fused_forward(pooling: Any, decoder: nn.Linear, features: dict[str, Any]) -> dict[str, Any]:
     hidden = features["token_embeddings"]
     if "cu_seq_lens_q" in features:  # unpadded input, (1, tokens, width): padding it again is cheap at this width
         lengths = features["cu_seq_lens_q"].diff().tolist()
@@ -502,9 +503,8 @@ def _fused_forward(pooling: SpladePooling, decoder: nn.Linear, live: Tensor | No
     else:
         mask = features["attention_mask"]
     double_log = pooling.activation_function == "log1p_relu"
-    live = None if live is None else live.to(hidden.device)
     features["sentence_embedding"] = splade_pool(
-        hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, live
+        hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, pooling.live
     )
     return features
 

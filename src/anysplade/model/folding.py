@@ -118,7 +118,7 @@ def fold_vocabulary(tokenizer: Tokenizer, size: int, by: Fold = "case", mute: bo
     and a piece is not, a token without the mark is both, as in ``(word``: there it counts as a piece if it was learned before the
     word (has a lower id) and other tokens end in it. Letters without case (Chinese, Arabic) are left alone.
     """
-    entries = [entry for entry in read_entries(tokenizer, size) if entry is not None]
+    entries = read_entries(tokenizer, size)
     forms = {entry.id: form for entry in entries if (form := _form(entry.text)) is not None}
     words: dict[str, list[Entry]] = {}  # with a mark, by form
     unmarked: dict[str, Entry] = {}  # in lower case, likewise

@@ -113,7 +113,7 @@ class _MaxPool(torch.autograd.Function):
         live: Tensor | None,
     ) -> Tensor:
         batch, length, _ = hidden.shape
-        terms = len(weight) if live is None else len(live)
+        terms = _count(weight, live)
         tokens, source = _fill_padding(hidden, mask)
         pooled = hidden.new_empty(terms, batch, dtype=dtype)
         chosen = torch.empty(terms if keep else 0, batch, dtype=torch.int32, device=hidden.device)
@@ -125,7 +125,7 @@ class _MaxPool(torch.autograd.Function):
                 values = logits.amax(dim=2)
             pooled[start:end] = values
         if bias is not None:
-            pooled += _rows(bias, live).to(dtype).unsqueeze(1)
+            pooled += bias[_terms(live, 0, terms)].to(dtype).unsqueeze(1)
         if double_log is not None:
             pooled.relu_().masked_fill_(~mask.bool().any(dim=1), 0).log1p_()
         if double_log:
@@ -175,9 +175,9 @@ class _SumPool(torch.autograd.Function):
     ) -> Tensor:
         batch, length, width = hidden.shape
         tokens = hidden.reshape(-1, width)
-        pooled = hidden.new_empty(len(weight) if live is None else len(live), batch, dtype=dtype)
+        pooled = hidden.new_empty(_count(weight, live), batch, dtype=dtype)
         for start, end, logits in _products(weight, tokens, live):
-            activation = _activation(logits, _part(bias, live, start, end), dtype, double_log)
+            activation = _activation(logits, None if bias is None else bias[_terms(live, start, end)], dtype, double_log)
             pooled[start:end] = activation.view(-1, batch, length).mul_(mask.to(dtype)).sum(dim=2)
         ctx.save_for_backward(tokens, weight, bias, mask, live)
         ctx.double_log, ctx.dtype = double_log, dtype
@@ -193,10 +193,10 @@ class _SumPool(torch.autograd.Function):
         to_weight = torch.zeros_like(weight)
         to_bias = None if bias is None else torch.zeros_like(bias)
         for start, end, logits in _products(weight, tokens, live):
-            activation = _activation(logits, _part(bias, live, start, end), ctx.dtype, ctx.double_log)
+            terms = _terms(live, start, end)
+            activation = _activation(logits, None if bias is None else bias[terms], ctx.dtype, ctx.double_log)
             through = (_slope(activation, ctx.double_log) * (activation > 0)).view(-1, batch, length)
             through = (through * gradient.T[start:end].unsqueeze(2) * mask.to(ctx.dtype)).view(end - start, -1)
-            terms = slice(start, end) if live is None else live[start:end]
             if to_bias is not None:
                 to_bias[terms] = through.sum(dim=1).to(to_bias.dtype)
             through = through.to(tokens.dtype)
@@ -231,12 +231,12 @@ def _screen(weight: Tensor, live: Tensor | None = None) -> _Screen:
         same = known.live is live or (known.live is not None and live is not None and torch.equal(known.live, live))
         if same:
             return known
-    terms = len(weight) if live is None else len(live)
+    terms = _count(weight, live)
     rounded = torch.empty(terms, weight.shape[1], dtype=torch.int8)
     scale, norm, lost = weight.new_empty(3, terms, dtype=torch.float32)
     for start in range(0, terms, 4096):
         part = slice(start, start + 4096)
-        rows = weight[part] if live is None else weight[live[part]]
+        rows = weight[_terms(live, start, start + 4096)]
         rounded[part], scale[part], norm[part], lost[part] = _round(rows.float(), 1)
     version, finite = weight._version if counted else -1, bool(lost.isfinite().all())
     packed = torch.ops.onednn.qlinear_prepack(rounded, None) if _packing_works() else None
@@ -300,7 +300,7 @@ def _screened_max(
             rough = products.view(batch, length, -1).amax(dim=1) * screen.scale[start:end] * scale.unsqueeze(1)
         error = screen.of_lost[start:end] * lost + screen.of_norm[start:end] * longest
         if bias is not None:
-            part = _part(bias, live, start, end)
+            part = bias[_terms(live, start, end)]
             rough += part
             error.add_(part.abs(), alpha=2 * _FLOAT32)  # the sum is rounded, here and in float32
         row, term = (~(rough + error <= 0)).nonzero(as_tuple=True)  # a bias of NaN too, which must be seen
@@ -385,14 +385,14 @@ def _tiles(vocabulary: int, bytes_a_term: int, device: torch.device) -> Iterator
         yield start, min(vocabulary, start + height)
 
 
-def _rows(values: Tensor, live: Tensor | None) -> Tensor:
-    """Those of the live terms."""
-    return values if live is None else values[live]
+def _terms(live: Tensor | None, start: int, end: int) -> Any:
+    """What picks a few of the terms that are computed out of all."""
+    return slice(start, end) if live is None else live[start:end]
 
 
-def _part(bias: Tensor | None, live: Tensor | None, start: int, end: int) -> Any:
-    """The bias of a few of the terms that are computed."""
-    return None if bias is None else bias[start:end] if live is None else bias[live[start:end]]
+def _count(weight: Tensor, live: Tensor | None) -> int:
+    """How many terms are computed."""
+    return len(weight) if live is None else len(live)
 
 
 def _spread(values: Tensor, live: Tensor | None, count: int) -> Tensor:
@@ -409,12 +409,10 @@ def _products(weight: Tensor, tokens: Tensor, live: Tensor | None) -> Iterator[t
     """
     columns = tokens.T
     buffer: Tensor | None = None
-    terms = len(weight) if live is None else len(live)
-    for start, end in _tiles(terms, columns.element_size() * columns.shape[1], columns.device):
+    for start, end in _tiles(_count(weight, live), columns.element_size() * columns.shape[1], columns.device):
         if buffer is None:
             buffer = columns.new_empty(end, columns.shape[1])
-        rows = weight[start:end] if live is None else weight[live[start:end]]
-        yield start, end, torch.mm(rows.to(columns.dtype), columns, out=buffer[: end - start])
+        yield start, end, torch.mm(weight[_terms(live, start, end)].to(columns.dtype), columns, out=buffer[: end - start])
 
 
 def _activation(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, double_log: bool) -> Tensor:

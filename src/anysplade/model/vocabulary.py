@@ -28,15 +28,14 @@ class Entry(NamedTuple):
     id: int
 
 
-def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry | None]:
-    """What each entry of a vocabulary is, by id up to ``size``.
+def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry]:
+    """The entries of a vocabulary that are text, with ids up to ``size``.
 
-    None stands for entries that are no text by themselves: special tokens, white space, a part of a character's bytes, and ids
-    without a token.
+    Left out is what is no text by itself: special tokens, white space, a part of a character's bytes, and ids without a token.
     """
     decoders = set(_kinds(tokenizer.decoder))
     known = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    entries: list[Entry | None] = []
+    entries = []
     for id_, token in enumerate(read_tokens(tokenizer, size)):
         text, begins = token or "", True
         if "ByteLevel" in decoders:
@@ -47,7 +46,8 @@ def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry | None]:
         elif isinstance(tokenizer.model, WordPiece) and text != _PIECE:
             begins, text = not text.startswith(_PIECE), text.removeprefix(_PIECE)
         usable = id_ not in known and text.split() == [text] and is_utf8(text) and "\N{REPLACEMENT CHARACTER}" not in text
-        entries.append(Entry(text, begins, id_) if usable else None)
+        if usable:
+            entries.append(Entry(text, begins, id_))
     return entries
 
 
@@ -88,7 +88,7 @@ def term_names(tokenizer: Tokenizer, size: int) -> list[str]:
     """
     spaces = marks_spaces(tokenizer)
     tokens = read_tokens(tokenizer, size)
-    for entry in filter(None, read_entries(tokenizer, size)):
+    for entry in read_entries(tokenizer, size):
         if spaces and not has_letters(entry.text):  # in most texts it follows a word
             tokens[entry.id] = _SPACE * entry.begins + entry.text
         else:

@@ -110,10 +110,12 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float], cased: Col
         if name in ("norm", "dynamics"):
             rows += [raw, scaled, auto]
         elif name == "folding":
-            target = partial(arm, k="auto", shift="auto", **TARGETS)
-            by = "case" if backbone in cased else "none"  # of an uncased vocabulary the stem and the punctuation alone
-            rows += [target(Arm.AUTO), *([target(Arm.BY_CASE, fold=by)] if backbone in cased else [])]
-            rows += [target(Arm.BY_STEM, fold="stem"), target(Arm.MUTED, fold=by, mute=True)]
+            target = partial(arm, k="auto", shift="auto", fold="none", mute=False, **TARGETS)
+            rows.append(target(Arm.AUTO))
+            if backbone in cased:
+                rows.append(target(Arm.BY_CASE, fold="case"))
+            rows.append(target(Arm.BY_STEM, fold="stem"))
+            rows.append(target(Arm.MUTED, fold="case" if backbone in cased else "none", mute=True))
         elif name == "main":
             rows += [raw, *(arm(Arm.FIXED, k=k) for k in (config.k / 2, config.k, config.k * 2)), auto]
         elif name == "tradeoff":

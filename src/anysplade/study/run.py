@@ -88,7 +88,7 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     for name in config.backbones:
         model, tokenizer = load_masked_lm(name)
         norms[name] = describe_head(model, None, name).mean_row_norm
-        if folds_by_case(tokenizer):
+        if "folding" in config.names and folds_by_case(tokenizer):
             cased.add(name)
     earlier = read_results(out / "study.json") if (out / "study.json").exists() else StudyResult({}, {}, {}, {}, "")
     rows = {name: plan(name, config, norms, cased) for name in config.names}
