@@ -66,7 +66,8 @@ ARMS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "masked and named words, encoder too": ({"masked": 1.0, "bag": 0.0}, {"encoder_learning_rate": 1e-4}),
 }
 TAUGHT: dict[str, Any] = SHORT | {
-    "steps": 400, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30, "document_active_dims": 150,
+    "steps": 400, "max_length": 96, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30,
+    "document_active_dims": 150,
 }  # fmt: skip
 FEW = ("squad-dev", "cisi")  # in-domain and zero-shot, where the four would take too long
 LENGTH = 256  # tokens to which texts are cut in evaluation
@@ -107,7 +108,8 @@ def run(
 def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, length: int) -> dict[str, Any]:
     known = json.loads(record.read_text()) if record.exists() else {}
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in PLACES}))
-    if known and known["config"] != settings:
+    # Options newer than the record have their defaults; the precision is the machine's.
+    if known and known["config"] != {name: settings[name] for name in known["config"]} | {"precision": known["config"]["precision"]}:
         sys.exit(f"{record}: is of another training; remove it or choose another --out")
     if not known:
         torch.set_num_threads(1)
@@ -134,7 +136,8 @@ def row(label: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, A
     start = {name: records[0][name] for name in ("k", "shift")}
     findings = sorted({name for record in records for name in record["findings"]})
     mean = statistics.mean(result[METRIC] for result in results.values())
-    return label | {"mean": mean, "start": start, "findings": findings, "results": results}
+    precision = sorted({record["config"]["precision"] for record in records})
+    return label | {"mean": mean, "start": start, "findings": findings, "precision": precision, "results": results}
 
 
 def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
@@ -206,12 +209,14 @@ def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
     data, backbone = examples(options), with_head(options)
-    shared = {"negatives": 1, "max_length": SHORT["max_length"], "precision": SHORT["precision"], "progress": True}
+    shared = {name: TAUGHT[name] for name in ("negatives", "max_length", "precision")} | {"progress": True}
     mine(data, options.out / "by-words.jsonl", miner="bm25", **shared)
     mine(data, options.out / "by-teacher.jsonl", miner=["bm25", options.teacher], teacher=options.teacher, **shared)
+    taught = {"data": str(options.out / "by-teacher.jsonl"), "teacher": options.teacher}
     arms = {
         "contrastive": {"data": str(options.out / "by-words.jsonl")},
-        "contrastive + teacher": {"data": str(options.out / "by-teacher.jsonl"), "teacher": options.teacher},
+        "contrastive + teacher": taught,
+        "teacher": taught | {"objective": "teacher"},
     }
     names = {(arm, seed): f"teachers {arm} {seed}" for seed in SEEDS for arm in arms}
     trainings = {

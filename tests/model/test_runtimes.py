@@ -161,6 +161,13 @@ def test_a_loaded_encoder_stays_as_it_is(encoder, collection_folder, monkeypatch
     assert evaluate(encoder, collection_folder).runtime == "torch"
 
 
+def test_few_texts_are_encoded_by_torch(backbone, collection_folder, monkeypatch):
+    monkeypatch.setattr(runtimes, "openvino_installed", lambda: True)
+    assert evaluate(str(backbone), collection_folder).runtime == "torch"
+    monkeypatch.setattr("anysplade.evaluation.evaluations._FEW_TEXTS", 2)
+    assert evaluate(str(backbone), collection_folder).runtime == "openvino"
+
+
 def test_openvino_sends_nothing_home():
     """Its telemetry sends an event at each import unless the module cannot be imported."""
     code = (

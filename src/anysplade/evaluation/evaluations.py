@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept of each document
 _CURVE_QUERIES = (4, 8, 16, 32)
 _QUANTILE = 0.95
+_FEW_TEXTS = 500  # torch has encoded fewer before a model is ready for OpenVINO
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def evaluate(
         split: which relevance judgements to load.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         depth: documents in each ranking, at least 1.
-        runtime: of encoding; see ``for_inference``. "auto" leaves an encoder that is loaded already as it is.
+        runtime: of encoding; see ``for_inference``. "auto" leaves an encoder that is loaded already as it is, and is
+            "torch" for fewer than 500 texts.
         precision: of encoding; see there too. All but float32 are approximations.
         max_length: tokens a text is cut to; see ``open_encoder``. It has no effect on an encoder that is already loaded.
         cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
@@ -139,8 +141,9 @@ def evaluate(
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=max_length)
         resolved = resolve_precision(precision, encoder.device)
-        if runtime == "auto" and encoder is model and resolved != "int8":
-            runtime = "torch"  # it may be in training, and converting it at each evaluation would cost more than it saves
+        # A model that is loaded may be in training. To convert it at each evaluation, or for few texts, costs more than it saves.
+        if runtime == "auto" and resolved != "int8" and (encoder is model or len(texts) + len(questions) < _FEW_TEXTS):
+            runtime = "torch"
         start = time.perf_counter()
         encoder = for_inference(encoder, runtime, resolved)
         used = runtime_of(encoder)
