@@ -109,7 +109,7 @@ def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, le
     known = json.loads(record.read_text()) if record.exists() else {}
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in PLACES}))
     # Options newer than the record have their defaults; the precision is the machine's.
-    if known and known["config"] != {name: settings[name] for name in known["config"]} | {"precision": known["config"]["precision"]}:
+    if known and any(settings[name] != value for name, value in known["config"].items() if name != "precision"):
         sys.exit(f"{record}: is of another training; remove it or choose another --out")
     if not known:
         torch.set_num_threads(1)
