@@ -227,8 +227,10 @@ def pretrain(
         action = torch.rand(ids.shape)
         inputs = ids.masked_fill(chosen & (action < 0.8), 4)  # 80 % masked, 10 % another token, 10 % as they are
         inputs = torch.where(chosen & (action >= 0.9), torch.randint(len(SPECIAL), len(tokenizer), ids.shape), inputs)
-        hidden = model.base_model(input_ids=inputs, attention_mask=attention.long()).last_hidden_state
-        loss = nn.functional.cross_entropy(masked_logits(model, hidden[chosen]), ids[chosen])
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16"):
+            hidden = model.base_model(input_ids=inputs, attention_mask=attention.long()).last_hidden_state
+            logits = masked_logits(model, hidden[chosen])
+        loss = nn.functional.cross_entropy(logits.float(), ids[chosen])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,6 +253,7 @@ def pretrain(
             "final_loss": round(final, 4),
             "perplexity": round(math.exp(final), 1),
             "seconds": round(time.perf_counter() - begin),
+            "precision": args.precision,
             "torch_threads": torch.get_num_threads(),
             "seed": args.seed,
         },
@@ -275,6 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="of the products")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.text:
