@@ -47,9 +47,8 @@ class TrainingConfig:
         teacher: a dense model of sentence-transformers, a sparse encoder or a cross-encoder: a folder or hub id. Dense
             and sparse ones score each query against all documents of the batch. Examples without negatives get two each.
         objective: contrastive (in-batch and hard negatives), margin-mse and kl (with scores in the data), teacher, or a
-            weighted sum such as "kl + 0.05*margin-mse". In "contrastive + teacher", documents that the teacher prefers to the
-            positive are no negatives. auto: contrastive; with a teacher that scores the whole batch, teacher; with a
-            cross-encoder, "contrastive + teacher" (``train`` finds out which it is).
+            weighted sum such as "kl + 0.05*margin-mse". auto: contrastive, and with a teacher "contrastive + teacher",
+            where documents that the teacher prefers to the positive are no negatives.
         temperature: divides the model's scores in the contrastive softmax, and in that of the teacher objective.
         kl_temperature: divides the student's and the teacher's scores in kl.
         teacher_temperature: divides the teacher's scores; in kl, kl_temperature if None; in the teacher objective 0.05
@@ -168,9 +167,9 @@ class TrainingConfig:
                 raise OptionError(f"{name} is {value}: it must be a finite number of at least {low}")
         if not 0 <= self.warmup_ratio < 1:
             raise OptionError(f"warmup_ratio is {self.warmup_ratio}: it is a share of the steps, at least 0 and below 1")
-        if self.objective == "auto" and self.teacher is None:
-            object.__setattr__(self, "objective", "contrastive")
-        weights = {"teacher": 1.0} if self.objective == "auto" else parse_objective(self.objective)
+        if self.objective == "auto":
+            object.__setattr__(self, "objective", "contrastive" if self.teacher is None else "contrastive + teacher")
+        weights = parse_objective(self.objective)
         if "teacher" in weights and self.teacher is None:
             raise OptionError(f"objective {self.objective!r} needs a teacher; name a model with `teacher`")
         if self.teacher is not None and ("teacher" not in weights or {"kl", "margin-mse"} & weights.keys()):

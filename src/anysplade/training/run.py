@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -113,10 +113,6 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     if config.dev is not None:  # imported here, since it needs the extra; a missing one is told before hours of training
         from anysplade.evaluation.evaluations import evaluate
     output = Path(config.output).expanduser()
-    guide = None if config.teacher is None else resolve_model(config.teacher)
-    kind = None if guide is None else teacher_kind(guide)
-    if config.objective == "auto":
-        config = replace(config, objective="contrastive + teacher" if kind == "cross-encoder" else "teacher")
     asked = json.loads(json.dumps(asdict(config)))
     arguments = _arguments(config, output)
     with arguments.main_process_first(local=False):
@@ -129,6 +125,9 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         backbone = resolve_model(config.backbone)
         check_model(backbone)  # an unusable model is an error before the data are read
         check_foldable(backbone, config.fold, config.mute)
+        guide = None if config.teacher is None else resolve_model(config.teacher)
+        if guide is not None:
+            teacher_kind(guide)
         dev = None if config.dev is None else load_collection(config.dev, config.dev_split, progress=progress)
         pairs = _examples(config, output, arguments, progress)
         hashes = {
