@@ -164,7 +164,7 @@ def test_a_loaded_encoder_stays_as_it_is(encoder, collection_folder, monkeypatch
 def test_few_texts_are_encoded_by_torch(backbone, collection_folder, monkeypatch):
     monkeypatch.setattr(runtimes, "openvino_installed", lambda: True)
     assert evaluate(str(backbone), collection_folder).runtime == "torch"
-    monkeypatch.setattr("anysplade.evaluation.evaluations._FEW_TEXTS", 2)
+    monkeypatch.setattr("anysplade.model.options._FEW_TEXTS", 2)
     assert evaluate(str(backbone), collection_folder).runtime == "openvino"
 
 

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from anysplade.cli.app import Json, Out, Result, command, is_watched
 from anysplade.errors import OptionError, OutputError, without_credentials
-from anysplade.model.options import Precision, Runtime
+from anysplade.model.options import Precision, Runtime, runtime_for
 
 
 @command
@@ -99,7 +99,7 @@ def search(
         filter: metadata that hits must have, as name=value; a name twice means any of its values.
         exact: search the vectors in memory, in float64, instead of the engine.
         model: where the index's model lies, if it was moved.
-        runtime: of encoding the query; see index.
+        runtime: of encoding the query; auto is torch, which is ready sooner.
         precision: of encoding the query; see index.
     """
     from anysplade.cli import rendering as report
@@ -113,7 +113,7 @@ def search(
         with contextlib.suppress(ValueError):  # numbers and true are what they are in JSON; the rest is text
             value = jsonlib.loads(value)
         wanted.setdefault(name, []).append(value)
-    opened = open_index(index, model, runtime=runtime, precision=precision)
+    opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
     cut, limit = opened.queries.count_cut([query])
     if cut:
         from anysplade.model.encoding import log_cut

@@ -22,7 +22,7 @@ from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, log_cut, max_positions, prune
-from anysplade.model.options import Precision, Role, Runtime
+from anysplade.model.options import Precision, Role, Runtime, runtime_for
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings, highest
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept of each document
 _CURVE_QUERIES = (4, 8, 16, 32)
 _QUANTILE = 0.95
-_FEW_TEXTS = 500  # torch has encoded fewer before a model is ready for OpenVINO
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,8 @@ def evaluate(
     else:
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=max_length)
         resolved = resolve_precision(precision, encoder.device)
-        # A model that is loaded may be in training. To convert it at each evaluation, or for few texts, costs more than it saves.
-        if runtime == "auto" and resolved != "int8" and (encoder is model or len(texts) + len(questions) < _FEW_TEXTS):
-            runtime = "torch"
+        # A model that is loaded may be in training: to convert it at each evaluation would cost more than it saves.
+        runtime = runtime_for(0 if encoder is model else len(texts) + len(questions), runtime, resolved)
         start = time.perf_counter()
         encoder = for_inference(encoder, runtime, resolved)
         used = runtime_of(encoder)
