@@ -34,7 +34,7 @@ def evaluate(
         split: which qrels.
         seeds: the models are seeds of one: show mean and standard deviation.
         curve: prune documents and queries to their largest weights, and show what that costs and saves.
-        runtime: of encoding; auto is openvino where it is installed and can run the model and there are 500 texts or more, which is
+        runtime: of encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which is
             faster and as exact.
         precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
         max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.

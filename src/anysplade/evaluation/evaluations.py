@@ -95,7 +95,7 @@ def evaluate(
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         depth: documents in each ranking, at least 1.
         runtime: of encoding; see ``for_inference``. "auto" leaves an encoder that is loaded already as it is, and is
-            "torch" for fewer than 500 texts.
+            "torch" for fewer than 100 texts.
         precision: of encoding; see there too. All but float32 are approximations.
         max_length: tokens a text is cut to; see ``open_encoder``. It has no effect on an encoder that is already loaded.
         cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
