@@ -4,7 +4,8 @@ Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
 
 rows     of each backbone, how near the logits of a folded dimension come to the largest of its terms' logits, the dimension that
          an exact fold would have, what SPLADE starts from, and how good it is after a short training; on other texts than rows
-         were made from. first: the row of the lowest id, as ``fold_head`` takes it; mean: of the group's rows; frequent: the row
+         were made from. first: the row of the lowest id, as ``fold_head`` takes it; untied: the same in a decoder that no longer is the
+         input embeddings, which the next rules need; mean: of the group's rows; frequent: the row
          of the term that the head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted
          to the largest logit by least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
@@ -29,11 +30,11 @@ from anysplade._common.provenance import provenance
 from anysplade.model.calibration import choose, sample_pairs
 from anysplade.model.encoder import hidden_states
 from anysplade.model.folding import fold_head, fold_vocabulary
-from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits
+from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
 from anysplade.model.pooling import splade_pool
 from harness import alternate
 
-RULES = ("first", "mean", "frequent", "prior", "ridge")
+RULES = ("first", "untied", "mean", "frequent", "prior", "ridge")
 LENGTH = 64
 TOKENS = 4000  # that rows are fitted to
 TRAINING: dict[str, Any] = {
@@ -64,7 +65,7 @@ def groups_of(terms: np.ndarray) -> dict[int, Tensor]:
 def made(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
     """A group's row with its bias behind it, (width + 1,)."""
     rows = torch.cat([weight[group], bias[group, None]], dim=1)
-    if rule == "first":
+    if rule in ("first", "untied"):
         return rows[group.argmin()]
     if rule == "mean":
         return rows.mean(dim=0)
@@ -96,8 +97,10 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         found.append({"backbone": Path(backbone).name, "rule": "not folded", "trained": trained})
         groups = groups_of(fold_vocabulary(tokenizer.backend_tokenizer, len(weight), options.by))
         fold_head(model, tokenizer, options.by)
-        head = find_head(model)
         for rule in RULES:
+            if rule == "untied":
+                untie_head(model)
+            head = find_head(model)
             errors, spread = [], []
             with torch.inference_mode():
                 for kept, group in groups.items():

@@ -5,7 +5,8 @@ not one of vocabulary. ``--architectures`` makes two more, for experiments: Dist
 and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level BPE. ``--size small`` makes
 BERT and ModernBERT of another size: a third wider and twice as deep. ``--size medium`` is for BERT, ModernBERT and RoBERTa,
 8 to 9 million parameters with ``--tokens 16384``; ``--vocabulary`` gives each a cased vocabulary (byte-level BPE) or an uncased
-one (WordPiece), so that twins differ in that alone. An interrupted pretraining goes on from its last checkpoint.
+one (WordPiece), so that twins differ in that alone. ``--move`` gives a cased backbone the uncased vocabulary: each new term begins
+at the mean of the old ones it was written with. An interrupted pretraining goes on from its last checkpoint.
 
 The text is every docstring of the environment's packages; of the modules that the python-docs collection
 holds out, without the summary lines, which are its queries. Times and final losses stand in README.md.
@@ -162,6 +163,28 @@ def masked_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return modern.decoder(modern.head(hidden))
 
 
+@torch.no_grad()
+def moved(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A backbone with another vocabulary: the row of a term is the mean of the rows of the tokens that it was written with.
+
+    Special tokens have the same ids in both. The old vocabulary marks the space before a word, the new one the pieces.
+    """
+    model, old = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [token.removeprefix("##") if token.startswith("##") else f" {token}" for token in terms_of(tokenizer)]
+    written = [[i] for i in range(len(SPECIAL))] + old(texts, add_special_tokens=False)["input_ids"]
+    rows, bias = model.get_input_embeddings().weight.clone(), model.get_output_embeddings().bias.clone()
+    model.resize_token_embeddings(len(tokenizer))
+    for term, ids in enumerate(written):
+        model.get_input_embeddings().weight[term] = rows[ids].mean(dim=0)
+        model.get_output_embeddings().bias[term] = bias[ids].mean()
+    return model
+
+
+def terms_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Without the special tokens, by id."""
+    return tokenizer.convert_ids_to_tokens(list(range(len(SPECIAL), len(tokenizer))))
+
+
 def batches(sequences: list[list[int]], size: int, generator: random.Random) -> list[list[list[int]]]:
     """Shuffled batches of sequences of like length, so that little is padding."""
     order = generator.sample(range(len(sequences)), len(sequences))
@@ -176,7 +199,11 @@ def pretrain(
 ) -> dict:
     set_seed(args.seed)
     start = args.start and args.start / name(architecture, args)
-    model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture, args.size, len(tokenizer))
+    if args.move:
+        start = args.move / f"{architecture}-{args.size}-cased"
+        model = moved(start, tokenizer)
+    else:
+        model = AutoModelForMaskedLM.from_pretrained(start) if start else build(architecture, args.size, len(tokenizer))
     model.train()
     sequences = [
         [2, *ids[i : i + LENGTH - 2], 3]
@@ -263,7 +290,7 @@ def pretrain(
 def name(architecture: str, args: argparse.Namespace) -> str:
     """Of a backbone's folder."""
     kind = {"bpe": "-cased", "wordpiece": "-uncased", None: ""}[args.vocabulary]
-    return f"{architecture}-{args.size}{kind}"
+    return f"{architecture}-{args.size}{'-moved' if args.move else kind}"
 
 
 def main() -> None:
@@ -275,6 +302,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help=f"of the vocabulary; {VOCABULARY:,}, of bpe {BPE_VOCABULARY:,} if left out")
     parser.add_argument("--text", type=Path, help="text to pretrain on, a passage a line; the docstrings if left out")
     parser.add_argument("--start", type=Path, help="go on from the backbones in this folder, with their tokenizers")
+    parser.add_argument("--move", type=Path, help="the folder of cased backbones that get an uncased vocabulary")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

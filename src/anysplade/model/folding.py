@@ -2,8 +2,8 @@
 
 ``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
 with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
-arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension: its decoder row is that of the most frequent of
-them, and the rows of the others become dead: a weight of zero, and a bias far below it. The checkpoint stays stock.
+arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension, that of the most frequent of them, and switches the
+others off: their bias becomes lower than any logit. The checkpoint stays stock, and what is tied stays tied.
 """
 
 import unicodedata
@@ -18,11 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade._common.extras import extra
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.head import RECORD, check_logits, find_head, live_terms, untie_head
+from anysplade.model.head import DEAD, RECORD, check_logits, find_head
 from anysplade.model.options import Fold
 from anysplade.model.vocabulary import Entry, has_letters, is_punctuation, marks_spaces, read_entries, right_halves
 
-DEAD = -1e4  # the bias of a dead row: below any logit, and within half precision
 _MUTED = -1
 
 
@@ -41,7 +40,7 @@ class Folding:
 def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fold = "case", mute: bool = False) -> Folding | None:
     """Fold the output vocabulary of a masked LM, in place; its input stays as it is. Calibrate after it, not before.
 
-    The decoder is untied from the input embeddings, so that the checkpoint grows by vocabulary x width numbers.
+    Only the decoder's bias changes; weights, ties and size stay.
 
     Args:
         model: a masked LM of transformers.
@@ -77,7 +76,7 @@ def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fo
         groups=int((sizes > 1).sum()),
         folded=int(((terms != own) & (terms != _MUTED)).sum()),
         muted=int((terms == _MUTED).sum()),
-        live=len(own) if (live := live_terms(model)) is None else len(live),
+        live=int((terms == own).sum()),
     )
     setattr(model.config, RECORD, earlier | {"folding": asdict(done)})
     return done
@@ -113,7 +112,8 @@ def _shared(terms: np.ndarray) -> bool:
 def fold_vocabulary(tokenizer: Tokenizer, size: int, by: Fold = "case", mute: bool = False) -> np.ndarray:
     """The term whose dimension each term has, (size,): its own id, or another's, or -1 for none.
 
-    The one of a group that stays is the word as most texts have it: in lower case, after a space. A piece that continues a
+    The one of a group that stays is the most frequent one after a space, that with the lowest id: vocabularies are in the order in
+    which they were learned. A piece that continues a
     word stays apart from the word of the same letters: the ``ing`` of ``going`` is not the word ``ing``. Where a space is marked
     and a piece is not, a token without the mark is both, as in ``(word``: there it counts as a piece if it was learned before the
     word (has a lower id) and other tokens end in it. Letters without case (Chinese, Arabic) are left alone.
@@ -142,7 +142,7 @@ def fold_vocabulary(tokenizer: Tokenizer, size: int, by: Fold = "case", mute: bo
         groups.setdefault((form if piece else stem(form), piece), []).append(entry)
     for (form, _), group in groups.items():
         word = has_letters(form)  # punctuation mostly follows a word
-        kept = min(group, key=lambda e: (e.begins != word, e.text != form, e.text != forms[e.id], e.id))
+        kept = min(group, key=lambda entry: (entry.begins != word, entry.id))
         terms[[entry.id for entry in group]] = kept.id
     if by == "case" and not any(map(_differ_by_case, groups.values())):  # an uncased vocabulary has ligatures and the like
         terms = np.arange(size)
@@ -185,35 +185,18 @@ def _stemmer() -> Any:
 
 
 def _apply(model: PreTrainedModel, terms: np.ndarray) -> None:
-    """Give each group's row that stays the values of its most frequent term, and switch the others off; check what comes out.
-
-    Vocabularies are in the order in which they were learned, so that the lowest id is the most frequent. The mean of the rows,
-    their mean by frequency and a row fitted to their maximum are what ``benchmarks/folding.py`` compares it with.
-    """
-    before = check_logits(model)
-    tie_again = untie_head(model)
-    head = find_head(model)
-    changed = [(tensor, tensor.detach().clone()) for tensor in (head.decoder.weight, *head.biases)]
-    has, count = terms != _MUTED, len(terms)
-    first = np.full(count, count)
-    np.minimum.at(first, terms[has], np.flatnonzero(has))
-    live = torch.from_numpy(np.flatnonzero(first < count)).to(before.device)
-    source = torch.from_numpy(first[first < count]).to(before.device)
+    """Switch off the terms whose dimension is another's, by their bias; check what comes out."""
+    before, head = check_logits(model), find_head(model)
+    dead = torch.from_numpy(terms != np.arange(len(terms))).to(before.device)
+    old = [bias.detach().clone() for bias in head.biases]
     with torch.no_grad():
-        for tensor, fill in ((head.decoder.weight, 0.0), *((bias.view(-1), DEAD) for bias in head.biases)):
-            kept = tensor[source]
-            tensor.fill_(fill)
-            tensor[live] = kept
+        for bias in head.biases:
+            bias.view(-1)[dead] = DEAD
         after = check_logits(model)
-        tolerance = 64 * torch.finfo(head.decoder.weight.dtype).eps * max(1.0, float(before.abs().max()))
-        dead = torch.ones(count, dtype=torch.bool, device=before.device)
-        dead[live] = False
-        same = torch.allclose(after[..., live], before[..., source], rtol=0, atol=tolerance)
-        if same and bool((after[..., dead] < 0).all()):
+        if torch.equal(after[..., ~dead], before[..., ~dead]) and bool((after[..., dead] < DEAD / 2).all()):
             return
-        for tensor, old in changed:
-            tensor.copy_(old)
-    tie_again()
+        for bias, values in zip(head.biases, old, strict=True):
+            bias.copy_(values)
     raise ModelError(
         f"{type(model).__name__}: its logits are not one projection of its hidden states; its vocabulary cannot be folded"
     )

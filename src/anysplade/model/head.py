@@ -38,6 +38,7 @@ from anysplade.model.saved import first_line, resolve_model
 
 logger = logging.getLogger(__name__)
 
+DEAD = -1e4  # the bias of a term that is switched off: below any logit, and within half precision
 RECORD = "anysplade"  # the key in a checkpoint's config.json that says what was done to its head
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 
@@ -85,17 +86,11 @@ def find_head(model: PreTrainedModel) -> Head:
 def live_terms(model: PreTrainedModel) -> Tensor | None:
     """Ids of the terms that a text can have, ascending, (live,); None if it can have all.
 
-    The others have a row of zeros and a bias below zero, so that their logits are never positive: see ``fold_head``.
+    The others have a bias so low that their logits are never positive: see ``fold_head``.
     """
-    head = find_head(model)
-    if head.bias is None or head.decoder.weight is model.get_input_embeddings().weight:  # training an input could revive its row
+    bias = find_head(model).bias
+    if bias is None or bool((live := bias > DEAD / 10).all()):
         return None
-    negative = (head.bias < 0).nonzero()[:, 0]
-    dead = negative[~head.decoder.weight[negative].any(dim=1)]
-    if not len(dead):
-        return None
-    live = torch.ones(len(head.bias), dtype=torch.bool, device=dead.device)
-    live[dead] = False
     return live.nonzero()[:, 0]
 
 
@@ -598,7 +593,7 @@ def formula(k: float, shift: float) -> str:
 def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> Callable[[], None]:
     """Change weight and bias; return what puts everything back."""
     tie_again = untie_head(model) if k != 1 else lambda: None
-    head = find_head(model)
+    head, live = find_head(model), live_terms(model)
     changed = [(t, t.detach().clone()) for t in (head.decoder.weight, *head.biases)]
     with torch.no_grad():
         head.decoder.weight /= k
@@ -606,6 +601,10 @@ def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> 
             if bias == "scale":
                 tensor /= k
             tensor -= shift
+            if live is not None:
+                kept = tensor.view(-1)[live]
+                tensor.fill_(DEAD)
+                tensor.view(-1)[live] = kept
 
     def undo() -> None:
         with torch.no_grad():
