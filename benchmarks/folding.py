@@ -4,10 +4,10 @@ Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
 
 rows     of each backbone, how near the logits of a folded dimension come to the largest of its terms' logits, the dimension that
          an exact fold would have, what SPLADE starts from, and how good it is after a short training; on other texts than rows
-         were made from. first: the row of the lowest id, as ``fold_head`` takes it; untied: the same in a decoder that no longer is the
-         input embeddings, which the next rules need; mean: of the group's rows; frequent: the row
-         of the term that the head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted
-         to the largest logit by least squares
+         were made from. first: the row of the lowest id, as ``fold_head`` takes it; untied: the same in a decoder that no longer is
+         the input embeddings, which the next rules need; mean: of the group's rows; frequent: the row of the term that the head
+         expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by
+         least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
 """
 

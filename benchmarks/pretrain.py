@@ -3,10 +3,10 @@
 Two architectures, one kind of vocabulary (uncased WordPiece), so that a difference between the two is
 not one of vocabulary. ``--architectures`` makes two more, for experiments: DistilBERT, wider and deeper,
 and RoBERTa, narrower and deeper, with a larger, cased vocabulary of byte-level BPE. ``--size small`` makes
-BERT and ModernBERT of another size: a third wider and twice as deep. ``--size medium`` is for BERT, ModernBERT and RoBERTa,
-8 to 9 million parameters with ``--tokens 16384``; ``--vocabulary`` gives each a cased vocabulary (byte-level BPE) or an uncased
-one (WordPiece), so that twins differ in that alone. ``--move`` gives a cased backbone the uncased vocabulary: each new term begins
-at the mean of the old ones it was written with. An interrupted pretraining goes on from its last checkpoint.
+BERT and ModernBERT of another size: a third wider and twice as deep. ``--size medium`` is for BERT, ModernBERT and RoBERTa, 8 to
+9 million parameters with ``--tokens 16384``; ``--vocabulary`` gives each a cased vocabulary (byte-level BPE) or an uncased one
+(WordPiece), so that twins differ in that alone. ``--move`` gives a cased backbone the uncased vocabulary: each new term begins at
+the mean of the old ones it was written with. An interrupted pretraining goes on from its last checkpoint.
 
 The text is every docstring of the environment's packages; of the modules that the python-docs collection
 holds out, without the summary lines, which are its queries. Times and final losses stand in README.md.
