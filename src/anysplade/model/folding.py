@@ -2,8 +2,8 @@
 
 ``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
 with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
-arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension, that of the most frequent of them, and switches the
-others off: their bias becomes lower than any logit. The checkpoint stays stock, and what is tied stays tied.
+arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension, that of the most frequent of them, and switches
+the others off: their bias becomes lower than any logit. The checkpoint stays stock, and what is tied stays tied.
 """
 
 import unicodedata
