@@ -119,6 +119,24 @@ def test_calibration_measures_the_terms_that_are_left(cased, tmp_path):
     assert min(report.probe.query_active_dims, report.probe.document_active_dims) > 0.5
 
 
+@pytest.mark.parametrize("factor", [0.05, 1, 20])
+def test_a_folded_head_is_calibrated_whatever_its_scale_and_level(cased, factor):
+    model, tokenizer = load_masked_lm(cased)
+    fold_head(model, tokenizer, mute=True)
+    one = calibrate(model, tokenizer)
+    rescale_head(model, 1 / factor, shift=-30.0)
+    chosen = calibrate(model, tokenizer)
+    assert chosen.k == pytest.approx(factor * one.k, rel=1e-3)
+    assert chosen.after.positive_share == pytest.approx(one.after.positive_share, abs=1e-3)
+    assert chosen.after.document_similarity == pytest.approx(one.after.document_similarity, abs=1e-3)
+    assert chosen.after.document_similarity < chosen.before.document_similarity
+    assert min(chosen.after.query_active_dims, chosen.after.document_active_dims) >= 3
+    rescale_head(model, chosen.k, chosen.shift)
+    assert len(live_terms(model)) == model.config.anysplade["folding"]["live"]
+    again = calibrate(model, tokenizer)
+    assert (again.k, again.shift) == (1, 0)
+
+
 def test_training_leaves_dead_rows_dead(cased, tmp_path):
     pairs = [{"query": f"py {word}", "positive": f"going {word} ({word})"} for word in ("go", "in", "the", "11", "Py", "Go", "1")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 3))
