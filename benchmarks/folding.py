@@ -9,6 +9,10 @@ rows     of each backbone, how near the logits of a folded dimension come to the
          expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by
          least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
+compare  the ways to one dimension a word at equal active dims, three seeds, paired tests against the cased vocabulary as it is:
+         folded (input: the embeddings too, so that one form of a word is read), and what needs pretraining: --twin, a backbone
+         pretrained with an uncased vocabulary, and --moved, the cased one moved to it (``pretrain.py --move``). Goes on where it
+         was interrupted; each training is kept in --out
 """
 
 import argparse
@@ -25,13 +29,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import TrainingConfig, evaluate, load_pairs, train
-from anysplade._common.files import write_whole
+from anysplade._common.files import whole_folder, write_whole
 from anysplade._common.provenance import provenance
+from anysplade.evaluation.comparisons import holm, paired_p
 from anysplade.model.calibration import choose, sample_pairs
 from anysplade.model.encoder import hidden_states
 from anysplade.model.folding import fold_head, fold_vocabulary
 from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
 from anysplade.model.pooling import splade_pool
+from anysplade.study.cells import Cell, CellRecord, QueryScores, cell_file, read_record, run_cell
 from harness import alternate
 
 RULES = ("first", "untied", "mean", "frequent", "prior", "ridge")
@@ -41,6 +47,11 @@ TRAINING: dict[str, Any] = {
     "steps": 150, "batch_size": 32, "learning_rate": 8e-4, "max_length": 64, "checkpoint_steps": 10**6,
     "query_active_dims": 16, "document_active_dims": 64,
 }  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "as is": {}, "case": {"fold": "case"}, "input": {"fold": "case"}, "stem": {"fold": "stem"},
+    "muted": {"fold": "case", "mute": True},
+}  # fmt: skip
+COSTS = ("query_active_dims", "document_active_dims", "flops")
 RIDGE = 1e-2  # of the mean square of a hidden dimension
 
 
@@ -170,18 +181,80 @@ def pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, live: Tenso
             vectors.sum().backward()
 
 
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for place, backbone in enumerate(options.backbones):
+        ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
+        if "input" in ways:
+            ways["input"] = (input_folded(backbone, options.out), WAYS["input"])
+        for name in ("twin", "moved"):
+            if given := getattr(options, name):
+                ways[name] = (given[place], {})
+        records = {
+            name: [train_cell(base, changes, seed, options) for seed in range(options.seeds)]
+            for name, (base, changes) in ways.items()
+        }
+        for name, runs in records.items():
+            for collection in options.collections:
+                results = [run.results[collection] for run in runs]
+                row = {"backbone": Path(backbone).name, "way": name, "collection": Path(collection).name}
+                row |= {"nDCG@10": statistics.mean(r.ndcg for r in results), "seeds": [r.ndcg for r in results]}
+                row |= {cost: statistics.mean(getattr(result, cost) for result in results) for cost in COSTS}
+                if name != "as is":
+                    theirs = [run.results[collection] for run in records["as is"]]
+                    row["difference"] = row["nDCG@10"] - statistics.mean(r.ndcg for r in theirs)
+                    row["p"] = paired_p(of_queries(theirs), of_queries(results))
+                row["collapsed"] = sum(any(finding["collapse"] for finding in run.findings) for run in runs)
+                found.append(row)
+    corrected = iter(holm([row["p"] for row in found if "p" in row]))
+    return [row | ({"p_corrected": next(corrected)} if "p" in row else {}) for row in found]
+
+
+@torch.no_grad()
+def input_folded(backbone: str, out: Path) -> str:
+    """The folder of a backbone that reads all forms of a word as the most frequent one: they have its embedding."""
+    target = out / f"{Path(backbone).name}-input"
+    if not target.exists():
+        model, tokenizer = load_masked_lm(backbone)
+        embeddings = model.get_input_embeddings().weight
+        embeddings.copy_(embeddings[torch.from_numpy(fold_vocabulary(tokenizer.backend_tokenizer, len(embeddings)))].clone())
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return str(target)
+
+
+def train_cell(backbone: str, changes: dict[str, Any], seed: int, options: argparse.Namespace) -> CellRecord:
+    given = {"k": "auto", "shift": "auto", "steps": options.steps, "seed": seed, "max_length": 128, "precision": options.precision}
+    cell = Cell(backbone, options.data, TRAINING | given | changes)
+    run_cell(cell, options.collections, options.out)
+    return read_record(cell_file(options.out, cell))
+
+
+def of_queries(results: list[QueryScores]) -> np.ndarray:
+    """nDCG@10 of each query, its mean over the seeds."""
+    return np.mean([list(result.per_query.values()) for result in results], axis=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rows", "pooling"))
+    parser.add_argument("what", choices=("rows", "pooling", "compare"))
     parser.add_argument("--backbones", nargs="+", required=True)
     parser.add_argument("--by", choices=("case", "stem"), default="case")
     parser.add_argument("--data", default="python-docs", help="training pairs whose texts rows are fitted to and judged on")
     parser.add_argument("--collection", default="python-docs", help="what is evaluated on after a short training")
     parser.add_argument("--seeds", type=int, default=3, help="of that training; 0 leaves it out")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
+    parser.add_argument("--twin", nargs="+", help="compare: for each backbone, one pretrained with an uncased vocabulary")
+    parser.add_argument("--moved", nargs="+", help="compare: for each backbone, itself moved to an uncased vocabulary")
+    parser.add_argument("--collections", nargs="+", default=["python-docs"], help="compare: the first one in-domain")
+    parser.add_argument("--steps", type=int, default=150, help="compare: of the training")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="compare: of the training")
+    parser.add_argument("--out", type=Path, default=Path("folding"), help="compare: folder of the trainings")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    found = {"rows": rows, "pooling": pooling}[options.what](options)
+    found = {"rows": rows, "pooling": pooling, "compare": compare}[options.what](options)
     print(json.dumps(found, indent=1))
     if options.json:
         write_whole(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
