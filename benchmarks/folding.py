@@ -9,6 +9,8 @@ rows     of each backbone, how near the logits of a folded dimension come to the
          expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by
          least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
+merge    the vectors of a model that was trained with the vocabulary as it is, and what is left of them when the weights of a word's
+         forms are summed, or the largest one is kept: active dims saved, and nDCG@10
 compare  the ways to one dimension a word at equal active dims, three seeds, paired tests against the cased vocabulary as it is:
          folded (input: the embeddings too, so that one form of a word is read), and what needs pretraining: --twin, a backbone
          pretrained with an uncased vocabulary, and --moved, the cased one moved to it (``pretrain.py --move``). Goes on where it
@@ -25,18 +27,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import TrainingConfig, evaluate, load_pairs, train
 from anysplade._common.files import whole_folder, write_whole
 from anysplade._common.provenance import provenance
+from anysplade.data.collections import Collection, load_collection
 from anysplade.evaluation.comparisons import holm, paired_p
+from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.model.calibration import choose, sample_pairs
 from anysplade.model.encoder import hidden_states
 from anysplade.model.folding import fold_head, fold_vocabulary
 from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
 from anysplade.model.pooling import splade_pool
+from anysplade.search.exact import Postings
 from anysplade.study.cells import Cell, CellRecord, QueryScores, cell_file, read_record, run_cell
 from harness import alternate
 
@@ -181,6 +187,54 @@ def pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, live: Tenso
             vectors.sum().backward()
 
 
+def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for backbone in options.backbones:
+        with TemporaryDirectory() as work:
+            given = {"max_length": 128, "precision": options.precision, "steps": options.steps}
+            model = train(TrainingConfig(backbone, options.data, output=f"{work}/run", **TRAINING | given)).model
+            for name in options.collections:
+                collection = load_collection(name)
+                evaluation = evaluate(model, collection, ["nDCG@10"])
+                assert evaluation.vectors
+                queries, documents = evaluation.vectors
+                terms = fold_vocabulary(load_masked_lm(backbone)[1].backend_tokenizer, documents.shape[1])
+                for how, merged in (("sum", summed), ("max", largest)):
+                    pair = merged(queries, terms), merged(documents, terms)
+                    found.append(
+                        {
+                            "backbone": Path(backbone).name, "collection": Path(name).name, "merged": how,
+                            "nDCG@10": [evaluation.metrics["nDCG@10"], ndcg(*pair, collection)],
+                            "query_active_dims": [queries.nnz / queries.shape[0], pair[0].nnz / queries.shape[0]],
+                            "document_active_dims": [documents.nnz / documents.shape[0], pair[1].nnz / documents.shape[0]],
+                        }
+                    )  # fmt: skip
+    return found
+
+
+def summed(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
+    """Vectors whose terms have the weight of all their forms."""
+    rows = np.arange(len(terms))
+    return vectors @ sparse.csr_matrix((np.ones(len(terms), np.float32), (rows, terms)), shape=(len(terms), len(terms)))
+
+
+def largest(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
+    """Vectors whose terms have the largest weight of their forms."""
+    given = vectors.tocoo()
+    columns = terms[given.col]
+    order = np.lexsort((given.data, columns, given.row))
+    row, column, weight = given.row[order], columns[order], given.data[order]
+    last = np.append((row[1:] != row[:-1]) | (column[1:] != column[:-1]), True)
+    return sparse.csr_matrix((weight[last], (row[last], column[last])), shape=vectors.shape)
+
+
+def ndcg(queries: sparse.csr_matrix, documents: sparse.csr_matrix, collection: Collection) -> float:
+    ids = list(collection.corpus)
+    rankings = Postings.from_documents(documents).top_rows(queries, 10)
+    run = {query: [ids[row] for row in rows] for query, (rows, _) in zip(collection.queries, rankings, strict=True)}
+    return measure(parse_metrics(["nDCG@10"]), collection.qrels, run)[0]["nDCG@10"]
+
+
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for place, backbone in enumerate(options.backbones):
@@ -238,7 +292,7 @@ def of_queries(results: list[QueryScores]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rows", "pooling", "compare"))
+    parser.add_argument("what", choices=("rows", "pooling", "merge", "compare"))
     parser.add_argument("--backbones", nargs="+", required=True)
     parser.add_argument("--by", choices=("case", "stem"), default="case")
     parser.add_argument("--data", default="python-docs", help="training pairs whose texts rows are fitted to and judged on")
@@ -248,13 +302,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
     parser.add_argument("--twin", nargs="+", help="compare: for each backbone, one pretrained with an uncased vocabulary")
     parser.add_argument("--moved", nargs="+", help="compare: for each backbone, itself moved to an uncased vocabulary")
-    parser.add_argument("--collections", nargs="+", default=["python-docs"], help="compare: the first one in-domain")
-    parser.add_argument("--steps", type=int, default=150, help="compare: of the training")
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="compare: of the training")
+    parser.add_argument("--collections", nargs="+", default=["python-docs"], help="merge, compare: the first one in-domain")
+    parser.add_argument("--steps", type=int, default=150, help="merge, compare: of the training")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="merge, compare: of the training")
     parser.add_argument("--out", type=Path, default=Path("folding"), help="compare: folder of the trainings")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    found = {"rows": rows, "pooling": pooling, "compare": compare}[options.what](options)
+    found = {"rows": rows, "pooling": pooling, "merge": merge, "compare": compare}[options.what](options)
     print(json.dumps(found, indent=1))
     if options.json:
         write_whole(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
