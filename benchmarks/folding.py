@@ -4,15 +4,14 @@ Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
 
 rows     of each backbone, how near the logits of a folded dimension come to the largest of its terms' logits, the dimension that
          an exact fold would have, what SPLADE starts from, and how good it is after a short training; on other texts than rows
-         were made from. first: the row of the lowest id, as ``fold_head`` takes it; untied: the same in a decoder that no longer is
-         the input embeddings, which the next rules need; mean: of the group's rows; frequent: the row of the term that the head
-         expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by
-         least squares
+         were made from. case: as ``fold_head`` does it, the input folded too. In the others each form keeps its own embedding;
+         first: the row of the lowest id; mean: of the group's rows; frequent: the row of the term that the head expects most
+         often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
 merge    the vectors of a model that was trained with the vocabulary as it is, and what is left of them when the weights of a word's
          forms are summed, or the largest one is kept: active dims saved, and nDCG@10
 compare  the ways to one dimension a word at equal active dims, three seeds, paired tests against the cased vocabulary as it is:
-         folded (input: the embeddings too, so that one form of a word is read), and what needs pretraining: --twin, a backbone
+         folded (output: each form keeps its own embedding), and what needs pretraining: --twin, a backbone
          pretrained with an uncased vocabulary, and --moved, the cased one moved to it (``pretrain.py --move``). Goes on where it
          was interrupted; each training is kept in --out
 """
@@ -46,7 +45,7 @@ from anysplade.search.exact import Postings
 from anysplade.study.cells import Cell, CellRecord, QueryScores, cell_file, read_record, run_cell
 from harness import alternate
 
-RULES = ("first", "untied", "mean", "frequent", "prior", "ridge")
+RULES = ("case", "first", "mean", "frequent", "prior", "ridge")
 LENGTH = 64
 TOKENS = 4000  # that rows are fitted to
 TRAINING: dict[str, Any] = {
@@ -54,8 +53,7 @@ TRAINING: dict[str, Any] = {
     "query_active_dims": 16, "document_active_dims": 64,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
-    "as is": {}, "case": {"fold": "case"}, "input": {"fold": "case"}, "stem": {"fold": "stem"},
-    "muted": {"fold": "case", "mute": True},
+    "as is": {}, "case": {"fold": "case"}, "output": {}, "stem": {"fold": "stem"}, "muted": {"fold": "case", "mute": True},
 }  # fmt: skip
 COSTS = ("query_active_dims", "document_active_dims", "flops")
 RIDGE = 1e-2  # of the mean square of a hidden dimension
@@ -82,7 +80,7 @@ def groups_of(terms: np.ndarray) -> dict[int, Tensor]:
 def made(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
     """A group's row with its bias behind it, (width + 1,)."""
     rows = torch.cat([weight[group], bias[group, None]], dim=1)
-    if rule in ("first", "untied"):
+    if rule in ("case", "first"):
         return rows[group.argmin()]
     if rule == "mean":
         return rows.mean(dim=0)
@@ -113,10 +111,15 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         trained = [effectiveness(backbone, options, seed) for seed in range(options.seeds)]
         found.append({"backbone": Path(backbone).name, "rule": "not folded", "trained": trained})
         groups = groups_of(fold_vocabulary(tokenizer.backend_tokenizer, len(weight), options.by))
+        before = model.get_input_embeddings().weight.detach().clone()
         fold_head(model, tokenizer, options.by)
+        read = tokens(model, tokenizer, [*queries, *documents])[:TOKENS]
         for rule in RULES:
-            if rule == "untied":
-                untie_head(model)
+            if rule == "first":
+                read = others
+                untie_head(model)  # from here on rows change
+                with torch.no_grad():
+                    model.get_input_embeddings().weight.copy_(before)
             head = find_head(model)
             errors, spread = [], []
             with torch.inference_mode():
@@ -124,7 +127,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                     row = made(rule, weight, bias, hidden, prior, group)
                     head.decoder.weight[kept], head.biases[0].view(-1)[kept] = row[:-1], row[-1]
                     largest = (others @ weight[group].T + bias[group]).amax(dim=1)
-                    errors.append(float((others @ row[:-1] + row[-1] - largest).square().mean()))
+                    errors.append(float((read @ row[:-1] + row[-1] - largest).square().mean()))
                     spread.append(float(largest.var()))
             start = choose(measure_logits(model, tokenizer, queries, documents))
             assert start.after is not None
@@ -239,8 +242,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for place, backbone in enumerate(options.backbones):
         ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
-        if "input" in ways:
-            ways["input"] = (input_folded(backbone, options.out), WAYS["input"])
+        if "output" in ways:
+            ways["output"] = (output_folded(backbone, options.out), {})
         for name in ("twin", "moved"):
             if given := getattr(options, name):
                 ways[name] = (given[place], {})
@@ -265,13 +268,15 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def input_folded(backbone: str, out: Path) -> str:
-    """The folder of a backbone that reads all forms of a word as the most frequent one: they have its embedding."""
-    target = out / f"{Path(backbone).name}-input"
+def output_folded(backbone: str, out: Path) -> str:
+    """The folder of a backbone that is folded by case and reads each form with its own embedding."""
+    target = out / f"{Path(backbone).name}-output"
     if not target.exists():
         model, tokenizer = load_masked_lm(backbone)
         embeddings = model.get_input_embeddings().weight
-        embeddings.copy_(embeddings[torch.from_numpy(fold_vocabulary(tokenizer.backend_tokenizer, len(embeddings)))].clone())
+        before = embeddings.clone()
+        fold_head(model, tokenizer)
+        embeddings.copy_(before)
         with whole_folder(target) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

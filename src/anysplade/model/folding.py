@@ -1,9 +1,11 @@
-"""One dimension a word: fold the output vocabulary of a cased backbone, and leave its input as it is.
+"""One dimension a word: fold the vocabulary of a cased backbone.
 
 ``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
 with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
 arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension, that of the most frequent of them, and switches
-the others off: their bias becomes lower than any logit. The checkpoint stays stock, and what is tied stays tied.
+the others off: their bias becomes lower than any logit. The input is folded with it: all forms get the embedding of that one.
+Otherwise a text with another form would have the word at a lower weight, because a token's highest logit is that of its own form.
+The checkpoint stays stock, and what is tied stays tied.
 """
 
 import unicodedata
@@ -38,9 +40,9 @@ class Folding:
 
 
 def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fold = "case", mute: bool = False) -> Folding | None:
-    """Fold the output vocabulary of a masked LM, in place; its input stays as it is. Calibrate after it, not before.
+    """Fold the vocabulary of a masked LM, in place. Calibrate after it, not before.
 
-    Only the decoder's bias changes; weights, ties and size stay.
+    The decoder's bias changes, and rows of the input embeddings become copies of other rows; ties and size stay.
 
     Args:
         model: a masked LM of transformers.
@@ -69,7 +71,8 @@ def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fo
         )
     terms = plan_folding(tokenizer, len(head.decoder.weight), by, mute)
     own, sizes = np.arange(len(terms)), np.bincount(terms[terms >= 0], minlength=len(terms))
-    _apply(model, terms)
+    _switch_off(model, terms)
+    _read_alike(model, terms)
     done = Folding(
         by=by,
         mute=mute,
@@ -184,7 +187,7 @@ def _stemmer() -> Any:
     return Stemmer.Stemmer("english").stemWord
 
 
-def _apply(model: PreTrainedModel, terms: np.ndarray) -> None:
+def _switch_off(model: PreTrainedModel, terms: np.ndarray) -> None:
     """Switch off the terms whose dimension is another's, by their bias; check what comes out."""
     before, head = check_logits(model), find_head(model)
     dead = torch.from_numpy(terms != np.arange(len(terms))).to(before.device)
@@ -200,3 +203,11 @@ def _apply(model: PreTrainedModel, terms: np.ndarray) -> None:
     raise ModelError(
         f"{type(model).__name__}: its logits are not one projection of its hidden states; its vocabulary cannot be folded"
     )
+
+
+@torch.no_grad()
+def _read_alike(model: PreTrainedModel, terms: np.ndarray) -> None:
+    """Give each term the input embedding of the term whose dimension it has."""
+    embeddings: Any = model.get_input_embeddings()
+    source = torch.from_numpy(np.where(terms == _MUTED, np.arange(len(terms)), terms)).to(embeddings.weight.device)
+    embeddings.weight[: len(source)] = embeddings.weight[source]
