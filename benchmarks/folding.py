@@ -4,16 +4,15 @@ Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
 
 rows     of each backbone, how near the logits of a folded dimension come to the largest of its terms' logits, the dimension that
          an exact fold would have, what SPLADE starts from, and how good it is after a short training; on other texts than rows
-         were made from. case: as ``fold_head`` does it, the input folded too. In the others each form keeps its own embedding;
-         first: the row of the lowest id; mean: of the group's rows; frequent: the row of the term that the head expects most
-         often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by least squares
+         were made from. first: the row of the lowest id, as ``fold_head`` has it; mean: of the group's rows; frequent: the row of
+         the term that the head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to
+         the largest logit by least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
 merge    the vectors of a model that was trained with the vocabulary as it is, and what is left of them when the weights of a word's
          forms are summed, or the largest one is kept: active dims saved, and nDCG@10
 compare  the ways to one dimension a word at equal active dims, three seeds, paired tests against the cased vocabulary as it is:
-         folded (output: each form keeps its own embedding), and what needs pretraining: --twin, a backbone
-         pretrained with an uncased vocabulary, and --moved, the cased one moved to it (``pretrain.py --move``). Goes on where it
-         was interrupted; each training is kept in --out
+         folded, and what needs pretraining: --twin, a backbone pretrained with an uncased vocabulary, and --moved, the cased one
+         moved to it (``pretrain.py --move``). Goes on where it was interrupted; each training is kept in --out
 """
 
 import argparse
@@ -31,21 +30,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import TrainingConfig, evaluate, load_pairs, train
-from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_collection
 from anysplade.evaluation.comparisons import holm, paired_p
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.model.calibration import choose, sample_pairs
 from anysplade.model.encoder import hidden_states
-from anysplade.model.folding import fold_head, fold_vocabulary
+from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
 from anysplade.model.pooling import splade_pool
 from anysplade.search.exact import Postings
 from anysplade.study.cells import Cell, CellRecord, QueryScores, cell_file, read_record, run_cell
 from harness import alternate
 
-RULES = ("case", "first", "mean", "frequent", "prior", "ridge")
+RULES = ("first", "mean", "frequent", "prior", "ridge")
 LENGTH = 64
 TOKENS = 4000  # that rows are fitted to
 TRAINING: dict[str, Any] = {
@@ -53,7 +52,7 @@ TRAINING: dict[str, Any] = {
     "query_active_dims": 16, "document_active_dims": 64,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
-    "as is": {}, "case": {"fold": "case"}, "output": {}, "stem": {"fold": "stem"}, "muted": {"fold": "case", "mute": True},
+    "as is": {}, "case": {"fold": "case"}, "stem": {"fold": "stem"}, "muted": {"fold": "case", "mute": True},
 }  # fmt: skip
 COSTS = ("query_active_dims", "document_active_dims", "flops")
 RIDGE = 1e-2  # of the mean square of a hidden dimension
@@ -80,7 +79,7 @@ def groups_of(terms: np.ndarray) -> dict[int, Tensor]:
 def made(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
     """A group's row with its bias behind it, (width + 1,)."""
     rows = torch.cat([weight[group], bias[group, None]], dim=1)
-    if rule in ("case", "first"):
+    if rule == "first":
         return rows[group.argmin()]
     if rule == "mean":
         return rows.mean(dim=0)
@@ -105,21 +104,15 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         head = find_head(model)
         assert head.bias is not None
         weight, bias = head.decoder.weight.detach().clone(), head.bias.clone()
+        trained = [effectiveness(backbone, options, seed) for seed in range(options.seeds)]
+        found.append({"backbone": Path(backbone).name, "rule": "not folded", "trained": trained})
+        groups = groups_of(plan_folding(tokenizer, len(weight), options.by, mute=False)[1])
+        tokenizer = fold_head(model, tokenizer, options.by)
         hidden = tokens(model, tokenizer, [*fitted[0], *fitted[1]])[:TOKENS].clone()
         others = tokens(model, tokenizer, [*queries, *documents])[:TOKENS]
         prior = (hidden @ weight.T + bias).softmax(dim=1).mean(dim=0)
-        trained = [effectiveness(backbone, options, seed) for seed in range(options.seeds)]
-        found.append({"backbone": Path(backbone).name, "rule": "not folded", "trained": trained})
-        groups = groups_of(fold_vocabulary(tokenizer.backend_tokenizer, len(weight), options.by))
-        before = model.get_input_embeddings().weight.detach().clone()
-        fold_head(model, tokenizer, options.by)
-        read = tokens(model, tokenizer, [*queries, *documents])[:TOKENS]
+        untie_head(model)  # rows change
         for rule in RULES:
-            if rule == "first":
-                read = others
-                untie_head(model)  # from here on rows change
-                with torch.no_grad():
-                    model.get_input_embeddings().weight.copy_(before)
             head = find_head(model)
             errors, spread = [], []
             with torch.inference_mode():
@@ -127,7 +120,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                     row = made(rule, weight, bias, hidden, prior, group)
                     head.decoder.weight[kept], head.biases[0].view(-1)[kept] = row[:-1], row[-1]
                     largest = (others @ weight[group].T + bias[group]).amax(dim=1)
-                    errors.append(float((read @ row[:-1] + row[-1] - largest).square().mean()))
+                    errors.append(float((others @ row[:-1] + row[-1] - largest).square().mean()))
                     spread.append(float(largest.var()))
             start = choose(measure_logits(model, tokenizer, queries, documents))
             assert start.after is not None
@@ -201,7 +194,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
                 evaluation = evaluate(model, collection, ["nDCG@10"])
                 assert evaluation.vectors
                 queries, documents = evaluation.vectors
-                terms = fold_vocabulary(load_masked_lm(backbone)[1].backend_tokenizer, documents.shape[1])
+                _, terms = plan_folding(load_masked_lm(backbone)[1], documents.shape[1], options.by, mute=False)
                 for how, merged in (("sum", summed), ("max", largest)):
                     pair = merged(queries, terms), merged(documents, terms)
                     found.append(
@@ -242,8 +235,6 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for place, backbone in enumerate(options.backbones):
         ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
-        if "output" in ways:
-            ways["output"] = (output_folded(backbone, options.out), {})
         for name in ("twin", "moved"):
             if given := getattr(options, name):
                 ways[name] = (given[place], {})
@@ -265,22 +256,6 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 found.append(row)
     corrected = iter(holm([row["p"] for row in found if "p" in row]))
     return [row | ({"p_corrected": next(corrected)} if "p" in row else {}) for row in found]
-
-
-@torch.no_grad()
-def output_folded(backbone: str, out: Path) -> str:
-    """The folder of a backbone that is folded by case and reads each form with its own embedding."""
-    target = out / f"{Path(backbone).name}-output"
-    if not target.exists():
-        model, tokenizer = load_masked_lm(backbone)
-        embeddings = model.get_input_embeddings().weight
-        before = embeddings.clone()
-        fold_head(model, tokenizer)
-        embeddings.copy_(before)
-        with whole_folder(target) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    return str(target)
 
 
 def train_cell(backbone: str, changes: dict[str, Any], seed: int, options: argparse.Namespace) -> CellRecord:

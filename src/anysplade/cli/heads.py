@@ -70,7 +70,7 @@ def rescale(
         k = 8.0 if fold == "none" and not mute else 1.0
     files.require_empty(out)
     loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
-    folding.fold_head(loaded, tokenizer, fold, mute)
+    tokenizer = folding.fold_head(loaded, tokenizer, fold, mute)
     texts = calibration.probe_texts(data, progress=is_watched()) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
     head.rescale_head(loaded, chosen.k, chosen.shift, bias)

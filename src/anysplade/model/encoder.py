@@ -119,10 +119,9 @@ def build_encoder(
         if query_encoder != "mlm":
             encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
     model = masked_lm(encoder)
-    fold_head(model, splade_modules(encoder)[0].tokenizer, fold, mute)
-    calibration = calibrate(
-        model, splade_modules(encoder)[0].tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength
-    )
+    transformer = splade_modules(encoder)[0]
+    transformer.processor = fold_head(model, transformer.tokenizer, fold, mute)
+    calibration = calibrate(model, transformer.tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
         cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))

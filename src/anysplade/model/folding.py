@@ -1,30 +1,40 @@
-"""One dimension a word: fold the vocabulary of a cased backbone.
+"""One dimension a word: give a cased backbone an uncased tokenizer, and leave its weights as they are.
 
 ``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
 with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
-arXiv 2607.00004, calls it the vocabulary gap). Folding gives them one dimension, that of the most frequent of them, and switches
-the others off: their bias becomes lower than any logit. The input is folded with it: all forms get the embedding of that one.
-Otherwise a text with another form would have the word at a lower weight, because a token's highest logit is that of its own form.
-The checkpoint stays stock, and what is tied stays tied.
+arXiv 2607.00004, calls it the vocabulary gap). Worse, most forms are no tokens: `` Obama`` is one and ``obama`` is two pieces,
+`` sort`` is one and the ``sort`` of ``(sort`` may be two. Both come from how text is cut, and are cured there: text is read in
+lower case with a space before each word, and the entries of the vocabulary, with the merges that make them, become lower-case too.
+So ``obama`` is the entry that `` Obama`` was, with its embedding. Of the entries that become one the most frequent stays, and the
+others are switched off: their bias becomes lower than any logit. The checkpoint stays stock, and what is tied stays tied.
 """
 
-import unicodedata
-from collections.abc import Sequence
+import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from anysplade._common.extras import extra
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import DEAD, RECORD, check_logits, find_head
 from anysplade.model.options import Fold
-from anysplade.model.vocabulary import Entry, has_letters, is_punctuation, marks_spaces, read_entries, right_halves
+from anysplade.model.vocabulary import is_punctuation, marks_spaces, read_entries, rewrite
 
 _MUTED = -1
+# A space goes before each word and number that has none; letters without case stay as they are. At the start of a text it takes the
+# place of a mark, because tokenizers 0.23 panics at a match without width there.
+_CASED = r"(?=[\p{Lu}\p{Ll}\p{Lt}\p{N}])"
+_APART = [
+    {"type": "Prepend", "prepend": "\0"},
+    {"type": "Replace", "pattern": {"Regex": rf"\x00{_CASED}"}, "content": " "},
+    {"type": "Replace", "pattern": {"String": "\0"}, "content": ""},
+    {"type": "Replace", "pattern": {"Regex": rf"(?<=[^ \p{{L}}\p{{N}}\p{{M}}]){_CASED}"}, "content": " "},
+]
 
 
 @dataclass(frozen=True)
@@ -39,20 +49,23 @@ class Folding:
     live: int  # terms that are left
 
 
-def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fold = "case", mute: bool = False) -> Folding | None:
-    """Fold the vocabulary of a masked LM, in place. Calibrate after it, not before.
+def fold_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fold = "case", mute: bool = False
+) -> PreTrainedTokenizerBase:
+    """Fold the vocabulary of a masked LM: an uncased tokenizer for the same weights. Calibrate after it, not before.
 
-    The decoder's bias changes, and rows of the input embeddings become copies of other rows; ties and size stay.
+    The model changes in place: in the decoder's bias, and with ``"stem"`` in the input embeddings. Ties and size stay, and its
+    config records what was done.
 
     Args:
         model: a masked LM of transformers.
         tokenizer: of the model.
-        by: ``"case"``: words that are the same up to case, the mark of the space before them and their Unicode form (NFKC) are
-            one; ``"stem"``: English words of one stem too (needs the extra ``evaluation``); ``"none"``: nothing is folded.
+        by: ``"case"``: words that are the same up to case, the space before them and their Unicode form (NFKC) are one;
+            ``"stem"``: English words of one stem too (needs the extra ``evaluation``); ``"none"``: nothing is folded.
         mute: punctuation and special tokens get no dimension.
 
     Returns:
-        What was done, which the model's config records too; None where nothing was asked for.
+        The tokenizer that goes with the model now: another one, or the given one where only ``mute`` is asked for or nothing.
 
     Raises:
         OptionError: the vocabulary has nothing to fold, or was folded before.
@@ -60,7 +73,7 @@ def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fo
             ``W h + b``: then the model is left as it was.
     """
     if by == "none" and not mute:
-        return None
+        return tokenizer
     earlier = getattr(model.config, RECORD, None) or {}
     if earlier.get("folding"):
         raise OptionError(f"{model.name_or_path}: was folded before, and is folded once; start from the original")
@@ -69,10 +82,11 @@ def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fo
         raise ModelError(
             f"{type(model).__name__}: the MLM head has no bias, so no term of it can be switched off; leave out `fold`"
         )
-    terms = plan_folding(tokenizer, len(head.decoder.weight), by, mute)
+    folded, terms = plan_folding(tokenizer, len(head.decoder.weight), by, mute)
     own, sizes = np.arange(len(terms)), np.bincount(terms[terms >= 0], minlength=len(terms))
     _switch_off(model, terms)
-    _read_alike(model, terms)
+    if by == "stem":
+        _read_alike(model, terms)
     done = Folding(
         by=by,
         mute=mute,
@@ -82,11 +96,11 @@ def fold_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fo
         live=int((terms == own).sum()),
     )
     setattr(model.config, RECORD, earlier | {"folding": asdict(done)})
-    return done
+    return folded
 
 
-def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: bool) -> np.ndarray:
-    """``fold_vocabulary`` of a model's tokenizer.
+def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: bool) -> tuple[PreTrainedTokenizerBase, np.ndarray]:
+    """The tokenizer of a folded model, and the term whose dimension each term has, (size,): its own id, another's, or -1 for none.
 
     Raises:
         OptionError, ModelError: there is nothing to fold, or the tokenizer does not say what its tokens are.
@@ -95,93 +109,62 @@ def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: 
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"
         )
-    terms = fold_vocabulary(tokenizer.backend_tokenizer, size, by, mute)
-    if by == "case" and not _shared(terms):
+    if by == "case" and not folds_by_case(tokenizer):
         raise OptionError(f"{tokenizer.name_or_path}: its vocabulary has one form of each word already (uncased); leave out `fold`")
-    return terms
+    backend, terms = tokenizer.backend_tokenizer, np.arange(size)
+    if by != "none" and folds_by_case(tokenizer):
+        backend, uncased = fold_tokenizer(backend)
+        terms[: len(uncased)] = uncased
+        tokenizer = _with_backend(tokenizer, backend)
+    entries = read_entries(backend, size)
+    if by == "stem":
+        stems: dict[str, int] = {}
+        stem = _stemmer()
+        words = [entry for entry in entries if entry.begins and terms[entry.id] == entry.id]
+        kept = {entry.id: stems.setdefault(stem(entry.text), entry.id) for entry in words}
+        terms = np.array([kept.get(term, term) for term in terms.tolist()])
+    if mute:
+        special = [id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special and id_ < size]
+        terms[[*special, *(entry.id for entry in entries if is_punctuation(entry.text))]] = _MUTED
+    return tokenizer, terms
 
 
 def folds_by_case(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a vocabulary has several forms of a word."""
-    return tokenizer.is_fast and _shared(fold_vocabulary(tokenizer.backend_tokenizer, len(tokenizer)))
+    """Whether a vocabulary has capital letters."""
+    if not tokenizer.is_fast:
+        return False
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().keys()
+    entries = read_entries(tokenizer.backend_tokenizer, len(tokenizer))
+    return any(entry.text != entry.text.lower() and entry.id not in added for entry in entries)
 
 
-def _shared(terms: np.ndarray) -> bool:
-    """Whether a dimension is that of several terms."""
-    kept = terms[terms != _MUTED]
-    return len(np.unique(kept)) < len(kept)
+def fold_tokenizer(tokenizer: Tokenizer) -> tuple[Tokenizer, np.ndarray]:
+    """An uncased tokenizer with the entries of a cased one, and the entry that each has become, (entries,).
 
-
-def fold_vocabulary(tokenizer: Tokenizer, size: int, by: Fold = "case", mute: bool = False) -> np.ndarray:
-    """The term whose dimension each term has, (size,): its own id, or another's, or -1 for none.
-
-    The one of a group that stays is the most frequent one after a space, that with the lowest id: vocabularies are in the order in
-    which they were learned. A piece that continues a
-    word stays apart from the word of the same letters: the ``ing`` of ``going`` is not the word ``ing``. Where a space is marked
-    and a piece is not, a token without the mark is both, as in ``(word``: there it counts as a piece if it was learned before the
-    word (has a lower id) and other tokens end in it. Letters without case (Chinese, Arabic) are left alone.
+    An entry is put in lower case and in the form NFKC. Of those that become one, the one with the lowest id stays: vocabularies are
+    in the order in which they were learned. The others keep names that no text has any more. Pieces that continue a word stay apart
+    from words, and letters without case (Chinese, Arabic) have one form each.
     """
-    entries = read_entries(tokenizer, size)
-    forms = {entry.id: form for entry in entries if (form := _form(entry.text)) is not None}
-    words: dict[str, list[Entry]] = {}  # with a mark, by form
-    unmarked: dict[str, Entry] = {}  # in lower case, likewise
-    for entry in entries:
-        if entry.begins and entry.id in forms:
-            words.setdefault(forms[entry.id], []).append(entry)
-        elif not entry.begins and entry.text == forms.get(entry.id):
-            unmarked[entry.text] = entry
-    halves = right_halves(tokenizer)
-    ambiguous = marks_spaces(tokenizer)  # WordPiece marks the pieces
-    stem = _stemmer() if by == "stem" else str
-    terms = np.arange(size)
-    groups: dict[tuple[str, bool], list[Entry]] = {}
-    for entry in entries:
-        if entry.id not in forms or by == "none":
-            continue
-        form = forms[entry.id]
-        piece = not entry.begins and has_letters(form)
-        if piece and ambiguous:
-            piece = _is_piece(unmarked.get(form, entry), words.get(form, []), tokenizer, halves)
-        groups.setdefault((form if piece else stem(form), piece), []).append(entry)
-    for (form, _), group in groups.items():
-        word = has_letters(form)  # punctuation mostly follows a word
-        kept = min(group, key=lambda entry: (entry.begins != word, entry.id))
-        terms[[entry.id for entry in group]] = kept.id
-    if by == "case" and not any(map(_differ_by_case, groups.values())):  # an uncased vocabulary has ligatures and the like
-        terms = np.arange(size)
-    if mute:
-        special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special and id_ < size]
-        terms[[*special, *(entry.id for entry in entries if is_punctuation(entry.text))]] = _MUTED
-    return terms
+    state = json.loads(tokenizer.to_str())
+    uncased = [{"type": "NFKC"}, {"type": "Lowercase"}]
+    apart = _APART if marks_spaces(tokenizer) else []
+    after = [state["normalizer"]] if state["normalizer"] else []
+    state["normalizer"] = {"type": "Sequence", "normalizers": [*uncased, *apart, *after]}
+    terms = rewrite(state, tokenizer, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]).normalize_str)
+    return Tokenizer.from_str(json.dumps(state)), terms
 
 
-def _form(text: str) -> str | None:
-    """A text in the form that all of its spellings share; None if it has letters without case, or accents of their own."""
-    form = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    caseless = any(c.isalpha() and c.lower() == c.upper() for c in form)
-    return None if caseless or not form or any(unicodedata.category(c)[0] == "M" for c in form) else form
+def _with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of no architecture: those of RoBERTa and others build their own normalizer when they are loaded."""
+    kept = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in kept}, **tokenizer.special_tokens_map
+    )
+    made.name_or_path = tokenizer.name_or_path
+    return made
 
 
-def _is_piece(entry: Entry, words: Sequence[Entry], tokenizer: Tokenizer, halves: set[str] | None) -> bool:
-    """Whether a token without a mark continues words, rather than being one that follows no space.
-
-    Args:
-        entry: the token, in lower case where the vocabulary has that.
-        words: tokens with a mark and the same form.
-        halves: see ``right_halves``.
-    """
-    same = [word for word in words if word.text == entry.text] or words
-    ends_others = halves is None or tokenizer.id_to_token(entry.id) in halves
-    return not same or (ends_others and entry.id < min(word.id for word in same))
-
-
-def _differ_by_case(group: Sequence[Entry]) -> bool:
-    """Whether the terms of a group differ in case or in the mark of a space, and not in their Unicode form alone."""
-    marks = {entry.begins for entry in group if has_letters(entry.text)}
-    return len(group) > 1 and (len(marks) > 1 or any(entry.text != entry.text.lower() for entry in group))
-
-
-def _stemmer() -> Any:
+def _stemmer() -> Callable[[str], str]:
     with extra("evaluation"):
         import Stemmer
     return Stemmer.Stemmer("english").stemWord

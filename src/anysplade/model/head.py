@@ -38,7 +38,7 @@ from anysplade.model.saved import first_line, resolve_model
 
 logger = logging.getLogger(__name__)
 
-DEAD = -1e4  # the bias of a term that is switched off: below any logit, and within half precision
+DEAD = -8192.0  # the bias of a term that is switched off: below any logit, and exact in half precision
 RECORD = "anysplade"  # the key in a checkpoint's config.json that says what was done to its head
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 
@@ -86,10 +86,10 @@ def find_head(model: PreTrainedModel) -> Head:
 def live_terms(model: PreTrainedModel) -> Tensor | None:
     """Ids of the terms that a text can have, ascending, (live,); None if it can have all.
 
-    The others have a bias so low that their logits are never positive: see ``fold_head``.
+    The others have the bias ``DEAD``, give or take what a training does to it: see ``fold_head``.
     """
     bias = find_head(model).bias
-    if bias is None or bool((live := bias > DEAD / 10).all()):
+    if bias is None or bool((live := (bias - DEAD).abs() > abs(DEAD) / 100).all()):
         return None
     return live.nonzero()[:, 0]
 

@@ -7,11 +7,12 @@ mark the space before it, WordPiece (BERT) marks the pieces that continue it.
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, WordPiece
+from tokenizers.models import WordPiece
 
 from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError
@@ -61,13 +62,52 @@ def marks_spaces(tokenizer: Tokenizer) -> bool:
     return not {"ByteLevel", "Metaspace"}.isdisjoint(_kinds(tokenizer.decoder))
 
 
-def right_halves(tokenizer: Tokenizer) -> set[str] | None:
-    """Tokens that the merges of a BPE vocabulary append to another one that is no mere space; None for other kinds."""
-    if not isinstance(tokenizer.model, BPE):
-        return None
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    halves = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    return {right for left, right in halves if left not in ("Ġ", _SPACE)}
+def rewrite(state: dict[str, Any], tokenizer: Tokenizer, change: Callable[[str], str]) -> np.ndarray:
+    """Change the text of all entries of a tokenizer that are text, in its state (its JSON), in place; added tokens stay.
+
+    Of the entries that become one, the one with the lowest id keeps the name, and the others get names that nothing is changed to.
+    Merges of BPE and scores of Unigram follow.
+
+    Returns:
+        The id that each id has become, (entries,).
+    """
+    vocabulary = state["model"]["vocab"]
+    scores = dict(vocabulary) if isinstance(vocabulary, list) else None
+    ids = {piece: id_ for id_, (piece, _) in enumerate(vocabulary)} if scores is not None else dict(vocabulary)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    in_bytes = "ByteLevel" in set(_kinds(tokenizer.decoder))
+
+    def changed(token: str) -> str:
+        text = _from_bytes(token) if in_bytes else token
+        if token in added or "\N{REPLACEMENT CHARACTER}" in text:
+            return token
+        mark = " " * text.startswith(" ")
+        new = change(text.removeprefix(mark))
+        return token if not new or new.split() != [new] else _to_bytes(mark + new) if in_bytes else new
+
+    forms = {token: changed(token) for token in ids}
+    groups: dict[str, list[int]] = {}
+    for token, id_ in sorted(ids.items(), key=lambda item: item[1]):
+        groups.setdefault(forms[token], []).append(id_)
+    terms = np.arange(max(ids.values()) + 1)
+    named = {form: group[0] for form, group in groups.items()}
+    spare = [token for token in ids if token not in named]
+    for group in groups.values():
+        terms[group] = group[0]
+        named |= {spare.pop(): id_ for id_ in group[1:]}
+    if scores is not None:
+        best: dict[str, float] = {}
+        for token, form in forms.items():
+            best[form] = max(best.get(form, scores[token]), scores[token])
+        by_id = {id_: token for token, id_ in named.items()}
+        state["model"]["vocab"] = [[by_id[id_], best.get(by_id[id_], scores.get(by_id[id_]))] for id_ in range(len(by_id))]
+    else:
+        state["model"]["vocab"] = dict(sorted(named.items(), key=lambda item: item[1]))
+    if "merges" in state["model"]:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in state["model"]["merges"])
+        merges = dict.fromkeys((forms.get(left, left), forms.get(right, right)) for left, right in pairs)
+        state["model"]["merges"] = [[left, right] for left, right in merges if left + right in groups]
+    return terms
 
 
 def has_letters(text: str) -> bool:
@@ -142,3 +182,9 @@ def _from_bytes(token: str) -> str:
     if not all(character in _BYTES for character in token):
         return token
     return bytes(_BYTES[character] for character in token).decode("utf-8", errors="replace")
+
+
+def _to_bytes(text: str) -> str:
+    """The byte-level token of a text."""
+    characters = {byte: character for character, byte in _BYTES.items()}
+    return "".join(characters[byte] for byte in text.encode())
