@@ -156,6 +156,14 @@ def test_a_folded_head_is_calibrated_whatever_its_scale_and_level(cased, factor)
     assert (again.k, again.shift) == pytest.approx((1, 0), abs=0.01)
 
 
+def test_queries_without_a_model_are_read_alike(cased):
+    encoder, _ = build_encoder(cased, 1, 0, fold="case", query_encoder="idf", idf_texts=["py", "going"])
+    rows = encoder.encode_query(["PY", "py", " Py"], convert_to_tensor=True).to_dense()
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+    assert set(rows[0].nonzero()[:, 0].tolist()) <= set(live_terms(encoder[0].sub_modules["document"][0].model).tolist())
+
+
 def test_training_leaves_dead_rows_dead(cased, tmp_path):
     pairs = [{"query": f"py {word}", "positive": f"going {word} ({word})"} for word in ("go", "in", "the", "11", "Py", "Go", "1")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 3))
@@ -176,8 +184,8 @@ def test_refusals(cased, backbone, tmp_path):
         fold_head(model, tokenizer, "stem")
     with pytest.raises(OptionError, match=r"one form of each word already \(uncased\)"):
         fold_head(*load_masked_lm(backbone))
-    with pytest.raises(OptionError, match="have a weight a token, and tokens are not folded"):
-        TrainingConfig(cased, "data", output="run", query_encoder="idf", fold="case")
+    with pytest.raises(OptionError, match="have a weight a token, and tokens are not stems"):
+        TrainingConfig(cased, "data", output="run", query_encoder="idf", fold="stem")
     load_encoder(cased, 1, 0).save_pretrained(str(tmp_path / "encoder"))
     with pytest.raises(OptionError, match="fold the backbone instead"):
         build_encoder(tmp_path / "encoder", fold="case")

@@ -57,8 +57,8 @@ def rescale(
         k: divides the head; "auto" measures what it wants; if left out, 8, and 1 where terms are folded or muted.
         shift: lowers the logits by way of the bias; "auto" likewise.
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
-        fold: terms of a cased vocabulary that share a dimension: words that are one up to case and the space before them ("case"),
-            or English words of one stem too ("stem"). The level and the scale for "auto" are measured after it.
+        fold: makes a cased backbone uncased: a word has one dimension whatever its case and the space before it ("case"), and
+            English words of one stem have one too ("stem"). The level and the scale for "auto" are measured after it.
         mute: punctuation and special tokens get no dimension.
         data: training pairs to probe with for "auto"; everyday texts otherwise.
     """

@@ -116,12 +116,13 @@ def build_encoder(
         check_foldable(source, fold, mute)
     else:
         encoder = _with_splade_pooling(source, pooling, double_log, attention)
+        transformer = splade_modules(encoder)[0]
+        transformer.processor = fold_head(masked_lm(encoder), transformer.tokenizer, fold, mute)
         if query_encoder != "mlm":
             encoder = _with_static_queries(encoder, idf_texts, frozen=query_encoder == "idf")
     model = masked_lm(encoder)
-    transformer = splade_modules(encoder)[0]
-    transformer.processor = fold_head(model, transformer.tokenizer, fold, mute)
-    calibration = calibrate(model, transformer.tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
+    tokenizer = splade_modules(encoder)[0].tokenizer
+    calibration = calibrate(model, tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
         cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))

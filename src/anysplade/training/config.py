@@ -56,8 +56,8 @@ class TrainingConfig:
         k: divides the MLM head's logits before training; "auto" measures what the head wants.
         shift: is taken from them after that; "auto" likewise. k=1 and shift=0 leave the head alone.
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
-        fold: terms that share a dimension: words that are one up to case and the space before them ("case"), or English words
-            of one stem too ("stem"); for backbones with a cased vocabulary. The checkpoint stays stock.
+        fold: makes a cased backbone uncased: a word has one dimension whatever its case and the space before it ("case"), and
+            English words of one stem have one too ("stem"). The checkpoint stays stock.
         mute: punctuation and special tokens have no dimension.
         pooling: over a text's tokens.
         double_log: log(1 + log(1 + relu)) instead of log(1 + relu).
@@ -179,10 +179,9 @@ class TrainingConfig:
             )
         if self.patience is not None and self.dev is None:
             raise OptionError("patience needs a dev collection to judge by; name one with `dev`")
-        if self.query_encoder != "mlm" and (self.fold != "none" or self.mute):
+        if self.query_encoder != "mlm" and self.fold == "stem":
             raise OptionError(
-                f"fold, mute: queries of the {self.query_encoder} encoder have a weight a token, and tokens are not folded; leave "
-                "the two out"
+                f'fold: queries of the {self.query_encoder} encoder have a weight a token, and tokens are not stems; take "case"'
             )
         if self.query_encoder != "mlm" and self.query_active_dims is not None:
             raise OptionError(f"query_active_dims: queries of the {self.query_encoder} encoder have a term a token; leave it out")
