@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
-from transformers import AutoModelForMaskedLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from anysplade import ModelError, OptionError, TrainingConfig, inspect_head, load_encoder, rescale_head, train
 from anysplade.model.calibration import calibrate
@@ -56,16 +57,42 @@ def test_letters_without_case_are_left_alone():
     assert folded(sentence_pieces()) == {"▁Py": "▁py"}
     for tokenizer in (byte_level(), sentence_pieces()):
         made, _ = plan_folding(tokenizer, len(tokenizer), "case", mute=False)
-        for text in ("你好", " كتاب (你好)", "第你"):
+        for text in ("你好", " كتاب (你好)", "第你１，ำ"):
             assert made(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_word_pieces():
     found = {"Python": "python", "PYTHON": "python", "##ING": "##ing", "Go": "go", "Café": "café"}
     assert folded(word_pieces()) == found
+    assert plan_folding(word_pieces(), 3, "case", mute=False)[1].tolist() == [0, 1, 2]  # a head that is narrower
     assert folded(word_pieces(), "stem") == found | {"links": "link", "Linking": "link"}
     made, _ = plan_folding(word_pieces(), 23, "case", mute=False)
     assert made.tokenize("LINKing CAFÉ") == ["linking", "café"]  # which was Linking
+
+
+def test_tokens_that_were_added_stay(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["py", "PYTHON"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<Q>"]})
+    made, terms = plan_folding(tokenizer, len(tokenizer), "case", mute=False)
+    made.save_pretrained(tmp_path)
+    for folded_ in (made, AutoTokenizer.from_pretrained(tmp_path)):
+        assert folded_.all_special_ids == tokenizer.all_special_ids
+        for text, added in (("<Q>PYTHON(py", ["<Q>", "PYTHON", "py"]), ("gPYTHON", ["PYTHON"])):
+            ids = folded_(text, add_special_tokens=False)["input_ids"]
+            assert [token for token in folded_.convert_ids_to_tokens(ids) if token in folded_.get_added_vocab()] == added
+            assert (terms[ids] == ids).all()
+
+
+def test_bytes_stay():
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: id_ for id_, token in enumerate(["<unk>", "▁", "P", "y", "▁P", "▁Py", *alphabet])}
+    merges = [("▁", "P"), ("▁P", "y")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    made, _ = plan_folding(tokenizer, len(tokenizer), "case", mute=False)
+    assert made.tokenize("PY漢") == ["▁py", *tokenizer.tokenize("漢")[1:]]
 
 
 @settings(max_examples=200, deadline=None)

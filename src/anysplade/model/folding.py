@@ -60,7 +60,7 @@ def fold_head(
     Args:
         model: a masked LM of transformers.
         tokenizer: of the model.
-        by: ``"case"``: words that are the same up to case, the space before them and their Unicode form (NFKC) are one;
+        by: ``"case"``: words that are the same up to case and the space before them are one;
             ``"stem"``: English words of one stem too (needs the extra ``evaluation``); ``"none"``: nothing is folded.
         mute: punctuation and special tokens get no dimension.
 
@@ -114,7 +114,7 @@ def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: 
     backend, terms = tokenizer.backend_tokenizer, np.arange(size)
     if by != "none" and folds_by_case(tokenizer):
         backend, uncased = fold_tokenizer(backend)
-        terms[: len(uncased)] = uncased
+        terms[: len(uncased)] = uncased[:size]  # a head can be wider than the vocabulary, or narrower
         tokenizer = _with_backend(tokenizer, backend)
     entries = read_entries(backend, size)
     if by == "stem":
@@ -134,32 +134,34 @@ def folds_by_case(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not tokenizer.is_fast:
         return False
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().keys()
-    entries = read_entries(tokenizer.backend_tokenizer, len(tokenizer))
+    entries = read_entries(tokenizer.backend_tokenizer, max(tokenizer.get_vocab().values(), default=-1) + 1)
     return any(entry.text != entry.text.lower() and entry.id not in added for entry in entries)
 
 
 def fold_tokenizer(tokenizer: Tokenizer) -> tuple[Tokenizer, np.ndarray]:
     """An uncased tokenizer with the entries of a cased one, and the entry that each has become, (entries,).
 
-    An entry is put in lower case and in the form NFKC. Of those that become one, the one with the lowest id stays: vocabularies are
-    in the order in which they were learned. The others keep names that no text has any more. Pieces that continue a word stay apart
-    from words, and letters without case (Chinese, Arabic) have one form each.
+    Entries and text are put in lower case; text goes through the tokenizer's own normalizer after it. Of the entries that become
+    one, the one with the lowest id stays: vocabularies are in the order in which they were learned. The others get names that no
+    text has any more. Pieces that continue a word stay apart from words, and scripts without case as they are.
     """
     state = json.loads(tokenizer.to_str())
-    uncased = [{"type": "NFKC"}, {"type": "Lowercase"}]
     apart = _APART if marks_spaces(tokenizer) else []
     after = [state["normalizer"]] if state["normalizer"] else []
-    state["normalizer"] = {"type": "Sequence", "normalizers": [*uncased, *apart, *after]}
-    terms = rewrite(state, tokenizer, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]).normalize_str)
+    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *apart, *after]}
+    for token in state["added_tokens"]:
+        token["normalized"] = False  # found in the text as it was written, as before
+    terms = rewrite(state, tokenizer, normalizers.Lowercase().normalize_str)
     return Tokenizer.from_str(json.dumps(state)), terms
 
 
 def _with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer of no architecture: those of RoBERTa and others build their own normalizer when they are loaded."""
     kept = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in kept}, **tokenizer.special_tokens_map
-    )
+    options = {name: getattr(tokenizer, name) for name in kept} | tokenizer.special_tokens_map
+    if extra_tokens := getattr(tokenizer, "extra_special_tokens", None):
+        options["extra_special_tokens"] = extra_tokens
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     made.name_or_path = tokenizer.name_or_path
     return made
 

@@ -5,6 +5,7 @@ mark the space before it, WordPiece (BERT) marks the pieces that continue it.
 """
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from anysplade.errors import DataError
 
 _SPACE = "▁"  # SentencePiece's mark of a space, and that of punctuation after a space in names
 _PIECE = "##"  # WordPiece's mark of a piece, and that of pieces in names
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte of a character that is in no entry
 
 
 class Entry(NamedTuple):
@@ -46,7 +48,13 @@ def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry]:
             begins, text = text.startswith(_SPACE), text.removeprefix(_SPACE)
         elif isinstance(tokenizer.model, WordPiece) and text != _PIECE:
             begins, text = not text.startswith(_PIECE), text.removeprefix(_PIECE)
-        usable = id_ not in known and text.split() == [text] and is_utf8(text) and "\N{REPLACEMENT CHARACTER}" not in text
+        usable = (
+            id_ not in known
+            and not _BYTE.fullmatch(text)
+            and text.split() == [text]
+            and is_utf8(text)
+            and "\N{REPLACEMENT CHARACTER}" not in text
+        )
         if usable:
             entries.append(Entry(text, begins, id_))
     return entries
@@ -71,42 +79,47 @@ def rewrite(state: dict[str, Any], tokenizer: Tokenizer, change: Callable[[str],
     Returns:
         The id that each id has become, (entries,).
     """
-    vocabulary = state["model"]["vocab"]
-    scores = dict(vocabulary) if isinstance(vocabulary, list) else None
-    ids = {piece: id_ for id_, (piece, _) in enumerate(vocabulary)} if scores is not None else dict(vocabulary)
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    model = state["model"]
+    pieces = model["vocab"] if isinstance(model["vocab"], list) else None  # of Unigram: [piece, score] by id
+    ids = {piece: id_ for id_, (piece, _) in enumerate(pieces)} if pieces is not None else dict(model["vocab"])
+    fixed = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {model.get("unk_token")}
     in_bytes = "ByteLevel" in set(_kinds(tokenizer.decoder))
 
     def changed(token: str) -> str:
         text = _from_bytes(token) if in_bytes else token
-        if token in added or "\N{REPLACEMENT CHARACTER}" in text:
+        if token in fixed or _BYTE.fullmatch(token) or "\N{REPLACEMENT CHARACTER}" in text:
             return token
         mark = " " * text.startswith(" ")
         new = change(text.removeprefix(mark))
-        return token if not new or new.split() != [new] else _to_bytes(mark + new) if in_bytes else new
+        form = _to_bytes(mark + new) if in_bytes else new
+        return token if new.split() != [new] or form in fixed else form
 
     forms = {token: changed(token) for token in ids}
     groups: dict[str, list[int]] = {}
     for token, id_ in sorted(ids.items(), key=lambda item: item[1]):
         groups.setdefault(forms[token], []).append(id_)
-    terms = np.arange(max(ids.values()) + 1)
+    terms = np.arange(max(ids.values(), default=-1) + 1)
     named = {form: group[0] for form, group in groups.items()}
     spare = [token for token in ids if token not in named]
     for group in groups.values():
         terms[group] = group[0]
         named |= {spare.pop(): id_ for id_ in group[1:]}
-    if scores is not None:
+    if pieces is not None:
         best: dict[str, float] = {}
-        for token, form in forms.items():
-            best[form] = max(best.get(form, scores[token]), scores[token])
-        by_id = {id_: token for token, id_ in named.items()}
-        state["model"]["vocab"] = [[by_id[id_], best.get(by_id[id_], scores.get(by_id[id_]))] for id_ in range(len(by_id))]
+        for piece, score in pieces:
+            best[forms[piece]] = max(best.get(forms[piece], score), score)
+        scores = dict(pieces)
+        names = {id_: token for token, id_ in named.items()}  # a piece that is there twice keeps its first place
+        model["vocab"] = [
+            [name := names.get(id_, piece), best[name] if name in best else scores[name]] for id_, (piece, _) in enumerate(pieces)
+        ]
     else:
-        state["model"]["vocab"] = dict(sorted(named.items(), key=lambda item: item[1]))
-    if "merges" in state["model"]:
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in state["model"]["merges"])
+        model["vocab"] = dict(sorted(named.items(), key=lambda item: item[1]))
+    if "merges" in model:
+        inner = model.get("continuing_subword_prefix") or ""
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         merges = dict.fromkeys((forms.get(left, left), forms.get(right, right)) for left, right in pairs)
-        state["model"]["merges"] = [[left, right] for left, right in merges if left + right in groups]
+        model["merges"] = [[left, right] for left, right in merges if left + right.removeprefix(inner) in groups]
     return terms
 
 
