@@ -236,7 +236,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     for place, backbone in enumerate(options.backbones):
         ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
         for name in ("twin", "moved"):
-            if given := getattr(options, name):
+            if place < len(given := getattr(options, name)):
                 ways[name] = (given[place], {})
         records = {
             name: [train_cell(base, changes, seed, options) for seed in range(options.seeds)]
@@ -280,8 +280,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of that training; 0 leaves it out")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
-    parser.add_argument("--twin", nargs="+", help="compare: for each backbone, one pretrained with an uncased vocabulary")
-    parser.add_argument("--moved", nargs="+", help="compare: for each backbone, itself moved to an uncased vocabulary")
+    parser.add_argument(
+        "--twin", nargs="+", default=[], help="compare: for each backbone, one pretrained with an uncased vocabulary"
+    )
+    parser.add_argument(
+        "--moved", nargs="+", default=[], help="compare: for each of the first, itself moved to an uncased vocabulary"
+    )
     parser.add_argument("--collections", nargs="+", default=["python-docs"], help="merge, compare: the first one in-domain")
     parser.add_argument("--steps", type=int, default=150, help="merge, compare: of the training")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="merge, compare: of the training")
