@@ -1,4 +1,4 @@
-"""How the row of a folded group is best made, and what folding saves in pooling.
+"""What folding a cased vocabulary gives, and what it saves.
 
 Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
 
@@ -8,6 +8,8 @@ rows     of each backbone, how near the logits of a folded dimension come to the
          the term that the head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to
          the largest logit by least squares
 pooling  time of pooling with a folded head, beside the same head with all rows
+words    of each backbone, folded and not, and of its --twin: the share of the words of --collections' texts that are one entry,
+         and in how many ways a word is written
 merge    the vectors of a model that was trained with the vocabulary as it is, and what is left of them when the weights of a word's
          forms are summed, or the largest one is kept: active dims saved, and nDCG@10
 compare  the ways to one dimension a word at equal active dims, three seeds, paired tests against the cased vocabulary as it is:
@@ -17,6 +19,7 @@ compare  the ways to one dimension a word at equal active dims, three seeds, pai
 
 import argparse
 import json
+import re
 import statistics
 from functools import partial
 from pathlib import Path
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import TrainingConfig, evaluate, load_pairs, train
 from anysplade._common.files import write_whole
@@ -183,6 +186,36 @@ def pool(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, live: Tenso
             vectors.sum().backward()
 
 
+def words(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for place, backbone in enumerate(options.backbones):
+        cased = AutoTokenizer.from_pretrained(backbone)
+        ways = {"as is": cased, "case": plan_folding(cased, len(cased), "case", mute=False)[0]}
+        if place < len(options.twin):
+            ways["twin"] = AutoTokenizer.from_pretrained(options.twin[place])
+        for collection in options.collections:
+            texts = [document.full_text for document in load_collection(collection).corpus.values()]
+            for way, tokenizer in ways.items():
+                written = [pair for text in texts[:1000] for pair in writings(tokenizer, text[:1000])]
+                forms: dict[str, set[tuple[int, ...]]] = {}
+                for word, ids in written:
+                    forms.setdefault(word, set()).add(ids)
+                row = {"backbone": Path(backbone).name, "collection": Path(collection).name, "way": way}
+                row["words_of_one_entry"] = statistics.mean(len(ids) == 1 for _, ids in written)
+                found.append(row | {"ways_a_word_is_written": statistics.mean(map(len, forms.values()))})
+    return found
+
+
+def writings(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The words of a text in lower case, each with the entries that hold it."""
+    given = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    entries = list(zip(given["input_ids"], given["offset_mapping"], strict=True))
+    return [
+        (word[0].lower(), tuple(id_ for id_, (start, end) in entries if end > word.start() and start < word.end()))
+        for word in re.finditer(r"[^\W_]+", text)
+    ]
+
+
 def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for backbone in options.backbones:
@@ -272,7 +305,7 @@ def of_queries(results: list[QueryScores]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rows", "pooling", "merge", "compare"))
+    parser.add_argument("what", choices=("rows", "pooling", "words", "merge", "compare"))
     parser.add_argument("--backbones", nargs="+", required=True)
     parser.add_argument("--by", choices=("case", "stem"), default="case")
     parser.add_argument("--data", default="python-docs", help="training pairs whose texts rows are fitted to and judged on")
@@ -281,18 +314,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
     parser.add_argument(
-        "--twin", nargs="+", default=[], help="compare: for each backbone, one pretrained with an uncased vocabulary"
+        "--twin", nargs="+", default=[], help="words, compare: for each backbone, one pretrained with an uncased vocabulary"
     )
     parser.add_argument(
         "--moved", nargs="+", default=[], help="compare: for each of the first, itself moved to an uncased vocabulary"
     )
-    parser.add_argument("--collections", nargs="+", default=["python-docs"], help="merge, compare: the first one in-domain")
+    parser.add_argument("--collections", nargs="+", default=["python-docs"], help="words, merge, compare: the first one in-domain")
     parser.add_argument("--steps", type=int, default=150, help="merge, compare: of the training")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="merge, compare: of the training")
     parser.add_argument("--out", type=Path, default=Path("folding"), help="compare: folder of the trainings")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    found = {"rows": rows, "pooling": pooling, "merge": merge, "compare": compare}[options.what](options)
+    found = {"rows": rows, "pooling": pooling, "words": words, "merge": merge, "compare": compare}[options.what](options)
     print(json.dumps(found, indent=1))
     if options.json:
         write_whole(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
