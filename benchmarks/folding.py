@@ -21,6 +21,7 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +45,8 @@ from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
 from anysplade.model.pooling import splade_pool
 from anysplade.search.exact import Postings
-from anysplade.study.cells import Cell, CellRecord, QueryScores, cell_file, read_record, run_cell
+from anysplade.study.cells import Cell, QueryScores
+from anysplade.study.run import run_cells
 from harness import alternate
 
 RULES = ("first", "mean", "frequent", "prior", "ridge")
@@ -147,7 +149,7 @@ def effectiveness(backbone: str, options: argparse.Namespace, seed: int) -> dict
     """nDCG@10 and cost after a short training on --data."""
     with TemporaryDirectory() as work:
         result = train(TrainingConfig(backbone, options.data, output=f"{work}/run", seed=seed, **TRAINING))
-        found = evaluate(result.model, options.collection, ["nDCG@10"], depth=10, max_length=128)
+        found = evaluate(result.model, options.collections[0], ["nDCG@10"], depth=10, max_length=128)
     return found.metrics | {"document_active_dims": found.document_active_dims, "flops": found.flops}
 
 
@@ -219,6 +221,8 @@ def writings(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, t
 def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for backbone in options.backbones:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        _, terms = plan_folding(tokenizer, len(tokenizer), options.by, mute=False)
         with TemporaryDirectory() as work:
             given = {"max_length": 128, "precision": options.precision, "steps": options.steps}
             model = train(TrainingConfig(backbone, options.data, output=f"{work}/run", **TRAINING | given)).model
@@ -227,7 +231,6 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
                 evaluation = evaluate(model, collection, ["nDCG@10"])
                 assert evaluation.vectors
                 queries, documents = evaluation.vectors
-                _, terms = plan_folding(load_masked_lm(backbone)[1], documents.shape[1], options.by, mute=False)
                 for how, merged in (("sum", summed), ("max", largest)):
                     pair = merged(queries, terms), merged(documents, terms)
                     found.append(
@@ -265,37 +268,33 @@ def ndcg(queries: sparse.csr_matrix, documents: sparse.csr_matrix, collection: C
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
+    given = TRAINING | {"k": "auto", "shift": "auto", "steps": options.steps, "max_length": 128, "precision": options.precision}
+    groups: dict[tuple[str, str], list[Cell]] = {}  # by backbone and way, a cell for each seed
     for place, backbone in enumerate(options.backbones):
         ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
-        for name in ("twin", "moved"):
-            if place < len(given := getattr(options, name)):
-                ways[name] = (given[place], {})
-        records = {
-            name: [train_cell(base, changes, seed, options) for seed in range(options.seeds)]
-            for name, (base, changes) in ways.items()
-        }
-        for name, runs in records.items():
-            for collection in options.collections:
-                results = [run.results[collection] for run in runs]
-                row = {"backbone": Path(backbone).name, "way": name, "collection": Path(collection).name}
-                row |= {"nDCG@10": statistics.mean(r.ndcg for r in results), "seeds": [r.ndcg for r in results]}
-                row |= {cost: statistics.mean(getattr(result, cost) for result in results) for cost in COSTS}
-                if name != "as is":
-                    theirs = [run.results[collection] for run in records["as is"]]
-                    row["difference"] = row["nDCG@10"] - statistics.mean(r.ndcg for r in theirs)
-                    row["p"] = paired_p(of_queries(theirs), of_queries(results))
-                row["collapsed"] = sum(any(finding["collapse"] for finding in run.findings) for run in runs)
-                found.append(row)
+        ways |= {name: (made[place], {}) for name in ("twin", "moved") if place < len(made := getattr(options, name))}
+        for name, (base, changes) in ways.items():
+            cells = [Cell(base, options.data, given | changes | {"seed": seed}) for seed in range(options.seeds)]
+            groups[Path(backbone).name, name] = cells
+    every = [cell for cells in groups.values() for cell in cells]
+    records, failed = run_cells(every, options.collections, options.out, options.workers, progress=True)
+    if failed:
+        sys.exit(f"{len(failed)} cells failed, the first one: {next(iter(failed.values()))}")
+    found = []
+    for (backbone, name), cells in groups.items():
+        for collection in options.collections:
+            results = [records[cell.hash].results[collection] for cell in cells]
+            row = {"backbone": backbone, "way": name, "collection": Path(collection).name}
+            row |= {"nDCG@10": statistics.mean(r.ndcg for r in results), "seeds": [r.ndcg for r in results]}
+            row |= {cost: statistics.mean(getattr(result, cost) for result in results) for cost in COSTS}
+            if name != "as is":
+                theirs = [records[cell.hash].results[collection] for cell in groups[backbone, "as is"]]
+                row["difference"] = row["nDCG@10"] - statistics.mean(r.ndcg for r in theirs)
+                row["p"] = paired_p(of_queries(theirs), of_queries(results))
+            row["collapsed"] = sum(any(finding["collapse"] for finding in records[cell.hash].findings) for cell in cells)
+            found.append(row)
     corrected = iter(holm([row["p"] for row in found if "p" in row]))
     return [row | ({"p_corrected": next(corrected)} if "p" in row else {}) for row in found]
-
-
-def train_cell(backbone: str, changes: dict[str, Any], seed: int, options: argparse.Namespace) -> CellRecord:
-    given = {"k": "auto", "shift": "auto", "steps": options.steps, "seed": seed, "max_length": 128, "precision": options.precision}
-    cell = Cell(backbone, options.data, TRAINING | given | changes)
-    run_cell(cell, options.collections, options.out)
-    return read_record(cell_file(options.out, cell))
 
 
 def of_queries(results: list[QueryScores]) -> np.ndarray:
@@ -308,9 +307,8 @@ def main() -> None:
     parser.add_argument("what", choices=("rows", "pooling", "words", "merge", "compare"))
     parser.add_argument("--backbones", nargs="+", required=True)
     parser.add_argument("--by", choices=("case", "stem"), default="case")
-    parser.add_argument("--data", default="python-docs", help="training pairs whose texts rows are fitted to and judged on")
-    parser.add_argument("--collection", default="python-docs", help="what is evaluated on after a short training")
-    parser.add_argument("--seeds", type=int, default=3, help="of that training; 0 leaves it out")
+    parser.add_argument("--data", default="python-docs", help="training pairs; rows are fitted to their texts and judged on them")
+    parser.add_argument("--seeds", type=int, default=3, help="rows, compare: trainings of each; rows: 0 leaves them out")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
     parser.add_argument(
@@ -319,9 +317,12 @@ def main() -> None:
     parser.add_argument(
         "--moved", nargs="+", default=[], help="compare: for each of the first, itself moved to an uncased vocabulary"
     )
-    parser.add_argument("--collections", nargs="+", default=["python-docs"], help="words, merge, compare: the first one in-domain")
+    parser.add_argument(
+        "--collections", nargs="+", default=["python-docs"], help="what is evaluated on, the first one in-domain; rows: that alone"
+    )
     parser.add_argument("--steps", type=int, default=150, help="merge, compare: of the training")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="merge, compare: of the training")
+    parser.add_argument("--workers", type=int, default=2, help="compare: trainings at a time")
     parser.add_argument("--out", type=Path, default=Path("folding"), help="compare: folder of the trainings")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()

@@ -170,7 +170,8 @@ def moved(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     Special tokens have the same ids in both. The old vocabulary marks the space before a word, the new one the pieces.
     """
     model, old = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    texts = [token.removeprefix("##") if token.startswith("##") else f" {token}" for token in terms_of(tokenizer)]
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(SPECIAL), len(tokenizer))))
+    texts = [token.removeprefix("##") if token.startswith("##") else f" {token}" for token in tokens]
     written = [[i] for i in range(len(SPECIAL))] + old(texts, add_special_tokens=False)["input_ids"]
     rows, bias = model.get_input_embeddings().weight.clone(), model.get_output_embeddings().bias.clone()
     model.resize_token_embeddings(len(tokenizer))
@@ -178,11 +179,6 @@ def moved(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         model.get_input_embeddings().weight[term] = rows[ids].mean(dim=0)
         model.get_output_embeddings().bias[term] = bias[ids].mean()
     return model
-
-
-def terms_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Without the special tokens, by id."""
-    return tokenizer.convert_ids_to_tokens(list(range(len(SPECIAL), len(tokenizer))))
 
 
 def batches(sequences: list[list[int]], size: int, generator: random.Random) -> list[list[list[int]]]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from anysplade import ModelError, OptionError, TrainingConfig, inspect_head, load_encoder, rescale_head, train
@@ -102,7 +102,7 @@ def test_no_text_has_a_term_that_is_off(tokenizer, text):
     made, terms = plan_folding(tokenizer, len(tokenizer), "case", mute=False)
     ids = made(text)["input_ids"]
     assert (terms[ids] == ids).all()
-    assert made(made.backend_tokenizer.normalizer.normalize_str(text).lower())["input_ids"] == ids or "\0" in text
+    assert made(normalizers.Lowercase().normalize_str(text))["input_ids"] == ids
 
 
 def test_muted():
@@ -148,7 +148,7 @@ def test_the_checkpoint_is_stock(cased, tmp_path, pooling):
 
 def test_calibration_measures_the_terms_that_are_left(cased, tmp_path):
     model, tokenizer = load_masked_lm(cased)
-    fold_head(model, tokenizer)
+    tokenizer = fold_head(model, tokenizer)
     chosen = calibrate(model, tokenizer)
     assert chosen.before.logit_percentiles["0.1"] > -100
     assert chosen.before.document_similarity < 1
@@ -168,7 +168,7 @@ def test_calibration_measures_the_terms_that_are_left(cased, tmp_path):
 @pytest.mark.parametrize("factor", [0.05, 1, 20])
 def test_a_folded_head_is_calibrated_whatever_its_scale_and_level(cased, factor):
     model, tokenizer = load_masked_lm(cased)
-    fold_head(model, tokenizer, mute=True)
+    tokenizer = fold_head(model, tokenizer, mute=True)
     one = calibrate(model, tokenizer)
     rescale_head(model, 1 / factor, shift=-30.0)
     chosen = calibrate(model, tokenizer)
@@ -236,7 +236,7 @@ def test_what_follows_the_projection_cannot_be_folded(cased):
 
 def test_other_weights_than_the_config_says_are_refused(cased, tmp_path):
     model, tokenizer = load_masked_lm(cased)
-    fold_head(model, tokenizer)
+    tokenizer = fold_head(model, tokenizer)
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     weights = load_file(tmp_path / "saved" / "model.safetensors")

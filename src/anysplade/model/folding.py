@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from anysplade._common.extras import extra
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import DEAD, RECORD, check_logits, find_head
 from anysplade.model.options import Fold
-from anysplade.model.vocabulary import is_punctuation, marks_spaces, read_entries, rewrite
+from anysplade.model.vocabulary import is_punctuation, lower_entries, marks_spaces, read_entries
 
 _MUTED = -1
 # A space goes before each word and number that has none; letters without case stay as they are. At the start of a text it takes the
@@ -109,10 +109,11 @@ def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: 
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"
         )
-    if by == "case" and not folds_by_case(tokenizer):
+    cased = by != "none" and folds_by_case(tokenizer)
+    if by == "case" and not cased:
         raise OptionError(f"{tokenizer.name_or_path}: its vocabulary has one form of each word already (uncased); leave out `fold`")
     backend, terms = tokenizer.backend_tokenizer, np.arange(size)
-    if by != "none" and folds_by_case(tokenizer):
+    if cased:
         backend, uncased = fold_tokenizer(backend)
         terms[: len(uncased)] = uncased[:size]  # a head can be wider than the vocabulary, or narrower
         tokenizer = _with_backend(tokenizer, backend)
@@ -151,7 +152,7 @@ def fold_tokenizer(tokenizer: Tokenizer) -> tuple[Tokenizer, np.ndarray]:
     state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *apart, *after]}
     for token in state["added_tokens"]:
         token["normalized"] = False  # found in the text as it was written, as before
-    terms = rewrite(state, tokenizer, normalizers.Lowercase().normalize_str)
+    terms = lower_entries(state, tokenizer)
     return Tokenizer.from_str(json.dumps(state)), terms
 
 

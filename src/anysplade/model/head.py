@@ -89,9 +89,14 @@ def live_terms(model: PreTrainedModel) -> Tensor | None:
     The others have the bias ``DEAD``, give or take what a training does to it: see ``fold_head``.
     """
     bias = find_head(model).bias
-    if bias is None or bool((live := (bias - DEAD).abs() > abs(DEAD) / 100).all()):
+    if bias is None or not bool((off := _switched_off(bias)).any()):
         return None
-    return live.nonzero()[:, 0]
+    return (~off).nonzero()[:, 0]
+
+
+def _switched_off(bias: Tensor) -> Tensor:
+    """Which terms of a bias are switched off, (vocabulary,) or in its shape."""
+    return (bias - DEAD).abs() <= abs(DEAD) / 100
 
 
 def check_folding(model: PreTrainedModel, source: str) -> None:
@@ -593,18 +598,16 @@ def formula(k: float, shift: float) -> str:
 def _apply(model: PreTrainedModel, k: float, shift: float, bias: BiasPolicy) -> Callable[[], None]:
     """Change weight and bias; return what puts everything back."""
     tie_again = untie_head(model) if k != 1 else lambda: None
-    head, live = find_head(model), live_terms(model)
+    head = find_head(model)
     changed = [(t, t.detach().clone()) for t in (head.decoder.weight, *head.biases)]
     with torch.no_grad():
         head.decoder.weight /= k
         for tensor in head.biases:
+            off = _switched_off(tensor)
             if bias == "scale":
                 tensor /= k
             tensor -= shift
-            if live is not None:
-                kept = tensor.view(-1)[live]
-                tensor.fill_(DEAD)
-                tensor.view(-1)[live] = kept
+            tensor[off] = DEAD
 
     def undo() -> None:
         with torch.no_grad():

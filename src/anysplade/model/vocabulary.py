@@ -8,11 +8,11 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordPiece
 
 from anysplade.data.sources import is_utf8
@@ -48,14 +48,7 @@ def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry]:
             begins, text = text.startswith(_SPACE), text.removeprefix(_SPACE)
         elif isinstance(tokenizer.model, WordPiece) and text != _PIECE:
             begins, text = not text.startswith(_PIECE), text.removeprefix(_PIECE)
-        usable = (
-            id_ not in known
-            and not _BYTE.fullmatch(text)
-            and text.split() == [text]
-            and is_utf8(text)
-            and "\N{REPLACEMENT CHARACTER}" not in text
-        )
-        if usable:
+        if id_ not in known and _is_text(text):
             entries.append(Entry(text, begins, id_))
     return entries
 
@@ -70,10 +63,10 @@ def marks_spaces(tokenizer: Tokenizer) -> bool:
     return not {"ByteLevel", "Metaspace"}.isdisjoint(_kinds(tokenizer.decoder))
 
 
-def rewrite(state: dict[str, Any], tokenizer: Tokenizer, change: Callable[[str], str]) -> np.ndarray:
-    """Change the text of all entries of a tokenizer that are text, in its state (its JSON), in place; added tokens stay.
+def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
+    """Put all entries of a tokenizer that are text in lower case, in its state (its JSON), in place; added tokens stay.
 
-    Of the entries that become one, the one with the lowest id keeps the name, and the others get names that nothing is changed to.
+    Of the entries that become one, the one with the lowest id keeps the name, and the others get names that no lower-case text has.
     Merges of BPE and scores of Unigram follow.
 
     Returns:
@@ -84,15 +77,14 @@ def rewrite(state: dict[str, Any], tokenizer: Tokenizer, change: Callable[[str],
     ids = {piece: id_ for id_, (piece, _) in enumerate(pieces)} if pieces is not None else dict(model["vocab"])
     fixed = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {model.get("unk_token")}
     in_bytes = "ByteLevel" in set(_kinds(tokenizer.decoder))
+    lower = normalizers.Lowercase().normalize_str  # as the tokenizer does it; Python has another σ at the end of a word
 
     def changed(token: str) -> str:
         text = _from_bytes(token) if in_bytes else token
-        if token in fixed or _BYTE.fullmatch(token) or "\N{REPLACEMENT CHARACTER}" in text:
+        if token in fixed or not _is_text(text.removeprefix(" ")):
             return token
-        mark = " " * text.startswith(" ")
-        new = change(text.removeprefix(mark))
-        form = _to_bytes(mark + new) if in_bytes else new
-        return token if new.split() != [new] or form in fixed else form
+        form = _to_bytes(lower(text)) if in_bytes else lower(text)
+        return token if form in fixed else form
 
     forms = {token: changed(token) for token in ids}
     groups: dict[str, list[int]] = {}
@@ -105,14 +97,11 @@ def rewrite(state: dict[str, Any], tokenizer: Tokenizer, change: Callable[[str],
         terms[group] = group[0]
         named |= {spare.pop(): id_ for id_ in group[1:]}
     if pieces is not None:
-        best: dict[str, float] = {}
-        for piece, score in pieces:
-            best[forms[piece]] = max(best.get(forms[piece], score), score)
         scores = dict(pieces)
+        for piece, score in pieces:
+            scores[forms[piece]] = max(scores.get(forms[piece], score), score)
         names = {id_: token for token, id_ in named.items()}  # a piece that is there twice keeps its first place
-        model["vocab"] = [
-            [name := names.get(id_, piece), best[name] if name in best else scores[name]] for id_, (piece, _) in enumerate(pieces)
-        ]
+        model["vocab"] = [[name := names.get(id_, piece), scores[name]] for id_, (piece, _) in enumerate(pieces)]
     else:
         model["vocab"] = dict(sorted(named.items(), key=lambda item: item[1]))
     if "merges" in model:
@@ -121,6 +110,12 @@ def rewrite(state: dict[str, Any], tokenizer: Tokenizer, change: Callable[[str],
         merges = dict.fromkeys((forms.get(left, left), forms.get(right, right)) for left, right in pairs)
         model["merges"] = [[left, right] for left, right in merges if left + right.removeprefix(inner) in groups]
     return terms
+
+
+def _is_text(text: str) -> bool:
+    """Whether an entry without its marks is text by itself: no white space, and no byte or part of a character."""
+    whole = is_utf8(text) and "\N{REPLACEMENT CHARACTER}" not in text and not _BYTE.fullmatch(text)
+    return whole and text.split() == [text]
 
 
 def has_letters(text: str) -> bool:
