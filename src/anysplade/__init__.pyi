@@ -36,8 +36,12 @@ from .model.head import HeadReport as HeadReport
 from .model.head import inspect_head as inspect_head
 from .model.head import rescale_head as rescale_head
 from .model.runtimes import for_inference as for_inference
+from .model.terms import Terms as Terms
+from .model.terms import WeightedTerm as WeightedTerm
+from .model.terms import terms as terms
 from .search.documents import EncodedDocument as EncodedDocument
 from .search.documents import Hit as Hit
+from .search.documents import Hits as Hits
 from .search.documents import TermMatch as TermMatch
 from .search.engines import open_engine as open_engine
 from .search.engines.export import export_anserini as export_anserini

@@ -515,3 +515,18 @@ print({"torch", "transformers", "sentence_transformers", "datasets"} & set(sys.m
     assert done.stderr == ""
     assert done.stdout.startswith(" 1. ")
     assert done.stdout.endswith("set()\n")
+
+
+def test_encode_shows_words(call, call_json):
+    code, out, _ = call("encode", "bert-tiny", "Compute the laminarization", "numpy", "--k", 3, "--role", "query")
+    assert code == 0
+    assert "laminarization" in out  # whose pieces are terms
+    assert out.count("active dims") == 2
+    found = call_json("encode", "bert-tiny", "Compute the laminarization", "")
+    first = found["texts"][0]
+    assert first["active_dims"] == len(first["terms"]) > 3
+    assert all(len(term["ids"]) == 1 for term in first["terms"])
+    assert found["vocabulary"] == 8192
+    code, _, err = call("encode", "bert-tiny")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no text given" in err

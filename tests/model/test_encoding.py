@@ -8,7 +8,8 @@ from sentence_transformers import SparseEncoder
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
 from anysplade.model.encoder import build_encoder, masked_lm
-from anysplade.model.encoding import count_cut, encode, log_cut, max_positions
+from anysplade.model.encoding import count_cut, encode
+from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision
 from tiny import WORDS, counted_copy
 
@@ -92,15 +93,14 @@ def test_texts_that_are_cut_are_counted(query_encoder, backbone):
     encoder, _ = build_encoder(backbone, query_encoder=query_encoder, idf_texts=["kabel lodan"], max_length=6)
     encoder.prompts["document"] = "kabel "
     texts = ["kabel", "kabel lodan mifil", "kabel lodan mifil nugor", "kabel lodan mifil nugor pehan", "\ud800 " * 100]
-    assert count_cut(encoder, texts, "document") == (3, 6)  # six tokens: the prompt, two special ones and three words
-    assert count_cut(encoder, texts, "query") == ((2, 6) if query_encoder == "mlm" else (1, 6))  # no special tokens there
-    assert count_cut(encoder, [], "document") == (0, 6)
+    assert count_cut(encoder, texts, "document") == Cut(3, 6, 64)  # six tokens: the prompt, two special ones and three words
+    assert count_cut(encoder, texts, "query") == (Cut(2, 6, 64) if query_encoder == "mlm" else Cut(1, 6, 6))  # no special ones
+    assert count_cut(encoder, [], "document") == Cut(0, 6, 64)
 
 
-@pytest.mark.parametrize("max_length, advice", [(6, "`max_length` raises the limit"), (64, "the model reads no more")])
+@pytest.mark.parametrize("max_length, advice", [(6, "`max_length` raises the limit, up to 64"), (64, "the model reads no more")])
 def test_the_models_own_limit_is_told_apart_from_one_that_can_be_raised(max_length, advice, backbone, caplog):
     caplog.set_level("INFO", "anysplade")
     encoder = load_encoder(backbone, max_length=max_length)
-    cut, limit = count_cut(encoder, ["kabel " * 100], "document")
-    log_cut(cut, 1, limit, "documents", max_positions(encoder, "document"))
+    log_cut(count_cut(encoder, ["kabel " * 100], "document"), 1, "documents")
     assert f"cut at {max_length} tokens, and what follows cannot be found; {advice}" in caplog.text

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anysplade.evaluation.comparisons import Comparison, Evaluations
     from anysplade.model.calibration import Calibration
     from anysplade.model.head import HeadReport
+    from anysplade.model.terms import Terms
     from anysplade.search.documents import Hit
     from anysplade.search.sizing import Size
     from anysplade.study.results import StudyResult
@@ -214,6 +215,23 @@ def curve_figure(curves: Sequence[dict[str, Any]], metric: str) -> str:
         figure.legend(loc="outside lower center", frameon=False, fontsize="small")
 
     return draw(paint, 7, 4.2)
+
+
+def encoded_lines(texts: Sequence[dict[str, Any]], words: Sequence["Terms"]) -> list[RenderableType]:
+    """Each text's words with their weights, and how many more terms it has."""
+    parts: list[RenderableType] = []
+    for text, shown in zip(texts, words, strict=True):
+        table = _table("word", "weight")
+        for word in shown:
+            table.add_row(Text(word.term), f"{word.weight:.3f}")
+        more = text["active_dims"] - sum(len(word.ids) for word in shown)
+        parts += [
+            Text(" ".join(text["text"].split())[:_SNIPPET], style="bold"),
+            table,
+            f"{text['active_dims']:,} active dims" + (f", {more:,} not shown" if more else ""),
+            "",
+        ]
+    return parts[:-1]
 
 
 def size_lines(found: "Size") -> list[RenderableType]:

@@ -1,4 +1,4 @@
-"""Commands on indexes: index, search, serve, size, export."""
+"""Commands that make vectors and search them: encode, index, search, serve, size, export."""
 
 import contextlib
 import json as jsonlib
@@ -11,7 +11,50 @@ from rich.console import RenderableType
 
 from anysplade.cli.app import Json, Out, Result, command, is_watched
 from anysplade.errors import OptionError, OutputError, without_credentials
-from anysplade.model.options import Precision, Runtime, runtime_for
+from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.queries import log_cut
+
+
+@command
+def encode(
+    model: str,
+    /,
+    *texts: str,
+    role: Role = "document",
+    k: int = 20,
+    runtime: Runtime = "auto",
+    precision: Precision = "float32",
+    max_length: int | None = None,
+    json: Json = False,
+) -> Result:
+    """Show the words that a sparse encoder gives to texts, with their weights.
+
+    Args:
+        model: a sparse encoder's folder or hub id.
+        texts: one or more, each in quotation marks.
+        role: whether the texts are queries or documents.
+        k: how many words of each text are shown; the JSON has all.
+        runtime: of encoding; see index.
+        precision: of encoding; see index.
+        max_length: tokens a text is cut to; see index.
+    """
+    from anysplade.cli import rendering as report
+    from anysplade.model import encoder, encoding, runtimes, terms
+
+    if not texts:
+        raise OptionError('no text given; for example: anysplade encode MODEL "how to invert a matrix"')
+    opened = encoder.open_encoder(model, max_length=max_length)
+    resolved = runtimes.resolve_precision(precision, opened.device)
+    opened = runtimes.for_inference(opened, runtime_for(len(texts), runtime, precision), resolved)
+    vectors = encoding.encode(opened, texts, role)
+    log_cut(encoding.count_cut(opened, texts, role), len(texts), f"{role} texts")
+    found = [
+        {"text": text, "active_dims": vector.nnz, "terms": [term._asdict() for term in terms.terms(vector, opened)]}
+        for text, vector in zip(texts, vectors, strict=True)
+    ]
+    words = [terms.terms(vector, opened, text, k) for text, vector in zip(texts, vectors, strict=True)]
+    about = {"model": model, "role": role, "precision": resolved, "vocabulary": vectors.shape[1]}
+    return Result(about | {"texts": found}, report.encoded_lines(found, words))
 
 
 @command
@@ -114,11 +157,7 @@ def search(
             value = jsonlib.loads(value)
         wanted.setdefault(name, []).append(value)
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
-    cut, limit = opened.queries.count_cut([query])
-    if cut:
-        from anysplade.model.encoding import log_cut
-
-        log_cut(cut, 1, limit, "queries", opened.queries.max_positions)
+    log_cut(opened.queries.count_cut([query]), 1, "queries")
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
     return Result(found, report.hit_lines(hits))

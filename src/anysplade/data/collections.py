@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anysplade._common.files import whole_folder
+from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
 from anysplade.data.sources import (
     CORPUS_FILES,
@@ -59,14 +60,20 @@ class Pair(NamedTuple):
     scores: tuple[float, ...] | None = None  # of a teacher: for the positive and each negative, or the margin to each negative
 
 
-@dataclass(frozen=True)
-class Collection:
+@dataclass(frozen=True, repr=False)
+class Collection(Tabular):
     """A test collection: a corpus, queries and relevance judgements. Every query has at least one judgement."""
 
     name: str  # in results
     corpus: dict[str, Document]  # by document id
     queries: dict[str, str]  # by query id
     qrels: dict[str, dict[str, int]]  # grades by query id and document id
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """How much of each there is."""
+        judgements = sum(map(len, self.qrels.values()))
+        counts = {"documents": len(self.corpus), "queries": len(self.queries), "judgements": judgements}
+        return [{"collection": self.name} | counts]
 
 
 # ------------------------------------------------------------------------------------- loading

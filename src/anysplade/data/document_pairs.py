@@ -15,15 +15,17 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from anysplade._common.files import finished_record, record_path, whole_file, write_whole
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, OptionError
@@ -50,7 +52,8 @@ _GENERIC = frozenset(
 )
 
 
-class MadePairs(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class MadePairs(Tabular):
     """The record that ``make_pairs`` writes beside the JSONL, to ``OUTPUT.json``."""
 
     pairs: dict[str, int]  # written, by kind
@@ -60,7 +63,11 @@ class MadePairs(NamedTuple):
     about: dict[str, Any]  # options, hash of the data, provenance
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._fields if name != "about"} | self.about
+        return {name: value for name, value in vars(self).items() if name != "about"} | self.about
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """How many pairs of each kind."""
+        return [{"kind": kind, "pairs": count} for kind, count in self.pairs.items()]
 
 
 def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS, progress: bool = False) -> MadePairs:
@@ -104,7 +111,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
             pass
         before = finished_record(output, options | {"data_hash": digest.hexdigest()})
         if before is not None:
-            return MadePairs(**{name: before.pop(name) for name in MadePairs._fields[:-1]}, about=before)
+            return MadePairs(**{field.name: before.pop(field.name) for field in fields(MadePairs)[:-1]}, about=before)
     with whole_file(output) as file, tempfile.TemporaryFile(dir=output.parent) as candidates:
         # Which of them stay is known at the end; until then only these few numbers of each are in memory.
         numbers, queries, kind_of = array("q"), array("Q"), array("B")  # document, hash of the query, kind

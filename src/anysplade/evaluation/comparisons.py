@@ -6,17 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from anysplade._common.files import write_whole
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, is_collection, load_collection
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS
 from anysplade.model.options import Precision, Runtime
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _RESAMPLES = 2000
 _CHANGED = 5  # queries shown
@@ -24,8 +28,8 @@ _TERMS = 5  # of each
 _SAME = 1e-9
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Tabular):
     """One metric of a model against that of the first one, on the same queries."""
 
     model: str  # the one compared
@@ -44,9 +48,15 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _rows(self) -> list[dict[str, Any]]:
+        """All but the queries."""
+        low, high = self.interval
+        values = {name: value for name, value in vars(self).items() if name not in ("interval", "changed", "p")}
+        return [values | {"difference": self.difference, "95 % from": low, "95 % to": high}]
 
-@dataclass(frozen=True)
-class Evaluations:
+
+@dataclass(frozen=True, repr=False)
+class Evaluations(Tabular):
     """The results of ``evaluate_all``."""
 
     evaluations: list[Evaluation]  # collections in order, and within each the models
@@ -61,6 +71,16 @@ class Evaluations:
             return rows[0] | ({"curve": self.curves[0]["points"]} if self.curves else {})
         compared = [comparison.to_dict() for comparison in self.comparisons]
         return {"evaluations": rows, "comparisons": compared, "means": self.means, "curves": self.curves}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """One for each evaluation, then the means."""
+        return [*(row for evaluation in self.evaluations for row in evaluation._rows()), *self.means]
+
+    def _shown(self) -> "list[DataFrame]":
+        """The comparisons too."""
+        import pandas
+
+        return [self.to_pandas(), pandas.DataFrame([row for comparison in self.comparisons for row in comparison._rows()])]
 
 
 def evaluate_all(

@@ -15,14 +15,16 @@ from sentence_transformers import SparseEncoder
 
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, hash_texts, load_collection
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import open_encoder, term_names
-from anysplade.model.encoding import count_cut, encode, log_cut, max_positions, prune
+from anysplade.model.encoding import count_cut, encode, prune
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.queries import log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings, highest
@@ -34,8 +36,8 @@ _CURVE_QUERIES = (4, 8, 16, 32)
 _QUANTILE = 0.95
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Tabular):
     """The effectiveness of a model on a collection, and its cost. In JSON each metric has its own name, beside the costs."""
 
     model: str  # as it was named
@@ -64,6 +66,11 @@ class Evaluation:
         apart = ("metrics", "run", "per_query", "vectors", "terms")
         rest = {name: value for name, value in vars(self).items() if name not in apart}
         return {"model": rest.pop("model"), "collection": rest.pop("collection")} | self.metrics | rest
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Effectiveness, and the cost beside it."""
+        costs = {name: getattr(self, name) for name in ("query_active_dims", "document_active_dims", "flops")}
+        return [{"model": self.model, "collection": self.collection} | self.metrics | costs]
 
 
 def evaluate(
@@ -159,9 +166,9 @@ def evaluate(
         cut = {}
         role: Role
         for role, plural, given in (("document", "documents", texts), ("query", "queries", questions)):
-            count, limit = count_cut(encoder, given, role)
-            log_cut(count, len(given), limit, plural, max_positions(encoder, role))
-            cut[role] = {"count": count, "max_length": limit}
+            counted = count_cut(encoder, given, role)
+            log_cut(counted, len(given), plural)
+            cut[role] = {"count": counted.texts, "max_length": counted.limit}
         start = time.perf_counter()
         rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(self_matches))
         run = _as_run(rankings, collection, self_matches, depth)

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade._common.figures import draw
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
@@ -38,8 +39,8 @@ _EMPTY = 0.5  # active dims of a text
 Verdict = Literal["collapses", "degrades", "trains"]
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Tabular):
     """The affine map ``logits / k - shift`` for a head, and its effect on probe texts. Dividing by k is arXiv 2606.18811."""
 
     k: float  # divides the logits
@@ -71,6 +72,13 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The raw head and the calibrated one, with what the probe texts show of each."""
+        sides = (("raw", 1.0, 0.0, self.before), ("calibrated", self.k, self.shift, self.after))
+        return [
+            {"head": name, "k": k, "shift": shift} | ({} if probe is None else probe._rows()[0]) for name, k, shift, probe in sides
+        ]
 
 
 def calibrate(

@@ -2,12 +2,11 @@
 
 import contextlib
 import io
-import logging
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,13 +21,12 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.files import write_whole
 from anysplade.data.sources import whole_characters
-from anysplade.errors import ModelError
+from anysplade.errors import ModelError, OptionError
 from anysplade.model.encoder import reader, term_names
 from anysplade.model.head import usable_positions
 from anysplade.model.options import Role
+from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts that are sorted by length among themselves
 _SHARD = 1024  # the same, where each such part is a file
@@ -63,7 +61,12 @@ def encode(
 
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
+        OptionError: what is given is no encoder, no list of texts, or no role.
     """
+    require_encoder(encoder)
+    texts = require_texts(texts)
+    if role not in get_args(Role):
+        raise OptionError(f"`role` is {role!r}; give {' or '.join(map(repr, get_args(Role)))}")
     width = encoder.get_embedding_dimension() or 0
     if runtime_of(encoder) == "torch":  # what runs elsewhere has no dropout
         encoder.eval()
@@ -100,22 +103,45 @@ def encode(
     return whole if top_k is None else prune(whole, top_k)
 
 
-def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> tuple[int, int | None]:
-    """How many of the texts are longer than what the model reads of them, and how many tokens that is; None for all.
+def require_encoder(encoder: object) -> None:
+    """Raise OptionError unless it is a SparseEncoder."""
+    if not isinstance(encoder, SparseEncoder):
+        fix = "open it with anysplade.open_encoder" if isinstance(encoder, str | Path) else "give a SparseEncoder"
+        raise OptionError(f"`encoder` is a {type(encoder).__name__}; {fix}")
+
+
+def require_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        OptionError: one text instead of a list, or an item that is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise OptionError(f"`texts` is one {type(texts).__name__}, of which each letter would be a text; give a list: [text]")
+    listed = list(texts)
+    for number, text in enumerate(listed, 1):
+        if not isinstance(text, str):
+            raise OptionError(f"`texts`: item {number} is a {type(text).__name__}; each must be a str")
+    return listed
+
+
+def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> Cut:
+    """How many of the texts are longer than what the model reads of them.
 
     Time: that of tokenizing, a hundredth of encoding.
     """
     module = reader(encoder, role)
     limit = None if module is None else _limit(module)
     if module is None or limit is None:
-        return 0, None
+        return Cut(0)
     tokenizer: Any = module.tokenizer
     options = {"add_special_tokens": isinstance(module, Transformer), "verbose": False, "return_attention_mask": False}
     prompt, count = _prompt(encoder, role) or "", 0
     for start in range(0, len(texts), _CHUNK):
         chunk = [prompt + whole_characters(text) for text in texts[start : start + _CHUNK]]
         count += sum(len(ids) > limit for ids in tokenizer(chunk, **options)["input_ids"])
-    return count, limit
+    # A static embedding's limit was saved with its tokenizer, and no option changes it.
+    return Cut(count, limit, usable_positions(module.model) if isinstance(module, Transformer) else limit)
 
 
 def _limit(module: Transformer | SparseStaticEmbedding) -> int | None:
@@ -125,33 +151,6 @@ def _limit(module: Transformer | SparseStaticEmbedding) -> int | None:
     tokenizer: Any = module.tokenizer
     limit: int = tokenizer.model_max_length  # not the module's max_seq_length, which is that of the time when it was made
     return limit if limit < LARGE_INTEGER else None
-
-
-def max_positions(encoder: SparseEncoder, role: Role) -> int | None:
-    """How many tokens of a text the model has positions for; None if nothing limits them."""
-    module = reader(encoder, role)
-    if isinstance(module, SparseStaticEmbedding):
-        return _limit(module)  # saved with its tokenizer, and no option changes it
-    return None if module is None else usable_positions(module.model)
-
-
-def log_cut(cut: int, texts: int, limit: int | None, what: str, maximum: int | None = None) -> None:
-    """Log how many of the texts were cut at the limit, if any was.
-
-    Args:
-        maximum: from ``max_positions``; None if it is not known.
-    """
-    if cut:
-        logger.info(
-            "%s of %s %s were cut at %s tokens, and what follows cannot be found; %s",
-            f"{cut:,}",
-            f"{texts:,}",
-            what,
-            limit,
-            "the model reads no more"
-            if maximum is not None and limit == maximum
-            else "`max_length` raises the limit as far as the model's positions allow",
-        )
 
 
 def _read_block(path: Path) -> sparse.csr_matrix | None:
@@ -255,17 +254,13 @@ class ModelQueries:
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         return encode(self.encoder, texts, "query")
 
-    def count_cut(self, texts: Sequence[str]) -> tuple[int, int | None]:
+    def count_cut(self, texts: Sequence[str]) -> Cut:
         return count_cut(self.encoder, texts, "query")
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         read: Any = self.encoder.tokenizer
         found = read(whole_characters(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
-
-    @property
-    def max_positions(self) -> int | None:
-        return max_positions(self.encoder, "query")
 
     @property
     def term_names(self) -> list[str]:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from anysplade._common.extras import extra
+from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import DEAD, RECORD, check_logits, find_head
 from anysplade.model.options import Fold
@@ -37,8 +38,8 @@ _APART = [
 ]
 
 
-@dataclass(frozen=True)
-class Folding:
+@dataclass(frozen=True, repr=False)
+class Folding(Tabular):
     """What was folded; lies under ``anysplade`` in the checkpoint's config.json, as ``folding``."""
 
     by: Fold  # which terms share a dimension
@@ -47,6 +48,9 @@ class Folding:
     folded: int  # terms whose dimension is another's
     muted: int  # terms without one
     live: int  # terms that are left
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def fold_head(

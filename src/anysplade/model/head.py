@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from anysplade import __version__
+from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.options import BiasPolicy
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
@@ -317,8 +318,8 @@ class Probe:
         return Probe(token, query, document, None)
 
 
-@dataclass(frozen=True)
-class ProbeReport:
+@dataclass(frozen=True, repr=False)
+class ProbeReport(Tabular):
     """What SPLADE starts from, measured on probe texts before any training."""
 
     queries: int
@@ -336,9 +337,12 @@ class ProbeReport:
     chance: float  # that of guessing: log(documents)
     histogram: dict[str, list[float]]  # of the token logits: edges (bins + 1), shares (bins)
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
-@dataclass(frozen=True)
-class HeadReport:
+
+@dataclass(frozen=True, repr=False)
+class HeadReport(Tabular):
     """The MLM head of a masked LM: its shape and norms, and with a tokenizer what it does to probe texts."""
 
     model: str  # as it was named
@@ -357,6 +361,10 @@ class HeadReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The head and what it does to the probe texts."""
+        return [super()._rows()[0] | ({} if self.probe is None else self.probe._rows()[0])]
 
 
 def inspect_head(

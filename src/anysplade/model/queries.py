@@ -5,6 +5,7 @@ A model whose queries have a weight a token is saved by sentence-transformers as
 neither torch nor sentence-transformers.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
@@ -21,8 +22,36 @@ from anysplade.errors import ModelError
 from anysplade.model.saved import first_line, saved_file, saved_json
 from anysplade.model.vocabulary import term_names
 
+logger = logging.getLogger(__name__)
+
 _UNLIMITED = 10**20  # a model_max_length above it means none
 _TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}  # of stored weights, besides bfloat16, which NumPy lacks
+
+
+class Cut(NamedTuple):
+    """How many texts are longer than what is read of them."""
+
+    texts: int  # that are longer
+    limit: int | None = None  # tokens that are read of each; None for all
+    maximum: int | None = None  # the highest limit that the model has positions for; None if nothing limits it
+
+
+def log_cut(cut: Cut, texts: int, what: str) -> None:
+    """Log how many of so many texts were cut, and what can be done, if any was."""
+    if cut.texts:
+        advice = (
+            "the model reads no more"
+            if cut.maximum is not None and cut.limit == cut.maximum
+            else f"`max_length` raises the limit{'' if cut.maximum is None else f', up to {cut.maximum:,}'}"
+        )
+        logger.info(
+            "%s of %s %s were cut at %s tokens, and what follows cannot be found; %s",
+            f"{cut.texts:,}",
+            f"{texts:,}",
+            what,
+            cut.limit,
+            advice,
+        )
 
 
 class Queries(Protocol):
@@ -31,8 +60,8 @@ class Queries(Protocol):
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary)."""
 
-    def count_cut(self, texts: Sequence[str]) -> tuple[int, int | None]:
-        """How many of the queries are longer than what is read of them, and how many tokens that is; None for all."""
+    def count_cut(self, texts: Sequence[str]) -> Cut:
+        """How many of the queries are longer than what is read of them."""
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         """The tokens of a text: the id, and the characters from where to where."""
@@ -40,10 +69,6 @@ class Queries(Protocol):
     @property
     def precision(self) -> str:
         """float32, or what approximates it; see ``for_inference``."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """The highest limit of tokens that can be set; None if nothing limits it."""
 
     @property
     def term_names(self) -> list[str]:
@@ -69,7 +94,7 @@ class StaticQueries:
         self._tokenizer = reading.tokenizer
         self._prompt = prompt
         self._finite = bool(np.isfinite(weights).all())
-        self.max_positions = reading.limit
+        self._limit = reading.limit
         self._tokenizer.no_padding()
         if reading.limit is None:
             self._tokenizer.no_truncation()
@@ -131,9 +156,9 @@ class StaticQueries:
             terms, weights = terms[kept], weights[kept]
         return sparse.csr_matrix((weights, terms, starts), shape=(len(rows), len(self._weights)))
 
-    def count_cut(self, texts: Sequence[str]) -> tuple[int, int | None]:
-        """How many of the queries are longer than what is read of them, and how many tokens that is; None for all."""
-        return sum(bool(encoding.overflowing) for encoding in self._encode(texts)), self.max_positions
+    def count_cut(self, texts: Sequence[str]) -> Cut:
+        """How many of the queries are longer than what is read of them."""
+        return Cut(sum(bool(encoding.overflowing) for encoding in self._encode(texts)), self._limit, self._limit)
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         """The tokens of a text: the id, and the characters from where to where."""

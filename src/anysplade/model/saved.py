@@ -16,8 +16,11 @@ def resolve_model(name: str | Path) -> str:
     """A checkpoint folder or a hub id, as ``from_pretrained`` takes it; bundled backbones go by name.
 
     Raises:
-        ModelError: a folder that does not exist or holds no checkpoint, or no such model on the hub.
+        ModelError: a folder that does not exist or holds no checkpoint, no such model on the hub, or no name at all.
     """
+    if not isinstance(name, str | Path):
+        kind = type(name).__name__
+        raise ModelError(f"a {kind}, not a model's folder or hub id; save the model with save_pretrained, and name the folder")
     text = str(name).strip()
     path = Path(text).expanduser()
     if text and path.is_dir():

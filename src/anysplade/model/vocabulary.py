@@ -163,6 +163,39 @@ def name_terms(tokens: Sequence[str | None]) -> list[str]:
     return names
 
 
+def split_words(text: str, tokens: Sequence[tuple[int, int, int]], names: Sequence[str]) -> dict[int, str]:
+    """The words of a text that its tokenizer split, by the id of each of their pieces; of several words the first.
+
+    Scripts without case are left as they are: in some of them words have no space between them, so that all the text would be one.
+
+    Args:
+        tokens: of the text: the id, and the characters from where to where.
+        names: of the terms; see ``term_names``.
+    """
+    words: dict[int, str] = {}
+    group: list[tuple[int, int, int]] = []
+
+    def close() -> None:
+        if len(group) > 1:
+            for term, _, _ in group:
+                words.setdefault(term, text[group[0][1] : group[-1][2]])
+
+    for token in tokens:
+        term, start, end = token
+        joined = group and start == group[-1][2] and start < end and names[term].startswith(_PIECE)
+        if not (joined and _has_case(text[start - 1]) and _has_case(text[start])):
+            close()
+            group = []
+        group.append(token)
+    close()
+    return words
+
+
+def _has_case(character: str) -> bool:
+    """Whether it is a digit, or a letter or a mark of a script with capitals."""
+    return character.isalnum() and unicodedata.category(character) != "Lo"
+
+
 def _kinds(decoder: Any) -> Iterator[str]:
     """The names of a decoder's parts: the one place where a tokenizer says what its marks are."""
     if decoder is None:

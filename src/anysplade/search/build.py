@@ -29,8 +29,9 @@ from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document, hash_texts
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import count_cut, encode, log_cut
+from anysplade.model.encoding import count_cut, encode
 from anysplade.model.options import Precision, Runtime
+from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference
 from anysplade.search.documents import EncodedDocument
 
@@ -65,8 +66,7 @@ class Options(NamedTuple):
 
 class _Rows(NamedTuple):
     matrix: sparse.csr_matrix  # (documents, vocabulary)
-    cut: int  # documents longer than the limit
-    limit: int | None  # tokens
+    cut: Cut  # of the documents
 
 
 def encode_documents(
@@ -104,16 +104,15 @@ def encode_documents(
     def kept(number: int, part: Part) -> _Rows | None:
         return None if shards is None else _read_shard(shards, number, part)
 
-    cut = count = 0
-    limit = None
+    cut, count = Cut(0), 0
     with tqdm(desc="encoding documents", unit="document", disable=not progress, leave=False) as bar:
         for number, (part, rows, is_new) in enumerate(run(_parts(documents), options, kept, workers, encoder or options.open)):
             if shards is not None and is_new:
                 write_whole(shards / f"{number:06}.npz", _to_bytes(rows, part))
-            cut, count, limit = cut + rows.cut, count + len(part.ids), rows.limit
+            cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
             bar.update(len(part.ids))
             yield _with_vectors(part, rows.matrix)
-    log_cut(cut, count, limit, "documents")
+    log_cut(cut, count, "documents")
 
 
 def corpus_name(corpus: str | Path) -> str:
@@ -130,7 +129,7 @@ def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[Part]:
 
 def _encode(encoder: SparseEncoder, part: Part, top_k: int | None) -> _Rows:
     matrix = encode(encoder, part.texts, "document", ids=part.ids, top_k=top_k)
-    return _Rows(matrix, *count_cut(encoder, part.texts, "document"))
+    return _Rows(matrix, count_cut(encoder, part.texts, "document"))
 
 
 def _with_vectors(part: Part, matrix: sparse.csr_matrix) -> list[EncodedDocument]:
@@ -224,14 +223,14 @@ class _RayActor:
 def _to_bytes(rows: _Rows, part: Part) -> bytes:
     """A part's rows as a NumPy archive, with a hash of its documents."""
     file = io.BytesIO()
-    matrix, limit = rows.matrix, -1 if rows.limit is None else rows.limit
+    matrix = rows.matrix
     np.savez(
         file,
         allow_pickle=False,
         indptr=matrix.indptr.astype(np.int64),
         terms=matrix.indices.astype(np.int32),
         weights=matrix.data,
-        about=np.array([matrix.shape[1], rows.cut, limit], np.int64),
+        about=np.array([matrix.shape[1], *(-1 if number is None else number for number in rows.cut)], np.int64),
         data_hash=np.frombuffer(_hash(part).encode(), np.uint8),
     )
     return file.getvalue()
@@ -246,10 +245,10 @@ def _from_bytes(content: bytes, data_hash: str | None = None) -> _Rows | None:
     with np.load(io.BytesIO(content)) as arrays:
         if data_hash is not None and arrays["data_hash"].tobytes().decode() != data_hash:
             return None
-        vocabulary, cut, limit = arrays["about"].tolist()
+        vocabulary, count, *limits = arrays["about"].tolist()
         shape = (len(arrays["indptr"]) - 1, vocabulary)
         matrix = sparse.csr_matrix((arrays["weights"], arrays["terms"], arrays["indptr"]), shape=shape)
-    return _Rows(matrix, cut, None if limit < 0 else limit)
+    return _Rows(matrix, Cut(count, *(None if number < 0 else number for number in limits)))
 
 
 def _read_shard(folder: Path, number: int, part: Part) -> _Rows | None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document
 from anysplade.errors import DataError, OptionError
 
@@ -69,6 +70,17 @@ def check_vectors(documents: Sequence[EncodedDocument], vocabulary: int) -> None
         check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, vocabulary)
 
 
+def check_documents(documents: object) -> None:
+    """Raise OptionError unless it is a mapping of ids to documents."""
+    fix = 'give {"id": anysplade.Document(title="", text="…")}'
+    if not isinstance(documents, Mapping):
+        raise OptionError(f"documents are a {type(documents).__name__}; {fix}, or the path of a file")
+    for id_, document in documents.items():
+        if not isinstance(id_, str) or not isinstance(document, Document):
+            kinds = f"{type(id_).__name__} to a {type(document).__name__}"
+            raise OptionError(f"document {str(id_)[:80]!r}: a {kinds}; {fix}")
+
+
 def check_filter(filter: Filter | None) -> dict[str, list[Value]]:
     """Metadata names and the values of which a document must have one.
 
@@ -94,8 +106,8 @@ class TermMatch:
     product: float  # of the two weights: what the term adds to the score
 
 
-@dataclass(frozen=True)
-class Hit:
+@dataclass(frozen=True, repr=False)
+class Hit(Tabular):
     """A document that a search returned."""
 
     id: str  # of the document
@@ -107,3 +119,17 @@ class Hit:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """All but the metadata; of each term what it adds to the score."""
+        terms = {} if self.terms is None else {"terms": " ".join(f"{match.term} {match.product:.2f}" for match in self.terms)}
+        return [{"id": self.id, "score": self.score, "title": self.title, "text": self.text} | terms]
+
+
+class Hits(list[Hit], Tabular):
+    """The hits of a search, the best first: a list that shows itself as a table."""
+
+    __repr__ = Tabular.__repr__
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"rank": rank} | hit._rows()[0] for rank, hit in enumerate(self, 1)]

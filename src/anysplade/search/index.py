@@ -21,7 +21,7 @@ from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, TermMatch, check_documents
 from anysplade.search.models import FORMAT, IndexModel, describe_model
 from anysplade.search.store import BATCH, Store
 
@@ -101,6 +101,8 @@ class Index:
         from anysplade.search.build import corpus_name
 
         output = Path(output).expanduser()
+        if not isinstance(corpus, str | Path):
+            check_documents(corpus)
         source = resolve_model(model)
         on_disk = isinstance(corpus, str | Path)
         wanted = describe_model(source, output) | {
@@ -266,6 +268,9 @@ class Index:
     def __len__(self) -> int:
         return len(self.store)
 
+    def __repr__(self) -> str:
+        return f"Index({str(self.folder)!r}: {len(self):,} documents, model {self.about['model']!r})"
+
     @property
     def encoder(self) -> "SparseEncoder":
         """The model the index was built with, loaded on first use.
@@ -296,8 +301,10 @@ class Index:
 
         Raises:
             OutputError: another process holds the index, or it is read-only.
+            OptionError: what is given is no mapping of ids to ``Document``.
             ModelError: the model is gone, was changed, or gives a vector that cannot be indexed.
         """
+        check_documents(documents)
         for batch in self._encode(documents.items(), progress=progress):
             self.store.put(batch, by_hand=True)
 
@@ -322,9 +329,7 @@ class Index:
             about["model_beside"] = os.path.relpath(self.folder.resolve() / about["model_beside"], folder.resolve())
         write_whole(folder / "index.json", json.dumps(about, indent=2) + "\n")
 
-    def search(
-        self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
-    ) -> list[Hit]:
+    def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
         """Find the ``k`` documents of the highest score above 0 for a ``query``; ties keep the order in which they were added.
 
         Args:
@@ -340,7 +345,7 @@ class Index:
 
     def search_vector(
         self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
-    ) -> list[Hit]:
+    ) -> Hits:
         """``search`` with the ``vector`` of a query, (1, vocabulary), in place of its text; the other arguments are the same:
         ``k``, ``explain``, ``filter``, ``exact``.
 
@@ -351,7 +356,7 @@ class Index:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         found = self.store.search(vector.indices, vector.data, k, filter, exact)
         documents = self.store.documents([position for position, _ in found])
-        hits = []
+        hits = Hits()
         for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
             matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
             score = score if matches is None else sum(match.product for match in matches)

@@ -14,7 +14,7 @@ from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, explain_score
@@ -171,9 +171,10 @@ class RemoteIndex:
     def __len__(self) -> int:
         return self.engine.count()
 
-    def search(
-        self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
-    ) -> list[Hit]:
+    def __repr__(self) -> str:
+        return f"RemoteIndex({self.address!r})"
+
+    def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
         """Search as ``Index.search`` does, with the same arguments (``query``, ``k``, ``explain``, ``filter``). The terms of a hit
         come from its text, encoded again as the index was built.
 
@@ -190,12 +191,12 @@ class RemoteIndex:
         vector = self.queries.encode([query])
         hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
         if not explain or not hits:
-            return hits
+            return Hits(hits)
         from anysplade.model.encoding import encode
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         rows = encode(self._model.documents, texts, "document", top_k=self.about.get("top_k"))
-        explained = []
+        explained = Hits()
         for hit, row in zip(hits, rows, strict=True):
             terms = explain_score(self.queries.term_names, vector, row.indices, row.data)
             explained.append(Hit(hit.id, hit.score, hit.title, hit.text, hit.metadata, terms))

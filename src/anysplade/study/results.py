@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, TypeAdapter, ValidationError, WrapSerializer
 
+from anysplade._common.tables import Tabular
 from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import Evaluation
 from anysplade.study.arms import Arm
@@ -221,8 +222,8 @@ def baseline(evaluation: Evaluation) -> Baseline:
     return TypeAdapter(Baseline).validate_python(evaluation.to_dict())
 
 
-@dataclass(frozen=True)
-class StudyResult:
+@dataclass(frozen=True, repr=False)
+class StudyResult(Tabular):
     """The content of ``study.json``: every study in the folder, and every cell's numbers with the commands that reproduce them."""
 
     studies: dict[str, Annotated[Study, _WITHOUT_NONE]]  # by name
@@ -235,6 +236,16 @@ class StudyResult:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json``."""
         return _RESULT.dump_python(self, mode="json", by_alias=True)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Each study's rows on each collection."""
+        return [
+            {"study": name, "backbone": row.backbone, "arm": row.label, "trainings": row.runs, "collection": collection}
+            | TypeAdapter(Means).dump_python(means, by_alias=True)
+            for name, study in self.studies.items()
+            for row in study.rows
+            for collection, means in row.results.items()
+        ]
 
 
 _RESULT = TypeAdapter(StudyResult)

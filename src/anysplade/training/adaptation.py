@@ -23,6 +23,7 @@ from sentence_transformers.base.modules import Transformer
 
 from anysplade._common.files import default_cache, require_empty, whole_folder, write_whole
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Document, Pair, data_hash, load_collection, read_corpus
 from anysplade.data.document_pairs import KINDS, make_pairs
 from anysplade.data.pairs import load_pairs
@@ -48,8 +49,8 @@ _TRIMMED = 0.85  # times the original's FLOPS, on training texts: room for what 
 _COSTLIER = 1.05  # times the FLOPS: what is above is no longer the same cost
 
 
-@dataclass(frozen=True)
-class Adaptation:
+@dataclass(frozen=True, repr=False)
+class Adaptation(Tabular):
     """What ``adapt`` did; lies in ``adaptation.json``."""
 
     model: str  # folder of the model that was kept
@@ -67,6 +68,13 @@ class Adaptation:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The original and the adapted model."""
+        return [
+            {"model": name, "kept": name == self.kept} | values
+            for name, values in (("original", self.before), ("adapted", self.after))
+        ]
 
 
 def adapt(

@@ -35,6 +35,7 @@ from transformers import (
 
 from anysplade._common.files import require_empty, whole_folder, write_whole
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
@@ -53,8 +54,8 @@ _COUNTED = 2000  # texts whose tokens are counted, for the decoder's bias and th
 _CHARACTERS = 6  # a token, of a text that is cut into pieces: more than there are, so that a piece fills its tokens
 
 
-@dataclass(frozen=True)
-class HeadTraining:
+@dataclass(frozen=True, repr=False)
+class HeadTraining(Tabular):
     """What ``train_head`` did; lies in ``head.json`` beside the weights."""
 
     model: str  # the new masked LM's folder

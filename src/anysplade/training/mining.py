@@ -11,10 +11,11 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from anysplade._common.files import finished_record, record_path, write_whole
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 _BLOCK = 512  # queries whose result is written at once
 
 
-class Mined(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Mined(Tabular):
     """The record that ``mine`` and ``score`` write beside the JSONL, to ``OUTPUT.json``."""
 
     examples: int  # written

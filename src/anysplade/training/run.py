@@ -30,6 +30,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from anysplade._common.files import whole_folder, write_whole
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.pairs import StoredPairs, read_pairs
 from anysplade.data.python_docs import PACKAGES
@@ -69,8 +70,8 @@ _CHECKED = 1000  # examples that are looked at before the others are read
 _DEV_METRIC = "eval_dev_nDCG@10"
 
 
-@dataclass(frozen=True)
-class TrainingResult:
+@dataclass(frozen=True, repr=False)
+class TrainingResult(Tabular):
     """What a finished run leaves; lies in ``training.json``."""
 
     model: str  # folder of the trained encoder

@@ -1,0 +1,86 @@
+"""A sparse vector as words: the largest weights with their terms, the pieces of a word joined."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+from sentence_transformers import SparseEncoder
+from torch import Tensor
+
+from anysplade._common.tables import Tabular
+from anysplade.errors import OptionError
+from anysplade.model.encoder import term_names
+from anysplade.model.encoding import ModelQueries, require_encoder
+from anysplade.model.vocabulary import split_words
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class WeightedTerm(NamedTuple):
+    """A word of a sparse vector."""
+
+    term: str  # a name of ``term_names``, or a word whose pieces are terms
+    weight: float  # in the vector; of a joined word the sum over its pieces
+    ids: tuple[int, ...]  # of the term, or of the pieces
+
+
+class Terms(list[WeightedTerm], Tabular):
+    """The terms of a vector, the largest weight first: a list that shows itself as a table."""
+
+    __repr__ = Tabular.__repr__
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [term._asdict() for term in self]
+
+
+def terms(
+    vector: "sparse.spmatrix | NDArray[Any] | Tensor", encoder: SparseEncoder, text: str | None = None, k: int | None = None
+) -> Terms:
+    """The words of a sparse vector with their weights, the largest first.
+
+    Args:
+        vector: one row of ``encode``'s result, or what ``SparseEncoder.encode`` gives for one text, (vocabulary,) or
+            (1, vocabulary).
+        encoder: that made the vector.
+        text: of which it was made. The pieces of a word that the tokenizer split are then shown as the word; a piece that is
+            in several words counts for the first of them.
+        k: how many words at most; None for all.
+
+    Raises:
+        OptionError: the vector has another width than the encoder, or there are several.
+    """
+    require_encoder(encoder)
+    row = _one_row(vector)
+    names = term_names(encoder)
+    if row.shape[1] != len(names):
+        raise OptionError(f"`vector` has {row.shape[1]:,} terms and the encoder {len(names):,}; give the encoder that made it")
+    words = {} if text is None else split_words(text, ModelQueries(encoder).tokens(text), names)
+    return join_terms(zip(row.indices.tolist(), row.data.tolist(), strict=True), names, words, k)
+
+
+def join_terms(weights: Iterable[tuple[int, float]], names: Sequence[str], words: Mapping[int, str], k: int | None = None) -> Terms:
+    """Terms by id and weight as named words, the largest weight first; those of a word in ``words`` (by id) are joined."""
+    joined: dict[tuple[str, bool], list[tuple[int, float]]] = {}
+    for term, weight in weights:
+        name = words.get(term)
+        joined.setdefault((names[term], False) if name is None else (name, True), []).append((term, weight))
+    found = [
+        WeightedTerm(name, sum(weight for _, weight in parts), tuple(term for term, _ in parts))
+        for (name, _), parts in joined.items()
+    ]
+    return Terms(sorted(found, key=lambda term: -term.weight)[:k])
+
+
+def _one_row(vector: Any) -> sparse.csr_matrix:
+    """The vector as a row without zeros, (1, vocabulary)."""
+    if isinstance(vector, Tensor):
+        vector = vector.detach().cpu().to_dense().float().numpy()
+    if not sparse.issparse(vector):
+        vector = np.atleast_2d(np.asarray(vector, np.float32))
+    row = sparse.csr_matrix(vector)
+    if row.shape[0] != 1:
+        raise OptionError(f"`vector` has {row.shape[0]:,} rows; give one of them, such as vectors[0]")
+    row.eliminate_zeros()
+    return row
