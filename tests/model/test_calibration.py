@@ -79,7 +79,10 @@ def test_a_sparse_head_that_retrieves_stays_as_it_is():
     assert kept.after == kept.before
     assert kept.declined is not None
     assert kept.declined[1] < 0
-    assert "k={:g}, shift={:g}".format(*kept.declined) in kept.explanation
+    assert kept.explanation.startswith("already sparse: use it as it is (")
+    assert list(kept.sides) == ["as it is"]
+    assert next(iter(choose(probe()).sides)) == "raw"
+    assert list(kept.to_pandas()["head"]) == ["as it is"]
     assert choose(sparse_probe(3.0), k=2.0, shift=0.5).declined is None  # numbers are applied
     assert choose(sparse_probe(3.0), strength=1).declined is None  # it collapsed in training
 

@@ -122,7 +122,7 @@ def test_side_by_side_with_bm25(browser, address):
 
 
 def test_the_inspector(browser, address):
-    show(browser, f"{address}/inspect")
+    show(browser, f"{address}/terms")
     browser.find_element(By.TAG_NAME, "textarea").send_keys("kabel locor")
     browser.find_element(By.TAG_NAME, "button").click()
     rows = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "tbody tr"))
@@ -140,7 +140,7 @@ def test_head_and_cost(browser, address):
     assert "active dims per document" in browser.find_element(By.TAG_NAME, "main").text
 
 
-VIEWS = ("/", "/?q=kabel", "/compare?q=kabel", "/inspect?text=kabel", "/head", "/cost")
+VIEWS = ("/", "/?q=kabel", "/compare?q=kabel", "/terms?text=kabel", "/head", "/cost")
 
 
 @pytest.mark.parametrize("view", VIEWS)

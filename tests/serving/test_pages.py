@@ -25,7 +25,7 @@ def test_a_head_that_is_wider_than_the_vocabulary(tmp_path):
     with TestClient(create_app(Searcher(tmp_path / "index")), base_url="http://localhost") as client:
         hits = client.post("/search", json={"query": "kabel locor", "k": 1, "explain": True}).json()["hits"]
         (vector,) = client.post("/encode", json={"texts": ["kabel locor"]}).json()["vectors"]
-        pages = [client.get(path) for path in ("/?q=kabel+locor", "/inspect?text=kabel+locor", "/cost", "/head")]
+        pages = [client.get(path) for path in ("/?q=kabel+locor", "/terms?text=kabel+locor", "/cost", "/head")]
     assert [term["term"] for term in hits[0]["terms"]] == [term.term for term in expected[0].terms]
     assert sorted(vector.values()) == pytest.approx(sorted(encoded.data.tolist()), rel=1e-5)
     assert [page.status_code for page in pages] == [200] * 4
@@ -34,7 +34,7 @@ def test_a_head_that_is_wider_than_the_vocabulary(tmp_path):
 
 
 def test_markup_in_documents_is_escaped(client):
-    for path in ("/?q=kabel&k=50", "/results?q=kabel&k=50", "/compare?q=kabel", "/inspect?text=<script>x</script>"):
+    for path in ("/?q=kabel&k=50", "/results?q=kabel&k=50", "/compare?q=kabel", "/terms?text=<script>x</script>"):
         page = client.get(path)
         assert page.status_code == 200
         assert len(re.findall(r"<script", page.text)) == ("results" not in path)  # our own, in the head
@@ -74,7 +74,7 @@ def test_searches_are_answered_while_the_cost_is_counted(folder, monkeypatch):
         pending = [pool.submit(http_get, address, "/cost") for _ in range(3)]
         try:
             assert reached.wait(30)
-            for path in ("/?q=kabel", "/results?q=kabel", "/inspect?text=kabel", "/health", "/metrics", "/openapi.json"):
+            for path in ("/?q=kabel", "/results?q=kabel", "/terms?text=kabel", "/health", "/metrics", "/openapi.json"):
                 assert http_get(address, path)[0] == 200
             assert not any(future.done() for future in pending)
         finally:
@@ -104,18 +104,16 @@ def test_queries_by_token_are_served_without_the_encoder(static_index, tmp_path)
         "/encode": {"texts": ["kabel"]},
         "/explain": {"query": "kabel", "id": "d0"},
     }
-    pages = ("/?q=kabel", "/results?q=kabel", "/inspect?text=kabel", "/compare?q=kabel", "/cost", "/health", "/metrics")
+    pages = ("/?q=kabel", "/results?q=kabel", "/terms?text=kabel", "/compare?q=kabel", "/cost", "/health", "/metrics")
     with TestClient(app, base_url="http://localhost") as client:
         with no_encoder():
             assert [client.post(path, json=body).status_code for path, body in queries.items()] == [200] * 3
             found = {path: client.get(path) for path in pages}
             assert [page.status_code for page in found.values()] == [200] * len(pages)
-            assert "kabel" in found["/inspect?text=kabel"].text
+            assert "kabel" in found["/terms?text=kabel"].text
         assert client.post("/encode", json={"texts": ["kabel"], "role": "document"}).json()["vectors"][0]
         with no_encoder():
-            assert [client.get(path).status_code for path in ("/inspect?text=kabel&role=document", "/head", "/head.svg")] == [
-                200
-            ] * 3
+            assert [client.get(path).status_code for path in ("/terms?text=kabel&role=document", "/head", "/head.svg")] == [200] * 3
 
 
 def test_the_head_page_loads_the_encoder(static_index, tmp_path):

@@ -31,7 +31,8 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     if svg is not None:
         files.write_whole(svg, calibration.logit_figure(suggested))
     return Result(
-        measured.to_dict() | {"suggested": suggested.to_dict(), "verdict": verdict}, report.head_tables(measured, suggested)
+        measured.to_dict() | {"suggested": suggested.to_dict(), "verdict": verdict},
+        report.head_tables(measured, suggested, data or "built-in texts, before training"),
     )
 
 

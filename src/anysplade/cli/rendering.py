@@ -29,7 +29,12 @@ _SNIPPET = 160  # characters of a hit's text
 _TERMS = 6  # shown of a hit's explanation
 
 
-def head_tables(report: "HeadReport", suggested: "Calibration") -> list[RenderableType]:
+def head_tables(report: "HeadReport", suggested: "Calibration", texts: str) -> list[RenderableType]:
+    """The head, and what it does to the probe texts.
+
+    Args:
+        texts: what these are.
+    """
     tied = "tied to the input embeddings" if report.tied else "not tied"
     about = (
         f"{report.architecture}: vocabulary {report.vocabulary:,}, width {report.width}, decoder {tied}, "
@@ -40,10 +45,9 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
         about += f"\nrescaled before: k={report.rescaled['k']:g}, shift={report.rescaled['shift']:g}"
     if report.folding:
         about += f"\n{_folded(report)}"
-    before, after = suggested.before, suggested.after
-    if before is None or after is None:
-        return [about]
-    table = _table("before any training", "raw", f"k={suggested.k:g}, shift={suggested.shift:g}")
+    sides = suggested.sides
+    first = next(iter(sides.values()))
+    table = _table(f"on {texts}", *sides)
     for label, name, form in (
         ("token logits above zero", "positive_share", ".2%"),
         ("query active dims", "query_active_dims", ",.0f"),
@@ -52,12 +56,12 @@ def head_tables(report: "HeadReport", suggested: "Calibration") -> list[Renderab
         ("score, mean", "score_mean", ",.1f"),
         ("score, standard deviation", "score_std", ",.1f"),
         ("cosine between documents", "document_similarity", ".2f"),
-        (f"loss (guessing: {before.chance:.2f})", "start_loss", ",.2f"),
+        (f"loss (guessing: {first.chance:.2f})", "start_loss", ",.2f"),
     ):
-        values = [getattr(side, name) for side in (before, after)]
+        values = [getattr(side, name) for side in sides.values()]
         table.add_row(label, *("–" if value is None else format(value, form) for value in values))
-    for percentile, value in before.logit_percentiles.items():
-        table.add_row(f"logits, percentile {percentile}", f"{value:.2f}", f"{after.logit_percentiles[percentile]:.2f}")
+    for percentile in first.logit_percentiles:
+        table.add_row(f"logits, percentile {percentile}", *(f"{side.logit_percentiles[percentile]:.2f}" for side in sides.values()))
     if suggested.explanation:
         return [about, table, Text(suggested.explanation, style="bold")]
     raw, calibrated = suggested.verdicts or ("", "")

@@ -55,14 +55,22 @@ class Calibration(Tabular):
         return formula(self.k, self.shift)
 
     @property
+    def sides(self) -> "dict[str, ProbeReport]":
+        """What the probe texts show, by the head's name: raw and calibrated, or as it is; empty without texts."""
+        if self.before is None or self.after is None:
+            return {}
+        if (self.k, self.shift) == (1, 0):
+            return {"as it is": self.before}
+        return {"raw": self.before, f"k={self.k:g}, shift={self.shift:g}": self.after}
+
+    @property
     def explanation(self) -> str | None:
         """Why the head stays as it is, and what changes it all the same; None if it was calibrated."""
         if self.declined is None or self.before is None:
             return None
         return (
-            f"the head is sparse already ({self.before.positive_share:.2%} of the token logits above zero, "
-            f"{self.before.document_active_dims:,.0f} active dims a document) and stays as it is; a raw head like it would get "
-            f"k={self.declined[0]:g}, shift={self.declined[1]:g}, and numbers for k and shift are always applied"
+            f"already sparse: use it as it is ({self.before.positive_share:.2%} of the token logits above zero, "
+            f"{self.before.document_active_dims:,.0f} active dims per document); only numbers for k and shift change it"
         )
 
     @property
@@ -75,10 +83,7 @@ class Calibration(Tabular):
 
     def _rows(self) -> list[dict[str, Any]]:
         """The raw head and the calibrated one, with what the probe texts show of each."""
-        sides = (("raw", 1.0, 0.0, self.before), ("calibrated", self.k, self.shift, self.after))
-        return [
-            {"head": name, "k": k, "shift": shift} | ({} if probe is None else probe._rows()[0]) for name, k, shift, probe in sides
-        ]
+        return [{"head": name} | probe._rows()[0] for name, probe in self.sides.items()] or [{"k": self.k, "shift": self.shift}]
 
 
 def calibrate(
@@ -214,18 +219,18 @@ def _foresee(start: ProbeReport) -> Verdict:
 
 
 def logit_figure(calibration: Calibration) -> str:
-    """The token logits before and after calibration, with relu's threshold, as SVG.
+    """The token logits before and after calibration over one axis, with relu's threshold, as SVG; once if the head stays as it is.
 
     Raises:
         OptionError: the calibration was made without probe texts.
     """
-    before, after = calibration.before, calibration.after
-    if before is None or after is None:
+    sides = calibration.sides
+    if not sides:
         raise OptionError("there is no figure without probe texts")
 
     def paint(figure: Any) -> None:
-        raw, calibrated = figure.subplots(2, 1, sharey=True)
-        for axes, side, title in ((raw, before, "raw"), (calibrated, after, calibration.formula)):
+        rows = figure.subplots(len(sides), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, (title, side) in zip(rows, sides.items(), strict=True):
             edges, shares = side.histogram["edges"], side.histogram["shares"]
             colors = ["#c2410c" if edge >= 0 else "#94a3b8" for edge in edges[:-1]]
             axes.bar(edges[:-1], shares, [b - a for a, b in itertools.pairwise(edges)], align="edge", color=colors)
@@ -233,14 +238,14 @@ def logit_figure(calibration: Calibration) -> str:
             axes.set_yscale("log")
             axes.set_title(
                 f"{title}: {side.positive_share:.2%} of the token logits above zero, "
-                f"{side.document_active_dims:,.0f} active dims a document",
+                f"{side.document_active_dims:,.0f} active dims per document",
                 fontsize=10,
                 loc="left",
             )
             axes.set_ylabel("share")
-        calibrated.set_xlabel("logit; relu keeps what lies right of the line")
+        rows[-1].set_xlabel("logit; SPLADE keeps those right of the line")
 
-    return draw(paint, 7, 4.4)
+    return draw(paint, 7, 2.2 * len(sides))
 
 
 def _round(value: float) -> float:

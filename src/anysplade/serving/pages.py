@@ -1,4 +1,4 @@
-"""The HTML pages: search, inspect, compare, head, cost and the login form."""
+"""The HTML pages: search, terms, compare, head, cost and the login form."""
 
 import asyncio
 import hmac
@@ -66,13 +66,13 @@ async def _search(request: Request, searcher: CurrentSearcher, q: _Text = "", k:
     return html(template, request, query=q, results=results, seconds=seconds, expansion=expansion, term_limit=_TERMS)
 
 
-@_page("/inspect")
-async def _inspect(request: Request, searcher: CurrentSearcher, text: _Text = "", role: Role = "query") -> Response:
+@_page("/terms")
+async def _terms(request: Request, searcher: CurrentSearcher, text: _Text = "", role: Role = "query") -> Response:
     expansion = None
     if text.strip():
         row = await searcher.encode([text], role)
         expansion = await searcher.run(lambda: _expansion(searcher.index.queries, row, text))
-    return html("inspect.html", request, text=text, role=role, expansion=expansion)
+    return html("terms.html", request, text=text, role=role, expansion=expansion)
 
 
 @_page("/compare")
