@@ -69,7 +69,7 @@ class Calibration(Tabular):
         if self.declined is None or self.before is None:
             return None
         return (
-            f"already sparse: use it as it is ({self.before.positive_share:.2%} of the token logits above zero, "
+            f"already sparse: use it as it is ({self.before.positive_share:.2%} of token logits above zero, "
             f"{self.before.document_active_dims:,.0f} active dims per document); only numbers for k and shift change it"
         )
 
@@ -237,9 +237,9 @@ def logit_figure(calibration: Calibration) -> str:
             axes.axvline(0, color="black", linewidth=1)
             axes.set_yscale("log")
             axes.set_title(
-                f"{title}: {side.positive_share:.2%} of the token logits above zero, "
+                f"{title}: {side.positive_share:.2%} of token logits above zero, "
                 f"{side.document_active_dims:,.0f} active dims per document",
-                fontsize=10,
+                fontsize=9,
                 loc="left",
             )
             axes.set_ylabel("share")
