@@ -1,18 +1,20 @@
-"""Exact dot products over postings in memory: the reference that engines are held against."""
+"""Exact dot products in memory, over postings and over dense vectors: the reference that engines are held against."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
+_BLOCK = 2**24  # scores of dense vectors at a time: 64 MiB
 
-def highest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of the k highest scores above 0, and those scores; ties by position."""
+
+def highest(scores: np.ndarray, k: int, above: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of the k highest scores above 0, or another bound, and those scores; ties by position."""
     if k < len(scores):
         bound = np.partition(scores, len(scores) - k)[len(scores) - k]
-        candidates = np.flatnonzero((scores >= bound) & (scores > 0))
+        candidates = np.flatnonzero((scores >= bound) & (scores > above))
     else:
-        candidates = np.flatnonzero(scores > 0)
+        candidates = np.flatnonzero(scores > above)
     best = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
     return best, scores[best]
 
@@ -47,3 +49,14 @@ class Postings:
         """``top`` for each row of a matrix of queries."""
         rows = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
         return [self.top(queries.indices[row], queries.data[row], k) for row in rows]
+
+
+def nearest(queries: np.ndarray, documents: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The positions of the k documents of the highest dot product with each query, and the products; ties by position.
+
+    Args:
+        queries, documents: dense vectors, (queries, width) and (documents, width), float32.
+    """
+    size = max(1, _BLOCK // max(1, len(documents)))
+    blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))
+    return [highest(row, k, -np.inf) for block in blocks for row in block]
