@@ -1,0 +1,67 @@
+"""Work that shows itself: a bar where a person watches, a line in the log now and then where nobody does."""
+
+import logging
+import sys
+import time
+from typing import Any, Self
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_FIRST, _EVERY = 5.0, 30.0  # seconds until the first line, and between lines
+
+
+def bar(what: str, unit: str, total: int | None = None, show: bool = False) -> "tqdm | _Lines":
+    """The progress of one piece of work, as a context whose ``update(n)`` says that n more units are done.
+
+    Args:
+        what: in the words of a person, such as "encoding documents".
+        unit: what is counted, in the singular.
+        total: units in all; None if it is not known.
+        show: whether anything is shown.
+    """
+    if show and not sys.stderr.isatty():
+        return _Lines(what, unit, total)
+    return tqdm(desc=what, unit=unit, total=total, disable=not show, leave=False, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: "40 seconds", "17 minutes", "2.5 hours"."""
+    for size, unit in ((3600, "hour"), (60, "minute"), (1, "second")):
+        if seconds >= 1.5 * size or size == 1:
+            count = f"{seconds / size:.1f}".removesuffix(".0") if unit == "hour" else f"{max(1, round(seconds / size))}"
+            break
+    return f"{count} {unit}{'' if count == '1' else 's'}"
+
+
+class _Lines:
+    """Progress in lines of the log."""
+
+    def __init__(self, what: str, unit: str, total: int | None) -> None:
+        self.what, self.unit, self.total = what, unit, total
+        self.n = 0
+        self._start = self._last = time.monotonic()
+        self._wait = _FIRST
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self._last < self._wait or self.n == self.total:
+            return
+        self._last, self._wait = now, _EVERY
+        done = f"{self.n:,} {self.unit}s" if self.total is None else f"{self.n:,} of {self.total:,} {self.unit}s"
+        left = (now - self._start) * ((self.total or 0) - self.n) / max(1, self.n)
+        logger.info("%s: %s%s", self.what, done, f", about {duration(left)} left" if left > 0 else "")
+
+    def set_postfix(self, **_: Any) -> None:
+        """A bar's, which lines do without."""
+
+    def close(self) -> None:
+        """A bar's; a line needs no end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,42 @@
+import logging
+
+import pytest
+
+from anysplade._common import progress
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "1 second"), (1, "1 second"), (40, "40 seconds"), (89, "89 seconds"), (91, "2 minutes"), (1020, "17 minutes"),
+     (5399, "90 minutes"), (5400, "1.5 hours"), (7200, "2 hours"), (86400, "24 hours")],
+)  # fmt: skip
+def test_durations_are_as_a_person_says_them(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_where_nobody_watches_a_line_comes_now_and_then(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "anysplade")
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress.bar("encoding documents", "document", 1000, show=True) as bar:
+        for _ in range(50):  # 20 documents in 2 s
+            now[0] += 2
+            bar.update(20)
+    assert caplog.messages[0] == "encoding documents: 60 of 1,000 documents, about 2 minutes left"
+    assert len(caplog.messages) == 4  # after 6, 36, 66 and 96 s
+    caplog.clear()
+    with progress.bar("reading", "file", show=True) as bar:
+        now[0] += 10
+        bar.update(3)
+    assert caplog.messages == ["reading: 3 files"]
+
+
+def test_nothing_is_said_unless_asked_for(monkeypatch, caplog, capsys):
+    caplog.set_level(logging.INFO, "anysplade")
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress.bar("encoding", "text", 10) as bar:
+        now[0] += 100
+        bar.update(5)
+    assert not caplog.messages
+    assert capsys.readouterr() == ("", "")
