@@ -9,7 +9,7 @@ calibration  the dense model with a head, raw, with fixed k and with auto, three
              and four times of it
 teachers     the same, trained on pairs with hard negatives, with a teacher and without, three seeds at equal cost; with both
              losses one seed
-adapt        the SPLADE adapted to the documents of two collections without labels, three seeds
+adapt        the SPLADE adapted to the documents of each of --collections without labels, three seeds
 epochs       how long a step takes with a teacher whose vectors are known, beside one without
 """
 
@@ -230,7 +230,7 @@ def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for name in ("vaswani", "cisi"):
+    for name in options.collections:
         corpus = str(options.data / name)
         found = [
             adapt(
@@ -251,7 +251,7 @@ def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "pairs": found[0].pairs,
             }
         )
-    return [*rows, bm25(options, ("vaswani", "cisi"))]
+    return [*rows, bm25(options, options.collections)]
 
 
 def epochs(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--splade", help="folder of a published SPLADE")
     parser.add_argument("--text", help="what heads are trained on: a file with one text a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cells and what they need")
+    parser.add_argument("--collections", nargs="+", default=["vaswani", "cisi", "cosqa"], help="of adapt")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
