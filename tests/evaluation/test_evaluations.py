@@ -1,6 +1,7 @@
 import json
 import math
 import multiprocessing
+import re
 import shutil
 import time
 
@@ -147,10 +148,26 @@ def test_a_run_that_hardly_belongs_to_the_collection(queries, documents, warning
         ("recal@100", "R@100"),
         ("xyzzy", "for example"),
         ("nDCG@", "nDCG@10"),
+        ("nDCG@0", "nDCG@10"),  # trec_eval would end the process
+        ("P@0", "P@10"),
+        ("Judged@0", "Judged@10"),
+        ("nDCG@-1", "nDCG@10"),
+        ("nDCG@1.5", "nDCG@10"),
+        ("nDCG@True", "nDCG@10"),
+        ("R@99999999999", "for example"),
+        ("P", "P@10"),
+        ("Success", "Success@10"),
+        ("P(rel=0)@5", "P@5"),
+        ("AP(rel='x')", "AP"),
+        ("AP(rel=1.5)", "AP"),
+        ("nDCG(gains='x')@5", "nDCG@5"),
+        ("IPrec", "for example"),
+        ("", "for example"),
+        ("nDCG@10 RR@10", "nDCG@10"),
     ],
 )
 def test_a_misspelt_metric_gets_a_suggestion(name, hint):
-    with pytest.raises(MeasureError, match=f"unknown metric '{name}'.*{hint}"):
+    with pytest.raises(MeasureError, match=rf"unknown metric {re.escape(repr(name))}.*{hint}"):
         parse_metrics([name])
 
 

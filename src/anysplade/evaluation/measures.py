@@ -28,22 +28,35 @@ def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
         raise OptionError(f"no metric given; for example {' '.join(METRICS)}")
     measures = {}
     for name in names:
-        try:
-            measures[name] = ir_measures.parse_measure(name.strip())
-        except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
-            raise MeasureError(f"unknown metric {name!r}: {_suggestion(name)}") from None
+        measures[name] = _parse(name)
+        if measures[name] is None:
+            raise MeasureError(f"unknown metric {name!r}: {_suggestion(name)}")
         if not ir_measures.DefaultPipeline.supports(measures[name]):
-            raise MeasureError(f"metric {name!r}: no installed library computes it; for example {', '.join(METRICS)}")
+            raise MeasureError(f"metric {name!r}: no installed library computes it; {_suggestion(name)}")
     return measures
 
 
+def _parse(name: str) -> Any | None:
+    """A measure of ir-measures; None if it has no such name or options."""
+    try:
+        found = ir_measures.parse_measure(name.strip())
+        found.validate_params()
+    except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
+        return None
+    # ir-measures lets these pass, and some of what computes the measures then ends the process.
+    counts = [found.params[option] for option in ("cutoff", "rel") if option in found.params]
+    return found if all(type(count) is int and 0 < count < 2**31 for count in counts) else None
+
+
 def _suggestion(name: str) -> str:
-    base, at, cutoff = name.partition("@")
+    base, at, cutoff = name.strip().partition("@")
     known = {alias.lower(): measure.NAME for alias, measure in ir_measures.measures.registry.items()}
-    near = difflib.get_close_matches(base.lower(), known, n=1, cutoff=0.5)
-    if not near:
-        return f"for example {', '.join(METRICS)}"
-    return f"did you mean {known[near[0]]}{at}{cutoff or '10' if at else ''}?"
+    for near in difflib.get_close_matches(base.partition("(")[0].lower(), known, n=1, cutoff=0.5):
+        with_cutoff = f"{known[near]}@{cutoff if cutoff.isdecimal() and int(cutoff) else 10}"
+        for wanted in (with_cutoff, known[near]) if at else (known[near], with_cutoff):
+            if (found := _parse(wanted)) is not None and ir_measures.DefaultPipeline.supports(found):
+                return f"did you mean {wanted}?"
+    return f"for example {', '.join(METRICS)}"
 
 
 def measure(
