@@ -144,8 +144,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             what = {"data": "training data", "dev": "dev collection"}.get(changed[0], changed[0])
             source = getattr(config, changed[0])
             raise OutputError(
-                f"{output}: the {what} changed since this run began ({source}), or an older version began it; "
-                "choose another `output`"
+                f"{output}: the {what} changed since this run began ({source}); choose another `output`, as for a run that an "
+                "older version began"
             )
         if finished is not None:
             if arguments.process_index == 0:
