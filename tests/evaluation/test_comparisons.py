@@ -9,7 +9,7 @@ from scipy import stats
 
 from anysplade import DataError, OptionError, compare, evaluate, evaluate_all, load_collection
 from anysplade.cli import main
-from anysplade.evaluation.comparisons import distinct_names, holm, interval
+from anysplade.evaluation.comparisons import distinct_names, holm, interval, paired_p
 from anysplade.evaluation.runs import write_run
 
 
@@ -204,3 +204,116 @@ def test_the_changed_queries_name_the_models_and_cannot_be_misread(backbone, tmp
     assert "\n    bm25: document 1215110 at rank 1\n" in shown
     assert f"\n    {names[1]}: document 1215110 at rank 2\n" in shown
     assert f"\n    {names[2]}: document 1215110 not found\n" in shown
+
+
+@pytest.mark.parametrize(
+    "difference, expected",
+    [
+        ([0.5], 1),
+        ([0.5, 0.5], 0.5),
+        ([-0.5, -0.5], 0.5),
+        ([0.1 + 0.2, 0.3, 0.3], 0.25),  # the same up to rounding
+        ([0.5] * 60, 2**-59),
+        ([0.5] * 5000, np.finfo(float).tiny),  # 2^-4999 is 0 in floating point
+        ([0, 0], 1),
+        ([0], 1),
+        ([], 1),
+        ([0.5, 0], stats.ttest_1samp([0.5, 0], 0).pvalue),
+        ([0.5, 0.4, 0.6], stats.ttest_1samp([0.5, 0.4, 0.6], 0).pvalue),
+        ([0.5, np.nan], np.nan),
+    ],
+)
+def test_p_of_differences(difference, expected):
+    after = np.array(difference, float)
+    assert paired_p(np.zeros(len(after)), after) == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_a_p_that_is_no_number_does_not_touch_the_others():
+    assert holm([np.nan, 0.01, 0.04]) == pytest.approx([np.nan, 0.02, 0.04], nan_ok=True)
+
+
+@pytest.mark.parametrize("values, expected", [([0.5], None), ([0.5, 0.5, 0.5], None), ([0.0], (0, 0)), ([0.0, 0.0], (0, 0))])
+def test_values_that_are_all_the_same_have_no_interval(values, expected):
+    assert interval(np.array(values)) == expected
+
+
+@pytest.fixture
+def two_queries(collection_folder, tmp_path):
+    """A folder of two queries, and run files that find one document each: "good" at rank 1, "late" at rank 2."""
+    (tmp_path / "good.trec").write_text("q0 Q0 d0 1 2 x\nq1 Q0 d1 1 2 x\n")
+    (tmp_path / "late.trec").write_text("".join(f"q{i} Q0 d9 1 2 x\nq{i} Q0 d{i} 2 1 x\n" for i in range(2)))
+    qrels = collection_folder / "qrels" / "test.tsv"
+    folder = shutil.copytree(collection_folder, tmp_path / "two")
+    (folder / "qrels" / "test.tsv").write_text("\n".join(qrels.read_text().splitlines()[:3]) + "\n")
+    return folder, [str(tmp_path / f"{name}.trec") for name in ("late", "good")]
+
+
+def test_a_constant_difference_is_shown_without_an_interval(two_queries, capsys, monkeypatch):
+    folder, runs = two_queries
+    monkeypatch.chdir(folder.parent)
+    assert main(["compare", *(Path(run).name for run in runs), "--collection", "two", "--metrics", "RR@10"]) == 0
+    assert "RR@10 +0.500 – 0.5 2 / 0 / 0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_two_names_of_a_measure_are_one_comparison(two_queries):
+    folder, runs = two_queries
+    once = evaluate_all([*runs, str(folder)], ["RR@10", "P@1"])
+    twice = evaluate_all([*runs, str(folder)], ["RR@10", "MRR@10", "P@1", "Precision@1"])
+    expected = {c.metric: (c.difference, c.p, c.p_corrected) for c in once.comparisons}
+    found = {c.metric: (c.difference, c.p, c.p_corrected) for c in twice.comparisons}
+    assert found == expected | {"MRR@10": expected["RR@10"], "Precision@1": expected["P@1"]}
+    assert expected["RR@10"] == (0.5, 0.5, 1.0)
+
+
+def test_evaluations_that_name_a_measure_otherwise_are_compared(two_queries):
+    folder, runs = two_queries
+    collection = load_collection(folder)
+    late, good = (evaluate(run, collection, [name]) for run, name in zip(runs, ("MRR@10", "RR@10"), strict=True))
+    (found,) = compare([late, good])
+    assert (found.metric, found.difference) == ("RR@10", 0.5)
+    with pytest.raises(DataError, match=r"late.trec: evaluated without P@1; give it the `metrics` of"):
+        compare([late, evaluate(runs[1], collection, ["P@1"])])
+
+
+def ranking(query, *documents):
+    return "".join(f"{query} Q0 {document} {rank} {-rank} x\n" for rank, document in enumerate(documents, 1))
+
+
+FILLERS = [f"d{i}" for i in range(10, 40)]
+
+
+@pytest.mark.parametrize(
+    "metric, grades, before, after, document, ranks",
+    [
+        # The one of the highest grade falls from 22 to 30, below the cutoff; the gain is the other's.
+        ("nDCG@10", {"d0": 2, "d1": 1}, [*FILLERS[:10], "d1", *FILLERS[10:20], "d0"], ["d1", *FILLERS[:28], "d0"], "d1", (11, 1)),
+        ("RR@10", {"d0": 1, "d1": 1}, ["d2", "d0", "d1"], ["d1", "d2", "d0"], "d1", (3, 1)),
+        ("RR@10", {"d0": 1, "d1": 1}, ["d0", "d2", "d1"], ["d2", "d1", "d0"], "d0", (1, 3)),  # a loss
+        ("R@5", {"d0": 1, "d1": 1}, ["d2", "d3", "d0", *FILLERS[:2], "d1"], ["d0", "d2", "d3", FILLERS[0], "d1"], "d1", (6, 5)),
+        ("AP", {"d0": 1, "d1": 1}, [*FILLERS[:20], "d0", "d1"], ["d1", *FILLERS[:20], "d0"], "d1", (22, 1)),
+        ("P@2", {"d0": 1, "d1": 1, "d2": 0}, ["d0", "d1"], ["d0", "d2", "d1"], "d1", (2, 3)),
+        ("nDCG@10", {"d0": 1, "d1": 1}, ["d2"], ["d2", "d3", "d1", "d4", "d0"], "d1", (None, 3)),
+        ("nDCG@10", {"d0": 1, "d1": 3}, ["d0", "d1"], ["d0"], "d1", (2, None)),
+        ("nDCG(dcg='exp-log2')@5", {"d0": 1, "d1": 3}, ["d2", "d3", "d1", "d0"], ["d0", "d1", "d3"], "d1", (3, 2)),
+    ],
+)
+def test_the_document_that_made_the_change_is_shown(metric, grades, before, after, document, ranks, collection_folder, tmp_path):
+    collection = replace(load_collection(collection_folder), queries={"q0": "a"}, qrels={"q0": grades})
+    evaluations = []
+    for name, documents in (("before", before), ("after", after)):
+        (tmp_path / f"{name}.trec").write_text(ranking("q0", *documents))
+        evaluations.append(evaluate(tmp_path / f"{name}.trec", collection, [metric]))
+    (change,) = compare(evaluations, {collection.name: collection})[0].changed
+    assert (change["document_id"], change["rank_before"], change["rank_after"]) == (document, *ranks)
+    assert change["document"] == collection.corpus[document].full_text
+
+
+def test_runs_without_a_query_in_common(collection_folder, tmp_path, capsys, caplog):
+    names = [str(tmp_path / f"{name}.trec") for name in "ab"]
+    for name, queries in zip(names, (range(10), range(10, 20)), strict=True):
+        Path(name).write_text("".join(f"q{i} Q0 d{i} 1 1 x\n" for i in queries))
+    assert main(["compare", *names, "--collection", str(collection_folder)]) == 2
+    assert f"{names[1]} and {names[0]}: has no query in common, such as" in capsys.readouterr().err
+    Path(names[1]).write_text("".join(f"q{i} Q0 d{i} 1 1 x\n" for i in range(9, 20)))
+    assert main(["compare", *names, "--collection", str(collection_folder)]) == 0
+    assert "only 1 of 20 queries of either are in both (5 %)" in caplog.text

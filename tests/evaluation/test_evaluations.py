@@ -1,6 +1,7 @@
 import json
 import math
 import multiprocessing
+import re
 import shutil
 import time
 
@@ -18,7 +19,7 @@ import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.errors import OptionError
 from anysplade.evaluation.evaluations import curve
-from anysplade.evaluation.measures import parse_metrics
+from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.encoding import prune
 
@@ -86,6 +87,60 @@ def test_empty_and_wordless_texts(backbone):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ["RR@10", "MRR@10", "nDCG@10", "NDCG@10"],
+        ["P@3", "Precision@3", "P(rel=1)@3"],
+        ["MAP", "AP", " AP(rel=1) "],
+        ["Recall@5", "R@5", "Recall@5"],
+        ["nDCG@10", "nDCG(dcg='log2')@10", "nDCG @10", "nDCG(dcg='exp-log2')@10"],
+        ["ERR@10", "RPrec", "Rprec"],
+    ],
+)
+def test_every_name_of_a_measure_has_its_value(names):
+    qrels = {"a": {"d1": 1, "d2": 2}, "b": {"d1": 1}, "not-found": {"d3": 1}}
+    run = {"a": {"d0": 3.0, "d2": 2.0, "d1": 1.0}, "b": {"d1": 1.0}}
+    means, values = measure(parse_metrics(names), qrels, run)
+    assert list(means) == list(values) == list(dict.fromkeys(names))
+    for name in names:
+        alone = ir_measures.parse_measure(name.strip())
+        numbered = ({str(i): of.get(id_, {}) for i, id_ in enumerate(qrels)} for of in (qrels, run))
+        expected = {metric.query_id: metric.value for metric in ir_measures.iter_calc([alone], *numbered)}
+        assert list(values[name].values()) == pytest.approx([expected.get(str(i), 0) for i in range(3)])
+        assert means[name] == pytest.approx(np.mean(list(values[name].values())))
+        assert means[name] > 0
+
+
+def test_what_gdeval_cannot_compute_is_one_line():
+    with pytest.raises(MeasureError, match=r"ERR@10: gdeval, .* failed; it takes grades up to 4"):
+        measure(parse_metrics(["ERR@10"]), {"a": {"d1": 5}}, {"a": {"d1": 1.0}})
+
+
+@pytest.mark.parametrize(
+    "queries, documents, warnings",
+    [
+        (20, ["d{}"], []),
+        (18, ["d{}"], []),
+        (3, ["d{}"], ["only 3 of 20 queries of tiny are in the run (15 %)"]),
+        (20, ["d{}", "other{}"], ["only 20 of 40 documents of the run are in tiny (50 %); 'other"]),
+        (
+            1,
+            ["d{}", "x{}", "y{}"],
+            ["only 1 of 20 queries of tiny are in the run (5 %)", "only 1 of 3 documents of the run are in"],
+        ),
+    ],
+)
+def test_a_run_that_hardly_belongs_to_the_collection(queries, documents, warnings, collection_folder, tmp_path, caplog):
+    rows = [f"q{i} Q0 {form.format(i)} 1 1 x\n" for i in range(queries) for form in documents]
+    rows += [f"unjudged{i} Q0 other{i} 1 1 x\n" for i in range(100)]  # of no matter
+    (tmp_path / "a.run").write_text("".join(rows))
+    evaluate(tmp_path / "a.run", collection_folder)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == len(warnings)
+    assert all(warning in line for warning, line in zip(warnings, said, strict=True))
+
+
+@pytest.mark.parametrize(
     "name, hint",
     [
         ("ndcg@10", "nDCG@10"),
@@ -93,10 +148,26 @@ def test_empty_and_wordless_texts(backbone):
         ("recal@100", "R@100"),
         ("xyzzy", "for example"),
         ("nDCG@", "nDCG@10"),
+        ("nDCG@0", "nDCG@10"),  # trec_eval would end the process
+        ("P@0", "P@10"),
+        ("Judged@0", "Judged@10"),
+        ("nDCG@-1", "nDCG@10"),
+        ("nDCG@1.5", "nDCG@10"),
+        ("nDCG@True", "nDCG@10"),
+        ("R@99999999999", "for example"),
+        ("P", "P@10"),
+        ("Success", "Success@10"),
+        ("P(rel=0)@5", "P@5"),
+        ("AP(rel='x')", "AP"),
+        ("AP(rel=1.5)", "AP"),
+        ("nDCG(gains='x')@5", "nDCG@5"),
+        ("IPrec", "for example"),
+        ("", "for example"),
+        ("nDCG@10 RR@10", "nDCG@10"),
     ],
 )
 def test_a_misspelt_metric_gets_a_suggestion(name, hint):
-    with pytest.raises(MeasureError, match=f"unknown metric '{name}'.*{hint}"):
+    with pytest.raises(MeasureError, match=rf"unknown metric {re.escape(repr(name))}.*{hint}"):
         parse_metrics([name])
 
 
@@ -221,7 +292,9 @@ def test_a_run_with_ties_written_and_read_is_the_same(rankings, tmp_path_factory
         ("q0 Q0 d0 1 nan x\n", "run:1: the score 'nan' is not a number"),
         ("q0 Q0 d0 first 1 x\n", "run:1: the rank 'first' is not a number"),
         ("q0 Q0 d0 1 2 x\nq0 Q0 d0 2 1 x\n", "run:2: duplicate document 'd0'"),
-        ("other Q0 d0 1 2 x\n", "has no query of tiny"),
+        ("other Q0 d0 1 2 x\n", "has no query of tiny, such as 'q0'; name the collection that it was made on"),
+        ("q0 Q0 one 1 2 x\nq0 Q0 two 2 1 x\n", "has no document of tiny, such as 'one'; name"),
+        ("q0 Q0 one 1 2 x\nother Q0 d0 1 2 x\n", "has no document of tiny, such as 'one'; name"),
     ],
 )
 def test_faulty_run_files(content, message, collection_folder, tmp_path):

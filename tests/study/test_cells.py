@@ -1,7 +1,8 @@
 import copy
 import json
 import shlex
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForMaskedLM
 
-from anysplade import evaluate
+from anysplade import evaluate, train
+from anysplade._common.hashing import DataHash
 from anysplade.cli import app, main
+from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import find_head
 from anysplade.study import cells
 from anysplade.study.cells import Cell, commands, edited, read_cell, run_cell
 from anysplade.training.config import TrainingConfig
 from tiny import make_backbone, make_collection
+from vocabularies import byte_level, make_cased
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 
@@ -224,13 +228,113 @@ def test_a_cell_is_not_read_for_a_collection_that_changed(place, tmp_path):
     assert read_cell(tmp_path, cell, (str(collection),)) is None
 
 
+def written(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def test_the_hash_covers_the_scores_of_a_teacher(place, tmp_path):
     pair = {"query": "a", "positive": "b", "negatives": ["c"]}
     hashes = set()
     for i, scores in enumerate(({}, {"scores": [2.0, 1.0]}, {"scores": [3.0, 1.0]})):
-        (tmp_path / f"{i}.jsonl").write_text(json.dumps(pair | scores) + "\n")
-        hashes.add(Cell(str(place / "backbone"), str(tmp_path / f"{i}.jsonl"), OPTIONS).hash)
+        data = written(tmp_path / f"{i}.jsonl", [pair | scores])
+        hashes.add(Cell(str(place / "backbone"), data, OPTIONS).hash)
     assert len(hashes) == 3
+
+
+@pytest.fixture
+def named(place, tmp_path):
+    """Options whose content lies in other files: the texts of ids, a teacher, a dev collection."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    make_collection(tmp_path / "dev")
+    written(tmp_path / "texts" / "corpus.jsonl", [{"_id": f"d{i}", "text": f"document {i}"} for i in range(4)])
+    written(tmp_path / "texts" / "queries.jsonl", [{"_id": "q", "text": "query"}])
+    data = written(tmp_path / "ids.jsonl", [{"query_id": "q", "positive_id": "d0", "negative_ids": ["d1", "d2"]}])
+    options = {"texts": str(tmp_path / "texts"), "negatives": 1, "teacher": str(tmp_path / "teacher")}
+    options |= {"dev": str(tmp_path / "dev"), "dev_split": "test"}
+    return Cell(str(place / "backbone"), data, OPTIONS | options)
+
+
+def hash_of(cell, **changes):
+    cells.clear_caches()
+    return replace(cell, options=cell.options | changes).hash
+
+
+@pytest.mark.parametrize(
+    "file, before, after",
+    [
+        ("teacher/config.json", "{}", "{ }"),
+        ("dev/qrels/test.tsv", "q0\td0\t1", "q0\td0\t2"),
+        ("dev/queries.jsonl", '"q0"', '"q0", "text2": ""'),
+        ("texts/corpus.jsonl", "document 0", "another document"),
+        ("texts/corpus.jsonl", "document 1", "another document"),
+        ("texts/queries.jsonl", "query", "question"),
+        ("ids.jsonl", '"d1", "d2"', '"d2", "d1"'),
+    ],
+)
+def test_the_hash_covers_the_content_of_what_options_name(file, before, after, named, tmp_path):
+    known = hash_of(named)
+    text = (tmp_path / file).read_text()
+    assert before in text
+    (tmp_path / file).write_text(text.replace(before, after))
+    assert (hash_of(named) == known) == (file == "dev/queries.jsonl")  # a column that is not read changes nothing
+    assert hash_of(named) != hash_of(named, seed=1)
+
+
+def test_the_hash_covers_nothing_else(named, tmp_path):
+    """Neither places nor trackers, nor a default that is given, nor negatives and documents that are not used."""
+    known = hash_of(named)
+    for name in ("teacher", "dev", "texts"):
+        assert hash_of(named, **{name: str(shutil.copytree(tmp_path / name, tmp_path / f"other-{name}"))}) == known
+    assert hash_of(named, report_to=("tensorboard",), warmup_ratio=TrainingConfig.warmup_ratio) == known
+    corpus = tmp_path / "texts" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("document 2", "another document").replace("document 3", "another"))
+    assert hash_of(named) == known
+    assert len({known, hash_of(named, negatives=2), hash_of(named, negatives=0)}) == 3
+
+
+def test_a_default_or_a_rule_that_changes_makes_another_cell(place, monkeypatch):
+    cell = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
+    bare = replace(cell, options={name: value for name, value in OPTIONS.items() if name not in ("k", "shift")})  # auto
+    known = cell.hash, bare.hash
+    monkeypatch.setattr(cells, "ACTIVE_SHARE", 0.5)
+    assert (cell.hash == known[0], bare.hash == known[1]) == (True, False)
+    assert hash_of(cell, on_collapse="recalibrate") not in known
+    monkeypatch.undo()
+    assert (cell.hash, bare.hash) == known
+    monkeypatch.setitem(TrainingConfig.__init__.__kwdefaults__, "warmup_ratio", 0.2)
+    assert not {cell.hash, bare.hash} & {*known}
+
+
+def test_a_cell_reads_texts_and_negatives(place, tmp_path):
+    texts = str(place / "collection")
+    rows = [{"query_id": f"q{i}", "positive_id": f"d{i}", "negative_ids": [f"d{i + 1}", f"d{i + 2}"]} for i in range(8)]
+    cell = Cell(str(place / "backbone"), written(tmp_path / "ids.jsonl", rows), OPTIONS | {"texts": texts, "negatives": 1})
+    run_cell(cell, (texts,), tmp_path)
+    record = read_cell(tmp_path, cell, (texts,))
+    assert record.data_hash == DataHash(load_pairs(cell.data, texts=texts, negatives=1)).hexdigest()
+    assert f"--texts={texts}" in record.commands[0]
+    assert "--negatives=1" in record.commands[0]
+
+
+def test_the_start_of_a_cell_is_that_of_its_training(tmp_path, monkeypatch):
+    """Folded, and with prompts: what the record says of the head is what the training measured."""
+    backbone = make_cased("modernbert", tmp_path / "cased", byte_level())
+    words = ["Python going", "python (the) ING", "the going in", "Go 11 npy"]
+    data = written(tmp_path / "pairs.jsonl", [{"query": one, "positive": f"{one} {other}"} for one in words for other in words])
+    collection = str(make_collection(tmp_path / "collection"))
+    options = OPTIONS | {"k": "auto", "shift": "auto", "fold": "case", "query_prompt": "in: ", "document_prompt": "going "}
+    trained = []
+    monkeypatch.setattr(cells, "train", lambda config: trained.append(train(config)) or trained[0])
+    cell = Cell(backbone, data, options)
+    run_cell(cell, (collection,), tmp_path)
+    record = read_cell(tmp_path, cell, (collection,))
+    for name in ("before", "after"):
+        measured = trained[0].calibration[name]
+        for statistic in ("positive_share", "query_active_dims", "document_active_dims", "score_std", "start_loss"):
+            assert getattr(getattr(record, name), statistic) == pytest.approx(measured[statistic], rel=1e-5), statistic
 
 
 def test_a_learning_rate_for_the_head_alone(place, tmp_path, capsys):

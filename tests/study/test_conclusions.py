@@ -1,13 +1,16 @@
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from anysplade.study.arms import Arm
 from anysplade.study.cells import Cell, CellRecord, QueryScores, Start
-from anysplade.study.conclusions import _PAIRS, summarize
+from anysplade.study.conclusions import _PAIRS, conclude, noise, summarize
 from anysplade.study.plan import STUDIES, StudyConfig, plan
-from anysplade.study.results import Axis, RowRuns, Settings, StudyResult
+from anysplade.study.results import Axis, ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, StudyResult
 from anysplade.training.monitoring import Observation
 
 QUERIES = [f"q{i}" for i in range(40)]
@@ -124,9 +127,9 @@ def test_controls_say_what_follows():
     ]
     sentences = {pair.about: pair.conclusion for pair in study("controls", table).pairs}
     assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
-    assert sentences["scale of the scores alone"].endswith("smaller scores alone do not help.")
+    assert sentences["scale of the scores alone"].endswith(": no difference shows.")
     assert "Adam's k times larger relative steps" in sentences["relative step size, given the scale"]
-    assert sentences["untying alone"].endswith("untying by itself does not help, on the contrary.")
+    assert sentences["untying alone"].endswith("untying by itself does harm.")
     assert sentences["level against scale"].endswith("the level does more than the paper's scale.")
     assert "temperature" not in sentences
 
@@ -141,7 +144,8 @@ def test_a_difference_within_the_noise_of_the_seeds_is_none():
     assert against["k=8"].p_corrected < 1e-6  # over queries, whose values hardly differ
     assert "no difference shows between auto and the best fixed k" in main.conclusions[1]
     sentences = {pair.about: pair.conclusion for pair in summary("controls", rows, records).pairs}
-    assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
+    # Two seeds of k=8 lie 0.2 apart: Welch's t has one degree of freedom, so two standard errors are not enough.
+    assert sentences["scale, with the step size that Adam gives it"].endswith(": no difference shows.")
 
 
 def test_norm_needs_three_heads_for_a_correlation():
@@ -160,7 +164,7 @@ def test_tradeoff_and_sensitivity():
     grid = [("k=1, level", {"k": 1.0, "level": 0.01}, 0.6, 1.0)]
     sentences = study("sensitivity", [*line, *grid, ("auto", {}, 0.5, 1.0)]).conclusions[0]
     assert "k alone is best at 4" in sentences
-    assert "k from 4 to 8 is within 5%" in sentences
+    assert "within 5% of it: k 8." in sentences
     assert "auto has 0.505 ± 0.007, 0.83 of the map's best" in sentences
 
 
@@ -216,3 +220,140 @@ def test_no_value_is_nan():
     records = {arm: record(value, 0, per_query={"q0": value}) for arm, value in (("raw", 0.1), ("k=8", 0.2), ("auto", 0.3))}
     result = summary("main", [planned(arm, {}, [arm]) for arm in records], records)
     assert [test.p_corrected for test in result.tests] == [1.0, 1.0]
+
+
+def of_seeds(*values):
+    """A row's trainings, by their main metric."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    means = Means(*[float(np.mean(values)), deviation] * 6)
+    at_start = Start(**{field.name: 1.0 for field in fields(Start)} | {"logit_percentiles": {}, "histogram": {}})
+    runs = {"runs": len(values), "k": 1.0, "shift": 0.0, "temperature": 1.0, "findings": []}
+    return RowResult(
+        **vars(planned("raw", {}, [""] * len(values))) | runs, results={"docs": means}, before=at_start, after=at_start
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)),  # 4 degrees of freedom
+        ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)),  # 2
+        ((0.1, 0.2), (0.3, 0.9, 0.4, 0.2)),
+        ((0.2, 0.2), (0.3, 0.3)),  # no deviation at all
+    ],
+)
+def test_the_noise_of_the_seeds_is_half_of_welchs_interval(one, other):
+    found = noise(of_seeds(*one), of_seeds(*other), "docs")
+    if np.ptp(one) == np.ptp(other) == 0:
+        assert found == 0
+    else:
+        low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+        assert found == pytest.approx((high - low) / 2)
+
+
+@pytest.mark.parametrize("one, other", [((0.1,), (0.5, 0.6)), ((0.5, 0.6, 0.7), (0.1,)), ((0.1,), (0.9,))])
+def test_a_single_training_has_no_deviation(one, other):
+    assert noise(of_seeds(*one), of_seeds(*other), "docs") is None
+
+
+TEST = PairedTest("bert", "docs", Arm.FIXED, "k=8", 0.1, 0.001, 0.05, 1.0, 4.0, 0.001)
+PAIR = ControlPair("bert", "", "a", "b", 0.1, 0.001, 0.05, ("0.5", "0.4"), (1.0, 4.0), 0.001, "")
+BETTER, WORSE = "auto is better than", "auto is worse than"
+NONE, UNKNOWN = "no difference shows between auto and", "single trainings do not tell auto from"
+
+
+@pytest.mark.parametrize(
+    "change, said, values",
+    [
+        ({}, BETTER, "+0.100 ± 0.050 (p 0.001)"),
+        ({"difference": -0.1}, WORSE, "-0.100 ± 0.050 (p 0.001)"),
+        ({"difference": 0.0, "p_corrected": 1.0}, NONE, "+0.000 ± 0.050 (p 1)"),
+        ({"p_corrected": 0.05}, NONE, "+0.100 ± 0.050 (p 0.05)"),
+        ({"difference": -0.1, "p_corrected": 0.5}, NONE, "-0.100 ± 0.050 (p 0.5)"),
+        ({"noise": 0.1}, NONE, "+0.100 ± 0.100 (p 0.001)"),
+        ({"difference": -0.1, "noise": 0.2}, NONE, "-0.100 ± 0.200 (p 0.001)"),
+        ({"noise": None}, UNKNOWN, "+0.100 (p 0.001)"),
+        ({"difference": math.nan}, NONE, "+nan"),
+        ({"p_corrected": math.nan}, NONE, "+0.100 ± 0.050 (p nan)"),
+    ],
+)
+def test_what_is_said_of_a_difference(change, said, values):
+    main = Study(settings=SETTINGS, rows=[], tests=[replace(TEST, **change)], conclusions=[], provenance={})
+    (line,) = conclude("main", main)
+    assert f"{said} the best fixed k (k=8): {values}" in line
+    for about, _, _, helps, harms in _PAIRS:
+        (line,) = conclude("controls", replace(main, pairs=[replace(PAIR, about=about, **change)]))
+        meaning = {BETTER: helps, WORSE: harms, NONE: "no difference shows", UNKNOWN: "single trainings do not tell"}[said]
+        assert line.endswith(f": {meaning}.")
+
+
+@pytest.mark.parametrize(
+    "flops, of_other, cost",
+    [
+        (1.0, 4.0, "at 0.25 times its FLOPS."),
+        (4.0, 4.0, "at 1 times its FLOPS."),
+        (4.0, 1.0, "at 4 times its FLOPS: a higher cost."),
+        (500.0, 2.0, "at 250 times its FLOPS: a higher cost."),
+        (0.0, 4.0, "at 0 times its FLOPS."),
+        (4.0, 0.0, "at 4.00 FLOPS against 0."),
+    ],
+)
+def test_the_cost_is_said_in_both_directions(flops, of_other, cost):
+    main = Study(
+        settings=SETTINGS, rows=[], tests=[replace(TEST, flops=flops, flops_of_other=of_other)], conclusions=[], provenance={}
+    )
+    assert conclude("main", main)[0].endswith(cost)
+
+
+@pytest.mark.parametrize(
+    "raw, auto, end",
+    [
+        ((0.5, 1.0), (0.51, 4.0), "is reached by auto with 0.515 ± 0.007 at 4.00, 4 times as many."),  # better and dearer
+        ((0.5, 4.0), (0.51, 1.0), "is reached by auto with 0.515 ± 0.007 at 1.00, 4 times fewer."),
+        ((0.5, 260.0), (0.51, 1.0), "is reached by auto with 0.515 ± 0.007 at 1.00, 260 times fewer."),
+        ((0.5, 1.0), (0.5, 1.0), "is reached by auto with 0.505 ± 0.007 at 1.00."),
+        ((0.5, 1.0), (0.5, 0.0), "is reached by auto with 0.505 ± 0.007 at 0.00."),
+        ((0.5, 0.0), (0.5, 1.0), "is reached by auto with 0.505 ± 0.007 at 1.00."),
+        ((0.5, 4.0), (0.4, 1.0), "is not reached by auto, whose best is 0.405 ± 0.007 at 1.00."),  # worse and cheaper
+        ((0.5, 1.0), (0.4, 4.0), "is not reached by auto, whose best is 0.405 ± 0.007 at 4.00."),
+    ],
+)
+def test_a_tradeoff_is_said_in_both_directions(raw, auto, end):
+    (line,) = study("tradeoff", [("raw", {"weight": 1}, *raw), ("auto", {"weight": 1}, *auto)]).conclusions
+    assert line.endswith(end)
+
+
+@pytest.mark.parametrize(
+    "values, state",
+    [
+        ({"raw": (0.05, 0.06), "auto": (0.5, 0.5)}, "the raw head collapses, at 11%"),
+        ({"raw": (0.4, 0.41), "auto": (0.5, 0.51)}, "the raw head degrades, at 80%"),
+        ({"raw": (0.3, 0.5), "auto": (0.5, 0.6)}, "the raw head is below the best, which the seeds do not confirm, at 73%"),
+        ({"raw": (0.4,), "auto": (0.5,)}, "the raw head is below the best, which the seeds do not confirm, at 80%"),
+        ({"raw": (0.49, 0.5), "auto": (0.5, 0.5)}, "the raw head trains as well as the best, at 99%"),
+        ({"raw": (0.6, 0.6), "auto": (0.5, 0.5)}, "the raw head trains as well as the best, at 100%"),
+        ({"raw": (0.0, 0.0), "auto": (0.0, 0.0)}, "no head finds anything on docs."),
+    ],
+)
+def test_what_is_said_of_the_raw_head(values, state):
+    records = {f"{arm}-{seed}": record(value, seed) for arm, of in values.items() for seed, value in enumerate(of)}
+    rows = [planned(arm, {}, [f"{arm}-{seed}" for seed in range(len(of))]) for arm, of in values.items()]
+    assert state in summary("main", [*rows, *lost(Arm.FIXED)], records).conclusions[1]
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({1: 0.4, 2: 0.1, 4: 0.39, 8: 0.1}, "bert: k alone is best at 1 (0.405 ± 0.007); within 5% of it: k 4."),  # 2 is not near
+        ({1: 0.4, 2: 0.1}, "within 5% of it: no other k."),
+        ({1: 0.39, 2: 0.4, 4: 0.39}, "within 5% of it: k 1, 4."),
+        ({1: -0.005, 2: -0.005}, "bert: no k alone finds anything."),
+    ],
+)
+def test_what_is_said_of_k(values, sentence):
+    line = [(f"k={k}", {"k": float(k)}, value, 5.0) for k, value in values.items()]
+    grid = [("k=1, level", {"k": 1.0, "level": 0.01}, 0.3, 1.0)]
+    said = study("sensitivity", [*line, *grid, ("auto", {}, 0.2, 2.0)]).conclusions[0]
+    assert sentence in said
+    assert said.endswith("at 1.00 FLOPS against 5.00. auto has 0.205 ± 0.007, 0.67 of the map's best, at 2.00 FLOPS.")

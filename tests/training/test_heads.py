@@ -226,7 +226,7 @@ def test_a_finished_head_is_not_trained_again(body, text, tmp_path):
         train_head(body, text, tmp_path / "out", **OPTIONS, seed=1, layer_decay=0.5)
     with open(text, "a") as file:
         file.write("kabel\n")
-    with pytest.raises(OutputError, match="a head with another text; choose another `output`"):
+    with pytest.raises(OutputError, match="a head with another text or version; choose another `output`"):
         train_head(body, text, tmp_path / "out", **OPTIONS)
 
 

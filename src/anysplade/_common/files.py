@@ -120,7 +120,9 @@ def finished_record(output: Path, about: dict[str, Any], parts: Path | None = No
     known = parts / "about.json" if parts is not None and started else record_path(output)
     before = json.loads(known.read_text()) if known.is_file() else {}
     if {name: before.get(name) for name in about} != about:
-        raise OutputError(f"{output}: exists and was not made from the same data and options; choose another `output`")
+        raise OutputError(
+            f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
+        )
     return before if output.exists() and known == record_path(output) else None
 
 

@@ -163,7 +163,7 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         )
         for c in found.comparisons:
             place = (escape(c.collection),) if several else ()
-            span = f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}"
+            span = "–" if c.interval is None else f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}"
             table.add_row(
                 escape(c.model),
                 *place,

@@ -4,7 +4,6 @@ On disk a collection has BEIR's layout: ``corpus.jsonl`` (``_id``, ``title``, ``
 ``text``) and ``qrels/SPLIT.tsv`` (``query-id``, ``corpus-id``, ``score``).
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -12,10 +11,12 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from anysplade._common.files import whole_folder
+from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
 from anysplade.data.sources import (
@@ -454,16 +455,11 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def hash_texts(texts: Iterable[str]) -> str:
-    """The SHA-256 of texts in their order, for the provenance of a result."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
-
-
 def data_hash(collection: Collection) -> str:
-    """SHA-256 of everything that decides what an evaluation measures: documents, queries and judgements."""
-    texts = (document.full_text for document in collection.corpus.values())
-    return hash_texts([*collection.corpus, *texts, *collection.queries.values(), json.dumps(collection.qrels)])
+    """SHA-256 of everything that decides what an evaluation measures: ids and texts of documents and queries, and judgements.
+
+    Documents count in their order, which decides between equal scores; queries and judgements are sorted.
+    """
+    documents = ((id_, document.title, document.text) for id_, document in collection.corpus.items())
+    judgements = ((id_, sorted(grades.items())) for id_, grades in sorted(collection.qrels.items()))
+    return DataHash(chain(documents, ["queries"], sorted(collection.queries.items()), ["judgements"], judgements)).hexdigest()

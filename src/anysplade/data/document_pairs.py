@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anysplade._common.files import finished_record, record_path, whole_file, write_whole
+from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
@@ -103,7 +104,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
         raise OptionError(f"`kinds`: {unknown}; choose of {', '.join(KINDS)}")
     output = Path(output).expanduser()
     options: dict[str, Any] = {"corpus": str(corpus), "kinds": [kind for kind in KINDS if kind in kinds]}
-    digest = hashlib.sha256()
+    digest = DataHash()
     documents = _hashed(iter_corpus(corpus, progress=progress), digest)
     watched = tqdm(documents, desc="making pairs", unit="document", disable=not progress, leave=False, file=sys.stderr)
     if output.exists():
@@ -167,12 +168,10 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
     return made
 
 
-def _hashed(documents: Iterable[tuple[str, Document]], digest: Any) -> Iterator[tuple[str, Document]]:
+def _hashed(documents: Iterable[tuple[str, Document]], digest: DataHash) -> Iterator[tuple[str, Document]]:
     """The documents as they are, each added to the digest when it is read."""
     for id_, document in documents:
-        for text in (id_, document.title, document.text):
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
+        digest.add((id_, document.title, document.text))
         yield id_, document
 
 

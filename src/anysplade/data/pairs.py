@@ -15,7 +15,6 @@ This covers the formats of FlagEmbedding, sentence-transformers, Tevatron and DP
 """
 
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -29,6 +28,7 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from anysplade._common.files import write_whole
+from anysplade._common.hashing import DataHash
 from anysplade.data.collections import (
     ID_NAMES,
     QUERY_NAMES,
@@ -165,7 +165,7 @@ def _difference(now: set[str], before: set[str]) -> str:
 class StoredPairs(Sequence[Pair]):
     """Examples in a memory-mapped Arrow file: any number of them, with random access.
 
-    ``dataset`` is the Arrow table, and ``data_hash`` the SHA-256 of the examples.
+    ``dataset`` is the Arrow table, and ``data_hash`` the SHA-256 of the examples in their order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -189,14 +189,14 @@ class StoredPairs(Sequence[Pair]):
 
     @staticmethod
     def _write_arrow(pairs: Iterable[Pair], folder: Path) -> str:
-        digest = hashlib.sha256()
+        digest = DataHash()
         writer = None
         for pair in pairs:
             row: dict[str, Any] = {"query": pair.query, "positive": pair.positive}
             row |= {f"negative_{i}": text for i, text in enumerate(pair.negatives, 1)}
             if pair.scores is not None:
                 row["label"] = list(pair.scores)
-            digest.update(json.dumps(row).encode())
+            digest.add(pair)
             if writer is None:
                 features = {
                     name: datasets.List(datasets.Value("float32")) if name == "label" else datasets.Value("string") for name in row

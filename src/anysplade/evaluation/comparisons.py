@@ -1,6 +1,7 @@
 """Several models on several collections, and how sure a difference is: paired tests, intervals, the queries that made it."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, is_collection, load_collection
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
-from anysplade.evaluation.measures import METRICS
+from anysplade.evaluation.measures import METRICS, measure, parse_metrics
+from anysplade.evaluation.runs import Run, require_match
 from anysplade.model.options import Precision, Runtime
 
 if TYPE_CHECKING:
@@ -37,9 +39,9 @@ class Comparison(Tabular):
     collection: str  # its name
     metric: str  # a name of ir-measures
     difference: float  # of the means, model minus baseline
-    interval: tuple[float, float]  # 95 %, bootstrap over queries
-    p: float  # paired t-test, two-sided
-    p_corrected: float  # Holm, over all comparisons made together
+    interval: tuple[float, float] | None  # 95 %, bootstrap over queries; None of differences that are all the same
+    p: float  # paired t-test, two-sided; see ``paired_p``
+    p_corrected: float  # Holm, over all comparisons made together; two names of a measure are one comparison
     wins: int  # queries on which the model is better
     ties: int  # equal
     losses: int  # worse
@@ -214,38 +216,54 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
             sparse models, with the terms that made the score of a relevant document.
 
     Raises:
-        DataError: two evaluations of a collection are of different queries, or of different collections of one name.
+        DataError: two evaluations of a collection are of different queries or metrics, of different collections of one name,
+            or of runs without a query in common.
     """
-    made = []
+    made: list[Comparison] = []
+    keys: list[tuple[int, Any]] = []  # of each one made: the evaluation and the measure, which may have two names
     for i, other in enumerate(evaluations):
         base = next(first for first in evaluations if first.collection == other.collection)
         if base is other or any(base is evaluations[j] for j in range(i, len(evaluations))):
             continue
-        for metric in other.metrics:
-            a, b = base.per_query[metric], other.per_query[metric]
-            if a.keys() != b.keys():
+        known = {one: base.per_query[name] for name, one in parse_metrics(list(base.metrics)).items()}
+        measures = parse_metrics(list(other.metrics))
+        for metric, one in measures.items():
+            if one not in known:
+                raise DataError(f"{base.model}: evaluated without {metric}; give it the `metrics` of {other.model}")
+            if known[one].keys() != other.per_query[metric].keys():
                 raise DataError(f"{other.model} and {base.model}: evaluated on different queries of {other.collection}")
         if base.data_hash != other.data_hash:
             raise DataError(
                 f"{other.model} and {base.model}: evaluated on different collections that are both called {other.collection}; "
                 "load each with load_collection and give it a name of its own with dataclasses.replace"
             )
-        for metric in other.metrics:
-            made.append(_compare(base, other, metric, (collections or {}).get(other.collection)))
-    corrected = holm([comparison.p for comparison in made])
-    return [Comparison(**vars(comparison) | {"p_corrected": p}) for comparison, p in zip(made, corrected, strict=True)]
+        either, both = base.run.keys() | other.run.keys(), base.run.keys() & other.run.keys()
+        require_match(f"{other.model} and {base.model}", "query", "queries of either are in both", "in common", either, both)
+        for metric, one in measures.items():
+            made.append(_compare(base, other, metric, one, known[one], (collections or {}).get(other.collection)))
+            keys.append((i, one))
+    p_values = {key: comparison.p for key, comparison in zip(keys, made, strict=True)}
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [replace(comparison, p_corrected=corrected[key]) for key, comparison in zip(keys, made, strict=True)]
 
 
-def _compare(base: Evaluation, other: Evaluation, metric: str, collection: Collection | None) -> Comparison:
-    ids = list(base.per_query[metric])
-    before = np.array([base.per_query[metric][id_] for id_ in ids])
+def _compare(
+    base: Evaluation, other: Evaluation, metric: str, one: Any, of_base: dict[str, float], collection: Collection | None
+) -> Comparison:
+    """
+    Args:
+        metric, one: the measure and its name in ``other``.
+        of_base: the values of the measure in ``base``, by query id.
+    """
+    ids = list(of_base)
+    before = np.array([of_base[id_] for id_ in ids])
     after = np.array([other.per_query[metric][id_] for id_ in ids])
     difference = after - before
     p = paired_p(before, after)
     order = np.argsort(-np.abs(difference), kind="stable")[:_CHANGED]
     changed = [
         {"query_id": ids[i], "before": before[i].item(), "after": after[i].item()}
-        | ({} if collection is None else _why(ids[i], base, other, collection))
+        | ({} if collection is None else _why(ids[i], one, after[i] > before[i], base, other, collection))
         for i in order
         if abs(difference[i]) > _SAME
     ]
@@ -266,17 +284,25 @@ def _compare(base: Evaluation, other: Evaluation, metric: str, collection: Colle
 
 
 def paired_p(before: np.ndarray, after: np.ndarray) -> float:
-    """Of a paired t-test over queries, two-sided; 1 of a single query, which tells nothing."""
+    """Of a paired t-test over queries, two-sided.
+
+    Differences that are all the same have no deviation, which that test needs. Their p is that of a sign-flip test: how often
+    so many coins show one side, 2 / 2^n, which is 1 of a single query. Without any difference it is 1.
+    """
     difference = after - before
-    if len(difference) < 2 or np.abs(difference).max() < _SAME:
+    if np.abs(difference).max(initial=0.0) < _SAME:
         return 1.0
-    return 0.0 if np.ptp(difference) < _SAME else float(stats.ttest_rel(after, before).pvalue)
+    p = 2.0 ** (1 - len(difference)) if np.ptp(difference) < _SAME else float(stats.ttest_rel(after, before).pvalue)
+    return max(p, float(np.finfo(float).tiny))  # smaller ones are rounded to 0, which no test gives
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean (percentiles, 2,000 resamples, seed 0)."""
-    if len(values) < 2 or np.ptp(values) < _SAME:
-        return float(values.mean()), float(values.mean())
+def interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the mean (percentiles, 2,000 resamples, seed 0).
+
+    None of values that are all the same, as a single one is: they do not tell how far they spread. (0, 0) if all are 0.
+    """
+    if np.ptp(values) < _SAME:
+        return None if np.abs(values).max() > _SAME else (0.0, 0.0)
     found = stats.bootstrap(
         (values,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0), batch=100
     ).confidence_interval
@@ -284,22 +310,25 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p of rank i times (m - i), never falling."""
-    corrected = [0.0] * len(p_values)
+    """Holm's step-down correction: p of rank i of m times (m - i), never falling. NaN stays NaN and is none of the m."""
+    corrected = [math.nan] * len(p_values)
+    ranked = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
     highest = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+    for rank, i in enumerate(ranked):
+        highest = max(highest, min(1.0, p_values[i] * (len(ranked) - rank)))
         corrected[i] = highest
     return corrected
 
 
-def _why(query_id: str, base: Evaluation, other: Evaluation, collection: Collection) -> dict[str, Any]:
-    """The query, its best judged document, and the document's rank and terms under both."""
-    grades = {id_: grade for id_, grade in collection.qrels[query_id].items() if id_ in collection.corpus}
+def _why(query_id: str, one: Any, rose: bool, base: Evaluation, other: Evaluation, collection: Collection) -> dict[str, Any]:
+    """The query, the document that changed its value most, and the document's rank and terms under both."""
     shown: dict[str, Any] = {"query": collection.queries[query_id]}
-    if not grades:
+    grades = collection.qrels[query_id]
+    judged = sorted((id_ for id_ in grades if id_ in collection.corpus), key=lambda id_: -grades[id_])
+    if not judged:
         return shown
-    document = max(grades, key=lambda id_: grades[id_])
+    relevant = [id_ for id_ in judged if grades[id_] > 0] or judged[:1]
+    document = _decisive(relevant, one, rose, grades, *(list(e.run.get(query_id, {})) for e in (base, other)))
     shown |= {"document_id": document, "document": collection.corpus[document].full_text[:200]}
     for name, evaluation in (("before", base), ("after", other)):
         ranking = list(evaluation.run.get(query_id, {}))
@@ -307,6 +336,27 @@ def _why(query_id: str, base: Evaluation, other: Evaluation, collection: Collect
         if evaluation.vectors is not None and evaluation.terms is not None:
             shown[f"terms_{name}"] = _products(evaluation, collection, query_id, document)
     return shown
+
+
+def _decisive(ids: Sequence[str], one: Any, rose: bool, grades: dict[str, int], before: Sequence[str], after: Sequence[str]) -> str:
+    """The document whose move alone, there and back, changes the measure most in the direction in which it changed.
+
+    Args:
+        ids: of the documents to choose from; the first one wins ties.
+        one: the measure.
+        before, after: ids of the query's documents in their order.
+    """
+    seen = slice(None if one.params.get("cutoff") is None else one.params["cutoff"] + 1)  # what lies deeper counts for nothing
+    rankings = [before[seen], after[seen]]
+    moved: Run = {}
+    for name, (ranking, target) in zip(("there", "back"), (rankings, rankings[::-1]), strict=True):
+        rank = {id_: i for i, id_ in enumerate(target)}
+        for id_ in ids:
+            others = [other for other in ranking if other != id_]
+            at = rank.get(id_)
+            moved[f"{name} {id_}"] = dict.fromkeys(others if at is None else [*others[:at], id_, *others[at:]], 0.0)
+    values = measure({"": one}, dict.fromkeys(moved, grades), moved)[1][""]
+    return max(ids, key=lambda id_: (values[f"there {id_}"] - values[f"back {id_}"]) * (1 if rose else -1))
 
 
 def _products(evaluation: Evaluation, collection: Collection, query_id: str, document_id: str) -> dict[str, float]:

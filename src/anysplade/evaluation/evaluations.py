@@ -14,13 +14,14 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.files import write_whole
+from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Collection, data_hash, hash_texts, load_collection
+from anysplade.data.collections import Collection, data_hash, load_collection
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
-from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
+from anysplade.evaluation.runs import Run, check_run, is_run_file, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, prune
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
@@ -113,6 +114,7 @@ def evaluate(
         MeasureError: an unknown metric; the message suggests the nearest known one.
         OptionError: an impossible option.
         OutputError: ``output`` is given and a run file cannot hold one of the ids.
+        DataError: a run file has no query or no document of the collection; where few match, their share is a warning.
         ModelError, DataError: as ``open_encoder`` and ``load_collection`` raise them.
     """
     measures = parse_metrics(metrics)
@@ -134,8 +136,7 @@ def evaluate(
     start = time.perf_counter()
     if isinstance(model, str | Path) and is_run_file(model):
         run = read_run(model)
-        if not run.keys() & collection.qrels.keys():
-            raise DataError(f"{model}: has no query of {collection.name}")
+        check_run(model, run, collection)
         self_matches = set()
     elif model in ("bm25", "bm25-unstemmed"):
         bm25, everything = BM25(texts, stemmed=model == "bm25"), np.arange(len(texts))
@@ -310,5 +311,5 @@ def _cache_folders(
     if cache is None or known is None:
         return dict.fromkeys(texts)
     folder = Path(cache).expanduser() / "vectors"
-    keys = {role: json.dumps([known, role, precision, hash_texts(parts)]) for role, parts in texts.items()}
+    keys = {role: json.dumps([known, role, precision, DataHash(parts).hexdigest()]) for role, parts in texts.items()}
     return {role: folder / hashlib.sha256(key.encode()).hexdigest()[:32] for role, key in keys.items()}

@@ -1,6 +1,7 @@
 """Measures of rankings by ir-measures: parse their names, compute their values."""
 
 import difflib
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")  # the default
 
 
 def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
-    """Measures of ir-measures by the names given, in the same order.
+    """Measures of ir-measures by the names given, in the same order; a measure may have several, such as RR@10 and MRR@10.
 
     Raises:
         OptionError: no name at all.
@@ -27,22 +28,35 @@ def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
         raise OptionError(f"no metric given; for example {' '.join(METRICS)}")
     measures = {}
     for name in names:
-        try:
-            measures[name] = ir_measures.parse_measure(name)
-        except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
-            raise MeasureError(f"unknown metric {name!r}: {_suggestion(name)}") from None
+        measures[name] = _parse(name)
+        if measures[name] is None:
+            raise MeasureError(f"unknown metric {name!r}: {_suggestion(name)}")
         if not ir_measures.DefaultPipeline.supports(measures[name]):
-            raise MeasureError(f"metric {name!r}: no installed library computes it; for example {', '.join(METRICS)}")
+            raise MeasureError(f"metric {name!r}: no installed library computes it; {_suggestion(name)}")
     return measures
 
 
+def _parse(name: str) -> Any | None:
+    """A measure of ir-measures; None if it has no such name or options."""
+    try:
+        found = ir_measures.parse_measure(name.strip())
+        found.validate_params()
+    except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
+        return None
+    # ir-measures lets these pass, and some of what computes the measures then ends the process.
+    counts = [found.params[option] for option in ("cutoff", "rel") if option in found.params]
+    return found if all(type(count) is int and 0 < count < 2**31 for count in counts) else None
+
+
 def _suggestion(name: str) -> str:
-    base, at, cutoff = name.partition("@")
+    base, at, cutoff = name.strip().partition("@")
     known = {alias.lower(): measure.NAME for alias, measure in ir_measures.measures.registry.items()}
-    near = difflib.get_close_matches(base.lower(), known, n=1, cutoff=0.5)
-    if not near:
-        return f"for example {', '.join(METRICS)}"
-    return f"did you mean {known[near[0]]}{at}{cutoff or '10' if at else ''}?"
+    for near in difflib.get_close_matches(base.partition("(")[0].lower(), known, n=1, cutoff=0.5):
+        with_cutoff = f"{known[near]}@{cutoff if cutoff.isdecimal() and int(cutoff) else 10}"
+        for wanted in (with_cutoff, known[near]) if at else (known[near], with_cutoff):
+            if (found := _parse(wanted)) is not None and ir_measures.DefaultPipeline.supports(found):
+                return f"did you mean {wanted}?"
+    return f"for example {', '.join(METRICS)}"
 
 
 def measure(
@@ -52,7 +66,7 @@ def measure(
 
     A query without a ranking counts as 0. Documents keep the order they have in the run: ir-measures' providers sort by score
     themselves, break ties by id in opposite directions, and some compare in float32, so they get scores that fall by 1 a rank.
-    Some divide by the length of a ranking, so they get no empty ones.
+    Some divide by the length of a ranking, so they get no empty ones. One takes no query ids but numbers, so all get these.
 
     Args:
         measures: from ``parse_metrics``.
@@ -60,12 +74,24 @@ def measure(
 
     Returns:
         Means by name, and values by name and query id.
+
+    Raises:
+        MeasureError: the program that computes one of them failed.
     """
-    values: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in measures}
-    names = {value: name for name, value in measures.items()}
+    values: dict[Any, dict[str, float]] = {measure: dict.fromkeys(qrels, 0.0) for measure in measures.values()}
+    ids = {str(number): id_ for number, id_ in enumerate(qrels, 1)}
     ranks = {
-        id_: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True)) for id_, ranking in run.items() if ranking
+        number: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True))
+        for number, id_ in ids.items()
+        if (ranking := run.get(id_))
     }
-    for metric in ir_measures.iter_calc(list(measures.values()), qrels, ranks):
-        values[names[metric.measure]][metric.query_id] = float(metric.value)
-    return {name: float(np.mean(list(by_query.values()))) for name, by_query in values.items()}, values
+    try:
+        for metric in ir_measures.iter_calc(list(values), {number: qrels[id_] for number, id_ in ids.items()}, ranks):
+            values[metric.measure][ids[metric.query_id]] = float(metric.value)
+    except subprocess.CalledProcessError as error:
+        raise MeasureError(
+            f"{', '.join(measures)}: gdeval, which computes ERR and nDCG(dcg='exp-log2'), failed; it takes grades up to 4 and "
+            "document ids without white space"
+        ) from error
+    named = {name: values[measure] for name, measure in measures.items()}
+    return {name: float(np.mean(list(by_query.values()))) for name, by_query in named.items()}, named

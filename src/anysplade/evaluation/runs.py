@@ -1,7 +1,9 @@
 """TREC run files: read and write them."""
 
 import contextlib
+import logging
 import math
+from collections.abc import Set
 from pathlib import Path
 
 from anysplade._common.files import write_whole
@@ -9,7 +11,11 @@ from anysplade.data.collections import Collection
 from anysplade.data.sources import lines, whole_characters
 from anysplade.errors import DataError, OutputError
 
+logger = logging.getLogger(__name__)
+
 Run = dict[str, dict[str, float]]  # score by query id and document id, the best document first
+
+_MOST = 0.9  # of the ids that have to match; fewer are worth a warning
 
 _SUFFIXES = (".trec", ".run", ".txt", ".res", ".gz")
 
@@ -65,6 +71,33 @@ def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
         for rank, (document_id, score) in enumerate(ranking.items(), 1)
     ]
     write_whole(path, "".join(rows))
+
+
+def check_run(place: str | Path, run: Run, collection: Collection) -> None:
+    """Check that a run belongs to a collection: by the ids of the judged queries, and of the documents that it ranks for them.
+
+    Raises:
+        DataError: it has no such query, or no document of the corpus.
+    """
+    judged, name = collection.qrels.keys(), collection.name
+    require_match(place, "query", f"queries of {name} are in the run", f"of {name}", judged, judged & run.keys())
+    ranked = dict.fromkeys(id_ for query_id in judged for id_ in run.get(query_id, ())).keys()
+    require_match(place, "document", f"documents of the run are in {name}", f"of {name}", ranked, ranked & collection.corpus.keys())
+
+
+def require_match(place: object, kind: str, counted: str, whose: str, wanted: Set[str], found: Set[str]) -> None:
+    """Raise DataError if none of the wanted ids is found, and warn of the share if it is less than nine in ten.
+
+    Args:
+        place: the run, or the two.
+        kind, counted, whose: of what the ids are, for the messages.
+    """
+    missing = next((id_ for id_ in wanted if id_ not in found), None)
+    if not found:
+        raise DataError(f"{place}: has no {kind} {whose}, such as {missing!r}; name the collection that it was made on")
+    if len(found) < _MOST * len(wanted):
+        numbers = len(found), len(wanted), counted, 100 * len(found) / len(wanted), missing
+        logger.warning("%s: only %d of %d %s (%.2g %%); %r is not, for example", place, *numbers)
 
 
 def require_trec_ids(collection: Collection) -> None:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from anysplade._common.extras import extra
 from anysplade._common.files import write_whole
+from anysplade._common.hashing import DataHash
 from anysplade._common.workers import devices_of_workers, take_device
-from anysplade.data.collections import Document, hash_texts
+from anysplade.data.collections import Document
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import count_cut, encode
@@ -260,4 +261,4 @@ def _read_shard(folder: Path, number: int, part: Part) -> _Rows | None:
 
 
 def _hash(part: Part) -> str:
-    return hash_texts([*part.ids, *part.texts])
+    return DataHash(zip(part.ids, part.texts, strict=True)).hexdigest()

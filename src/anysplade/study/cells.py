@@ -1,10 +1,10 @@
 """One cell of an experiment: a backbone whose head is edited, trained with some options, and evaluated.
 
 A cell's record is the file ``cells/HASH.json``. It is written when all of the cell is done, so a rerun does only what is
-missing. The hash covers the backbone's files, the training data, the edits of the head and every option of the training.
+missing. The hash covers every option of the training, given or default, the edits of the head, and the content of what the
+options name: the backbone, the examples with their texts and negatives, the teacher and the dev collection.
 """
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -24,12 +24,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Collection, Pair, data_hash, hash_texts, load_collection
-from anysplade.data.pairs import load_pairs
+from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.errors import ModelError, OptionError
 from anysplade.evaluation.evaluations import evaluate
-from anysplade.model.calibration import ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY, sample_pairs
+from anysplade.model.calibration import ACTIVE_SHARE, FEWEST_TERMS, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY
+from anysplade.model.folding import fold_head
 from anysplade.model.head import (
     Probe,
     ProbeReport,
@@ -44,7 +45,7 @@ from anysplade.model.head import (
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.monitoring import Observation
-from anysplade.training.run import train
+from anysplade.training.run import read_examples, start_texts, train
 
 METRIC = "nDCG@10"  # the one that means are compared by
 METRICS: tuple[str, ...] = (METRIC, "RR@10", "R@100")
@@ -78,11 +79,26 @@ class Cell:
     spread_of: float | None = None
 
     @property
+    def config(self) -> TrainingConfig:
+        """Every option of the training, with the backbone as it was before the edits."""
+        return TrainingConfig(self.backbone, self.data, output="", **self.options)
+
+    @property
     def hash(self) -> str:
         """Of everything that decides the numbers."""
-        rule = [ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY] if "auto" in self.options.values() else None
-        parts = asdict(self) | {"backbone": _fingerprint(self.backbone), "data": _data_hash(self.data), "rule": rule}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        config = self.config
+        options = asdict(config)
+        for name in ("output", "report_to", "texts", "dev_split"):  # they decide nothing, or what they name is hashed with the rest
+            del options[name]
+        options |= {
+            "backbone": _fingerprint(config.backbone) or config.backbone,
+            "data": _data_hash(*_names(config)),
+            "teacher": config.teacher and (_fingerprint(config.teacher) or config.teacher),
+            "dev": config.dev and collection_hash(config.dev, config.dev_split),
+        }
+        calibrated = "auto" in (config.k, config.shift) or config.on_collapse == "recalibrate"
+        rule = [ACTIVE_SHARE, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY, FEWEST_TERMS] if calibrated else None
+        return DataHash([sorted(options.items()), self.edits, self.level, self.spread_of, rule]).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,32 +159,35 @@ _RECORD, _SCORES = TypeAdapter(CellRecord), TypeAdapter(QueryScores)
 
 
 @cache
-def _fingerprint(backbone: str) -> str | None:
-    return fingerprint(resolve_model(backbone))
+def _fingerprint(model: str) -> str | None:
+    return fingerprint(resolve_model(model))
+
+
+def _names(config: TrainingConfig) -> tuple[str, str | None, int | None, str | None]:
+    """The options that decide which examples are read."""
+    return config.data, config.texts, config.negatives, config.teacher
 
 
 @cache
-def _pairs(data: str) -> Sequence[Pair]:
-    return load_pairs(data)
+def _pairs(data: str, texts: str | None, negatives: int | None, teacher: str | None) -> Sequence[Pair]:
+    return list(read_examples(TrainingConfig("", data, output="", texts=texts, negatives=negatives, teacher=teacher))[0])
 
 
 @cache
-def _data_hash(data: str) -> str:
-    """Of all texts, and of a teacher's scores where there are any."""
-    scored = ((pair, () if pair.scores is None else (json.dumps(pair.scores),)) for pair in _pairs(data))
-    return hash_texts(text for pair, scores in scored for text in (pair.query, pair.positive, *pair.negatives, *scores))
+def _data_hash(data: str, texts: str | None, negatives: int | None, teacher: str | None) -> str:
+    return DataHash(_pairs(data, texts, negatives, teacher)).hexdigest()
 
 
 @cache
-def read_collection(name: str) -> Collection:
+def read_collection(name: str, split: str = "test") -> Collection:
     """``load_collection``, once in a process."""
-    return load_collection(name)
+    return load_collection(name, split)
 
 
 @cache
-def collection_hash(name: str) -> str:
+def collection_hash(name: str, split: str = "test") -> str:
     """Of a collection's content."""
-    return data_hash(read_collection(name))
+    return data_hash(read_collection(name, split))
 
 
 def clear_caches() -> None:
@@ -239,9 +258,10 @@ def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:
 
 def _resolve(cell: Cell, folder: str) -> tuple[dict[str, Any], Probe, float]:
     """The training's options in numbers, and the head before k and shift: its logits and its mean row norm."""
+    config, options = cell.config, dict(cell.options)
     model, tokenizer = load_masked_lm(folder)
-    probe = measure_logits(model, tokenizer, *sample_pairs(_pairs(cell.data), cell.options["seed"]))
-    options = dict(cell.options)
+    tokenizer = fold_head(model, tokenizer, config.fold, config.mute)
+    probe = measure_logits(model, tokenizer, *start_texts(config, _pairs(*_names(config))))
     if cell.level is not None:
         options["shift"] = float(np.quantile(probe.token_logits / options["k"], 1 - cell.level))
     if cell.spread_of is not None:

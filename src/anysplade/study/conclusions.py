@@ -25,9 +25,10 @@ from anysplade.study.results import (
     Settings,
     Study,
     by_backbone,
+    plus_minus,
 )
 
-_SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too
+_SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too, of which 1 - _SURE lie within it
 _COLLAPSED = 0.25  # of the backbone's best row: a row below has collapsed
 _NEAR = 0.95  # of the best: a row above is as good
 
@@ -70,7 +71,7 @@ def conclude(name: str, study: Study) -> list[str]:
     if name == "folding":
         return _folding(study)
     if name == "controls":
-        return [pair.conclusion for pair in study.pairs or ()]
+        return [_conclusion(pair) for pair in study.pairs or ()]
     if name == "norm":
         return _norm(study, first)
     if name == "dynamics":
@@ -133,20 +134,42 @@ def _per_query(row: RowResult, records: Records, collection: str) -> np.ndarray:
     return np.array([[values[id_] for id_ in seeds[0]] for values in seeds]).mean(axis=0)
 
 
-def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -> dict[str, float]:
-    """Of two rows' means, with the paired p over queries and two standard errors of the difference over seeds (0 of single trainings)."""
-    deviations = [(row.results[collection].ndcg_sd or 0.0, row.runs) for row in (a, b)]
+def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -> dict[str, Any]:
+    """Of two rows' means, with the paired p over queries and the noise of the seeds."""
     ours, theirs = (_per_query(row, records, collection) for row in (a, b))
     return {
         "difference": a.results[collection].ndcg - b.results[collection].ndcg,
         "p": paired_p(theirs, ours),
-        "noise": 2 * math.sqrt(sum(sd**2 / runs for sd, runs in deviations)),
+        "noise": noise(a, b, collection),
     }
 
 
-def _counts(result: PairedTest | ControlPair) -> bool:
-    """Whether a difference is above chance over queries and above the noise of the seeds."""
-    return result.p_corrected < _SURE and abs(result.difference) > result.noise
+def noise(a: RowResult, b: RowResult, collection: str) -> float | None:
+    """Half the width of Welch's 95 % interval of the difference of two rows' means over seeds; None if a row has one training."""
+    variances = []  # of the means
+    for row in (a, b):
+        sd = row.results[collection].ndcg_sd
+        if sd is None:
+            return None
+        variances.append((sd**2 / row.runs, row.runs - 1))
+    total = sum(variance for variance, _ in variances)
+    if not total:
+        return 0.0
+    freedom = total**2 / sum(variance**2 / of_one for variance, of_one in variances)
+    return float(stats.t.ppf(1 - _SURE / 2, freedom)) * math.sqrt(total)
+
+
+def _compared(result: PairedTest | ControlPair, better: str, worse: str, none: str, unknown: str) -> str:
+    """The words for a difference: one counts if it is above chance over queries and above the noise of the seeds."""
+    if result.noise is None:
+        return unknown
+    if result.p_corrected < _SURE and abs(result.difference) > result.noise:
+        return better if result.difference > 0 else worse
+    return none
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def _by_arm(rows: Sequence[RowResult]) -> dict[Arm, RowResult]:
@@ -195,16 +218,20 @@ def _tests(name: str, rows: Sequence[RowResult], records: Records, collections: 
 def _folding(study: Study) -> list[str]:
     lines = []
     for test in study.tests or ():
-        verdict = "no difference shows between it and"
-        if _counts(test):
-            verdict = f"it is {'better' if test.difference > 0 else 'worse'} than"
+        verdict = _compared(
+            test,
+            "it is better than",
+            "it is worse than",
+            "no difference shows between it and",
+            "single trainings do not tell it from",
+        )
         ours, none = (
             next(row for row in study.rows if (row.backbone, row.arm) == (test.backbone, arm)).results[test.collection]
             for arm in (test.head, test.against)
         )
         lines.append(
             f"{test.backbone} folded {test.head}, on {Path(test.collection).name}: {verdict} the vocabulary as it is: "
-            f"{test.difference:+.3f} (p {test.p_corrected:.2g}); {ours.document_active_dims:.0f} active dims a document against "
+            f"{plus_minus(test.difference, test.noise, '+')} (p {test.p_corrected:.2g}); {ours.document_active_dims:.0f} active dims a document against "
             f"{none.document_active_dims:.0f}, FLOPS {ours.flops:.2f} against {none.flops:.2f}."
         )
     return lines
@@ -216,25 +243,39 @@ def _main(study: Study, collection: str) -> list[str]:
         raw = _by_arm(group).get(Arm.RAW)
         if raw is None:  # it failed
             continue
-        best = max(row.results[collection].ndcg for row in group)
-        share = raw.results[collection].ndcg / best if best else 1.0
-        state = "collapses" if share < _COLLAPSED else "degrades" if share < _NEAR else "trains as well as the best"
-        lines.append(
-            f"{backbone} (mean row norm {raw.before.mean_row_norm:.2f}): the raw head {state}, at {share:.0%} of the backbone's best on {Path(collection).name}."
-        )
+        named, place = f"{backbone} (mean row norm {raw.before.mean_row_norm:.2f})", Path(collection).name
+        row = max(group, key=lambda row: row.results[collection].ndcg)
+        best, ours = row.results[collection].ndcg, raw.results[collection].ndcg
+        if not best:
+            lines.append(f"{named}: no head finds anything on {place}.")
+            continue
+        spread = noise(row, raw, collection)
+        if ours < _COLLAPSED * best:
+            state = "collapses"
+        elif ours >= _NEAR * best:
+            state = "trains as well as the best"
+        elif spread is not None and best - ours > spread:
+            state = "degrades"
+        else:
+            state = "is below the best, which the seeds do not confirm"
+        lines.append(f"{named}: the raw head {state}, at {ours / best:.0%} of the backbone's best on {place}.")
     for test in study.tests or ():
         if test.key == Arm.RAW:
             continue
-        verdict = "no difference shows between auto and"
-        if _counts(test):
-            verdict = f"auto is {'better' if test.difference > 0 else 'worse'} than"
+        verdict = _compared(
+            test,
+            "auto is better than",
+            "auto is worse than",
+            "no difference shows between auto and",
+            "single trainings do not tell auto from",
+        )
         cost = f"{test.flops:.2f} FLOPS against 0."
         if test.flops_of_other:
             ratio = test.flops / test.flops_of_other
-            cost = f"{ratio:.2g} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
+            cost = f"{_times(ratio)} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
         lines.append(
-            f"{test.backbone} on {Path(test.collection).name}: {verdict} the best fixed k ({test.against}): {test.difference:+.3f} "
-            f"(p {test.p_corrected:.2g}), at {cost}"
+            f"{test.backbone} on {Path(test.collection).name}: {verdict} the best fixed k ({test.against}): "
+            f"{plus_minus(test.difference, test.noise, '+')} (p {test.p_corrected:.2g}), at {cost}"
         )
     return lines
 
@@ -257,7 +298,7 @@ def _correlations(rows: Sequence[RowResult], collection: str) -> dict[str, dict[
         correlations[label] = {
             name: float(stats.spearmanr(column, values)[0])
             for name, column in columns.items()
-            if None not in column and np.ptp(column)
+            if None not in column and np.ptp(column) > 0  # not NaN
         }
     return correlations
 
@@ -294,8 +335,12 @@ def _tradeoff(rows: Sequence[RowResult], collection: str) -> list[str]:
             reached = [point for point in ours if point.ndcg >= best.ndcg]
             if reached:
                 least = min(reached, key=lambda point: point.flops)
-                saved = best.flops / max(least.flops, 1e-9)
-                line += f"reached by auto with {least.text} at {least.flops:.2f}, {saved:,.{0 if saved >= 10 else 1}f} times fewer."
+                line += f"reached by auto with {least.text} at {least.flops:.2f}"
+                if 0 < least.flops < best.flops:
+                    line += f", {_times(best.flops / least.flops)} times fewer"
+                elif 0 < best.flops < least.flops:
+                    line += f", {_times(least.flops / best.flops)} times as many"
+                line += "."
             else:
                 top = max(ours, key=lambda point: point.ndcg)
                 line += f"not reached by auto, whose best is {top.text} at {top.flops:.2f}."
@@ -310,25 +355,29 @@ def _sensitivity(rows: Sequence[RowResult], collection: str) -> list[str]:
         if not of_k:  # they failed
             continue
         best_k, best = max(of_k.items(), key=lambda item: item[1].ndcg)
-        near = [k for k, means in of_k.items() if means.ndcg >= _NEAR * best.ndcg]
+        near = [f"{k:g}" for k, means in sorted(of_k.items()) if k != best_k and means.ndcg >= _NEAR * best.ndcg]
         line = (
-            f"{backbone}: k alone is best at {best_k:g} ({best.text}); "
-            + (f"k from {min(near):g} to {max(near):g} is" if len(near) > 1 else "no other k is")
-            + f" within {1 - _NEAR:.0%} of it."
+            f"{backbone}: k alone is best at {best_k:g} ({best.text}); within {1 - _NEAR:.0%} of it: "
+            + (f"k {', '.join(near)}." if near else "no other k.")
+            if best.ndcg
+            else f"{backbone}: no k alone finds anything."
         )
         of_map = {row.axis: row.results[collection] for row in group if row.key == Arm.LEVEL}
         if of_map:
             at, top = max(of_map.items(), key=lambda item: item[1].ndcg)
             line += (
                 f" With the level lowered too, the best of the map (k {at.k:g}, {at.level:.2%} of the logits above "
-                f"zero, one seed) has {top.text}, {top.ndcg / max(best.ndcg, 1e-9):.2f} times as much, at {top.flops:.2f} FLOPS against "
-                f"{best.flops:.2f}."
+                f"zero, one seed) has {top.text}{_part(top, best, 'times as much')}, at {top.flops:.2f} FLOPS against {best.flops:.2f}."
             )
             if auto := _by_arm(group).get(Arm.AUTO):
                 means = auto.results[collection]
-                line += f" auto has {means.text}, {means.ndcg / max(top.ndcg, 1e-9):.2f} of the map's best."
+                line += f" auto has {means.text}" + _part(means, top, "of the map's best") + f", at {means.flops:.2f} FLOPS."
         lines.append(line)
     return lines
+
+
+def _part(means: Means, whole: Means, words: str) -> str:
+    return f", {means.ndcg / whole.ndcg:.2f} {words}" if whole.ndcg else ""
 
 
 def _curves(row: RowRuns, records: Records) -> RowCurves:
@@ -365,39 +414,40 @@ def _dynamics(study: Study, collection: str) -> list[str]:
 # ---------------------------------------------------------------------------------------- controls
 
 
-# What two arms differ in, the two, and what follows if the first one is better and if it is not.
+# What two arms differ in, the two, and what follows if the first one is better, and if it is worse.
 _PAIRS = [
     ("scale, with the step size that Adam gives it", Arm.FIXED, Arm.RAW, "dividing W and b by k helps, as in the paper",
-     "dividing W and b by k does not help"),
+     "dividing W and b by k does harm"),
     ("scale of the scores alone", Arm.RUNTIME_SCALAR, Arm.RAW, "smaller scores help even at unchanged relative steps",
-     "smaller scores alone do not help"),
+     "smaller scores alone do harm"),
     ("relative step size alone", Arm.LARGER_STEPS, Arm.UNTIED,
-     "larger relative steps of the head help without any scale", "larger relative steps of the head alone do not help"),
+     "larger relative steps of the head help without any scale", "larger relative steps of the head alone do harm"),
     ("relative step size, given the scale", Arm.FIXED, Arm.RUNTIME_SCALAR,
-     "this part of the gain of W/k comes from Adam's k times larger relative steps on W, not from the scale",
-     "W/k gains nothing from its larger relative steps"),
+     "Adam's k times larger relative steps on W help, at the same scale",
+     "Adam's k times larger relative steps on W do harm, at the same scale"),
     ("where the scale sits (same function at the start)", Arm.FIXED, Arm.FOLDED,
      "the same function at the start ends better with W/k than with the LayerNorm scaled and the tie kept",
-     "W/k is no better than the same scale in the LayerNorm"),
+     "the same function at the start ends worse with W/k than with the LayerNorm scaled and the tie kept"),
     ("norm of W without the scale", Arm.SMALL_NORM, Arm.RAW,
      "a small norm of W helps although the function at the start is the raw one",
-     "a small norm of W by itself does not help: it is not the norm"),
-    ("untying alone", Arm.UNTIED, Arm.RAW, "untying helps by itself", "untying by itself does not help"),
+     "a small norm of W by itself does harm: it is not the norm that helps"),
+    ("untying alone", Arm.UNTIED, Arm.RAW, "untying helps by itself", "untying by itself does harm"),
     ("tie under W/k", Arm.FIXED, Arm.LEFT_TIED, "leaving the tie loses: the input embeddings shrink too",
-     "leaving the tie does no harm here"),
-    ("bias", Arm.BIAS_KEPT, Arm.FIXED, "keeping the bias is better than dividing it", "keeping the bias is no better"),
-    ("temperature", Arm.TEMPERATURE, Arm.RAW, "a temperature in the loss helps",
-     "a temperature in the loss does not do what the scale does"),
+     "leaving the tie is better here"),
+    ("bias", Arm.BIAS_KEPT, Arm.FIXED, "keeping the bias is better than dividing it", "keeping the bias is worse than dividing it"),
+    ("temperature", Arm.TEMPERATURE, Arm.RAW, "a temperature in the loss helps", "a temperature in the loss does harm"),
     ("temperature against scale", Arm.FIXED, Arm.TEMPERATURE,
-     "the scale does more than a temperature of the same spread of scores", "the scale does no more than a temperature"),
-    ("level alone", Arm.SHIFT_ALONE, Arm.RAW, "lowering the level helps, at the raw head's norm", "lowering the level alone does not help"),
+     "the scale does more than a temperature of the same spread of scores",
+     "the scale does less than a temperature of the same spread of scores"),
+    ("level alone", Arm.SHIFT_ALONE, Arm.RAW, "lowering the level helps, at the raw head's norm", "lowering the level alone does harm"),
     ("level against scale", Arm.SHIFT_ALONE, Arm.FIXED, "the level does more than the paper's scale",
-     "the level does no more than the paper's scale"),
+     "the level does less than the paper's scale"),
     ("scale after level", Arm.AUTO, Arm.SHIFT_ALONE, "choosing the scale too adds to the level",
-     "choosing the scale adds nothing to the level here"),
-    ("level after scale", Arm.AUTO, Arm.SCALE_ALONE, "lowering the level adds to a chosen scale", "lowering the level adds nothing to a scale"),
-    ("another backbone's higher norm", Arm.HIGHEST_NORM, Arm.RAW, "a larger norm helps", "a larger norm does not help"),
-    ("another backbone's lower norm", Arm.LOWEST_NORM, Arm.RAW, "a smaller norm helps", "a smaller norm does not help"),
+     "choosing the scale too takes from the level"),
+    ("level after scale", Arm.AUTO, Arm.SCALE_ALONE, "lowering the level adds to a chosen scale",
+     "lowering the level takes from a chosen scale"),
+    ("another backbone's higher norm", Arm.HIGHEST_NORM, Arm.RAW, "a larger norm helps", "a larger norm does harm"),
+    ("another backbone's lower norm", Arm.LOWEST_NORM, Arm.RAW, "a smaller norm helps", "a smaller norm does harm"),
 ]  # fmt: skip
 
 
@@ -429,11 +479,9 @@ def _pairs(rows: Sequence[RowResult], records: Records, collection: str) -> list
 
 
 def _conclusion(pair: ControlPair) -> str:
-    helps, not_helps = next((helps, not_helps) for about, _, _, helps, not_helps in _PAIRS if about == pair.about)
-    meaning = helps if _counts(pair) and pair.difference > 0 else not_helps
-    if _counts(pair) and pair.difference < 0:
-        meaning = meaning.replace("not help", "not help, on the contrary")
+    helps, harms = next((helps, harms) for about, _, _, helps, harms in _PAIRS if about == pair.about)
+    meaning = _compared(pair, helps, harms, "no difference shows", "single trainings do not tell")
     return (
         f"{pair.backbone}, {pair.about}: {pair.one} {pair.values[0]} against {pair.other} {pair.values[1]} "
-        f"({pair.difference:+.3f}, p {pair.p_corrected:.2g}; FLOPS {pair.flops[0]:.2f} and {pair.flops[1]:.2f}): {meaning}."
+        f"({plus_minus(pair.difference, pair.noise, '+')}, p {pair.p_corrected:.2g}; FLOPS {pair.flops[0]:.2f} and {pair.flops[1]:.2f}): {meaning}."
     )

@@ -1,8 +1,9 @@
 """The figures of a study."""
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,9 +84,14 @@ def _color(arm: str, arms: dict[str, Arm]) -> str:
     return _COLORS.get(arms[arm]) or _OTHERS[others.index(arm) % len(_OTHERS)]
 
 
+def _sds(points: Iterable[Means]) -> list[float]:
+    """The standard deviations; NaN, which is not drawn, of single trainings."""
+    return [math.nan if point.ndcg_sd is None else point.ndcg_sd for point in points]
+
+
 def _errorbars(axes: Any, x: Sequence[float], points: Sequence[Means], line: str, arm: str, arms: dict[str, Arm]) -> None:
     axes.errorbar(
-        x, [point.ndcg for point in points], [point.ndcg_sd or 0 for point in points],
+        x, [point.ndcg for point in points], _sds(points),
         fmt=_MARKERS.get(arms[arm], "^") + line, color=_color(arm, arms), capsize=3, label=arm,
     )  # fmt: skip
 
@@ -160,7 +166,7 @@ def _sensitivity(backbone: str, rows: Sequence[RowResult], collection: str) -> l
 def _paint_k(rows: Sequence[RowResult], collection: str, figure: Any) -> None:
     axes = _axes(figure, "k", METRIC)
     points = {row.axis.k: row.results[collection] for row in rows if row.axis.k and not row.axis.level}
-    means, sds = [point.ndcg for point in points.values()], [point.ndcg_sd or 0 for point in points.values()]
+    means, sds = [point.ndcg for point in points.values()], _sds(points.values())
     axes.errorbar(list(points), means, sds, fmt="^-", color=_OTHERS[0], capsize=3, label="k alone")
     low, high = ([mean + sign * sd for mean, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
     axes.fill_between(list(points), low, high, color=_OTHERS[0], alpha=0.2, linewidth=0)
@@ -204,7 +210,7 @@ def _controls(backbone: str, rows: Sequence[RowResult], collection: str) -> Sket
         for i, row in enumerate(rows):
             means = row.results[collection]
             color = _COLORS.get(row.key, _OTHERS[2])
-            axes.barh(i + 0.18, means.ndcg, 0.36, xerr=means.ndcg_sd or 0, color=color, capsize=3, ecolor=INK)
+            axes.barh(i + 0.18, means.ndcg, 0.36, xerr=means.ndcg_sd, color=color, capsize=3, ecolor=INK)
             axes.text(0, i - 0.04, row.arm, va="bottom", ha="left", fontsize=9)
         _without_y(axes, len(rows) - 0.5)
 
@@ -225,7 +231,7 @@ def _main(study: Study, collection: str, bm25: Baseline) -> Sketch:
                 means = row.results[collection]
                 y = i - 0.2 + 0.55 * list(arms).index(row.arm) / max(1, len(arms) - 1)
                 axes.errorbar(
-                    means.ndcg, y, xerr=means.ndcg_sd or 0, fmt=_MARKERS.get(row.key, "^"), color=_color(row.arm, arms),
+                    means.ndcg, y, xerr=means.ndcg_sd, fmt=_MARKERS.get(row.key, "^"), color=_color(row.arm, arms),
                     capsize=3, label=row.arm if row is named[row.arm] else None,
                 )  # fmt: skip
         axes.axvline(bm25.ndcg, color=INK, linestyle=":", label="BM25")

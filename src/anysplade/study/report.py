@@ -96,7 +96,7 @@ def _tables(study: Study, result: StudyResult, folding: bool) -> list[_Table]:
                 lines.append(([label, *[""] * 4, *measures, *["–"] * 4], None))
         tables.append(_Table(_short(collection), _COLUMNS, 2, lines))
     tests = [
-        [test.backbone, _short(test.collection), test.head, test.against, f"{test.difference:+.3f} ± {test.noise / 2:.3f}",
+        [test.backbone, _short(test.collection), test.head, test.against, plus_minus(test.difference, test.noise, "+"),
          f"{test.p_corrected:.2g}", f"{test.flops:.2f}", f"{test.flops_of_other:.2f}"]
         for test in study.tests
     ]  # fmt: skip

@@ -52,9 +52,9 @@ class Means:
         return plus_minus(self.ndcg, self.ndcg_sd)
 
 
-def plus_minus(mean: float, sd: float | None) -> str:
-    """A mean and its standard deviation, if there is one, as text."""
-    return f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
+def plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
+    """A mean and how far it spreads, if that is known, as text; with the sign "+" a plus is shown too."""
+    return f"{mean:{sign}.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class PairedTest:
     against: str  # its label
     difference: float
     p: float
-    noise: float  # two standard errors of the difference over seeds
+    noise: float | None  # of the seeds: half the width of the difference's 95 % interval; None if a row has one training
     flops: float
     flops_of_other: Annotated[float, Field(alias="flops of the other")]
     p_corrected: float
@@ -114,7 +114,7 @@ class ControlPair:
     other: str
     difference: float
     p: float
-    noise: float
+    noise: float | None
     values: tuple[str, str]
     flops: tuple[float, float]
     p_corrected: float
@@ -260,4 +260,6 @@ def read_results(file: Path) -> StudyResult:
     try:
         return _RESULT.validate_json(file.read_bytes())
     except ValidationError as error:
-        raise OutputError(f"{file}: written by an older version; remove it (the cells stay, and are used again)") from error
+        raise OutputError(
+            f"{file}: written by an older version; remove it (its cells stay, and are used if they still hold)"
+        ) from error

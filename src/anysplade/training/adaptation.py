@@ -136,7 +136,8 @@ def adapt(
         make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # an error if the corpus is another now
         if judged is not None and data_hash(load_collection(judged, split, progress=progress)) != finished.judged_hash:
             raise OutputError(
-                f"{output}: the collection {judged} is another than the models were judged by; choose another `output`"
+                f"{output}: the collection {judged} is another than the models were judged by, or an older version judged them; "
+                "choose another `output`"
             )
         logger.info("%s holds this adaptation already", output)
         return finished

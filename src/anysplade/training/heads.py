@@ -6,7 +6,6 @@ masked tokens are to be guessed from their context (Devlin et al., arXiv 1810.04
 with the head, each layer at a lower rate than the one above it.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 from anysplade._common.files import require_empty, whole_folder, write_whole
+from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import read_texts
@@ -146,7 +146,7 @@ def train_head(
         "seed": seed,
         "weights": dict(_WEIGHTS),
     }
-    data_hash = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
+    data_hash = DataHash(pieces).hexdigest()
     about = {"fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
     parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
     finished = _claim(output, parts, about)
@@ -431,7 +431,7 @@ def _claim(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | N
     # The sample of the text depends on the options.
     changed = [name for name, key in (("encoder", "fingerprint"), ("text", "data_hash")) if before[key] != about[key]]
     if different or changed:
-        what = f"other options ({'; '.join(different)})" if different else f"another {' and '.join(changed)}"
+        what = f"other options ({'; '.join(different)})" if different else f"another {' and '.join(changed)} or version"
         raise OutputError(f"{output}: a head with {what}; choose another `output` or remove {known.parent}")
     if known.parent == parts:
         require_empty(output)

@@ -5,7 +5,6 @@ they continue after the last whole block, and a finished output is not made twic
 """
 
 import functools
-import hashlib
 import json
 import logging
 import shutil
@@ -22,6 +21,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from anysplade._common.files import finished_record, record_path, write_whole
+from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair, read_corpus
@@ -323,8 +323,7 @@ def _in_blocks(
 ) -> Mined | None:
     """Write the rows of all blocks and return what was written; None, with nothing written, if no block gave a row."""
     parts = _parts_of(output)
-    digest = hashlib.sha256(json.dumps([list(pairs), list(documents)]).encode()).hexdigest()
-    about = options | {"data_hash": digest}
+    about = options | {"data_hash": DataHash(chain(pairs, documents)).hexdigest()}
     if (before := finished_record(output, about, parts)) is not None:
         return Mined(before.pop("examples"), before.pop("left_out"), before)
     write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -144,7 +144,10 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         if changed:
             what = {"data": "training data", "dev": "dev collection"}.get(changed[0], changed[0])
             source = getattr(config, changed[0])
-            raise OutputError(f"{output}: the {what} changed since this run began ({source}); choose another `output`")
+            raise OutputError(
+                f"{output}: the {what} changed since this run began ({source}); choose another `output`, as for a run that an "
+                "older version began"
+            )
         if finished is not None:
             if arguments.process_index == 0:
                 write_whole(output / "run.json", json.dumps(recorded | {"files": files, "hashes": hashes}, indent=2) + "\n")
@@ -217,14 +220,10 @@ def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrai
         if not folder.exists():
             raise AnyspladeError(f"{output}: the first process could not prepare the examples; it says why")
         return StoredPairs(folder)
-    may_mine = config.teacher is not None and config.negatives != 0
-    reading = partial(read_pairs, config.data, texts=config.texts, progress=progress)
-    read = reading(negatives=None if may_mine else config.negatives)
-    first = list(islice(read, 1))
-    mining = may_mine and not first[0].negatives
-    if mining or (may_mine and config.negatives is not None):
-        read, first = read_pairs(_mined(config, output, progress)) if mining else reading(negatives=config.negatives), []
-    first += islice(read, _CHECKED)
+    read, mining = read_examples(config, progress)
+    if mining:
+        read = read_pairs(_mined(config, output, progress))
+    first = list(islice(read, _CHECKED))
     check_examples(config, first)
     if len(first) < 2:
         mined = "; hard negatives were found for no other, so try `negatives=0`" if mining else ""
@@ -239,6 +238,19 @@ def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrai
             folder.parent.rmdir()
         raise
     return pairs
+
+
+def read_examples(config: TrainingConfig, progress: bool = False) -> tuple[Iterator[Pair], bool]:
+    """The examples as the data has them, and whether hard negatives are still to be mined for them."""
+    may_mine = config.teacher is not None and config.negatives != 0
+    reading = partial(read_pairs, config.data, texts=config.texts, progress=progress)
+    read = reading(negatives=None if may_mine else config.negatives)
+    if not may_mine:
+        return read, False
+    first = next(read)
+    if first.negatives and config.negatives is not None:
+        return reading(negatives=config.negatives), False
+    return chain([first], read), not first.negatives
 
 
 def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:
@@ -288,10 +300,16 @@ def _teacher(
     )
 
 
+def start_texts(config: TrainingConfig, pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
+    """The queries and documents, with their prompts, that the head is measured and calibrated on."""
+    queries, documents = sample_pairs(pairs, config.seed)
+    return [config.query_prompt + query for query in queries], [config.document_prompt + document for document in documents]
+
+
 def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
     """The encoder to start from; after a collapse numbers for k and shift give way to "auto", and that to a stronger one."""
     set_seed(config.seed)
-    queries, documents = sample_pairs(pairs, config.seed)
+    queries, documents = start_texts(config, pairs)
     k, shift = config.k, config.shift
     if restarts and not (k == "auto" and shift == "auto"):
         k, shift, restarts = "auto", "auto", restarts - 1
@@ -301,8 +319,8 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         shift,
         config.fused,
         bias=config.bias,
-        queries=[config.query_prompt + query for query in queries],
-        documents=[config.document_prompt + document for document in documents],
+        queries=queries,
+        documents=documents,
         max_length=config.max_length,
         strength=restarts,
         pooling=config.pooling,

@@ -282,7 +282,7 @@ class Kept:
 
 
 def _hash(*parts: str) -> bytes:
-    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
 def kept_vectors(teacher: Teacher, beside: Path, progress: bool = False) -> Kept:
