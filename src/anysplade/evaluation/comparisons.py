@@ -52,7 +52,7 @@ class Comparison(Tabular):
 
     def _rows(self) -> list[dict[str, Any]]:
         """All but the queries."""
-        low, high = self.interval
+        low, high = self.interval or (None, None)
         values = {name: value for name, value in vars(self).items() if name not in ("interval", "changed", "p")}
         return [values | {"difference": self.difference, "95 % from": low, "95 % to": high}]
 
