@@ -1,6 +1,8 @@
 """What the trainer calls while it trains: the dev collection, marks of whole checkpoints, a time estimate, a progress bar."""
 
+import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -10,15 +12,16 @@ from typing import Any
 import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import damaged_file, digests, read_record, write_whole
 from anysplade.data.collections import Collection
 
 logger = logging.getLogger(__name__)
 
 DEV_METRICS = ("nDCG@10", "RR@10")
-_COMPLETE = "complete"  # marks a checkpoint whose files are all there
+_COMPLETE = "complete"  # is written last into a checkpoint: the digests of its files
+_NAME = re.compile(r"checkpoint-\d+")
 _TIMED = 4  # steps, after the first one
 _LONG = 60  # seconds: a shorter run needs no estimate
 
@@ -39,13 +42,36 @@ class DevEvaluator(BaseEvaluator):
 
 
 class MarkComplete(TrainerCallback):
-    """Mark a checkpoint once all its files are written, by every process; one without the mark is a torn one."""
+    """Write down what a checkpoint holds once all its files are written, by every process."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_whole(checkpoint / _COMPLETE, json.dumps(digests(checkpoint)) + "\n")
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping, which after an interruption still knows how many checkpoints were no better."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+class EndsOnce:
+    """Mixed into a trainer: from the checkpoint of its last step it goes on without one more step."""
+
+    state: Any
+    control: Any
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
 
 
 class Estimate(TrainerCallback):
@@ -111,11 +137,30 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; torn ones, left by a killed process, are removed."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _COMPLETE).exists():
-            complete.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(complete, key=step_of, default=None)
+    """The newest checkpoint that is whole; with a dev collection, the best one so far has to be whole too.
+
+    Others are removed with a word: a killed process leaves torn ones, and an accident damaged ones.
+    """
+    checkpoints = sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
+    whole: list[Path] = []
+    for checkpoint in checkpoints:
+        damage = _damage(checkpoint)
+        best = None if damage else (read_record(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+        if best is not None and Path(best).name not in [checkpoint.name, *(one.name for one in whole)]:
+            damage = f"its best one, {Path(best).name}, is gone"
+        if damage is None:
+            whole.append(checkpoint)
+            continue
+        logger.warning("%s: %s; it is not used", checkpoint, damage)
+        shutil.rmtree(checkpoint)
+    if checkpoints:
+        logger.info("%s: going on from %s", folder, whole[-1].name if whole else "the start")
+    return whole[-1] if whole else None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    if not (checkpoint / _COMPLETE).is_file():
+        return "it was not written to its end"
+    known = read_record(checkpoint / _COMPLETE)
+    name = damaged_file(checkpoint, known) if known else _COMPLETE
+    return name and f"{name} is missing or damaged"

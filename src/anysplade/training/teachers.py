@@ -24,7 +24,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anysplade._common.files import default_cache, make_folder, whole_folder, write_whole
+from anysplade._common.files import damaged_file, default_cache, digests, make_folder, read_record, whole_folder, write_whole
 from anysplade.data.collections import Pair
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, ModelError
@@ -338,7 +338,7 @@ class BatchTeacher:
             else:
                 _write_vectors(pairs, work, kept)
             about = {"name": teacher.name, "kind": teacher.kind, "temperature": teacher.temperature, "precision": teacher.precision}
-            write_whole(work / "teacher.json", json.dumps(about, indent=2) + "\n")
+            write_whole(work / "teacher.json", json.dumps(about | {"files": digests(work)}, indent=2) + "\n")
 
     def scores(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Of each query and each document of a batch; NaN where the teacher has none.
@@ -405,8 +405,12 @@ def _parts(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
 def prepare_teacher(
     name: str, pairs: Sequence[Pair], folder: Path, *, max_length: int | None, precision: str, progress: bool = False
 ) -> BatchTeacher:
-    """A run's teacher: all it has to say of the examples, in ``folder``; made there unless it is there already."""
-    if not (folder / "teacher.json").exists():
+    """A run's teacher: all it has to say of the examples, in ``folder``; made there unless it is there already, and whole."""
+    known = read_record(folder / "teacher.json", "files")
+    damaged = None if known is None else damaged_file(folder, known["files"])
+    if damaged is not None:
+        logger.warning("%s: is missing or damaged; it is made again", folder / damaged)
+    if known is None or damaged is not None:
         shutil.rmtree(folder, ignore_errors=True)
         teacher = open_teacher(name, max_length=max_length, precision=precision)
         BatchTeacher.write(teacher, pairs, folder, kept_vectors(teacher, folder.with_name("teachers"), progress))
