@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # codes of an OSError that mean: no permission
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
 _TAKEN = (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
@@ -232,12 +233,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _error_code(error: Exception) -> int | None:
-    """The system's code of an error: safetensors and tokenizers have it in the text, and torch says no more than that it failed."""
+    """The system's code of an error, which libraries in Rust give in the text; torch gives none, and lacks room as a rule."""
     if isinstance(error, OSError):
         return error.errno
-    text = str(error)
-    found = re.search(r"\(os error (\d+)\)", text)
-    return int(found[1]) if found else errno.ENOSPC if "PytorchStreamWriter failed writing" in text else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else errno.ENOSPC if _TORCH_CANNOT_WRITE.search(str(error)) else None
 
 
 @functools.cache

@@ -139,22 +139,22 @@ def step_of(checkpoint: Path) -> int:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; with a dev collection, the best one so far has to be whole too.
 
-    Others are removed with a word: a killed process leaves torn ones, and an accident damaged ones.
+    Others are removed, in one line: a killed process leaves torn ones, and an accident damaged ones.
     """
-    checkpoints = sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
     whole: list[Path] = []
-    for checkpoint in checkpoints:
-        damage = _damage(checkpoint)
-        best = None if damage else (read_record(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+    faults = []
+    for checkpoint in sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of):
+        fault = _damage(checkpoint)
+        best = None if fault else (read_record(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
         if best is not None and Path(best).name not in [checkpoint.name, *(one.name for one in whole)]:
-            damage = f"its best one, {Path(best).name}, is gone"
-        if damage is None:
+            fault = f"its best one, {Path(best).name}, is gone"
+        if fault is None:
             whole.append(checkpoint)
-            continue
-        logger.warning("%s: %s; it is not used", checkpoint, damage)
-        shutil.rmtree(checkpoint)
-    if checkpoints:
-        logger.info("%s: going on from %s", folder, whole[-1].name if whole else "the start")
+        else:
+            faults.append(f"{checkpoint.name}: {fault}")
+            shutil.rmtree(checkpoint)
+    if faults:
+        logger.warning("%s: %s; going on from %s", folder, ", ".join(faults), whole[-1].name if whole else "the start")
     return whole[-1] if whole else None
 
 

@@ -48,6 +48,7 @@ from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
 from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
+from anysplade.model.options import checked_option
 from anysplade.model.pooling import max_logits, native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.callbacks import EndsOnce, Estimate, MarkComplete, Progress, last_checkpoint
@@ -134,8 +135,9 @@ def train_head(
         "checkpoint_steps": (checkpoint_steps, 1),
     }
     for name, (value, low) in lowest.items():
-        if value < low:
+        if checked_option(name, value, int) < low:
             raise OptionError(f"{name} is {value}: it must be at least {low}")
+    steps, batch_size, max_length, checkpoint_steps = (int(value) for value, _ in lowest.values())
     if not (0 < learning_rate < 1 and 0 <= encoder_learning_rate < 1 and 0 < layer_decay <= 1):
         raise OptionError(
             f"learning_rate {learning_rate}, encoder_learning_rate {encoder_learning_rate}, layer_decay {layer_decay}: "

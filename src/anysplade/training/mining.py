@@ -25,7 +25,7 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
-from anysplade.model.options import Role
+from anysplade.model.options import Role, checked_option
 from anysplade.search.exact import Postings
 from anysplade.training.teachers import Kept, Rows, Teacher, kept_vectors, open_teacher
 
@@ -82,6 +82,7 @@ def mine(
         OutputError: the output exists and was made in another way.
         DataError, ModelError, OptionError: as the parts raise them.
     """
+    negatives, depth = checked_option("negatives", negatives, int), checked_option("depth", depth, int)
     if negatives < 1 or depth < negatives or not 0 <= margin < 1:
         raise OptionError(
             f"negatives {negatives}, depth {depth}, margin {margin}: take 1 or more of a depth no smaller, margin in [0, 1)"
