@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from anysplade import OutputError, TrainingConfig, train
 from anysplade._common.files import digests, only_process
 from anysplade.training.callbacks import last_checkpoint
+from processes import room_for
 
 
 def remove(file):
@@ -175,4 +176,14 @@ def test_a_second_run_in_one_folder_is_refused_at_once(config):
     with only_process(run), pytest.raises(OutputError, match="another process works there now; wait for it"):
         train(config)
     assert not (run / "lock").exists()
-    assert train(config).steps == 8
+
+
+def test_a_run_goes_on_when_there_is_room_again(config):
+    run = Path(config.output)
+    sizes = [(run / "checkpoints" / "checkpoint-8" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")]
+    shutil.rmtree(run)
+    for size in sizes:
+        with pytest.raises(OutputError, match=r"run: cannot be written: .*; make room"), room_for(size - 1):
+            train(config)
+    train(config)
+    assert_as_uninterrupted(config)

@@ -303,8 +303,7 @@ def _claim(output: Path, about: dict[str, Any]) -> Adaptation | None:
         if not output.is_dir() or {path.name for path in output.iterdir()} != {"lock"}:
             require_empty(output)
         return None
-    names = [field.name for field in fields(Adaptation)]
-    record = read_record(output / "adaptation.json", *about, *names)
+    record = read_record(output / "adaptation.json", *about)
     before = read_record(output / "options.json", *about) or record
     if before is not None and {name: before[name] for name in about} != about:
         raise OutputError(f"{output}: an adaptation with other options, model or teacher; choose another `output` or remove it")
@@ -314,4 +313,4 @@ def _claim(output: Path, about: dict[str, Any]) -> Adaptation | None:
     if damaged is not None:
         logger.warning("%s: %s is missing or damaged; it is made again", output / "model", damaged)
         return None
-    return Adaptation(**{name: record[name] for name in names})
+    return Adaptation(**{field.name: record[field.name] for field in fields(Adaptation)})

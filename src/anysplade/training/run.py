@@ -28,7 +28,7 @@ from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEnc
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from anysplade._common.files import (
     damaged_file,
@@ -87,6 +87,7 @@ _MINED = 2  # hard negatives of an example that has none, where a teacher tells 
 _PREPARATION = 7 * 24 * 3600  # seconds that processes wait for the first one, which mines and encodes for all
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
 _CHECKED = 1000  # examples that are looked at before the others are read
+_OWN_CHECK = ("azure_ml", "flyte", "kubeflow")  # trackers of which transformers does not say whether they are installed
 _DEV_METRIC = "eval_dev_nDCG@10"
 
 
@@ -251,11 +252,14 @@ def _check_trackers(names: Sequence[str]) -> None:
     Raises:
         OptionError: an unknown tracker, or one that is not installed.
     """
+    usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
     for name in names if tuple(names) not in (("all",), ("none",)) else ():
-        try:
-            get_reporting_integration_callbacks([name])[0]()
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise OptionError(f"`report_to={name}`: {first_line(error)}") from error
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(
+                f"`report_to={name}`: no such tracker; the trainer knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in usable:
+            raise OptionError(f"`report_to={name}`: it is not installed; pip install {name.replace('_', '-')}, or leave it out")
 
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
