@@ -59,7 +59,7 @@ from anysplade.model.encoder import (
 )
 from anysplade.model.head import find_head, live_terms
 from anysplade.model.pooling import native_bfloat16
-from anysplade.model.saved import fingerprint, first_line, resolve_model
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
 from anysplade.training.callbacks import (
     DevEvaluator,
