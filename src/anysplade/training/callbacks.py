@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from anysplade._common.files import damaged_file, digests, read_record, write_whole
 from anysplade.data.collections import Collection
+from anysplade.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ DEV_METRICS = ("nDCG@10", "RR@10")
 _COMPLETE = "complete"  # is written last into a checkpoint: the digests of its files
 _NAME = re.compile(r"checkpoint-\d+")
 _TIMED = 4  # steps, after the first one
+_OWN_CHECK = ("azure_ml", "flyte", "kubeflow")  # trackers of which transformers does not say whether they are installed
 _LONG = 60  # seconds: a shorter run needs no estimate
 
 
@@ -130,6 +134,22 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse what the trainer cannot report to, before there is anything to report.
+
+    Raises:
+        OptionError: an unknown tracker, or one that is not installed.
+    """
+    usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
+    for name in names if tuple(names) not in (("all",), ("none",)) else ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(
+                f"`report_to={name}`: no such tracker; the trainer knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in usable:
+            raise OptionError(f"`report_to={name}`: it is not installed; pip install {name.replace('_', '-')}, or leave it out")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -28,7 +28,6 @@ from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEnc
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from anysplade._common.files import (
     damaged_file,
@@ -68,6 +67,7 @@ from anysplade.training.callbacks import (
     MarkComplete,
     Patience,
     Progress,
+    check_trackers,
     last_checkpoint,
     step_of,
 )
@@ -87,7 +87,6 @@ _MINED = 2  # hard negatives of an example that has none, where a teacher tells 
 _PREPARATION = 7 * 24 * 3600  # seconds that processes wait for the first one, which mines and encodes for all
 _RESTARTS = 3  # with on_collapse="recalibrate", each from a more strongly calibrated head
 _CHECKED = 1000  # examples that are looked at before the others are read
-_OWN_CHECK = ("azure_ml", "flyte", "kubeflow")  # trackers of which transformers does not say whether they are installed
 _DEV_METRIC = "eval_dev_nDCG@10"
 
 
@@ -132,7 +131,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         ModelError, DataError, OptionError: as ``load_encoder`` and ``read_pairs`` do, before the first step.
         CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
-    _check_trackers(config.report_to)
+    check_trackers(config.report_to)
     output = Path(config.output).expanduser()
     with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():
         return _train(config, output, progress)
@@ -244,22 +243,6 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     recorded_result = _recorded_result(output)
     assert recorded_result is not None  # it was written just now
     return recorded_result
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Refuse what the trainer cannot report to, before there is anything to report.
-
-    Raises:
-        OptionError: an unknown tracker, or one that is not installed.
-    """
-    usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
-    for name in names if tuple(names) not in (("all",), ("none",)) else ():
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise OptionError(
-                f"`report_to={name}`: no such tracker; the trainer knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            )
-        if name not in usable:
-            raise OptionError(f"`report_to={name}`: it is not installed; pip install {name.replace('_', '-')}, or leave it out")
 
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
