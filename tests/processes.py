@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,17 @@ def drop_privileges() -> None:
     library = ctypes.CDLL(None)
     for capability in _OVERRIDE_PERMISSIONS if os.getuid() == 0 else ():
         library.prctl(_DROP_CAPABILITY, capability, 0, 0, 0)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """A time in which no file can have more bytes: to the libraries, a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from anysplade import Document, Index, TrainingConfig
 from anysplade.cli import app, main
 from anysplade.cli.app import _as_typed
 from anysplade.cli.config import config_file
-from processes import drop_privileges, run_command, run_python
+from processes import drop_privileges, room_for, run_command, run_python
 from tiny import WORDS, make_backbone, make_lexical
 from vocabularies import byte_level, make_cased
 
@@ -320,7 +320,28 @@ def test_each_option_that_can_be_none_is_none_from_a_file(tmp_path):
         ("steps: many", "many"),
         ("- 1", "holds no options"),
         ("", "holds no options"),
+        ("plain words", "holds no options"),
         ("steps: [", "options.yaml"),
+        ("seed: 1\nquery_prompt: query: ", "options.yaml:2: mapping values are not allowed here; put a text in quotes"),
+        ("seed: 1\n\tsteps: 3", "options.yaml:2: "),
+        ("dev: !!python/object/apply:os.getcwd []", "options.yaml:1: the tag tag:yaml.org,2002:python/object/apply:os.getcwd"),
+        ("dev: !mine x", "options.yaml:1: the tag !mine"),
+        ("dev: *there", "options.yaml:1: found undefined alias"),
+        ("\0\1", "options.yaml: cannot be read"),
+        ("seed: " + "[" * 1000, "options.yaml: cannot be read"),
+        ("steps: 2.5", "options.yaml: steps is '2.5': it must be a whole number or none"),
+        ("negatives: 0.4", "negatives is '0.4': it must be a whole number"),
+        ("seed: yes", "seed is 'yes': it must be a whole number"),
+        ("seed: 1e-3", "seed is '1e-3'"),
+        ("learning_rate: fast", "learning_rate is 'fast': it must be a number"),
+        ("mute: maybe", "mute is 'maybe': it must be true or false"),
+        ("fold: upper", "fold is 'upper': it must be 'none' or 'case' or 'stem'"),
+        ("k: automatic", "k is 'automatic': it must be a number or 'auto'"),
+        ("seed: [1, 2]", "seed is ['1', '2']: it must be a whole number"),
+        ("query_prompt: {query: x}", "query_prompt is {'query': 'x'}: it must be a text"),
+        ("query_prompt:", "query_prompt is None: it must be a text"),
+        ("report_to: [[wandb]]", "report_to is [['wandb']]: it must be a list of texts"),
+        ("seed: 1\nmute: true\nseed: 2", "seed stands there twice"),
     ],
 )
 def test_a_faulty_file_of_options(text, message, backbone, collection_folder, call, tmp_path):
@@ -330,6 +351,50 @@ def test_a_faulty_file_of_options(text, message, backbone, collection_folder, ca
     assert message in err
     code, _, err = call("train", backbone, collection_folder, "--out", tmp_path / "run", "--config", tmp_path / "nowhere.yaml")
     assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["steps = 2.5", "steps = true", "steps = 2\nsteps = 3", "steps = 1979-05-27", "[steps]\na = 1", "steps"]
+)
+def test_a_faulty_toml_file(text, call, tmp_path):
+    (tmp_path / "options.toml").write_text(text)
+    code, out, err = call("train", "bert-tiny", "python-docs", "--out", tmp_path / "run", "--config", tmp_path / "options.toml")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "options.toml: " in err
+
+
+def test_a_value_of_a_file_is_read_as_at_the_command_line(tmp_path):
+    """YAML alone would make 8 of 010, True of yes, 45,000 of 12:30:00 and a text of 1e-3."""
+    texts = (
+        "seed: 010\nsteps: 20.0\nquery_prompt: yes\ndocument_prompt: 12:30:00\nlearning_rate: 1e-3\ndev_split: 0x1F\nmute: yes\n"
+    )
+    (tmp_path / "options.yaml").write_text(f"backbone: b\ndata: 2020\noutput: o\n{texts}report_to: wandb\n", encoding="utf-8-sig")
+    config = parsed_config("--config", str(tmp_path / "options.yaml"))
+    assert (config.data, config.seed, config.steps, config.mute) == ("2020", 10, 20, True)
+    assert (config.query_prompt, config.document_prompt, config.dev_split) == ("yes", "12:30:00", "0x1F")
+    assert (config.learning_rate, config.report_to) == (1e-3, ("wandb",))
+    flags = ["--seed", "010", "--steps", "20.0", "--mute", "--learning-rate", "1e-3"]
+    flagged = parsed_config("b", "2020", "--out", "o", *flags)
+    assert (flagged.seed, flagged.steps, flagged.mute, flagged.learning_rate) == (10, 20, True, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "search nowhere kabel --k 2.5",
+        "index nowhere nowhere --out new --top-k 3.5",
+        "train nowhere nowhere --out new --steps 2.5",
+        "train nowhere nowhere --out new --max-length 15.9",
+        "mine nowhere --out new --negatives 0.4",
+        "head nowhere --text nowhere --out new --batch-size .5",
+        "adapt nowhere nowhere --teacher nowhere --out new --seed -0.5",
+        "study main --out new --seeds 1.5",
+    ],
+)
+def test_a_fraction_is_no_whole_number(command, call):
+    code, out, err = call(*command.split())
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert f"{command.split()[-1]} is no whole number" in err
 
 
 def test_mine_and_score(collection_folder, call_json, call, tmp_path):
@@ -490,6 +555,16 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     assert said.stderr == (
         f"anysplade: {tmp_path}/locked/out: cannot be written: Permission denied; name another place, or make this one writable\n"
     )
+
+
+def test_a_full_disk_is_one_line(backbone, call, tmp_path):
+    command = ["rescale", backbone, "--out", tmp_path / "out"]
+    with room_for(100_000):
+        code, _, err = call(*command)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"{tmp_path / 'out'}: cannot be written: File too large; make room" in err
+    assert not list(tmp_path.iterdir())
+    assert call(*command)[0] == 0
 
 
 def test_options_are_named_as_they_are_typed(call, backbone, collection_folder, tmp_path):

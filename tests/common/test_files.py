@@ -2,9 +2,13 @@ import errno
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from anysplade import OutputError
-from anysplade._common.files import whole_file, whole_folder, write_whole
+from anysplade._common.files import damaged_file, digests, only_process, read_record, whole_file, whole_folder, write_whole
+from processes import drop_privileges, room_for, run_python
+from tiny import make_tokenizer
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path):
@@ -75,3 +79,82 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(OutputError, match="file: cannot be written: No space left on device; make room"):
         fill()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_one_process_alone(tmp_path):
+    refused = pytest.raises(OutputError, match="run: another process works there now")
+    with only_process(tmp_path / "run"), refused, only_process(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()  # nothing was written to it
+    with only_process(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["file"]
+
+
+def test_a_killed_process_keeps_nothing(tmp_path):
+    code = "import os, sys; from pathlib import Path; from anysplade._common.files import only_process as only\n"
+    killed = run_python("-c", f"{code}with only(Path(sys.argv[1])): os.kill(os.getpid(), 9)", tmp_path)
+    assert (killed.returncode, [path.name for path in tmp_path.iterdir()]) == (-9, ["lock"])
+    with only_process(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nobody_may_write_there_is_nothing_to_keep(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o555)
+    code = "import sys; from pathlib import Path; from anysplade._common.files import only_process as only\n"
+    for folder in (tmp_path / "run", tmp_path / "run" / "below"):
+        done = run_python("-c", f"{code}with only(Path(sys.argv[1])): pass", folder, preexec_fn=drop_privileges)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+WAYS = {
+    "safetensors": lambda folder: save_file({"weight": torch.zeros(9000)}, folder / "file"),
+    "torch": lambda folder: torch.save({str(i): torch.zeros(9000) for i in range(9)}, folder / "file"),
+    "torch, one tensor": lambda folder: torch.save(torch.zeros(9000), folder / "file"),
+    "tokenizers": lambda folder: make_tokenizer().save_pretrained(folder),
+    "text": lambda folder: (folder / "file").write_text("x" * 9000),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_library_finds_no_room_says_so_in_one_line(way, tmp_path):
+    def fill():
+        with whole_folder(tmp_path / "out") as folder:
+            WAYS[way](folder)
+
+    with pytest.raises(OutputError, match=r"out: cannot be written: .*; make room, or name another place$"), room_for(1000):
+        fill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_may_not_be_read_is_not_what_cannot_be_written(tmp_path):
+    (tmp_path / "corpus").touch()
+    with pytest.raises(PermissionError), whole_file(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "corpus"))
+
+
+def test_damage(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/b", "c", "README.md"):
+        (tmp_path / name).write_text(name)
+    known = digests(tmp_path, without=["README.md"])
+    assert list(known) == ["a/b", "c"]
+    (tmp_path / "README.md").unlink()
+    assert damaged_file(tmp_path, known) is None
+    (tmp_path / "a" / "b").write_text("B")
+    assert damaged_file(tmp_path, known) == "a/b"
+    (tmp_path / "a" / "b").unlink()
+    assert damaged_file(tmp_path, known) == "a/b"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff\xfe", b'{"b": 1}', b"null"])
+def test_a_damaged_record_is_said_and_not_used(content, tmp_path, caplog):
+    assert read_record(tmp_path / "record.json", "a") is None
+    assert not caplog.text
+    (tmp_path / "record.json").write_bytes(content)
+    assert read_record(tmp_path / "record.json", "a") is None
+    assert "record.json: is damaged, and is not used" in caplog.text
+    (tmp_path / "record.json").write_text('{"a": 1}')
+    assert read_record(tmp_path / "record.json", "a") == {"a": 1}

@@ -234,6 +234,13 @@ def written(path, rows):
     return str(path)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"hash": ', b"\xff", b"[]"])
+def test_a_damaged_record_is_no_record(content, tmp_path, caplog):
+    (tmp_path / "cell.json").write_bytes(content)
+    assert cells.read_record(tmp_path / "cell.json") is None
+    assert "cell.json: is damaged, or of an older version; the cell is run again" in caplog.text
+
+
 def test_the_hash_covers_the_scores_of_a_teacher(place, tmp_path):
     pair = {"query": "a", "positive": "b", "negatives": ["c"]}
     hashes = set()

@@ -20,6 +20,7 @@ from anysplade import (
     make_pairs,
     open_encoder,
 )
+from anysplade._common.files import only_process
 from anysplade.training import adaptation as module
 from anysplade.training.level import flops, trim_flops
 from tiny import WORDS
@@ -126,6 +127,27 @@ def test_it_goes_on_where_it_was_stopped(teachers, corpus, tmp_path, monkeypatch
     assert (tmp_path / "run" / "model").exists()
     adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     assert (tmp_path / "run" / "training" / "training.json").stat().st_mtime_ns == before
+
+
+def test_a_damaged_adaptation(teachers, corpus, tmp_path, caplog):
+    run, given = tmp_path / "run", {"teacher": teachers["dense"]} | OPTIONS
+    first = adapt(teachers["sparse"], corpus, run, **given)
+    with only_process(run), pytest.raises(OutputError, match="another process works there now"):
+        adapt(teachers["sparse"], corpus, run, **given)
+    (run / "options.json").write_text("{")
+    assert adapt(teachers["sparse"], corpus, run, **given) == first  # the result says the same
+    for name in (
+        "model/model.safetensors",
+        "original/model.safetensors",
+        "adapted/model.safetensors",
+        "training/model/config.json",
+    ):
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        (run / name).write_bytes(content[:-10])
+    trained_again = adapt(teachers["sparse"], corpus, run, **given)
+    assert "model: model.safetensors is missing or damaged; it is made again" in caplog.text
+    assert (trained_again.after, trained_again.before) == (first.after, first.before)
 
 
 def test_a_mistake_leaves_the_folder_to_the_next_call(teachers, corpus, tmp_path, monkeypatch):

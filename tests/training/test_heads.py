@@ -25,6 +25,7 @@ from anysplade import (
     train,
     train_head,
 )
+from anysplade._common.files import only_process
 from anysplade.cli import main
 from anysplade.cli.rendering import head_training_lines
 from anysplade.model.encoder import hidden_states, masked_lm
@@ -32,6 +33,7 @@ from anysplade.model.head import find_head
 from anysplade.training import heads
 from anysplade.training.heads import layer_rates, sample_pieces, start_biases, with_new_head
 from architectures import small_model
+from processes import room_for
 from tiny import SPECIAL, WORDS, make_tokenizer
 
 OPTIONS = {"steps": 8, "batch_size": 4, "max_length": 16, "learning_rate": 1e-2, "checkpoint_steps": 4}
@@ -228,6 +230,32 @@ def test_a_finished_head_is_not_trained_again(body, text, tmp_path):
         file.write("kabel\n")
     with pytest.raises(OutputError, match="a head with another text or version; choose another `output`"):
         train_head(body, text, tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize("name, content", [("model.safetensors", b"half"), ("tokenizer.json", None), ("head.json", b'{"model"')])
+def test_a_damaged_head_is_named(name, content, body, text, tmp_path):
+    train_head(body, text, tmp_path / "out", **OPTIONS | {"steps": 1})
+    (tmp_path / "out" / name).unlink()
+    if content:
+        (tmp_path / "out" / name).write_bytes(content)
+    message = f"{name} is missing or damaged; remove the folder" if name != "head.json" else "head.json is missing or damaged"
+    with pytest.raises(OutputError, match=message):
+        train_head(body, text, tmp_path / "out", **OPTIONS | {"steps": 1})
+    shutil.rmtree(tmp_path / "out")
+    assert train_head(body, text, tmp_path / "out", **OPTIONS | {"steps": 1}).precision in ("float32", "bfloat16")
+
+
+def test_a_head_goes_on_when_there_is_room_again_and_nobody_else_is_there(body, text, tmp_path):
+    whole = train_head(body, text, tmp_path / "whole", **OPTIONS)
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    with pytest.raises(OutputError, match=r"cannot be written: .*; make room"), room_for(size - 1):
+        train_head(body, text, tmp_path / "out", **OPTIONS)
+    with only_process(tmp_path / "out.parts"), pytest.raises(OutputError, match="another process works there now"):
+        train_head(body, text, tmp_path / "out", **OPTIONS)
+    (tmp_path / "out.parts" / "about.json").write_text("{")  # nobody knows what its checkpoints are of
+    assert train_head(body, text, tmp_path / "out", **OPTIONS).losses == whole.losses
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_checkpoints_of_a_finished_head_are_removed(body, text, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from anysplade import DataError, ModelError, OptionError, OutputError, TrainingConfig, load_encoder, load_pairs, mine, score, train
+from anysplade._common.files import only_process
 from anysplade.training import mining as module
 from tiny import WORDS, make_tokenizer
 
@@ -129,6 +130,42 @@ def test_killed_and_started_again(collection_folder, tmp_path, monkeypatch):
     assert (again.examples, again.left_out) == (whole.examples, whole.left_out)
     assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not parts.exists()
+
+
+def test_damaged_parts_and_outputs(collection_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_BLOCK", 8)
+    data, options = str(collection_folder), {"negatives": 2, "margin": 0}
+    whole = mine(data, tmp_path / "whole.jsonl", **options)
+    output, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
+
+    def until_the_end():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "provenance", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                mine(data, output, **options)
+        return sorted(parts.glob("0*.jsonl"))
+
+    first, second, third, *_ = until_the_end()
+    output.unlink()
+    first.write_bytes(first.read_bytes()[:-30])
+    second.write_bytes(b"")
+    third.unlink()
+    assert mine(data, output, **options).examples == whole.examples
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert caplog.text.count("is damaged; it is made again") == 2
+    output.write_bytes(output.read_bytes()[:-30])
+    with pytest.raises(OutputError, match=r"out\.jsonl: is not as it was written; remove it"):
+        mine(data, output, **options)
+    output.unlink()
+    until_the_end()
+    output.unlink()
+    (parts / "about.json").write_text("{")
+    with only_process(parts), pytest.raises(OutputError, match="another process works there now"):
+        mine(data, output, **options)
+    assert mine(data, output, **options).examples == whole.examples
+    (tmp_path / "out.jsonl.json").write_text("{")
+    with pytest.raises(OutputError, match="was not made from the same data"):
+        mine(data, output, **options)
 
 
 def test_a_miner_that_finds_nothing_at_all_is_not_asked_for_fewer(tmp_path):

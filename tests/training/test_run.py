@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SparseEncoder
@@ -28,6 +30,7 @@ from anysplade import (
     train,
     write_collection,
 )
+from anysplade._common.files import digests
 from anysplade.cli.rendering import training_lines
 from anysplade.data.collections import load_python_docs
 from anysplade.errors import AnyspladeError
@@ -35,7 +38,7 @@ from anysplade.model.encoder import build_encoder
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
-from anysplade.training.run import _arguments, _ranking_loss
+from anysplade.training.run import _arguments, _encoder, _ranking_loss, _trainer
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone
 
@@ -208,10 +211,34 @@ def test_a_run_inside_its_data_and_one_of_an_earlier_version(config, inputs, tmp
         assert ("columns: query" in caplog.text) == reads
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"batch_size": 1}, {"learning_rate": float("nan")}, {"epochs": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"steps": 0}, {"batch_size": 1}, {"learning_rate": float("nan")}, {"epochs": -1}),
+        *({"steps": 2.5}, {"negatives": 0.4}, {"seed": "7"}, {"batch_size": True}, {"checkpoint_steps": float("inf")}),
+        *({"learning_rate": "1e-3"}, {"learning_rate": True}, {"k": "automatic"}, {"mute": "yes"}, {"mute": 1}),
+        *({"precision": "float16"}, {"fold": None}, {"query_prompt": 7}, {"dev": ["a"]}, {"report_to": [1]}),
+    ],
+)
 def test_impossible_options(config, options):
     with pytest.raises(OptionError, match=f"{next(iter(options))} is"):
         config(**options)
+
+
+def test_the_same_value_of_another_type(config, tmp_path):
+    same = config(batch_size=4.0, steps=np.int64(8), learning_rate=np.float32(0.5), report_to="none", output=tmp_path / "run")
+    assert same == config(learning_rate=0.5, report_to=("none",))
+    assert [type(value) for value in (same.batch_size, same.steps, same.learning_rate, same.output)] == [int, int, float, str]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("tensorbord", "tensorboard, trackio, wandb"), ("mlflow", "pip install mlflow"), ("wandb", "pip install wandb")],
+)
+def test_a_tracker_that_cannot_be_used_is_said_before_any_work(name, message, config, tmp_path):
+    with pytest.raises(OptionError, match=f"`report_to={name}`: .*{message}"):
+        train(config(report_to=(name,), data=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_pair_is_too_few(config, tmp_path):
@@ -231,7 +258,7 @@ def repeated(tmp_path):
 def test_a_batch_that_cannot_be_filled(config, repeated, tmp_path):
     with pytest.raises(OptionError, match=r"repeated.jsonl: a batch needs 8 .* 5 distinct positives give 5; use `batch_size=5`"):
         train(config(data=repeated, batch_size=8))
-    assert not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -377,8 +404,22 @@ def test_stop_on_collapse(collapsing, tmp_path):
         train(collapsing(on_collapse="stop"))
 
 
-def test_recalibrate_on_collapse(collapsing):
+def test_recalibrate_on_collapse(collapsing, monkeypatch):
+    trainers = []
+
+    def new_encoder(*arguments):
+        assert not any(trainer() for trainer in trainers)  # or two models and their optimizers would be in memory
+        return _encoder(*arguments)
+
+    def new_trainer(*arguments):
+        trainer, monitor = _trainer(*arguments)
+        trainers.append(weakref.ref(trainer))
+        return trainer, monitor
+
+    monkeypatch.setattr("anysplade.training.run._encoder", new_encoder)
+    monkeypatch.setattr("anysplade.training.run._trainer", new_trainer)
     result = train(collapsing(on_collapse="recalibrate"))
+    assert len(trainers) > 1
     assert [restart["k"] for restart in result.restarts][:1] == [0.05]
     assert result.restarts[0]["findings"][0]["collapse"]
     assert result.calibration["k"] != 0.05
@@ -388,9 +429,11 @@ def test_recalibrate_on_collapse(collapsing):
 
 def test_a_torn_checkpoint_is_removed(tmp_path):
     for step, complete in ((5, True), (10, True), (15, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text("{}")
         if complete:
-            (tmp_path / f"checkpoint-{step}" / "complete").touch()
+            (checkpoint / "complete").write_text(json.dumps(digests(checkpoint)))
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
     assert not (tmp_path / "checkpoint-15").exists()
 

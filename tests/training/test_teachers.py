@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
 
 from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
+from anysplade.training import mining
 from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
 from anysplade.training.teachers import Kept, open_teacher, prepare_teacher
 from processes import run_on_two_processes
@@ -234,6 +236,38 @@ def test_what_a_call_prepared_serves_no_other_one(teachers, backbone, collection
     expected = by_hand(teachers["dense"], "dense", seen["pairs"][:4])
     np.testing.assert_allclose(seen["teacher"].scores(batch, batch)[:, :8], expected, atol=2e-3)
     assert train(TrainingConfig(backbone, data, teacher=teachers["dense"], **options)).pairs == len(seen["pairs"])
+
+
+def test_what_was_mined_is_known_by_its_content(teachers, backbone, collection_folder, tmp_path, monkeypatch, caplog):
+    data, asked, searcher = tmp_path / "pairs.jsonl", [], mining._searcher
+    shutil.copy(collection_folder / "pairs.jsonl", data)
+    options = {"teacher": teachers["dense"], "steps": 2, "batch_size": 4, "max_length": 16}
+    config = TrainingConfig(backbone, str(data), output=str(tmp_path / "run"), **options)
+    monkeypatch.setattr(mining, "_searcher", lambda *given: (asked.append(given), searcher(*given))[1])
+
+    def until_the_first_step():
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("anysplade.training.run._encoder", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(config)
+        return len(asked)
+
+    assert until_the_first_step() == 2  # bm25 and the teacher
+    os.utime(data, (0, 0))
+    assert until_the_first_step() == 0
+    (mined,) = (tmp_path / "run" / "data").glob("mined-*.jsonl")
+    for file in (mined, tmp_path / "run" / "data" / "teacher" / "vectors.npy"):
+        file.write_bytes(file.read_bytes()[:-100])
+    assert until_the_first_step() == 2
+    assert caplog.text.count("damaged; it is made again") == 1
+    data.write_text(data.read_text() + '{"query": "kabel", "positive": "kabel lodan"}\n')
+    assert until_the_first_step() == 2
+    run = tmp_path / "run"
+    (run / "run.json").write_text(json.dumps({"config": json.loads(json.dumps(dataclasses.asdict(config))), "calibration": {}}))
+    (run / "data" / "teacher" / "vectors.npy").write_bytes(b"")
+    assert train(config).steps == 2
+    assert "vectors.npy: is missing or damaged; it is made again" in caplog.text
 
 
 def test_mining_by_several_models_with_a_teacher(teachers, collection_folder, tmp_path):

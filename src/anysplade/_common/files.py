@@ -2,23 +2,29 @@
 
 import errno
 import functools
+import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anysplade.errors import OutputError
+from filelock import FileLock, Timeout
+
+from anysplade.errors import AnyspladeError, OutputError
 
 logger = logging.getLogger(__name__)
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # codes of an OSError that mean: no permission
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
+_TAKEN = (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextmanager
@@ -26,27 +32,26 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` exists and is not an empty folder, or cannot be created.
+        OutputError: ``target`` exists and is not an empty folder, or cannot be written, also for want of room.
     """
     target = Path(target).expanduser()
     require_empty(target)
     work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    with _permitted(target):
-        work.mkdir(parents=True)
-    try:
-        yield work
-        with _permitted(target):
+    with writing(target):
+        try:
+            work.mkdir(parents=True)
+            yield work
             if target.exists():
                 target.rmdir()
             work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def require_empty(target: Path) -> None:
     """Raise OutputError unless ``target`` does not exist or is an empty folder."""
-    with _permitted(target):
+    with writing(target):
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target}: is a file; give a new folder")
         if target.is_dir() and any(target.iterdir()):
@@ -59,7 +64,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         OutputError: a folder cannot be created.
     """
-    with _permitted(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -82,21 +87,92 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     """
     target = Path(target).expanduser()
     work = target.with_name(f".{target.name}.{os.getpid()}")
-    with _permitted(target):
+    with writing(target):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(work, "wb")  # noqa: SIM115 - closed below, before it is renamed
-    try:
-        with opened:
-            yield opened
-        with _permitted(target):
+        try:
+            with open(work, "wb") as opened:
+                yield opened
+                opened.flush()
+                os.fsync(opened.fileno())  # else a power cut can leave the new name without the content
             work.replace(target)
-    except BaseException as error:
-        work.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise OutputError(f"{target}: cannot be written: {error.strerror}; make room, or name another place") from error
-        raise
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; the system lets it go when the process ends, however it ends.
+
+    A folder that was made for this is removed if nothing was written to it. Where this process may not write there is
+    nothing to keep, and the first thing that is written says so.
+
+    Raises:
+        OutputError: another process keeps it.
+    """
+    made = not folder.exists()
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except Timeout:
+        raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`") from None
+    except OutputError:
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            (folder / "lock").unlink(missing_ok=True)  # while it is held: no other process has it
+            lock.release()
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+# --------------------------------------------------------------------------------- records and damage
+
+
+def digests(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by its path in it.
+
+    Args:
+        without: names of files that are left out.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_file(folder: Path, known: dict[str, str]) -> str | None:
+    """The first file that is missing or is not as its digest says; None if there is none."""
+    return next((name for name, digest in known.items() if not _is_whole(folder / name, digest)), None)
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
+
+
+def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
+    """A JSON object of ours with the names that it needs; None if there is no such file, or, with a warning, if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and found.keys() >= set(needed):
+        return found
+    logger.warning("%s: is damaged, and is not used", path)
+    return None
 
 
 def record_path(output: Path) -> Path:
@@ -112,33 +188,58 @@ def finished_record(output: Path, about: dict[str, Any], parts: Path | None = No
         parts: a folder with unfinished work on the output, which has them in ``about.json``.
 
     Raises:
-        OutputError: the output, or the unfinished work, was made in another way.
+        OutputError: the output, or the unfinished work, was made in another way, or the output was changed or damaged.
     """
-    started = parts is not None and parts.exists()
+    started = parts is not None and (parts / "about.json").exists()
     if not (output.exists() or started):
         return None
     known = parts / "about.json" if parts is not None and started else record_path(output)
-    before = json.loads(known.read_text()) if known.is_file() else {}
+    before = read_record(known)
+    if before is None and parts is not None and started:  # nobody knows what the parts are of
+        for part in (known, *parts.glob("*.jsonl")):
+            part.unlink()
+        return finished_record(output, about)
+    before = before or {}
     if {name: before.get(name) for name in about} != about:
         raise OutputError(
             f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
         )
-    return before if output.exists() and known == record_path(output) else None
+    if not output.exists() or known != record_path(output):
+        return None
+    if before.get("sha256", digest := file_digest(output)) != digest:
+        raise OutputError(f"{output}: is not as it was written; remove it, and the same again makes it anew")
+    return before
 
 
 @contextmanager
-def _permitted(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write to a path into an OutputError.
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write, by whatever library it comes, into an OutputError about a path.
+
+    A file elsewhere that may not be read is another error.
 
     Raises:
-        OutputError: no permission, a read-only file system, or a file in the place of a folder.
+        OutputError: no permission, a read-only file system, no room, or a file in the place of a folder.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (*READ_ONLY, errno.ENOTDIR, errno.EEXIST):
+    except AnyspladeError:
+        raise
+    except Exception as error:
+        code = _error_code(error)
+        named = Path(getattr(error, "filename", None) or path)
+        elsewhere = path not in (named, *named.parents) and named not in path.parents
+        if (elsewhere and os.path.isfile(named)) or code not in (*READ_ONLY, *_FULL, *_TAKEN):  # noqa: PTH113 - it never raises
             raise
-        raise OutputError(f"{path}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
+        fix = "make room, or name another place" if code in _FULL else "name another place, or make this one writable"
+        raise OutputError(f"{path}: cannot be written: {os.strerror(code)}; {fix}") from error
+
+
+def _error_code(error: Exception) -> int | None:
+    """The system's code of an error, which libraries in Rust give in the text; torch gives none, and lacks room as a rule."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else errno.ENOSPC if _TORCH_CANNOT_WRITE.search(str(error)) else None
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from rich.console import Console, RenderableType
 
 from anysplade import __version__
 from anysplade._common.files import READ_ONLY
-from anysplade.cli.config import config_file
+from anysplade.cli.config import as_typed, config_file
 from anysplade.errors import AnyspladeError, UsageError, without_credentials
 
 app = App(
@@ -31,6 +31,7 @@ app = App(
     help="Train a SPLADE sparse retriever on any masked language model.",
     version=__version__,
     result_action="return_value",
+    default_parameter=Parameter(converter=as_typed),
 )
 
 Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]

@@ -1,16 +1,34 @@
 """Files with options of ``train``, in YAML or TOML, by their names in Python."""
 
 import difflib
+import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from cyclopts import CycloptsError
-from cyclopts.config import Dict, Toml, Yaml
+import yaml
+from cyclopts import CycloptsError, convert
+from cyclopts.config import Dict
 
 from anysplade.errors import OptionError
+from anysplade.model.options import checked_option
 from anysplade.training.config import TrainingConfig
+
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")}
+
+
+def as_typed(kind: Any, tokens: Sequence[Any]) -> Any:
+    """What the command line and files of options take a text for. cyclopts alone would round a fraction to a whole number.
+
+    Raises:
+        CycloptsError, ValueError: it is nothing of the kind.
+    """
+    for token in tokens if int in (kind, *get_args(kind)) else ():
+        text = str(getattr(token, "value", token))
+        if "." in text and not float(text).is_integer():
+            raise ValueError(f"{text} is no whole number")
+    return convert(kind, tokens)
 
 
 def config_file(arguments: Sequence[str]) -> list[Dict]:
@@ -33,27 +51,73 @@ def config_file(arguments: Sequence[str]) -> list[Dict]:
 
 
 def read_options(path: Path, flag: str, excluded: Sequence[str] = ()) -> dict[str, Any]:
-    """Options of ``train`` by their names in Python.
+    """Options of ``train`` by their names in Python, each of its type, so that ``study --training`` takes the same files.
 
-    The library's sources read the file; the names are checked here, so that ``study --training`` takes the same files.
+    A value means what its text means on the command line: YAML's own rules would make 8 of 010 and True of yes.
 
     Args:
         flag: that named the file, for errors.
         excluded: options that the file may not have.
 
     Raises:
-        OptionError: the file cannot be read, or has an unknown or excluded option.
+        OptionError: the file cannot be read, or has an unknown or excluded option, one twice, or a value of another type.
     """
+    kinds = get_type_hints(TrainingConfig)
     known = {field.name for field in fields(TrainingConfig)} - {"_", *excluded}
     try:
-        options: Any = (Toml if path.suffix == ".toml" else Yaml)(path=path, must_exist=True).config
-    except (OSError, UnicodeDecodeError, CycloptsError) as error:
+        text = path.read_bytes().decode("utf-8-sig")
+        options = list(tomllib.loads(text).items()) if path.suffix == ".toml" else _yaml_options(text)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise OptionError(
+            f"{flag} {path}{line}: {error.problem or error.context}; put a text in quotes if it has a colon, a # or a sign first"
+        ) from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OptionError(f"{flag} {path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict) or not options:
+    if not options:
         raise OptionError(f"{flag} {path}: holds no options; each line is one, such as batch_size: 32")
-    for name in options:
+    found: dict[str, Any] = {}
+    for name, value in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = "the command itself sets it" if name in excluded else f"did you mean {near[0]}?" if near else ""
             raise OptionError(f"{flag} {path}: no option {name!r}" + (f"; {hint}" if hint else ""))
-    return options
+        if name in found:
+            raise OptionError(f"{flag} {path}: {name} stands there twice; leave one")
+        try:
+            found[name] = _typed(name, value, kinds[name])
+        except OptionError as error:
+            raise OptionError(f"{flag} {path}: {error}") from error
+    return found
+
+
+def _yaml_options(text: str) -> list[tuple[str, Any]]:
+    """Names and values as they stand in a file, none without a name left out."""
+
+    def value_of(node: Any) -> Any:
+        if node.tag not in _PLAIN:
+            raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} has no meaning here", node.start_mark)
+        if isinstance(node, yaml.SequenceNode):
+            return [value_of(item) for item in node.value]
+        if isinstance(node, yaml.MappingNode):
+            return {value_of(key): value_of(value) for key, value in node.value}
+        return None if node.tag.endswith(":null") else node.value
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        return []
+    return [(str(value_of(key)), value_of(value)) for key, value in root.value]
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value of a file as its option has it."""
+    several = get_origin(kind) is tuple
+    if isinstance(value, list) and several and all(isinstance(one, str) for one in value):
+        return tuple(value)
+    if value is None or isinstance(value, dict | list):
+        return checked_option(name, value, kind)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    try:
+        return as_typed(kind, [text])
+    except (CycloptsError, ValueError):
+        return checked_option(name, text, kind)  # it says what is wanted

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anysplade._common.files import finished_record, record_path, whole_file, write_whole
+from anysplade._common.files import file_digest, finished_record, record_path, whole_file, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -157,14 +157,15 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
                 file.write(line)
                 if i in shown:
                     examples[i] = {name: _cut(value) for name, value in json.loads(line).items()}
-    made = MadePairs(
-        {kind: int((kept & is_kind).sum()) for kind, is_kind in by_kind.items()},
-        read,
-        reasons,
-        [examples[i] for i in shown],
-        options | {"data_hash": digest.hexdigest(), "provenance": provenance()},
-    )
-    write_whole(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")
+        file.flush()
+        made = MadePairs(
+            {kind: int((kept & is_kind).sum()) for kind, is_kind in by_kind.items()},
+            read,
+            reasons,
+            [examples[i] for i in shown],
+            options | {"data_hash": digest.hexdigest(), "sha256": file_digest(Path(file.name)), "provenance": provenance()},
+        )
+        write_whole(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")  # before the output: alone it says nothing
     return made
 
 

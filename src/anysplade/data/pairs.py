@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_whole, writing
 from anysplade._common.hashing import DataHash
 from anysplade.data.collections import (
     ID_NAMES,
@@ -178,9 +178,10 @@ class StoredPairs(Sequence[Pair]):
     @classmethod
     def write(cls, pairs: Iterable[Pair], folder: Path) -> "StoredPairs":
         """Write examples with equal numbers of negatives and scores to ``folder``; the columns are in the trainer's order."""
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            data_hash = cls._write_arrow(pairs, folder)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                data_hash = cls._write_arrow(pairs, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

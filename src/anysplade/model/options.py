@@ -1,6 +1,11 @@
 """The values that options of models and of encoding can have, without the libraries that carry them out."""
 
-from typing import Literal
+from numbers import Integral, Real
+from os import PathLike, fspath
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from anysplade.errors import OptionError
 
 Choice = float | Literal["auto"]  # of k and of shift
 BiasPolicy = Literal["scale", "keep"]
@@ -19,3 +24,31 @@ def runtime_for(texts: int, runtime: Runtime, precision: Precision) -> Runtime:
     seconds; int8 needs that in any case.
     """
     return "torch" if runtime == "auto" and precision != "int8" and texts < _FEW_TEXTS else runtime
+
+
+def checked_option(name: str, value: Any, kind: Any) -> Any:
+    """A value of an option as its type has it: a whole number may be written 2.0, and a text be given as a path.
+
+    Raises:
+        OptionError: a value of another type, such as a fraction for a whole number, or none of the choices.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
+    if value is None and NoneType in kinds:
+        return None
+    if isinstance(value, str) and (str in kinds or value in choices):
+        return value
+    if str in kinds and isinstance(value, PathLike):
+        return fspath(value)
+    if bool in kinds and isinstance(value, bool):
+        return value
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if float in kinds:
+            return value if isinstance(value, int | float) else float(value)
+        if int in kinds and isinstance(value, Integral):
+            return int(value)
+        if int in kinds and float(value).is_integer():
+            return int(float(value))
+    wanted = {str: "a text", bool: "true or false", float: "a number", int: "a whole number", NoneType: "none"}
+    named = [wanted[one] for one in kinds if one in wanted] + [repr(choice) for choice in choices]
+    raise OptionError(f"{name} is {value!r}: it must be {' or '.join(named) or 'a list of texts'}")

@@ -6,6 +6,7 @@ options name: the backbone, the examples with their texts and negatives, the tea
 """
 
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 from filelock import FileLock
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,6 +47,8 @@ from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.monitoring import Observation
 from anysplade.training.run import read_examples, start_texts, train
+
+logger = logging.getLogger(__name__)
 
 METRIC = "nDCG@10"  # the one that means are compared by
 METRICS: tuple[str, ...] = (METRIC, "RR@10", "R@100")
@@ -201,16 +204,21 @@ def cell_file(out: Path, cell: Cell) -> Path:
     return out / "cells" / f"{cell.hash}.json"
 
 
-def read_record(file: Path) -> CellRecord:
-    """Read a ``cells/HASH.json``."""
-    return _RECORD.validate_json(file.read_bytes())
+def read_record(file: Path) -> CellRecord | None:
+    """Read a ``cells/HASH.json``; None if there is none, or, with a warning, if it is damaged."""
+    try:
+        return _RECORD.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        logger.warning("%s: is damaged, or of an older version; the cell is run again", file)
+        return None
 
 
 def read_cell(out: Path, cell: Cell, collections: Sequence[str]) -> CellRecord | None:
     """A cell's record, if there is one and it covers all of these collections with their present content."""
-    try:
-        record = read_record(cell_file(out, cell))
-    except FileNotFoundError:
+    record = read_record(cell_file(out, cell))
+    if record is None:
         return None
     same = all(name in record.results and record.results[name].data_hash == collection_hash(name) for name in collections)
     return record if same else None

@@ -211,7 +211,7 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
     done: dict[str, list[float]] = {}
     for path in (out / "cells").glob("*.json"):
         record = read_record(path)
-        if record.options.get("steps") == config.training.get("steps") and config.collections[0] in record.results:
+        if record and record.options.get("steps") == config.training.get("steps") and config.collections[0] in record.results:
             done.setdefault(record.cell.backbone, []).append(record.seconds)
     texts = sum(len(collection.corpus) + len(collection.queries) for collection in loaded.values())
     for backbone in {cell.backbone for cell in missing}:

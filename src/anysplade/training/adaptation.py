@@ -21,7 +21,16 @@ import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 
-from anysplade._common.files import default_cache, require_empty, whole_folder, write_whole
+from anysplade._common.files import (
+    damaged_file,
+    default_cache,
+    digests,
+    only_process,
+    read_record,
+    require_empty,
+    whole_folder,
+    write_whole,
+)
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Document, Pair, data_hash, load_collection, read_corpus
@@ -46,6 +55,7 @@ _METRIC = "nDCG@10"
 _NEGATIVES = 4  # hard ones of each query
 _TRAINED = 0.7  # of the way from the original's weights to the trained ones
 _TRIMMED = 0.85  # times the original's FLOPS, on training texts: room for what other texts cost
+_TRAINING = ("teacher", "steps", "batch_size", "learning_rate", "max_length", "precision", "seed")  # options of ``train`` too
 _COSTLIER = 1.05  # times the FLOPS: what is above is no longer the same cost
 
 
@@ -131,6 +141,14 @@ def adapt(
         "precision": precision, "seed": seed,
     }  # fmt: skip
     about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(guide)]}
+    with only_process(output):
+        return _adapt(source, output, about, progress)
+
+
+def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> Adaptation:
+    """``adapt``, in a folder that no other process writes to."""
+    options = about["options"]
+    corpus, judged, split, kinds = (options[name] for name in ("corpus", "judged", "split", "kinds"))
     finished = _claim(output, about)
     if finished is not None:
         make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # an error if the corpus is another now
@@ -147,16 +165,10 @@ def adapt(
         str(output / "original"),
         str(data),
         output=str(output / "training"),
-        teacher=teacher,
         objective="teacher",
         negatives=_NEGATIVES,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        precision=precision,  # type: ignore[arg-type]  # the config checks it
-        seed=seed,
-        checkpoint_steps=max(1, min(500, steps)),
+        checkpoint_steps=max(1, min(500, options["steps"])),
+        **{name: options[name] for name in _TRAINING},
     )
     collection = None if judged is None else load_collection(judged, split, progress=progress)
     begun = (output / "options.json").exists()
@@ -164,10 +176,10 @@ def adapt(
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
         held_out = _write_training(corpus, output, judged is None, progress)
-        if not (output / "original").exists():
-            with whole_folder(output / "original") as folder:
-                open_sparse(source).save_pretrained(str(folder))
-        original, pairs = open_sparse(str(output / "original"), max_length), load_pairs(data)
+        shutil.rmtree(output / "original", ignore_errors=True)  # of a call that was interrupted
+        with whole_folder(output / "original") as folder:
+            open_sparse(source).save_pretrained(str(folder))
+        original, pairs = open_sparse(str(output / "original"), options["max_length"]), load_pairs(data)
         queries, documents = _targets(original, pairs)
         trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
     except AnyspladeError:
@@ -176,15 +188,15 @@ def adapt(
         raise
     collection = held_out or collection
     assert collection is not None  # one is given, or some are held out
-    if not (output / "adapted").exists():
-        _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
+    shutil.rmtree(output / "adapted", ignore_errors=True)
+    _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
     cache = default_cache()
     before, after = (
         evaluate(output / name, collection, [_METRIC], cache=cache, progress=progress) for name in ("original", "adapted")
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
-    shutil.rmtree(output / "model", ignore_errors=True)  # of a call that ended between this line and the record
+    shutil.rmtree(output / "model", ignore_errors=True)
     with whole_folder(output / "model") as folder:
         shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
     result = Adaptation(
@@ -201,7 +213,8 @@ def adapt(
         seconds=time.perf_counter() - start,
         provenance=provenance(),
     )
-    write_whole(output / "adaptation.json", json.dumps(about | result.to_dict(), indent=2) + "\n")
+    record = about | result.to_dict() | {"files": digests(output / "model", without=("README.md", "training.svg"))}
+    write_whole(output / "adaptation.json", json.dumps(record, indent=2) + "\n")
     return result
 
 
@@ -295,13 +308,18 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
 
 def _claim(output: Path, about: dict[str, Any]) -> Adaptation | None:
     """Check that the folder is new or of this very adaptation; the result if it is finished."""
-    options, record = output / "options.json", output / "adaptation.json"
-    if not options.is_file():
-        require_empty(output)
+    if not (output / "options.json").is_file():
+        if not output.is_dir() or {path.name for path in output.iterdir()} != {"lock"}:
+            require_empty(output)
         return None
-    if json.loads(options.read_text(encoding="utf-8")) != about:
+    record = read_record(output / "adaptation.json", *about)
+    before = read_record(output / "options.json", *about) or record
+    if before is not None and {name: before[name] for name in about} != about:
         raise OutputError(f"{output}: an adaptation with other options, model or teacher; choose another `output` or remove it")
-    if not record.is_file():
+    if before is None or record is None:
         return None
-    known = json.loads(record.read_text(encoding="utf-8"))
-    return Adaptation(**{field.name: known[field.name] for field in fields(Adaptation)})
+    damaged = damaged_file(output / "model", record.get("files", {}))
+    if damaged is not None:
+        logger.warning("%s: %s is missing or damaged; it is made again", output / "model", damaged)
+        return None
+    return Adaptation(**{field.name: record[field.name] for field in fields(Adaptation)})

@@ -1,25 +1,32 @@
 """What the trainer calls while it trains: the dev collection, marks of whole checkpoints, a time estimate, a progress bar."""
 
+import json
 import logging
+import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import damaged_file, digests, read_record, write_whole
 from anysplade.data.collections import Collection
+from anysplade.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
 DEV_METRICS = ("nDCG@10", "RR@10")
-_COMPLETE = "complete"  # marks a checkpoint whose files are all there
+_COMPLETE = "complete"  # is written last into a checkpoint: the digests of its files
+_NAME = re.compile(r"checkpoint-\d+")
 _TIMED = 4  # steps, after the first one
+_OWN_CHECK = ("azure_ml", "flyte", "kubeflow")  # trackers of which transformers does not say whether they are installed
 _LONG = 60  # seconds: a shorter run needs no estimate
 
 
@@ -39,13 +46,36 @@ class DevEvaluator(BaseEvaluator):
 
 
 class MarkComplete(TrainerCallback):
-    """Mark a checkpoint once all its files are written, by every process; one without the mark is a torn one."""
+    """Write down what a checkpoint holds once all its files are written, by every process."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            write_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_whole(checkpoint / _COMPLETE, json.dumps(digests(checkpoint)) + "\n")
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping, which after an interruption still knows how many checkpoints were no better."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+class EndsOnce:
+    """Mixed into a trainer: from the checkpoint of its last step it goes on without one more step."""
+
+    state: Any
+    control: Any
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
 
 
 class Estimate(TrainerCallback):
@@ -106,16 +136,51 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse what the trainer cannot report to, before there is anything to report.
+
+    Raises:
+        OptionError: an unknown tracker, or one that is not installed.
+    """
+    usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
+    for name in names if tuple(names) not in (("all",), ("none",)) else ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(
+                f"`report_to={name}`: no such tracker; the trainer knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in usable:
+            raise OptionError(f"`report_to={name}`: it is not installed; pip install {name.replace('_', '-')}, or leave it out")
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; torn ones, left by a killed process, are removed."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / _COMPLETE).exists():
-            complete.append(checkpoint)
+    """The newest checkpoint that is whole; with a dev collection, the best one so far has to be whole too.
+
+    Others are removed, in one line: a killed process leaves torn ones, and an accident damaged ones.
+    """
+    whole: list[Path] = []
+    faults = []
+    for checkpoint in sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of):
+        fault = _damage(checkpoint)
+        best = None if fault else (read_record(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+        if best is not None and Path(best).name not in [checkpoint.name, *(one.name for one in whole)]:
+            fault = f"its best one, {Path(best).name}, is gone"
+        if fault is None:
+            whole.append(checkpoint)
         else:
+            faults.append(f"{checkpoint.name}: {fault}")
             shutil.rmtree(checkpoint)
-    return max(complete, key=step_of, default=None)
+    if faults:
+        logger.warning("%s: %s; going on from %s", folder, ", ".join(faults), whole[-1].name if whole else "the start")
+    return whole[-1] if whole else None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    if not (checkpoint / _COMPLETE).is_file():
+        return "it was not written to its end"
+    known = read_record(checkpoint / _COMPLETE)
+    name = damaged_file(checkpoint, known) if known else _COMPLETE
+    return name and f"{name} is missing or damaged"

@@ -2,10 +2,10 @@
 
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from anysplade.errors import OptionError
-from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder
+from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder, checked_option
 
 Regularizer = Literal["flops", "df-flops", "l1"]
 OnCollapse = Literal["warn", "stop", "recalibrate"]
@@ -142,7 +142,11 @@ class TrainingConfig:
     fused: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "report_to", tuple(self.report_to))
+        trackers = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
+        object.__setattr__(self, "report_to", tuple(checked_option("report_to", name, str) for name in trackers))
+        for name, kind in get_type_hints(TrainingConfig).items():
+            if name not in ("_", "report_to"):
+                object.__setattr__(self, name, checked_option(name, getattr(self, name), kind))
         for name, low in (
             ("negatives", 0),
             ("temperature", 1e-6),

@@ -32,7 +32,16 @@ from transformers import (
     set_seed,
 )
 
-from anysplade._common.files import require_empty, whole_folder, write_whole
+from anysplade._common.files import (
+    damaged_file,
+    digests,
+    only_process,
+    read_record,
+    require_empty,
+    whole_folder,
+    write_whole,
+    writing,
+)
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -40,9 +49,10 @@ from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
 from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
+from anysplade.model.options import checked_option
 from anysplade.model.pooling import max_logits, native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
-from anysplade.training.callbacks import Estimate, MarkComplete, Progress, last_checkpoint
+from anysplade.training.callbacks import EndsOnce, Estimate, MarkComplete, Progress, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +80,7 @@ class HeadTraining(Tabular):
     # naming tokens that can be seen, "bag" of naming a text's words by its largest logits, "masked" of guessing masked tokens.
     losses: dict[str, list[float]]
     provenance: dict[str, Any]  # versions, commit, hardware, command
+    precision: str | None = None  # of the products, in this process: bfloat16 where the machine has it; not in older records
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,8 +136,9 @@ def train_head(
         "checkpoint_steps": (checkpoint_steps, 1),
     }
     for name, (value, low) in lowest.items():
-        if value < low:
+        if checked_option(name, value, int) < low:
             raise OptionError(f"{name} is {value}: it must be at least {low}")
+    steps, batch_size, max_length, checkpoint_steps = (int(value) for value, _ in lowest.values())
     if not (0 < learning_rate < 1 and 0 <= encoder_learning_rate < 1 and 0 < layer_decay <= 1):
         raise OptionError(
             f"learning_rate {learning_rate}, encoder_learning_rate {encoder_learning_rate}, layer_decay {layer_decay}: "
@@ -149,51 +161,59 @@ def train_head(
     data_hash = DataHash(pieces).hexdigest()
     about = {"fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
     parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
-    finished = _claim(output, parts, about)
-    if finished is not None:
-        shutil.rmtree(parts, ignore_errors=True)  # of a training that ended between its last two lines
-        logger.info("%s holds this head already", output)
-        return finished
-    set_seed(seed)
-    model, tokenizer = with_new_head(source, folder)
-    write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
-    counts = _token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
-    start_biases(model, counts)
-    trainer = _HeadTrainer(
-        model=model,
-        args=_arguments(parts, options, checkpoint_steps),
-        train_dataset=pieces,  # a sequence with a length is all the trainer needs
-        data_collator=_Collator(tokenizer, min(max_length, tokenizer.model_max_length)),
-        callbacks=[MarkComplete(), Progress(progress), Estimate()],
-        tokenizer=tokenizer,
-        counts=counts,
-        encoder_learning_rate=encoder_learning_rate,
-        layer_decay=layer_decay,
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(parts)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    result = HeadTraining(
-        model=str(output),
-        encoder=encoder,
-        architecture=type(model).__name__,
-        text=text,
-        texts=len(pieces),
-        data_hash=data_hash,
-        options=options,
-        seconds=time.perf_counter() - start,
-        losses={name: _first_and_last(trainer.state.log_history, f"{name}_loss") for name, weight in _WEIGHTS.items() if weight},
-        provenance=provenance(),
-    )
-    if not all(math.isfinite(value) for values in result.losses.values() for value in values):
-        raise AnyspladeError(f"{output}: the training diverged (losses {result.losses}); lower `learning_rate`, and remove {parts}")
-    with whole_folder(output) as whole:
-        model.eval().save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        write_whole(whole / "head.json", json.dumps(about | result.to_dict(), indent=2) + "\n")
-    shutil.rmtree(parts)
-    return result
+    with only_process(parts):
+        finished = _claim(output, parts, about)
+        if finished is not None:
+            shutil.rmtree(parts, ignore_errors=True)  # of a training that ended between its last two lines
+            logger.info("%s holds this head already", output)
+            return finished
+        set_seed(seed)
+        model, tokenizer = with_new_head(source, folder)
+        write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
+        counts = _token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
+        start_biases(model, counts)
+        trainer = _HeadTrainer(
+            model=model,
+            args=_arguments(parts, options, checkpoint_steps),
+            train_dataset=pieces,  # a sequence with a length is all the trainer needs
+            data_collator=_Collator(tokenizer, min(max_length, tokenizer.model_max_length)),
+            callbacks=[MarkComplete(), Progress(progress), Estimate()],
+            tokenizer=tokenizer,
+            counts=counts,
+            encoder_learning_rate=encoder_learning_rate,
+            layer_decay=layer_decay,
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = last_checkpoint(parts)
+        start = time.perf_counter()
+        with writing(parts):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        result = HeadTraining(
+            model=str(output),
+            encoder=encoder,
+            architecture=type(model).__name__,
+            text=text,
+            texts=len(pieces),
+            data_hash=data_hash,
+            options=options,
+            seconds=time.perf_counter() - start,
+            losses={
+                name: _first_and_last(trainer.state.log_history, f"{name}_loss") for name, weight in _WEIGHTS.items() if weight
+            },
+            provenance=provenance(),
+            precision="bfloat16" if trainer.args.bf16 else "float32",
+        )
+        if not all(math.isfinite(value) for values in result.losses.values() for value in values):
+            raise AnyspladeError(
+                f"{output}: the training diverged (losses {result.losses}); lower `learning_rate`, and remove {parts}"
+            )
+        with whole_folder(output) as whole:
+            model.eval().save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            record = about | result.to_dict() | {"files": digests(whole)}
+            write_whole(whole / "head.json", json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(parts)
+        return result
 
 
 # ------------------------------------------------------------------------------------- a new head
@@ -274,7 +294,7 @@ class _Collator:
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
-class _HeadTrainer(Trainer):
+class _HeadTrainer(EndsOnce, Trainer):
     """Trains the head, with the loss in parts; what is masked and what is named is drawn anew in each step."""
 
     def __init__(self, tokenizer: Any, counts: Tensor, encoder_learning_rate: float, layer_decay: float, **kwargs: Any) -> None:
@@ -420,12 +440,17 @@ def _first_and_last(log: list[dict[str, float]], name: str) -> list[float]:
 
 
 def _claim(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | None:
-    """Check that the output is new or of this very training; its record if it is finished."""
+    """Check that the output is new or of this very training; its record if it is finished and whole."""
     known = output / "head.json" if (output / "head.json").is_file() else parts / "about.json"
-    if not known.is_file():
+    before = read_record(known, *about)
+    if before is None and known.parent == parts:
         require_empty(output)
+        for checkpoint in parts.glob("checkpoint-*"):  # nobody knows what they are of
+            shutil.rmtree(checkpoint)
         return None
-    before = json.loads(known.read_text(encoding="utf-8"))
+    damaged = "head.json" if before is None else damaged_file(output, before.get("files", {}))
+    if before is None or damaged:
+        raise OutputError(f"{output}: {damaged} is missing or damaged; remove the folder, and the same again makes it anew")
     old, new = before["options"], about["options"]
     different = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
     # The sample of the text depends on the options.
@@ -436,4 +461,4 @@ def _claim(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | N
     if known.parent == parts:
         require_empty(output)
         return None
-    return HeadTraining(**{field.name: before[field.name] for field in fields(HeadTraining)})
+    return HeadTraining(**{field.name: before[field.name] for field in fields(HeadTraining) if field.name in before})

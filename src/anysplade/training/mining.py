@@ -5,6 +5,7 @@ they continue after the last whole block, and a finished output is not made twic
 """
 
 import functools
+import hashlib
 import json
 import logging
 import shutil
@@ -20,14 +21,14 @@ import numpy as np
 from scipy import sparse
 from tqdm import tqdm
 
-from anysplade._common.files import finished_record, record_path, write_whole
+from anysplade._common.files import file_digest, finished_record, only_process, record_path, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
-from anysplade.model.options import Role
+from anysplade.model.options import Role, checked_option
 from anysplade.search.exact import Postings
 from anysplade.training.teachers import Kept, Rows, Teacher, kept_vectors, open_teacher
 
@@ -85,6 +86,7 @@ def mine(
         OutputError: the output exists and was made in another way.
         DataError, ModelError, OptionError: as the parts raise them.
     """
+    negatives, depth = checked_option("negatives", negatives, int), checked_option("depth", depth, int)
     if negatives < 1 or depth < negatives or not 0 <= margin < 1:
         raise OptionError(
             f"negatives {negatives}, depth {depth}, margin {margin}: take 1 or more of a depth no smaller, margin in [0, 1)"
@@ -150,7 +152,8 @@ def mine(
             if len(taken) >= negatives:
                 yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
 
-    mined = _in_blocks(output, options, pairs, documents, block, progress, "mining")
+    with only_process(_parts_of(output)):
+        mined = _in_blocks(output, options, pairs, documents, block, progress, "mining")
     if mined is None:
         terms = "words" if miners == ["bm25"] else "active dims"
         nothing = f"{', '.join(miners)} finds no document for any query, they have no {terms} in common"
@@ -205,7 +208,8 @@ def score(
             row = {"query": pair.query, "positive": pair.positive, "negatives": pair.negatives}
             yield row | {"scores": [round(float(value), 5) for value in scores]}
 
-    scored = _in_blocks(output, options, pairs, documents, block, progress, "scoring")
+    with only_process(_parts_of(output)):
+        scored = _in_blocks(output, options, pairs, documents, block, progress, "scoring")
     assert scored is not None  # each example has its scores
     return scored
 
@@ -328,25 +332,38 @@ def _in_blocks(
         return Mined(before.pop("examples"), before.pop("left_out"), before)
     write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
     starts = range(0, len(pairs), _BLOCK)
+    blocks = []
     for start in tqdm(starts, desc=task, unit="block", disable=not progress, leave=False, file=sys.stderr):
-        part = parts / f"{start:09}.jsonl"
-        if not part.exists():
+        written = _written_part(parts, start)
+        if written is None:
             try:
                 rows = list(block(list(pairs[start : start + _BLOCK])))
             except AnyspladeError:
                 if not any(parts.glob("*.jsonl")):  # a wrong model, say: nothing is begun
                     shutil.rmtree(parts)
                 raise
-            write_whole(part, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    lines = "".join((parts / f"{start:09}.jsonl").read_text(encoding="utf-8") for start in starts)
-    count = lines.count("\n")
+            written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+            write_whole(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
+        blocks.append(written)
+    count = sum(written.count(b"\n") for written in blocks)
     if not count:
         shutil.rmtree(parts)
         return None
-    mined = Mined(count, len(pairs) - count, about | {"provenance": provenance()})
-    write_whole(output, lines)
+    write_whole(output, b"".join(blocks))
+    about |= {"sha256": file_digest(output), "provenance": provenance()}
+    mined = Mined(count, len(pairs) - count, about)
     write_whole(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
     shutil.rmtree(parts)
     if mined.left_out:
         logger.info("%s: %d of %d examples left out for want of enough negatives", output, mined.left_out, len(pairs))
     return mined
+
+
+def _written_part(parts: Path, start: int) -> bytes | None:
+    """The rows of a block that an earlier call wrote; None if there are none, or they are damaged."""
+    for part in parts.glob(f"{start:09}-*.jsonl"):
+        if part.stem.endswith(file_digest(part)):
+            return part.read_bytes()
+        logger.warning("%s: is damaged; it is made again", part)
+        part.unlink()
+    return None

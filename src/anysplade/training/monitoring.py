@@ -117,7 +117,7 @@ _SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto
 def diagnose(observations: Sequence[Observation], vocabulary: int) -> list[Finding]:
     """What is wrong with a run so far: each finding once, where it was first seen.
 
-    The thresholds and the runs they were read off stand in docs/monitoring.md.
+    The thresholds and the runs they were read off stand in docs/training.md ("What the monitor sees").
     """
     findings: dict[Name, Finding] = {}
     for end in range(1, len(observations) + 1):

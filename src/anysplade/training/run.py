@@ -5,6 +5,7 @@ The output folder holds ``model`` (the trained ``SparseEncoder``), ``checkpoints
 ``training.json`` (the result, written when all is done).
 """
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -14,8 +15,8 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext, suppress
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -26,9 +27,19 @@ import yaml
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.files import (
+    damaged_file,
+    digests,
+    file_digest,
+    only_process,
+    read_record,
+    record_path,
+    whole_folder,
+    write_whole,
+    writing,
+)
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
@@ -50,7 +61,17 @@ from anysplade.model.head import find_head, live_terms
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
-from anysplade.training.callbacks import DevEvaluator, Estimate, MarkComplete, Progress, last_checkpoint, step_of
+from anysplade.training.callbacks import (
+    DevEvaluator,
+    EndsOnce,
+    Estimate,
+    MarkComplete,
+    Patience,
+    Progress,
+    check_trackers,
+    last_checkpoint,
+    step_of,
+)
 from anysplade.training.card import write_card
 from anysplade.training.config import TrainingConfig, parse_objective
 from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
@@ -101,24 +122,30 @@ class TrainingResult(Tabular):
 def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     """Train a SPLADE encoder as the config says.
 
-    Called again with the same config after an interruption, it continues from the last complete checkpoint;
+    Called again with the same config after an interruption, it continues from the last whole checkpoint;
     finished, it returns the recorded result and does nothing, unless the data, the dev collection or the backbone are
-    others now, which is an error. Started by ``torchrun``, all processes
+    others now, which is an error. What was damaged in between is said and made again. Started by ``torchrun``, all processes
     train one model and share each batch.
 
     Raises:
-        OutputError: the output folder holds another run, or something else.
+        OutputError: the output folder holds another run, or something else; another process trains there; the disk is full.
         ModelError, DataError, OptionError: as ``load_encoder`` and ``read_pairs`` do, before the first step.
         CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
+    check_trackers(config.report_to)
+    output = Path(config.output).expanduser()
+    with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train(config, output, progress)
+
+
+def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResult:
+    """``train``, in a folder that no other run writes to."""
     if config.dev is not None:  # imported here, since it needs the extra; a missing one is told before hours of training
         from anysplade.evaluation.evaluations import evaluate
-    output = Path(config.output).expanduser()
     asked = json.loads(json.dumps(asdict(config)))
     arguments = _arguments(config, output)
     with arguments.main_process_first(local=False):
-        finished = _claim(output, asked)
-        recorded = json.loads((output / "run.json").read_text()) if (output / "run.json").exists() else {}
+        recorded, finished = _claim(output, asked)
         files = _files(config, output)
         if finished is not None and recorded.get("files") == files:
             logger.info("%s holds this run's result already", output)
@@ -154,7 +181,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             logger.info("%s holds this run's result already", output)
             return finished
 
-        teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, progress)
+        teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, not recorded, progress)
     logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
@@ -162,16 +189,21 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         run = {"config": asked, "calibration": calibration.to_dict(), "hashes": hashes, "files": files, "restarts": restarts}
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
+                if not recorded:
+                    shutil.rmtree(output / "checkpoints", ignore_errors=True)
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
             checkpoint = last_checkpoint(output / "checkpoints")
         trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, teacher, progress)
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with writing(output):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start
         if not monitor.collapsed or config.on_collapse == "warn":
             break
         with arguments.main_process_first(local=False):
             _give_up_or_restart(config, output, run, monitor, write=arguments.process_index == 0)
+        del encoder, trainer, monitor
+        gc.collect()  # they refer to each other, and the next ones need the memory
 
     done, asked_for = trainer.state.global_step, trainer.state.max_steps
     if done < asked_for and config.patience is None:  # the trainer ends so when the batches run out, and says nothing
@@ -206,11 +238,15 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         with whole_folder(output / "model") as folder:
             encoder.save_pretrained(str(folder))
             write_card(folder, result.to_dict())
+        run["model"] = digests(output / "model", without=("README.md", "training.svg"))
+        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
         write_whole(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
         shutil.rmtree(output / _DATA)
     if arguments.world_size > 1:
         torch.distributed.barrier()
-    return _recorded_result(output)
+    recorded_result = _recorded_result(output)
+    assert recorded_result is not None  # it was written just now
+    return recorded_result
 
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
@@ -273,8 +309,12 @@ def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:
         "max_length": config.max_length,
         "precision": config.precision,
     }
-    decisive = json.dumps([config.data, options, _files(config, output)])
+    contents = {name: file_digest(Path(name)) for name in _files(config, output) if Path(name).is_file()}
+    decisive = json.dumps([config.data, options, contents])
     file = output / _DATA / f"mined-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}.jsonl"
+    if file.exists() and (read_record(record_path(file)) or {}).get("sha256") != file_digest(file):
+        logger.warning("%s: is damaged; it is made again", file)
+        file.unlink()
     mined = mine(config.data, file, **options, progress=progress)
     if mined.left_out:
         logger.warning(
@@ -286,14 +326,14 @@ def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:
 
 
 def _teacher(
-    config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, pairs: StoredPairs, progress: bool
+    config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, pairs: StoredPairs, new: bool, progress: bool
 ) -> BatchTeacher:
     """What the teacher has to say of the examples, computed by the first process and read by all."""
     assert config.teacher is not None
     folder = output / _DATA / "teacher"
     if arguments.process_index and not folder.exists():
         raise AnyspladeError(f"{output}: the first process could not prepare the teacher; it says why")
-    if not (arguments.process_index or (output / "run.json").exists()):  # of a call with other data or another teacher
+    if new and not arguments.process_index:  # of a call with other data or another teacher
         shutil.rmtree(folder, ignore_errors=True)
     return prepare_teacher(
         config.teacher, pairs, folder, max_length=config.max_length, precision=config.precision, progress=progress
@@ -384,22 +424,36 @@ def _ranking_loss(log: list[dict[str, float]]) -> dict[str, dict[str, float]] | 
     }
 
 
-def _claim(output: Path, asked: dict[str, Any]) -> TrainingResult | None:
-    """Check that the output folder is new or holds this very run; the result if it is finished."""
+def _claim(output: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], TrainingResult | None]:
+    """What ``run.json`` says of this very run, nothing of a new one; and the result if it is finished and its model is whole.
+
+    Raises:
+        OutputError: the folder holds another run, or something else.
+        CollapseError: the run collapsed before.
+    """
     if not (output / "run.json").exists():
-        if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - {_DATA}):
+        if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - {_DATA, "lock"}):
             raise OutputError(f"{output}: holds something that is no run of anysplade; choose another `output`")
-        return None
-    run = json.loads((output / "run.json").read_text())
+        return {}, None
+    result = _recorded_result(output)
+    run = read_record(output / "run.json", "config", "calibration")
+    if run is None and result is not None:  # the result has the same
+        run = {name: getattr(result, name) for name in ("config", "calibration", "restarts", "data_hash")}
+    if run is None:
+        logger.warning("%s: nothing says what its checkpoints are of; it starts again from the beginning", output)
+        return {}, None
     recorded = run["config"]
     different = [f"{name} {recorded.get(name)!r}, now {asked[name]!r}" for name in asked if recorded.get(name) != asked[name]]
     if different:
         raise OutputError(f"{output}: a run with other options ({'; '.join(different)}); use another `output` or remove it")
     if "collapsed" in run:
         raise CollapseError(f"{output}: this run collapsed before; change the options and choose another `output`")
-    if (output / "training.json").exists() and (output / "model").is_dir():
-        return _recorded_result(output)
-    return None
+    if result is None:
+        return run, None
+    damaged = damaged_file(output / "model", run.get("model", {})) if (output / "model").is_dir() else "the folder"
+    if damaged is not None:
+        logger.warning("%s: %s is missing or damaged; it is made again", output / "model", damaged)
+    return run, result if damaged is None else None
 
 
 def _files(config: TrainingConfig, output: Path) -> dict[str, list[Any]]:
@@ -422,9 +476,12 @@ def _files(config: TrainingConfig, output: Path) -> dict[str, list[Any]]:
     return dict(sorted(found.items()))
 
 
-def _recorded_result(output: Path) -> TrainingResult:
-    known = {field.name for field in fields(TrainingResult)}
-    return TrainingResult(**{k: v for k, v in json.loads((output / "training.json").read_text()).items() if k in known})
+def _recorded_result(output: Path) -> TrainingResult | None:
+    known = fields(TrainingResult)
+    record = read_record(output / "training.json", *(field.name for field in known if field.default is MISSING))
+    if record is None:
+        return None
+    return TrainingResult(**{field.name: record[field.name] for field in known if field.name in record})
 
 
 def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArguments:
@@ -521,7 +578,7 @@ def _trainer(
     if main:
         callbacks.append(Estimate())
     if config.patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
+        callbacks.append(Patience(early_stopping_patience=config.patience))
     trainer = _Trainer(
         model=encoder,
         args=arguments,
@@ -535,7 +592,7 @@ def _trainer(
     return trainer, monitor
 
 
-class _Trainer(SparseEncoderTrainer):
+class _Trainer(EndsOnce, SparseEncoderTrainer):
     def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.batch_sampler == BatchSamplers.NO_DUPLICATES:
             return DistinctBatches(*args, **kwargs)

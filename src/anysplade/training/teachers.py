@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anysplade._common.files import default_cache, make_folder, whole_folder, write_whole
+from anysplade._common.files import damaged_file, default_cache, digests, make_folder, read_record, whole_folder, write_whole
 from anysplade.data.collections import Pair
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, ModelError
@@ -278,7 +279,10 @@ class Kept:
 
     def _read(self, name: str) -> Any:
         path = self.folder / f"{name}.npz"
-        return sparse.load_npz(path) if path.exists() else np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        try:
+            return sparse.load_npz(path) if path.exists() else np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        except zipfile.BadZipFile as error:  # what opening it did not see
+            raise DataError(f"{path}: is damaged ({error}); remove it, and it is made again") from error
 
 
 def _hash(*parts: str) -> bytes:
@@ -331,14 +335,14 @@ class BatchTeacher:
                         f"{teacher.name}: a cross-encoder ranks an example's own documents, and there are no negatives; give some"
                     )
                 shape = (len(pairs), 1 + len(pairs[0].negatives))
-                scores = np.lib.format.open_memmap(work / "scores.npy", "w+", np.float32, shape)
+                scores = _mapped(work / "scores.npy", np.float32, shape)
                 for start, part in _parts(pairs):
                     read = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
                     scores[start : start + len(part)] = kept.scores(read).reshape(len(part), -1)
             else:
                 _write_vectors(pairs, work, kept)
             about = {"name": teacher.name, "kind": teacher.kind, "temperature": teacher.temperature, "precision": teacher.precision}
-            write_whole(work / "teacher.json", json.dumps(about, indent=2) + "\n")
+            write_whole(work / "teacher.json", json.dumps(about | {"files": digests(work)}, indent=2) + "\n")
 
     def scores(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Of each query and each document of a batch; NaN where the teacher has none.
@@ -365,7 +369,7 @@ def _write_vectors(pairs: Sequence[Pair], folder: Path, kept: Kept) -> None:
     """``rows.npy`` and the vectors: each text of each role once."""
     numbers: dict[bytes, int] = {}
     columns = 2 + len(pairs[0].negatives)
-    rows = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.int64, (len(pairs), columns))
+    rows = _mapped(folder / "rows.npy", np.int64, (len(pairs), columns))
     texts: dict[Role, list[tuple[int, str]]] = {"query": [], "document": []}
 
     def number(role: Role, text: str) -> int:
@@ -391,10 +395,19 @@ def _write_vectors(pairs: Sequence[Pair], folder: Path, kept: Kept) -> None:
                 order += places
                 continue
             if dense is None:
-                dense = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float16, (len(numbers), vectors.shape[1]))
+                dense = _mapped(folder / "vectors.npy", np.float16, (len(numbers), vectors.shape[1]))
             dense[places] = vectors
     if blocks:
         sparse.save_npz(folder / "vectors.npz", sparse.vstack(blocks, format="csr")[np.argsort(order)], compressed=False)
+
+
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A new array on disk that has its room already: where a mapped file cannot grow, the system ends the process."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _parts(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
@@ -405,8 +418,12 @@ def _parts(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
 def prepare_teacher(
     name: str, pairs: Sequence[Pair], folder: Path, *, max_length: int | None, precision: str, progress: bool = False
 ) -> BatchTeacher:
-    """A run's teacher: all it has to say of the examples, in ``folder``; made there unless it is there already."""
-    if not (folder / "teacher.json").exists():
+    """A run's teacher: all it has to say of the examples, in ``folder``; made there unless it is there already, and whole."""
+    known = read_record(folder / "teacher.json", "files")
+    damaged = None if known is None else damaged_file(folder, known["files"])
+    if damaged is not None:
+        logger.warning("%s: is missing or damaged; it is made again", folder / damaged)
+    if known is None or damaged is not None:
         shutil.rmtree(folder, ignore_errors=True)
         teacher = open_teacher(name, max_length=max_length, precision=precision)
         BatchTeacher.write(teacher, pairs, folder, kept_vectors(teacher, folder.with_name("teachers"), progress))
