@@ -118,7 +118,7 @@ def finished_record(output: Path, about: dict[str, Any], parts: Path | None = No
     if not (output.exists() or started):
         return None
     known = parts / "about.json" if parts is not None and started else record_path(output)
-    before = json.loads(known.read_text()) if known.is_file() else {}
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
     if {name: before.get(name) for name in about} != about:
         raise OutputError(f"{output}: exists and was not made from the same data and options; choose another `output`")
     return before if output.exists() and known == record_path(output) else None
@@ -140,7 +140,8 @@ def _permitted(path: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning that the process has not logged before."""
     logger.warning(message)
 
 
@@ -155,6 +156,6 @@ def default_cache() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        _warn_once(f"vectors are not kept ({error}); set ANYSPLADE_CACHE to a folder that can be written")
+        warn_once(f"vectors are not kept ({error}); set ANYSPLADE_CACHE to a folder that can be written")
         return None
     return folder
