@@ -16,10 +16,11 @@ from sentence_transformers import SparseEncoder
 from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, data_hash, hash_texts, load_collection
+from anysplade.data.sources import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
-from anysplade.evaluation.runs import Run, is_run_file, read_run, require_trec_ids, write_run
+from anysplade.evaluation.runs import Run, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, log_cut, max_positions, prune
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
@@ -125,12 +126,13 @@ def evaluate(
     cut: dict[str, Any] | None = None
     vectors = terms = weight_type = used = None
     start = time.perf_counter()
-    if isinstance(model, str | Path) and is_run_file(model):
+    is_bm25 = is_built_in(model, *BM25_NAMES)
+    if not is_bm25 and isinstance(model, str | Path) and Path(model).expanduser().is_file():
         run = read_run(model)
         if not run.keys() & collection.qrels.keys():
             raise DataError(f"{model}: has no query of {collection.name}")
         self_matches = set()
-    elif model in ("bm25", "bm25-unstemmed"):
+    elif is_bm25:
         bm25, everything = BM25(texts, stemmed=model == "bm25"), np.arange(len(texts))
         rankings = [highest(bm25.score(query, everything), depth + bool(self_matches)) for query in questions]
         if not any(len(documents) for documents, _ in rankings):
