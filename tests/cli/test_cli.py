@@ -123,6 +123,17 @@ def test_arguments_in_an_encoding_without_these_characters(tmp_path):
         assert message in done.stderr
 
 
+def test_names_are_shown_as_they_are(backbone, collection_folder, call, tmp_path):
+    """Brackets and colons of a name are no markup."""
+    folder, out = tmp_path / "c[bold]", tmp_path / "a[b]:smile:"
+    shutil.copytree(collection_folder, folder)
+    code, shown, _ = call("rescale", backbone, "--out", out)
+    assert code == 0
+    assert out.name in shown
+    code, shown, _ = call("evaluate", "bm25", folder, collection_folder, "--metrics", "RR@10")
+    assert (code, shown.count("c[bold]")) == (0, 1)
+
+
 def test_output_in_an_encoding_without_these_characters(backbone, tmp_path):
     """Escaped instead of a traceback; what is JSON stays JSON."""
     Index.build(backbone, {"é中😀": Document("", "kabel é中😀")}, tmp_path / "index").close()

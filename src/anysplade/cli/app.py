@@ -61,7 +61,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         if json:
             print(_as_json(result.data))
         else:
-            console = Console(soft_wrap=True)
+            console = Console(soft_wrap=True, markup=False, emoji=False)  # names and texts can have brackets and colons
             for part in result.text:
                 console.print(part)
 
