@@ -233,11 +233,6 @@ def test_ids_are_not_trained_on_as_texts(name, content, message, folder, tmp_pat
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_pairs(tmp_path / name)
-    if name == "a.csv":
-        return
-    pandas.DataFrame({"query": ["1", "2"], "positive": ["3", "4"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="positive has ids"):
-        load_pairs(tmp_path / "a.parquet")
 
 
 def test_texts_that_only_look_like_ids(folder, caplog):

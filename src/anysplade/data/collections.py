@@ -268,7 +268,10 @@ def _query_texts(numbered: Iterable[Row], source: object) -> Iterator[tuple[str,
 def _part(folder: Place, names: Sequence[str], usual: str) -> Place:
     path = find_file(folder, names)
     if path is None:
-        raise DataError(f"{folder}: no {usual} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/")
+        raise DataError(
+            f"{folder}: no {usual} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/, one of TREC's "
+            "corpus.tsv, topics.txt or topics.xml, and qrels.txt"
+        )
     return path
 
 
