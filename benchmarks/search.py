@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from scipy import sparse
 
 from anysplade import for_inference, open_encoder
 from anysplade.data.collections import Document
+from anysplade.data.sources import rows
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.evaluations import _cache_folders
 from anysplade.model.encoding import encode
@@ -314,7 +315,7 @@ def main() -> None:
     arguments.add_argument("--count", type=int, default=200, help="queries of a round")
     options = arguments.parse_args()
     texts = read_passages(options.text, options.documents)
-    asked = [json.loads(line)["text"] for line in options.queries.read_text(encoding="utf-8").splitlines()[: options.count]]
+    asked = [row["text"] for _, row in islice(rows(options.queries), options.count)]
     folders = _cache_folders(options.model, options.cache, "float32", {"document": texts, "query": asked})
     encoder = for_inference(open_encoder(options.model))
     documents = encode(encoder, texts, "document", cache=folders["document"], progress=True)

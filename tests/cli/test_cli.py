@@ -90,7 +90,9 @@ def test_half_characters_stop_nothing(backbone, collection_folder, call, call_js
     caplog.clear()
     call_json("index", tmp_path / "run", folder, "--out", tmp_path / "index")
     assert caplog.text.count("half a character") == 1  # though the file is read twice
-    found = call_json("search", tmp_path / "index", "kabel \udcff", "--k", 41)
+    code, out, err = call("search", tmp_path / "index", "kabel \udcff", "--k", 41, "--json")
+    assert (code, err.count("argument 3: not UTF-8")) == (0, 1)
+    found = json.loads(out)
     assert found["query"] == "kabel \udcff"
     assert "x\ufffd" in {hit["id"] for hit in found["hits"]}
     mined = tmp_path / "mined.jsonl"
@@ -105,6 +107,31 @@ def test_half_characters_from_python_are_shown(backbone, call, call_json, tmp_pa
     code, out, _ = call("search", tmp_path / "index", "kabel")
     assert code == 0
     assert "x\\ud83d" in out
+
+
+def test_arguments_in_an_encoding_without_these_characters(tmp_path):
+    """Refused before anything else, since another query would be searched; ASCII is in every encoding."""
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C"}
+    for arguments, message in (
+        (["search", tmp_path, "café"], "anysplade: argument 3: not text in this system's encoding, ascii; set PYTHONUTF8=1"),
+        (["search", tmp_path / "modèle", "cafe"], "anysplade: argument 2: not text in this system's encoding"),
+        (["search", tmp_path, "cafe"], "no index there"),
+    ):
+        command = [sys.executable, "-m", "anysplade", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert message in done.stderr
+
+
+def test_names_are_shown_as_they_are(backbone, collection_folder, call, tmp_path):
+    """Brackets and colons of a name are no markup."""
+    folder, out = tmp_path / "c[bold]", tmp_path / "a[b]:smile:"
+    shutil.copytree(collection_folder, folder)
+    code, shown, _ = call("rescale", backbone, "--out", out)
+    assert code == 0
+    assert out.name in shown
+    code, shown, _ = call("evaluate", "bm25", folder, collection_folder, "--metrics", "RR@10")
+    assert (code, shown.count("c[bold]")) == (0, 1)
 
 
 def test_output_in_an_encoding_without_these_characters(backbone, tmp_path):
@@ -192,7 +219,7 @@ def broken(collection_folder, tmp_path):
 
     copy("no-corpus", **{"corpus.jsonl": None})
     copy("empty-corpus", **{"corpus.jsonl": ""})
-    copy("unknown-id", **{"qrels/test.tsv": "q0\td0\t1\nq1\tdoc-77\t1\n"})
+    copy("unknown-id", **{"qrels/test.tsv": "q0\td0\t0\nq1\tdoc-77\t1\n"})
     return tmp_path
 
 
@@ -216,7 +243,7 @@ def broken(collection_folder, tmp_path):
         ("evaluate ./nowhere {data}", "no such model folder"),
         ("evaluate {model} {tmp}/no-corpus", "no corpus.jsonl in it"),
         ("evaluate {model} {tmp}/empty-corpus", "the corpus is empty"),
-        ("evaluate {model} {tmp}/unknown-id", "test.tsv:2: the document 'doc-77' is not in corpus.jsonl"),
+        ("evaluate {model} {tmp}/unknown-id", "no document of the corpus is judged above 0"),
         ("evaluate {model} {data} --metrics ndgc@10", "did you mean nDCG@10"),
         ("evaluate {model} {data} --split dev", "no qrels/dev.tsv"),
         ("index {model} {tmp}/empty-corpus --out {tmp}/new", "the corpus is empty"),

@@ -1,9 +1,12 @@
+import bz2
+import gzip
 import json
 import math
 import multiprocessing
 import re
 import shutil
 import time
+from pathlib import Path
 
 import ir_measures
 import numpy as np
@@ -18,6 +21,7 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.errors import OptionError
+from anysplade.evaluation.comparisons import evaluate_all
 from anysplade.evaluation.evaluations import curve
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
@@ -287,7 +291,7 @@ def test_a_run_with_ties_written_and_read_is_the_same(rankings, tmp_path_factory
     "content, message",
     [
         ("", "the run is empty"),
-        ("q0 Q0 d0 1\n", "run:1: 4 columns"),
+        ("q0 Q0 d0 1\n", "run:1: 4 columns; a TREC run has"),
         ("q0 Q0 d0 1 high x\n", "run:1: the score 'high' is not a number"),
         ("q0 Q0 d0 1 nan x\n", "run:1: the score 'nan' is not a number"),
         ("q0 Q0 d0 first 1 x\n", "run:1: the rank 'first' is not a number"),
@@ -301,6 +305,30 @@ def test_faulty_run_files(content, message, collection_folder, tmp_path):
     (tmp_path / "a.run").write_text(content)
     with pytest.raises(DataError, match=message):
         evaluate(tmp_path / "a.run", collection_folder)
+
+
+@pytest.mark.parametrize("name", ["run.tsv", "run.out", "run", "run.TXT.gz", "run.txt.bz2", "run[1].res", "bm25.jsonl"])
+def test_a_run_file_is_known_by_what_is_in_it(name, tmp_path):
+    """White space in the sense of C separates its columns; an id can have other characters."""
+    collection = Collection(
+        "c", {"a\u00a0\x85b": Document("", "x"), "c": Document("", "y")}, {"q": "x"}, {"q": {"a\u00a0\x85b": 1}}
+    )
+    data = "q\tQ0 a\u00a0\x85b  1 2.5 tag\r\nq Q0 c 2 1 tag\r\n".encode()
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(compress(data))
+    assert evaluate(str(tmp_path / name), collection, ["RR@10"]).run == {"q": {"a\u00a0\x85b": 2.5, "c": 1.0}}
+
+
+def test_a_folder_or_file_named_bm25(collection_folder, tmp_path, monkeypatch, caplog):
+    shutil.copytree(collection_folder, tmp_path / "bm25")
+    monkeypatch.chdir(tmp_path)
+    found = evaluate_all(["bm25", "bm25-unstemmed", "./bm25"], ["RR@10"]).evaluations
+    assert [(evaluation.model, evaluation.collection) for evaluation in found] == [("bm25", "bm25"), ("bm25-unstemmed", "bm25")]
+    assert "bm25: taken for what is built in by this name, not for the file or folder here; name that one ./bm25" in caplog.text
+    write_run(tmp_path / "bm25-unstemmed", found[1].run)
+    assert evaluate("./bm25-unstemmed", "./bm25", ["RR@10"]).vectors is None
+    assert evaluate("bm25-unstemmed", "./bm25", ["RR@10"]).model == "bm25-unstemmed"
+    assert "name that one ./bm25-unstemmed" in caplog.text
 
 
 def test_a_query_is_not_its_own_hit():

@@ -177,3 +177,18 @@ def test_faults(teachers, corpus, backbone, tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(OutputError, match="not empty"):
         adapt(teachers["sparse"], corpus, tmp_path / "taken", teacher=teachers["dense"], **OPTIONS)
+
+
+def test_characters_that_end_lines_elsewhere_than_in_json(corpus, tmp_path):
+    """JSON Lines end with \\n alone; a text can hold all of these."""
+    rows = [json.loads(line) for line in Path(corpus).read_text().split("\n")[:10]]
+    for row in rows:
+        row["text"] = row["text"].replace(" ", "\u2028 \u2029 \x85 ", 1)
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    made = make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "pairs.jsonl")
+    assert "\u2028" in (tmp_path / "pairs.jsonl").read_text()
+    module._write_training(str(tmp_path / "corpus.jsonl"), tmp_path, False, False)
+    texts = {row["text"] for row in rows}
+    written = load_pairs(tmp_path / "training.jsonl")
+    assert len(written) == sum(made.pairs.values())
+    assert {pair.positive for pair in written} <= texts

@@ -243,7 +243,8 @@ def _error_code(error: Exception) -> int | None:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning that the process has not logged before."""
     logger.warning(message)
 
 
@@ -258,6 +259,6 @@ def default_cache() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        _warn_once(f"vectors are not kept ({error}); set ANYSPLADE_CACHE to a folder that can be written")
+        warn_once(f"vectors are not kept ({error}); set ANYSPLADE_CACHE to a folder that can be written")
         return None
     return folder

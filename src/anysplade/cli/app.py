@@ -24,7 +24,8 @@ from rich.console import Console, RenderableType
 from anysplade import __version__
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
-from anysplade.errors import AnyspladeError, UsageError, without_credentials
+from anysplade.data.sources import is_utf8
+from anysplade.errors import AnyspladeError, OptionError, UsageError, without_credentials
 
 app = App(
     name="anysplade",
@@ -61,7 +62,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         if json:
             print(_as_json(result.data))
         else:
-            console = Console(soft_wrap=True)
+            console = Console(soft_wrap=True, markup=False, emoji=False)  # names and texts can have brackets and colons
             for part in result.text:
                 console.print(part)
 
@@ -139,6 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        odd = next((f"argument {i}" for i, argument in enumerate(arguments, 1) if not is_utf8(argument)), None)
+        if odd and (encoding := sys.getfilesystemencoding()) != "utf-8":
+            raise OptionError(f"{odd}: not text in this system's encoding, {encoding}; set PYTHONUTF8=1 if it is UTF-8")
+        if odd:
+            print(f"{odd}: not UTF-8; what cannot be read in a text is taken for U+FFFD", file=sys.stderr)
         app.config = config_file(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:

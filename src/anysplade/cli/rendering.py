@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -143,7 +142,7 @@ def evaluation_table(
     table = _table(*names, *metrics, "query active dims", "document active dims", "FLOPS")
     for row in rows:
         table.add_row(
-            *(escape(_number(row.get(name))) for name in names),
+            *(_number(row.get(name)) for name in names),
             *(f"{row[metric]:.3f}" for metric in metrics),
             *("–" if row[name] is None else f"{row[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops")),
         )
@@ -162,10 +161,10 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
             "against the first", *(("collection",) if several else ()), "metric", "difference", "95 %", "p", "wins / ties / losses"
         )
         for c in found.comparisons:
-            place = (escape(c.collection),) if several else ()
+            place = (c.collection,) if several else ()
             span = "–" if c.interval is None else f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}"
             table.add_row(
-                escape(c.model),
+                c.model,
                 *place,
                 c.metric,
                 f"{c.difference:+.3f}",
@@ -181,7 +180,7 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
                 parts.append(Text(f"\nchanged most in {c.metric}{where}, from {c.baseline} to {c.model}:"))
                 parts += [Text(_changed_line(change, c)) for change in c.changed]
     for drawn in found.curves:
-        title = escape(f"{drawn['model']} pruned" + (f", {drawn['collection']}" if several else ""))
+        title = f"{drawn['model']} pruned" + (f", {drawn['collection']}" if several else "")
         table = _table(title, *metrics, "query active dims", "document active dims", "FLOPS")
         for point in drawn["points"]:
             sides = {"queries": point["query_top_k"], "documents": point["document_top_k"]}

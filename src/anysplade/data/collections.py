@@ -4,6 +4,8 @@ On disk a collection has BEIR's layout: ``corpus.jsonl`` (``_id``, ``title``, ``
 ``text``) and ``qrels/SPLIT.tsv`` (``query-id``, ``corpus-id``, ``score``).
 """
 
+import functools
+import html
 import json
 import logging
 import math
@@ -20,18 +22,24 @@ from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
 from anysplade.data.sources import (
+    BM25_NAMES,
     CORPUS_FILES,
     PYTHON_DOCS,
     QUERY_FILES,
+    TOPIC_FORMS,
     Place,
     Row,
+    column_name,
     find_file,
     hub_dataset,
     ir_dataset,
     ir_names,
+    is_built_in,
     lines,
+    plain_name,
     resolve,
     rows,
+    trec_columns,
     whole_characters,
 )
 from anysplade.errors import DataError, OutputError
@@ -81,53 +89,63 @@ class Collection(Tabular):
 
 _NANO_BEIR = "nanobeir"  # stands for thirteen collections
 
-# The names that a column can have; the first that is there is used.
-ID_NAMES = ("_id", "id", "doc_id", "docid", "docno", "pid", "passage_id", "query_id", "qid")
+# The names that a column can have, as ``column_name`` has them; the first that is there is used.
+ID_NAMES = (
+    *("_id", "id", "doc_id", "docid", "document_id", "docno", "doc_no", "pid", "passage_id", "corpus_id"),
+    *("query_id", "queryid", "qid", "topic_id", "did", "doc"),
+)
 TEXT_NAMES = ("text", "contents", "content", "body", "passage", "abstract")
 QUERY_NAMES = ("text", "query", "question", "contents", "body")
 
 
 def is_collection(name: str) -> bool:
     """Whether a name stands for a collection, and not for a model or a run file."""
+    if is_built_in(name, *BM25_NAMES):
+        return False
+    if is_built_in(name, PYTHON_DOCS) or name.lower() == _NANO_BEIR:
+        return True
     path = Path(name).expanduser()
     if path.is_dir():
         return find_file(path, CORPUS_FILES) is not None or not any(
             (path / file).exists() for file in ("config.json", "modules.json", "model")
         )
-    if path.suffix == ".zip" or name.lower() in (PYTHON_DOCS, _NANO_BEIR):
-        return True
-    return not path.exists() and any(ir_dataset(id_) is not None for id_ in (name, f"{name}/test"))
+    if path.exists():
+        return path.suffix.lower() == ".zip"
+    return any(ir_dataset(id_) is not None for id_ in (name, f"{name}/test"))
 
 
 def collection_names(source: str) -> list[str]:
     """The collections that a name stands for: the thirteen of ``"nanobeir"``, or the name itself."""
-    if source.lower() != _NANO_BEIR:
+    if not is_built_in(source, source if source.lower() == _NANO_BEIR else _NANO_BEIR):
         return [source]
     return sorted(name for name in ir_names() if name.startswith("nano-beir/"))
 
 
-def load_collection(source: str | Path, split: str = "test", progress: bool = False) -> Collection:
+def load_collection(source: str | Path | zipfile.Path, split: str = "test", progress: bool = False) -> Collection:
     """Load a collection from a ``source``.
 
     A source is one of these:
 
-    - a BEIR folder, or a zip of one: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``; files can be gzipped
-    - a TREC folder: a corpus (``corpus`` or ``collection`` or ``docs``, ``.jsonl``, ``.tsv``, ``.csv`` or ``.parquet``),
-      topics (``topics`` or ``queries``, likewise or TREC's ``<top>``) and qrels (``qrels*``, four columns)
+    - a BEIR folder, or a zip of one: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/SPLIT.tsv``; files can be compressed with
+      gzip, bzip2, xz or Zstandard
+    - a TREC folder: a corpus (``corpus``, ``collection``, ``docs`` or ``msmarco-docs``; ``.jsonl``, ``.tsv``, ``.csv`` or
+      ``.parquet``), topics (``topics`` or ``queries``, likewise or TREC's ``<top>`` or ``<topic>`` in ``.txt``, ``.trec`` or
+      ``.xml``) and qrels (``qrels.txt``, ``qrels.SPLIT.txt``, ..., four columns)
     - an ir_datasets id (``msmarco-passage/trec-dl-2019/judged``; ``beir/scifact`` takes the split as its last part)
     - a hub dataset with the configs ``corpus``, ``queries`` and ``qrels`` or ``default``
     - ``"python-docs"``: docstrings of installed packages, see ``load_python_docs``
 
-    Only queries with a judgement are kept, as in BEIR; the number of others is logged. In a BEIR folder every judged id
-    must exist. Elsewhere judgements of documents that are not in the corpus are kept and count against recall, as in
-    trec_eval; those of unknown queries are left out; a warning has the number of both.
+    Only queries with a judgement are kept, as in BEIR; the number of others is logged. Judgements of documents that are not in
+    the corpus are kept and count against recall, as in trec_eval; those of unknown queries are left out; a warning has the
+    number of both.
 
     Args:
         split: which qrels to read.
         progress: show a progress bar.
 
     Raises:
-        DataError: a part is missing, a line is malformed, an id is a duplicate, or no judged id exists.
+        DataError: a part is missing, a line is malformed, an id is a duplicate, or no document of the corpus is judged above 0
+            for a query, so that every measure would be 0.
     """
     resolved = resolve(source, "collection", split)
     if resolved.kind == "python-docs":
@@ -146,7 +164,7 @@ def load_collection(source: str | Path, split: str = "test", progress: bool = Fa
         raise DataError(f"{resolved.at}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
     corpus, queries = read_corpus(resolved.at), read_queries(resolved.at)
     name = Path(resolved.name).expanduser().resolve().name.removesuffix(".zip")
-    return _judged_collection(name, corpus, queries, _read_qrels(resolved.at, split, queries, corpus))
+    return _judged_collection(name, corpus, queries, _read_qrels(resolved.at, split))
 
 
 def _judged_collection(
@@ -162,6 +180,14 @@ def _judged_collection(
         raise DataError(f"{name}: no query has a judgement; use the same ids in queries and qrels")
     if len(missing) == sum(map(len, qrels.values())):
         raise DataError(f"{name}: none of the judged documents is in the corpus; use the same ids in corpus and qrels")
+    relevant = {query_id: [id_ for id_, grade in grades.items() if grade > 0] for query_id, grades in qrels.items()}
+    if not any(id_ in corpus for ids in relevant.values() for id_ in ids):
+        raise DataError(
+            f"{name}: no document of the corpus is judged above 0, so every measure would be 0; give relevant documents a grade "
+            "of 1 or more"
+        )
+    if none := [query_id for query_id, ids in relevant.items() if not ids]:
+        logger.warning("%s: %d queries have no document judged above 0 and count as 0, such as %r", name, len(none), none[0])
     if missing:
         logger.warning("%s: %d judged documents are not in the corpus, such as %r", name, len(missing), missing[0])
     judged = {query_id: text for query_id, text in queries.items() if query_id in qrels}
@@ -174,7 +200,7 @@ def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> di
     """Read all documents of a ``source``, by id and in file order.
 
     Args:
-        source: a file (JSONL, CSV, TSV, Parquet, gzipped or not), or any source of ``load_collection``.
+        source: a file (JSONL, CSV, TSV, Parquet, compressed or not), or any source of ``load_collection``.
 
     Raises:
         DataError: no such source, no document in it, a malformed row, or a duplicate id.
@@ -212,13 +238,13 @@ def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> It
 
 
 def read_texts(source: str | Path) -> Iterator[str]:
-    """The texts of a corpus, with their titles, or the lines of a text file (``.txt``, also gzipped), one by one.
+    """The texts of a corpus, with their titles, or the lines of a text file (``.txt``, also compressed), one by one.
 
     Raises:
         DataError: as ``iter_corpus`` does.
     """
     path = Path(source).expanduser()
-    if path.name.removesuffix(".gz").endswith(".txt") and path.is_file():
+    if plain_name(path).endswith(".txt") and path.is_file():
         with lines(path) as numbered:
             yield from (whole_characters(line) for _, line in numbered if line.strip())
     else:
@@ -233,11 +259,11 @@ def read_queries(folder: Place) -> dict[str, str]:
     """
     file = _part(folder, QUERY_FILES, "queries.jsonl")
     text = ""
-    if file.name.removesuffix(".gz").endswith((".trec", ".txt")):
+    if plain_name(file).endswith(TOPIC_FORMS):
         with lines(file) as numbered:
             text = "\n".join(line for _, line in numbered)
-    sgml = text.lstrip().startswith("<")
-    queries = dict(_topics(text, file) if sgml else _query_texts(rows(file, ID_NAMES), file))
+    has_tags = text.lstrip().startswith("<")
+    queries = dict(_query_texts(_topics(text, file) if has_tags else rows(file, ID_NAMES), file))
     if not queries:
         raise DataError(f"{file}: no query in it; each row needs _id and text")
     return queries
@@ -250,7 +276,10 @@ def _query_texts(numbered: Iterable[Row], source: object) -> Iterator[tuple[str,
 def _part(folder: Place, names: Sequence[str], usual: str) -> Place:
     path = find_file(folder, names)
     if path is None:
-        raise DataError(f"{folder}: no {usual} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/")
+        raise DataError(
+            f"{folder}: no {usual} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/, one of TREC's "
+            "corpus.tsv, topics.txt or topics.xml, and qrels.txt"
+        )
     return path
 
 
@@ -266,7 +295,8 @@ def _by_id(numbered: Iterable[Row], source: object, texts: Sequence[str]) -> Ite
     seen: dict[str, int] = {}
     for number, row in numbered:
         place = f"{source}:{number}"
-        value = next((row[name] for name in ID_NAMES if row.get(name) is not None), None)
+        ids, name, title_name, metadata_name = _columns(tuple(row), tuple(texts))
+        value = next((row[id_name] for id_name in ids if row[id_name] is not None), None)
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             detail = "" if value is None else f" (found: {json.dumps(value, default=str)[:40]}, not a string or whole number)"
             raise DataError(f'{place}: no "_id"; each row needs _id and text{detail}')
@@ -274,8 +304,7 @@ def _by_id(numbered: Iterable[Row], source: object, texts: Sequence[str]) -> Ite
         if id_ in seen:
             raise DataError(f"{place}: the id {id_[:80]!r} is a duplicate of line {seen[id_]}; ids must be unique")
         seen[id_] = number
-        name = next((name for name in texts if name in row), "text")
-        text, title, metadata = row.get(name), row.get("title"), row.get("metadata") or None
+        text, title, metadata = row.get(name), row.get(title_name), row.get(metadata_name) or None
         if not isinstance(text, str):
             raise DataError(f'{place}: "{name}" is missing or not a string; columns of the row: {", ".join(row) or "none"}')
         if not isinstance(title, str | None):
@@ -285,39 +314,52 @@ def _by_id(numbered: Iterable[Row], source: object, texts: Sequence[str]) -> Ite
         yield id_, Document(title or "", text, metadata)
 
 
-def _topics(text: str, path: Place) -> Iterator[tuple[str, str]]:
-    """Numbers and titles of TREC topics; their tags are often not closed."""
-    for topic in re.findall(r"<top>(.*?)</top>", text, re.DOTALL | re.IGNORECASE):
-        number = re.search(r"<num>\s*(?:Number:)?\s*([^\s<]+)", topic, re.IGNORECASE)
-        title = re.search(r"<title>\s*(?:Topic:)?\s*(.*?)\s*(?:<|\Z)", topic, re.DOTALL | re.IGNORECASE)
-        if not number or not title:
-            raise DataError(f"{path}: a topic without <num> or <title>, add both: {' '.join(topic.split())[:60]!r}")
-        yield number[1], " ".join(title[1].split())
+@functools.lru_cache(maxsize=64)
+def _columns(given: tuple[str, ...], texts: tuple[str, ...]) -> tuple[list[str], str, str, str]:
+    """The columns that can have the id, the first one first, and those of the text, the title and the metadata."""
+    known = {column_name(name): name for name in reversed(given)} | {name: name for name in given}
+    text = next((known[name] for name in texts if name in known), "text")
+    return [known[name] for name in ID_NAMES if name in known], text, known.get("title", "title"), known.get("metadata", "metadata")
 
 
-def _read_qrels(folder: Place, split: str, queries: dict[str, str], corpus: dict[str, Document]) -> dict[str, dict[str, int]]:
-    """Judgements with BEIR's three columns, whose ids must exist, or TREC's four, which can judge other documents too."""
+def _topics(text: str, path: Place) -> Iterator[Row]:
+    """Numbers and queries of TREC topics, in SGML, whose tags are often not closed, or in XML."""
+    text = re.sub(r"<!\[CDATA\[(.*?)\]\]>", lambda found: html.escape(found[1]), text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    for topic in re.finditer(r"<(top|topic)\b([^>]*)>(.*?)</\1\s*>", text, re.DOTALL | re.IGNORECASE):
+        _, attributes, content = topic.groups()
+        number = re.search(r"\b(?:number|num|id)\s*=\s*[\"']?\s*([^\s\"'>]+)", attributes, re.IGNORECASE) or re.search(
+            r"<(?:num|number|id|identifier)\b[^>]*>\s*(?:Number:)?\s*([^\s<]+)", content, re.IGNORECASE
+        )
+        tags = (rf"<{tag}\b[^>]*>(?:(.*?)</{tag}\s*>|([^<]*))" for tag in ("query", "title"))
+        parts = filter(None, (re.search(tag, content, re.DOTALL | re.IGNORECASE) for tag in tags))
+        query = next((part[1] or part[2] or "" for part in parts), None if "<" in content else content)
+        if not number or query is None:
+            raise DataError(
+                f"{path}: a topic without a number, or a <title> or <query>; add both: {' '.join(topic[0].split())[:60]!r}"
+            )
+        plain = html.unescape(re.sub("<[^>]*>", " ", query))
+        row = {"_id": html.unescape(number[1]), "text": " ".join(plain.split()).removeprefix("Topic:").lstrip()}
+        yield text.count("\n", 0, topic.start()) + 1, row
+
+
+def _read_qrels(folder: Place, split: str) -> dict[str, dict[str, int]]:
+    """Judgements with BEIR's three columns or TREC's four."""
     path, beir = find_qrels(folder, split)
     if path is None:
         files = (folder / "qrels").iterdir() if (folder / "qrels").is_dir() else ()
-        splits = sorted(file.name.removesuffix(".gz").removesuffix(".tsv") for file in files)
+        splits = sorted(plain_name(file).removesuffix(".tsv") for file in files)
         raise DataError(f"{folder}: no qrels/{split}.tsv (splits found: {', '.join(splits) or 'none'}); choose one with `split`")
     qrels: dict[str, dict[str, int]] = {}
     with lines(path) as numbered:
         for number, line in numbered:
-            parts = line.split("\t") if beir else line.split()
+            parts = line.split("\t") if beir else trec_columns(line)
             if not line.strip() or (number == 1 and parts[-1].strip().lower() in ("score", "relevance", "rel")):
                 continue
             if len(parts) != (3 if beir else 4):
                 form = "query-id, corpus-id, score, separated by tabs" if beir else "query, iteration, document, grade"
                 raise DataError(f"{path}:{number}: {len(parts)} columns; a line is {form}")
-            query_id, document_id = parts[0], parts[-2]
-            for kind, id_, ids, file in (("query", query_id, queries, "queries"), ("document", document_id, corpus, "corpus")):
-                if beir and id_ not in ids:
-                    raise DataError(
-                        f"{path}:{number}: the {kind} {id_[:80]!r} is not in {file}.jsonl; add it there or remove the line"
-                    )
-            _judge(qrels, query_id, document_id, parts[-1].strip(), f"{path}:{number}")
+            _judge(qrels, parts[0], parts[-2], parts[-1].strip(), f"{path}:{number}")
     if not qrels:
         raise DataError(f"{path}: no judgement in it; each line is query-id, corpus-id, score")
     return qrels

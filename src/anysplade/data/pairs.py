@@ -14,6 +14,7 @@ A row is a line of JSON or a row of a table. Its columns are recognized by their
 This covers the formats of FlagEmbedding, sentence-transformers, Tevatron and DPR.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -21,6 +22,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +80,7 @@ _NAMES = {
 
 _ROLES = {name for names in _NAMES.values() for name in names}
 _NUMBERED = re.compile(r"(negative|neg)_\d+")
+_LOOKED_AT = 20  # examples, to tell whether they are ids
 
 _Row = tuple[str, dict[str, Any]]  # its place (source and number), and its columns
 
@@ -93,7 +96,7 @@ def read_pairs(
     """Read and check training examples one by one; only the texts of ids are kept in memory.
 
     Args:
-        source: a JSONL (also gzipped), CSV, TSV or Parquet file; a BEIR folder, of which ``pairs.jsonl`` is read, or else
+        source: a JSONL, CSV, TSV or Parquet file, compressed or not; a BEIR folder, of which ``pairs.jsonl`` is read, or else
             ``qrels/train.tsv`` with grades as labels; an ir_datasets id; the folder or hub id of a dataset, as ``id`` or
             ``id:config``; or ``"python-docs"``.
         texts: a collection with the texts of ids: a BEIR folder, an ir_datasets id, or a hub dataset with the configs
@@ -102,10 +105,19 @@ def read_pairs(
         progress: show a progress bar while python-docs is read.
 
     Raises:
-        DataError: there is nothing to train on, or a row cannot be used; the message names file and line.
+        DataError: there is nothing to train on, ids stand where texts must be, or a row cannot be used; the message names file
+            and line.
     """
-    given_rows, own_texts = _open(str(source), progress)
+    given_rows, own_texts = _open(source, progress)
     lookup = _Lookup((lambda: _texts(resolve(texts, "texts"))) if texts else own_texts, bool(texts))
+    pairs = _read(source, given_rows, lookup, negatives)
+    first = list(islice(pairs, _LOOKED_AT))
+    _require_texts(source, first, lookup)
+    yield from chain(first, pairs)
+
+
+def _read(source: str | Path, given_rows: Iterable[_Row], lookup: "_Lookup", negatives: int | None) -> Iterator[Pair]:
+    """The examples of rows, all of one shape."""
     columns: dict[str, Any] = {}
     names: set[str] = set()
     expected = None
@@ -133,6 +145,27 @@ def read_pairs(
     if expected is None:
         fix = "a row needs a document with a label above 0" if irrelevant else "each row needs query and positive"
         raise DataError(f"{source}: no training pair in it; {fix}")
+
+
+def _require_texts(source: str | Path, pairs: Sequence[Pair], lookup: "_Lookup") -> None:
+    """Raise DataError if the texts of examples are ids: documents that are only numbers, or ids of the collection beside them.
+
+    Queries that are only numbers may be meant, such as numbers of parts; they get a warning.
+    """
+    columns = {
+        "query": [pair.query for pair in pairs],
+        "positive": [pair.positive for pair in pairs],
+        "negative": [text for pair in pairs for text in pair.negatives],
+    }
+    for role, texts in columns.items():
+        numbers = bool(texts) and all(text.strip().isdecimal() for text in texts)
+        if (numbers and role != "query") or lookup.are_ids(role, texts):
+            raise DataError(
+                f"{source}: {role} has ids, such as {texts[0][:80]!r}, and no texts; name columns of ids query_id, positive_id and "
+                "negative_id, and the collection that has their texts, if it is another, with `texts`"
+            )
+        if numbers:
+            logger.warning("%s: the first queries are only numbers; if they are ids, name the column query_id", source)
 
 
 def _by_selection(row: dict[str, Any]) -> dict[str, Any]:
@@ -192,20 +225,22 @@ class StoredPairs(Sequence[Pair]):
     def _write_arrow(pairs: Iterable[Pair], folder: Path) -> str:
         digest = DataHash()
         writer = None
-        for pair in pairs:
-            row: dict[str, Any] = {"query": pair.query, "positive": pair.positive}
-            row |= {f"negative_{i}": text for i, text in enumerate(pair.negatives, 1)}
-            if pair.scores is not None:
-                row["label"] = list(pair.scores)
-            digest.add(pair)
-            if writer is None:
-                features = {
-                    name: datasets.List(datasets.Value("float32")) if name == "label" else datasets.Value("string") for name in row
-                }
-                writer = ArrowWriter(path=str(folder / "examples.arrow"), features=datasets.Features(features))
-            writer.write(row)
-        if writer is not None:
-            writer.finalize()
+        with open(folder / "examples.arrow", "wb") as file:  # the writer would take :: in a path for a chain of file systems
+            for pair in pairs:
+                row: dict[str, Any] = {"query": pair.query, "positive": pair.positive}
+                row |= {f"negative_{i}": text for i, text in enumerate(pair.negatives, 1)}
+                if pair.scores is not None:
+                    row["label"] = list(pair.scores)
+                digest.add(pair)
+                if writer is None:
+                    features = {
+                        name: datasets.List(datasets.Value("float32")) if name == "label" else datasets.Value("string")
+                        for name in row
+                    }
+                    writer = ArrowWriter(stream=file, features=datasets.Features(features))
+                writer.write(row)
+            if writer is not None:
+                writer.finalize()
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -254,8 +289,9 @@ def _find_columns(row: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _no_column(role: str, row: dict[str, Any], place: str) -> DataError:
     names = ", ".join(_NAMES[role] + (_NAMES["label"] if role == "scores" else ()))
+    given = ", ".join(name[:40] for name in row) or "none"
     ids = f" (or, for ids, {', '.join(_NAMES[f'{role} id'])})" if f"{role} id" in _NAMES else ""
-    return DataError(f"{place}: no column for the {role} (columns: {', '.join(row) or 'none'}); name it one of {names}{ids}")
+    return DataError(f"{place}: no column for the {role} (columns: {given}); name it one of {names}{ids}")
 
 
 def _describe_columns(columns: dict[str, Any], row: dict[str, Any]) -> str:
@@ -404,6 +440,14 @@ class _Lookup:
             raise DataError(f"{place}: the {kind} {str(id_)!r} has an empty text in {texts.name}; remove the row")
         return whole_characters(text)
 
+    def are_ids(self, role: str, texts: Sequence[str]) -> bool:
+        """Whether all of these are ids of the collection, which is opened only if each looks like one."""
+        if not texts or not all(re.fullmatch("[!-~]+", text) for text in texts):
+            return False
+        with contextlib.suppress(DataError):  # a corpus without queries, say, has no texts of ids
+            return all(self.has(role, text) for text in texts)
+        return False
+
     def has(self, role: str, id_: str) -> bool:
         texts = self._open()
         return texts is not None and id_ in (texts.queries if role == "query" else texts.documents)
@@ -467,14 +511,14 @@ class _Documents(Mapping[str, str]):
 # --------------------------------------------------------------------------------- rows of a source
 
 
-def _open(name: str, progress: bool) -> tuple[Iterable[_Row], Callable[[], _Texts | None]]:
+def _open(name: str | Path, progress: bool) -> tuple[Iterable[_Row], Callable[[], _Texts | None]]:
     """The rows of a source, and a function that opens its own texts of ids."""
     source = resolve(name, "training data", "train")
     if source.kind == "python-docs":
         pairs = load_python_docs(progress=progress)[1]
         return ((f"{name}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), lambda: None
     if source.kind == "ir_datasets":
-        return _ir_rows(name, source.at), lambda: _texts(source)
+        return _ir_rows(source.name, source.at), lambda: _texts(source)
     if source.kind == "file":
         return _file_rows(source.at), lambda: _texts_in(source.at.parent)
     if source.kind == "folder":
@@ -486,7 +530,7 @@ def _open(name: str, progress: bool) -> tuple[Iterable[_Row], Callable[[], _Text
         if find_file(source.at, CORPUS_FILES) is not None or not any(path.is_file() for path in source.at.iterdir()):
             raise DataError(f"{name}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
     rows = hub_dataset(str(source.at), source.config, streaming=True)
-    return _hub_rows(name, rows), lambda: _texts(source._replace(kind="hub"))
+    return _hub_rows(source.name, rows), lambda: _texts(source._replace(kind="hub"))
 
 
 def _texts_in(folder: Place) -> _Texts | None:
@@ -504,7 +548,7 @@ def _hub_rows(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[_Row]:
 
 
 def _qrels_rows(source: Source) -> Iterator[_Row]:
-    collection = load_collection(source.name, "train")
+    collection = load_collection(source.at, "train")
     for query_id, grades in collection.qrels.items():
         for document_id, grade in grades.items():
             if document_id in collection.corpus:

@@ -1,5 +1,6 @@
-"""Reading rows of files (plain, gzipped or in a zip archive), of ir_datasets and of hub datasets; names of sources."""
+"""Reading rows of files (plain, compressed or in a zip archive), of ir_datasets and of hub datasets; names of sources."""
 
+import bz2
 import contextlib
 import csv
 import functools
@@ -9,17 +10,20 @@ import importlib.util
 import io
 import json
 import logging
+import lzma
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
 
+from anysplade._common.files import warn_once, whole_folder
 from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -32,34 +36,57 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, and documents are longer
 
 
-def _open_text(path: Place) -> TextIO:
-    """Open a UTF-8 file with any line ends, with or without a byte order mark, and gzipped if its name ends in .gz."""
-    if path.name.endswith(".gz"):
-        return io.TextIOWrapper(gzip.GzipFile(fileobj=path.open("rb")), encoding="utf-8-sig")
-    return io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig")
+def plain_name(path: Place) -> str:
+    """A file's name in lower case, without the ending of a compression: ``corpus.jsonl`` of ``corpus.JSONL.gz``."""
+    return re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.name.lower())
+
+
+def _decompressed(file: Any) -> Any:
+    """The bytes that a file holds, compressed or not; its first bytes tell, whatever its name."""
+    start = file.peek(10)[:10]
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    if re.match(rb"BZh[1-9]1AY&SY", start):
+        return bz2.BZ2File(file)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMAFile(file)
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow  # here, since it takes a while
+
+        return pyarrow.CompressedInputStream(file, "zstd")
+    return file
 
 
 @contextlib.contextmanager
 def lines(path: Place) -> Iterator[Iterator[tuple[int, str]]]:
-    """The lines of a file with their numbers, from 1.
+    """The lines of a UTF-8 file with their numbers, from 1; they end with \\n or \\r\\n, and nothing else ends one.
+
+    The file may have a byte order mark, and may be compressed with gzip, bzip2, xz or Zstandard.
 
     Raises:
         DataError: the file is not UTF-8, or a compressed file is damaged.
     """
     number = 0
 
-    def numbered(file: TextIO) -> Iterator[tuple[int, str]]:
+    def numbered(file: Iterator[str]) -> Iterator[tuple[int, str]]:
         nonlocal number
         for number, line in enumerate(file, 1):
-            yield number, line.rstrip("\n")
+            yield number, line.removesuffix("\n").removesuffix("\r")
 
     try:
-        with _open_text(path) as file:
+        with path.open("rb") as raw, io.TextIOWrapper(_decompressed(raw), encoding="utf-8-sig", newline="\n") as file:
             yield numbered(file)
     except UnicodeDecodeError:
         raise DataError(f"{path}:{number + 1}: not UTF-8 text; convert the file to UTF-8") from None
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error):
+    except (EOFError, OSError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of the content
+            raise
         raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut off; download it again") from None
+
+
+def trec_columns(line: str) -> list[str]:
+    """The columns of a line of TREC's files, which ASCII white space separates; ids can have any other."""
+    return re.findall(r"[^ \t\r\f\v]+", line)
 
 
 def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
@@ -69,13 +96,14 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
     quotation marks in them have no meaning.
 
     Args:
-        ids: names that a column of ids can have. A TSV whose first line has none of them is one of TREC's, with the columns
-            id and text, or id, title and text. Empty: every TSV has column names.
+        ids: names that a column of ids can have, as ``column_name`` has them. A TSV whose first line has none of them is one of
+            TREC's, with the columns id and text; id, title and text; or id, URL, title and text. Empty: every TSV has column
+            names.
 
     Raises:
         DataError: a row cannot be read.
     """
-    name = path.name.removesuffix(".gz")
+    name = plain_name(path)
     if name.endswith(".parquet"):
         yield from _parquet_rows(path)
     elif name.endswith(".csv"):
@@ -83,19 +111,25 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
     elif name.endswith(".tsv"):
         with lines(path) as numbered:
             first = next((line for _, line in numbered if line.strip()), "")
-        has_header = not ids or any(cell.strip(' "').lower() in ids for cell in first.split("\t"))
+        has_header = not ids or any(column_name(cell.strip(' "')) in ids for cell in first.split("\t"))
         yield from _table_rows(path, "\t") if has_header else _trec_rows(path)
     else:
         yield from _json_rows(path)
 
 
-def _parquet_rows(path: Place) -> Iterator[Row]:
-    if not isinstance(path, Path):
-        raise DataError(f"{path}: Parquet in a zip archive cannot be read; unpack the archive")
-    with as_data_error(path):
-        import datasets  # here, since it takes most of a second
+def column_name(name: str) -> str:
+    """A column's name as the lists of known names have it: ``doc_id`` of ``Doc-ID``."""
+    return re.sub("[- ]", "_", name.strip().lower())
 
-        yield from enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1)
+
+def _parquet_rows(path: Place) -> Iterator[Row]:
+    if not isinstance(path, Path) or not path.name.lower().endswith(".parquet"):
+        raise DataError(f"{path}: Parquet in a compressed file or an archive cannot be read; unpack it")
+    with as_data_error(path), open(path, "rb") as file:
+        from pyarrow import parquet  # here, since it takes a while
+
+        batches = parquet.ParquetFile(file).iter_batches(1000)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _table_rows(path: Place, delimiter: str) -> Iterator[Row]:
@@ -116,6 +150,11 @@ def _table_rows(path: Place, delimiter: str) -> Iterator[Row]:
                 continue
             if not names:
                 names = [cell.strip() for cell in cells]
+                if all(map(str.isdecimal, names)):
+                    raise DataError(
+                        f"{path}:{number}: only numbers, where columns must be named; if they are ids to train on, the names are "
+                        "query_id, positive_id and negative_id, and `texts` names the collection that has their texts"
+                    )
                 if len(set(names)) < len(names):
                     raise DataError(f"{path}:{number}: two columns have the same name; give each column its own")
                 continue
@@ -132,9 +171,9 @@ def _trec_rows(path: Place) -> Iterator[Row]:
             parts = line.split("\t")
             if not line.strip():
                 continue
-            if not 2 <= len(parts) <= 3:
+            if not 2 <= len(parts) <= 4:
                 raise DataError(f"{path}:{number}: {len(parts)} columns; a line is an id and a text, separated by a tab")
-            yield number, dict(zip(("_id", "title", "text") if len(parts) == 3 else ("_id", "text"), parts, strict=True))
+            yield number, dict(zip(("_id", *("url", "title", "text")[-len(parts) + 1 :]), parts, strict=True))
 
 
 def _json_rows(path: Place) -> Iterator[Row]:
@@ -175,12 +214,14 @@ def whole_characters(text: str) -> str:
 # ---------------------------------------------------------------------------------------- resolving names
 
 PYTHON_DOCS = "python-docs"
+BM25_NAMES = ("bm25", "bm25-unstemmed")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # File names in the folder of a collection: BEIR's first, then those of TREC collections.
 _FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
-CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs") for form in _FORMS)
-QUERY_FILES = (*(f"{name}{form}" for name in ("queries", "topics") for form in _FORMS), "topics.trec", "topics.txt")
+CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs", "msmarco-docs") for form in _FORMS)
+TOPIC_FORMS = (".trec", ".txt", ".xml")  # what is in them tells whether it is TREC's topics
+QUERY_FILES = tuple(f"{name}{form}" for name in ("queries", "topics") for form in (*_FORMS, *TOPIC_FORMS))
 
 
 class Source(NamedTuple):
@@ -199,9 +240,9 @@ class Source(NamedTuple):
 def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -> Source:
     """Find the source that the name of a corpus, a collection, training data or texts stands for.
 
-    Tried in this order: ``"python-docs"``; an existing file or folder, where a folder with a README and without a corpus
-    is a hub dataset and a zip archive is the folder in it; an ir_datasets id, also without its last part, the split; a hub
-    id, ``org/name`` or ``org/name:config``.
+    Tried in this order: ``"python-docs"``, unless it is a Path; an existing file or folder, where a folder with a README and
+    without a corpus is a hub dataset and a zip archive is the folder in it; an ir_datasets id, also without its last part, the
+    split; a hub id, ``org/name`` or ``org/name:config``.
 
     Args:
         wanted: "corpus", "collection", "training data" or "texts".
@@ -213,11 +254,11 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
     text = str(name)
     if isinstance(name, zipfile.Path):
         return Source("folder", text, name)
-    if text == PYTHON_DOCS:
+    if isinstance(name, str) and is_built_in(name, PYTHON_DOCS):
         return Source("python-docs", text)
     path = Path(text).expanduser()
     if path.is_file():
-        return Source("folder", text, _zip_folder(path)) if path.suffix == ".zip" else Source("file", text, path)
+        return Source("folder", text, _zip_folder(path)) if path.suffix.lower() == ".zip" else Source("file", text, path)
     if path.is_dir():
         is_hub = (path / "README.md").is_file() and find_file(path, CORPUS_FILES) is None
         return Source("hub" if is_hub else "folder", text, path)
@@ -241,10 +282,22 @@ def _is_judged(dataset: Any) -> bool:
     return dataset.has_queries() and (dataset.has_qrels() or dataset.has_docpairs())
 
 
+def is_built_in(name: object, *built_in: str) -> bool:
+    """Whether a name is one of these, which stand for no file or folder; a warning if there is one of that name too."""
+    if name not in built_in:
+        return False
+    if Path(str(name)).exists():
+        warn_once(f"{name}: taken for what is built in by this name, not for the file or folder here; name that one ./{name}")
+    return True
+
+
 def find_file(folder: Place, names: Sequence[str]) -> Place | None:
-    """The first of these files that is in a folder, gzipped or not; None if there is none."""
-    candidates = (folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
-    return next((path for path in candidates if path.is_file()), None)
+    """The first of these files that is in a folder, compressed or not and in any case; None if there is none."""
+    if not folder.is_dir():
+        return None
+    files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name.swapcase(), reverse=True)
+    found = {plain_name(path): path for path in files}  # of several the last: in lower case, and not compressed
+    return next((found[name.lower()] for name in names if name.lower() in found), None)
 
 
 def _zip_folder(path: Path) -> zipfile.Path:
@@ -324,7 +377,15 @@ def hub_dataset(name: str, config: str | None, split: str | None = "train", stre
     with as_data_error(f"{name}:{config}" if config else name):
         import datasets
 
-        cache = _folder_cache(Path(name)) if Path(name).is_dir() else None
+        cache = None
+        if Path(name).is_dir():
+            folder = Path(name).resolve()
+            cache = _folder_cache(folder)
+            if re.search(r"[*?[]|::", str(folder)):  # the library takes them for a pattern, or a chain of file systems
+                name = f"{cache}/files"
+                if not Path(name).exists():
+                    with whole_folder(name) as links:
+                        shutil.copytree(folder, links, copy_function=os.symlink, dirs_exist_ok=True)
         return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache)
 
 
@@ -336,7 +397,7 @@ def _folder_cache(folder: Path) -> str:
     """
     import datasets
 
-    files = [(str(path), path.stat()) for path in sorted(folder.resolve().rglob("*")) if path.is_file()]
+    files = [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     key = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in files])
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / hashlib.sha256(key.encode()).hexdigest()[:32])
 

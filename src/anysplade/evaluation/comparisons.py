@@ -15,6 +15,7 @@ from scipy import stats
 from anysplade._common.files import write_whole
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, is_collection, load_collection
+from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
@@ -158,7 +159,7 @@ def _load(sources: Sequence[str], split: str, progress: bool) -> list[Collection
     found: dict[Path | str, str] = {}  # what was asked for, by its path or id
     for name in (name for source in sources for name in collection_names(source)):
         path = Path(name).expanduser()
-        found.setdefault(path.resolve() if path.exists() else name, name)
+        found.setdefault(path.resolve() if path.exists() and name != PYTHON_DOCS else name, name)
     loaded = [load_collection(name, split, progress=progress) for name in found.values()]
     names = distinct_names([collection.name for collection in loaded], [at if isinstance(at, Path) else None for at in found])
     return [replace(collection, name=name) for collection, name in zip(loaded, names, strict=True)]

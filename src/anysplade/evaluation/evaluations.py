@@ -18,10 +18,11 @@ from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
+from anysplade.data.sources import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
-from anysplade.evaluation.runs import Run, check_run, is_run_file, read_run, require_trec_ids, write_run
+from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, prune
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
@@ -134,11 +135,12 @@ def evaluate(
     cut: dict[str, Any] | None = None
     vectors = terms = weight_type = used = None
     start = time.perf_counter()
-    if isinstance(model, str | Path) and is_run_file(model):
+    is_bm25 = is_built_in(model, *BM25_NAMES)
+    if not is_bm25 and isinstance(model, str | Path) and Path(model).expanduser().is_file():
         run = read_run(model)
         check_run(model, run, collection)
         self_matches = set()
-    elif model in ("bm25", "bm25-unstemmed"):
+    elif is_bm25:
         bm25, everything = BM25(texts, stemmed=model == "bm25"), np.arange(len(texts))
         rankings = [highest(bm25.score(query, everything), depth + bool(self_matches)) for query in questions]
         if not any(len(documents) for documents, _ in rankings):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anysplade._common.files import write_whole
 from anysplade.data.collections import Collection
-from anysplade.data.sources import lines, whole_characters
+from anysplade.data.sources import lines, trec_columns, whole_characters
 from anysplade.errors import DataError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -17,17 +17,9 @@ Run = dict[str, dict[str, float]]  # score by query id and document id, the best
 
 _MOST = 0.9  # of the ids that have to match; fewer are worth a warning
 
-_SUFFIXES = (".trec", ".run", ".txt", ".res", ".gz")
-
-
-def is_run_file(name: str | Path) -> bool:
-    """Whether a name is that of an existing file with one of the suffixes of run files."""
-    path = Path(name).expanduser()
-    return path.suffix in _SUFFIXES and path.is_file()
-
 
 def read_run(path: str | Path) -> Run:
-    """Read a TREC run file, gzipped or not: query, Q0, document, rank, score, tag.
+    """Read a TREC run file, compressed or not: query, Q0, document, rank, score, tag.
 
     Documents are ordered by score; those of equal score by rank, then by their order in the file.
 
@@ -38,11 +30,11 @@ def read_run(path: str | Path) -> Run:
     keys: dict[str, dict[str, tuple[float, float]]] = {}  # (-score, rank) by query id and document id
     with lines(path) as numbered:
         for number, line in numbered:
-            parts = line.split()
+            parts = trec_columns(line)
             if not parts:
                 continue
             if len(parts) != 6:
-                raise DataError(f"{path}:{number}: {len(parts)} columns; a run has query, Q0, document, rank, score, tag")
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a TREC run has query, Q0, document, rank, score, tag")
             ranking = keys.setdefault(parts[0], {})
             if parts[2] in ranking:
                 raise DataError(f"{path}:{number}: duplicate document {parts[2]!r} for the query {parts[0]!r}; remove one")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anysplade.data.sources import hub_advice
+from anysplade.data.sources import hub_advice, is_built_in
 from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 
@@ -22,14 +22,14 @@ def resolve_model(name: str | Path) -> str:
         kind = type(name).__name__
         raise ModelError(f"a {kind}, not a model's folder or hub id; save the model with save_pretrained, and name the folder")
     text = str(name).strip()
+    if is_built_in(text, *BUNDLED):
+        return str(BUNDLED[text])
     path = Path(text).expanduser()
     if text and path.is_dir():
         for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
             if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
                 return str(folder)
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
-    if text in BUNDLED:
-        return str(BUNDLED[text])
     if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
         raise ModelError(f"{text or 'an empty name'}: no such model folder; give a checkpoint's folder or a hub id like org/name")
     _require_on_hub(text)

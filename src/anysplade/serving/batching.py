@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from scipy import sparse
 
+from anysplade.data.sources import is_built_in
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime
@@ -90,7 +91,7 @@ class Searcher:
         self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}
         self.index = self._open(self.folder, model)
         self.documents = len(self.index)  # constant: no other process can write while this one has the index open
-        self.other = None if beside in (None, "bm25") else self._open(Path(str(beside)))
+        self.other = None if beside is None or is_built_in(beside, "bm25") else self._open(Path(str(beside)))
         self._version = self._read_version()
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._futures: set[asyncio.Future[Any]] = set()

@@ -25,6 +25,7 @@ from anysplade._common.files import write_whole
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
+from anysplade.data.sources import PYTHON_DOCS, is_built_in
 from anysplade.errors import AnyspladeError, OutputError, worker_died
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.folding import folds_by_case
@@ -133,7 +134,7 @@ def _runs(row: Row, records: Mapping[str, CellRecord], failed: Mapping[str, str]
 
 def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:
     """The config with python-docs as a folder: reading the installed packages again for each cell takes seconds."""
-    if "python-docs" not in (config.data, *config.collections):
+    if not any(is_built_in(name, PYTHON_DOCS) for name in (config.data, *config.collections)):
         return config
     folder = out / "python-docs"
     if not folder.exists():

@@ -36,6 +36,7 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Document, Pair, data_hash, load_collection, read_corpus
 from anysplade.data.document_pairs import KINDS, make_pairs
 from anysplade.data.pairs import load_pairs
+from anysplade.data.sources import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.evaluations import Evaluation, evaluate
@@ -276,7 +277,7 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
     Raises:
         DataError: too few documents have pairs to hold some out.
     """
-    rows = [json.loads(line) for line in (output / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_rows(output / "pairs.jsonl")]
     documents = dict(read_corpus(corpus, progress=progress))
     held: set[str] = set()
     if hold_out:

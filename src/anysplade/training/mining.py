@@ -27,6 +27,7 @@ from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair, read_corpus
 from anysplade.data.pairs import load_pairs
+from anysplade.data.sources import is_built_in
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
 from anysplade.model.options import Role, checked_option
 from anysplade.search.exact import Postings
@@ -249,7 +250,7 @@ _DOCUMENTS = 2**16  # scored at once by a dense model
 
 def _require_extra(name: str) -> None:
     """Raise ExtraError before the data are read if BM25 is asked for and its library is missing; models need no extra."""
-    if name == "bm25":
+    if is_built_in(name, "bm25"):
         import_module("anysplade.evaluation.bm25")
 
 
