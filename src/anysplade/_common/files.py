@@ -78,13 +78,15 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` is a folder, or cannot be written, also for want of room.
+        OutputError: ``target`` is a folder or a device, or cannot be written, also for want of room.
     """
     target = Path(target).expanduser()
     work = target.with_name(f".{target.name}.{os.getpid()}")
     with _permitted(target):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
+        if target.exists() and not target.is_file():  # it would be replaced: for root, /dev/null too
+            raise OutputError(f"{target}: is a device or a pipe; name a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         opened = open(work, "wb")  # noqa: SIM115 - closed below, before it is renamed
     try:
@@ -129,14 +131,17 @@ def _permitted(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write to a path into an OutputError.
 
     Raises:
-        OutputError: no permission, a read-only file system, or a file in the place of a folder.
+        OutputError: for whatever reason: no permission or room, a file in the place of a folder, a name that is too long, ...
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (*READ_ONLY, errno.ENOTDIR, errno.EEXIST):
-            raise
-        raise OutputError(f"{path}: cannot be written: {error.strerror}; name another place, or make this one writable") from error
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the path has a zero byte
+        full = isinstance(error, OSError) and error.errno in _FULL
+        why = error.strerror if isinstance(error, OSError) else error
+        fix = "make room, or name another place" if full else "name another place, or make this one writable"
+        raise OutputError(f"{path}: cannot be written: {why}; {fix}") from error
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import make_folder, write_whole
 from anysplade.data.collections import (
     ID_NAMES,
     QUERY_NAMES,
@@ -178,7 +178,7 @@ class StoredPairs(Sequence[Pair]):
     @classmethod
     def write(cls, pairs: Iterable[Pair], folder: Path) -> "StoredPairs":
         """Write examples with equal numbers of negatives and scores to ``folder``; the columns are in the trainer's order."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             data_hash = cls._write_arrow(pairs, folder)
         except BaseException:
