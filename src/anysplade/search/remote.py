@@ -203,7 +203,11 @@ class RemoteIndex:
         return explained
 
     def explain_filter(self, filter: Filter | None) -> str | None:
-        """As ``Index.explain_filter``."""
+        """Which value of a ``filter`` no document has, as ``Index.explain_filter`` has it.
+
+        Raises:
+            OptionError: no document has a name of the filter.
+        """
         return explain_filter(self.engine, filter)
 
 
