@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -25,8 +26,9 @@ class Index:
     def __init__(self, mappings):
         require(set(mappings) <= {"_meta", "dynamic", "properties"}, mappings)
         for field in mappings["properties"].values():
-            require(field["type"] in {"keyword", "text", "flat_object", "rank_features"}, field)
-            require(set(field) <= {"type", "index", "doc_values"}, field)
+            require(field["type"] in {"keyword", "text", "object", "rank_features"}, field)
+            options = {"object": {"enabled"}, "keyword": {"index", "doc_values", "ignore_above"}}
+            require(set(field) <= {"type", "index"} | options.get(field["type"], set()), field)
         self.mappings, self.documents, self.visible = mappings, {}, {}
 
     def store(self, key, source):
@@ -36,14 +38,33 @@ class Index:
             raise RefusedError(400, "strict_dynamic_mapping_exception", f"dynamic introduction of {unknown}")
         for name, value in source.items():
             kind = fields[name]["type"]
-            require(isinstance(value, str if kind in ("keyword", "text") else dict), f"failed to parse field [{name}]")
+            texts = value if isinstance(value, list) else [value]
+            expected = str if kind in ("keyword", "text") else dict
+            require(all(isinstance(text, expected) for text in texts), f"failed to parse field [{name}]")
+            require(kind != "keyword" or all(len(text.encode()) <= 32_766 for text in self.terms(name, value)), "immense term")
             if kind == "rank_features":
                 for feature, weight in value.items():
                     require("." not in feature and isinstance(weight, float), feature)
                     require(np.float32(weight) >= np.finfo(np.float32).tiny, "featureValue must be a positive normal float")
         self.documents[key] = source
 
+    def terms(self, field, value):
+        """What a keyword field is searched by."""
+        longest = self.mappings["properties"][field].get("ignore_above", 2**31)
+        return {text for text in (value if isinstance(value, list) else [value]) if len(text) <= longest}
+
+    def has(self, source, condition):
+        ((field, texts),) = condition["terms"].items()
+        require(field in ("names", "values") and isinstance(texts, list), condition)
+        return not self.terms(field, source[field]).isdisjoint(texts)
+
     def search(self, body):
+        if "aggs" in body:
+            require(set(body) == {"aggs", "size"} and body["size"] == 0, body)
+            ((name, asked),) = body["aggs"].items()
+            counts = Counter(text for source in self.visible.values() for text in source[asked["terms"]["field"]])
+            buckets = [{"key": key, "doc_count": count} for key, count in counts.most_common(asked["terms"]["size"])]
+            return {"took": 1, "timed_out": False, "hits": {"hits": []}, "aggregations": {name: {"buckets": buckets}}}
         require(set(body) == {"size", "query", "_source", "track_total_hits"} and body["size"] <= 10_000, body)
         query = body["query"]["bool"]
         require(set(query) == {"should", "minimum_should_match", "filter"} and query["minimum_should_match"] == 1, query)
@@ -53,7 +74,7 @@ class Index:
             )
         found = []
         for key, source in self.visible.items():
-            if all(_has(source.get("metadata", {}), condition) for condition in query["filter"]):
+            if all(self.has(source, condition) for condition in query["filter"]):
                 parts = [_linear(source, clause) for clause in query["should"]]
                 if any(part is not None for part in parts):
                     found.append((sum(part for part in parts if part is not None), key, source))
@@ -75,15 +96,6 @@ def _linear(source, clause):
     # FeatureField: the float's upper 17 bits, of which sign and exponent are 9, become the term frequency.
     bits = np.float32(source["vector"][name]).view(np.uint32) >> np.uint32(15) << np.uint32(15)
     return float(bits.view(np.float32)) * feature["boost"]
-
-
-def _has(metadata, condition):
-    ((field, values),) = condition["terms"].items()
-    parent, _, path = field.partition(".")
-    require(parent == "metadata", condition)
-    flat = metadata.get(path)
-    texts = {v if isinstance(v, str) else json.dumps(v) for v in (flat if isinstance(flat, list) else [flat]) if v is not None}
-    return bool(texts & {v if isinstance(v, str) else json.dumps(v) for v in values})
 
 
 class Server(ThreadingHTTPServer):
@@ -130,7 +142,8 @@ class Server(ThreadingHTTPServer):
             case "POST", "_search":
                 return index.search(json.loads(body))
             case (("POST" | "GET"), "_count"):
-                return {"count": len(index.visible)}
+                asked = json.loads(body)["query"] if body else None
+                return {"count": sum(asked is None or index.has(source, asked) for source in index.visible.values())}
         raise RefusedError(405, "method_not_allowed", f"{method} {path}")
 
     def bulk(self, index, body, fault):

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -477,7 +478,7 @@ def indexed(backbone, tmp_path):
     rows = [
         {"_id": "a", "text": "kabel lodan", "metadata": {"lang": "en", "year": 2024}},
         {"_id": "b", "text": "kabel mifil", "metadata": {"lang": "de", "year": 2025}},
-        {"_id": "c", "text": "nugor"},
+        {"_id": "c", "text": "nugor", "top": "level"},
     ]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["index", backbone, str(tmp_path / "corpus.jsonl"), "--out", str(tmp_path / "index"), "--top-k", "20"]) == 0
@@ -492,6 +493,14 @@ def test_filters(indexed, call_json, call):
     assert ids("lang=en", "lang=de") == {"a", "b"}
     assert ids("lang=de", "year=2025") == {"b"}
     assert ids("lang=de", "year=2024") == set()
+    assert ids("LANG= De", "year= 2025 ") == {"b"}
+    assert call("search", indexed, "kabel", "--filter", "lang=xx")[:2] == (0, "no document has lang=xx\n")
+    assert call_json("search", indexed, "kabel", "--filter", "lang=xx", "--exact")["note"] == "no document has lang=xx"
+    assert "note" not in call_json("search", indexed, "kabel", "--filter", "lang=de", "year=2024")
+    for name in ("lan", "top", "lang.en"):
+        code, _, err = call("search", indexed, "kabel", "--filter", f"{name}=level")
+        assert code == 2
+        assert err == f'anysplade: filter {name!r}: no document has this name in its "metadata"; names there: lang, year\n'
     assert call_json("search", indexed, "kabel", "--filter", "lang=en", "--exact")["hits"][0]["id"] == "a"
     code, _, err = call("search", indexed, "kabel", "--filter", "lang")
     assert (code, err.count("\n")) == (2, 1)
@@ -632,3 +641,42 @@ def test_encode_shows_words(call, call_json):
     code, _, err = call("encode", "bert-tiny")
     assert (code, err.count("\n")) == (2, 1)
     assert "no text given" in err
+
+
+@pytest.mark.parametrize("more, code", [([], 141), (["--json"], 141), (["--help"], 1)])
+def test_output_that_nobody_reads(more, code, static_index):
+    """As with ``| head -1``, which is gone after the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "anysplade", "search", static_index, "kabel lodan", *more]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writing)
+    assert (done.stderr, done.returncode) == (b"", code)
+
+
+@pytest.mark.parametrize("closed", [[1], [0, 1, 2]])
+@pytest.mark.parametrize("more", [[], ["--json"], ["--help"]])
+def test_standard_streams_that_are_closed(closed, more, static_index, tmp_path):
+    """No file that is opened later gets what is printed."""
+    code = "import os, sys; [os.close(int(n)) for n in sys.argv[1]]; os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    numbers = "".join(map(str, closed))
+    done = run_python("-c", code, numbers, "-m", "anysplade", "search", static_index, "kabel lodan", *more)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_output_that_cannot_be_written(static_index):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "anysplade", "search", static_index, "kabel lodan"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.stderr, done.returncode) == ("anysplade: [Errno 28] No space left on device\n", 1)
+
+
+def test_an_interruption_while_nobody_reads_the_output():
+    code = (
+        "from anysplade.cli.app import _print\ntry:\n    _print('x' * 10**6)\nexcept KeyboardInterrupt:\n    raise SystemExit(130)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1) == b"x"  # and no more: the pipe is full
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == b""

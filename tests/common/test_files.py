@@ -1,12 +1,22 @@
 import errno
 import os
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from anysplade import OutputError
-from anysplade._common.files import damaged_file, digests, only_process, read_record, whole_file, whole_folder, write_whole
+from anysplade._common.files import (
+    damaged_file,
+    digests,
+    make_folder,
+    only_process,
+    read_record,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 from processes import drop_privileges, room_for, run_python
 from tiny import make_tokenizer
 
@@ -69,6 +79,38 @@ def test_where_nothing_can_be_made(tmp_path):
             pass
         with pytest.raises(OutputError, match=r"cannot be written: .*name another place"):
             write_whole(place, "text")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/proc/x", "/proc/x/y", "/sys/x", "/dev/null/x", "long" * 70, "long" * 70 + "/x", "loop/x", "zero\0byte", "\0/x", "nowhere/x"],
+)
+def test_a_place_where_the_system_makes_nothing(place, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone/too")
+    for make in (lambda path: write_whole(path, "text"), lambda path: whole_folder(path).__enter__(), make_folder):
+        with pytest.raises(
+            OutputError, match=f"^{re.escape(str(tmp_path / place))}: cannot be written: .+; name another place, or "
+        ):
+            make(tmp_path / place)
+
+
+def test_no_room_for_a_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", full)
+    with pytest.raises(OutputError, match="out: cannot be written: Disk quota exceeded; make room, or name another place"):
+        make_folder(tmp_path / "out")
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for device in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OutputError, match="is a device or a pipe; name a file"):
+            write_whole(device, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -140,6 +140,24 @@ def test_faults(backbone, corpus, tmp_path):
         batches(corpus, options(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    "nodes, workers, share",
+    [
+        ([{"CPU": 2}], 2, (1, 0)),
+        ([{"CPU": 8}], 2, (4, 0)),
+        ([{"CPU": 2}], 5, (1, 0)),
+        ([{"CPU": 3}, {"CPU": 3}], 3, (1, 0)),  # of two cores each only two would fit
+        ([{"CPU": 16, "GPU": 2}], 2, (8, 1)),
+        ([{"CPU": 16, "GPU": 2}], 3, (5, 0.5)),
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 4}], 4, (2, 1)),
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 2, "GPU": 1}], 2, (2, 1)),
+        ([{"CPU": 4, "GPU": 8}], 2, (2, 1)),
+    ],
+)
+def test_what_an_actor_asks_of_a_cluster(nodes, workers, share):
+    assert build._share(nodes, workers) == share
+
+
 @pytest.mark.slow  # half a minute, and Ray is large: CI does without
 def test_ray_gives_the_same_bytes(backbone, corpus, tmp_path):
     ray = pytest.importorskip("ray", reason='pip install "anysplade[ray]"')

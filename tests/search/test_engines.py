@@ -15,7 +15,7 @@ from scipy import sparse
 from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, ExtraError, OptionError, OutputError
 from anysplade.search import remote
-from anysplade.search.documents import EncodedDocument, Hit
+from anysplade.search.documents import EncodedDocument, Hit, explain_filter
 from anysplade.search.engines import export_anserini, export_ciff, open_engine, sending
 from anysplade.search.engines.opensearch import OpenSearchEngine
 from anysplade.search.engines.qdrant import QdrantEngine
@@ -81,7 +81,7 @@ def opensearch(server):
 
 
 def test_what_an_index_was_made_with_is_kept_and_held_to(engine):
-    assert engine.about() == ABOUT
+    assert engine.about() == ABOUT | {"tagged": True}
     engine.create(ABOUT | {"model": "a copy elsewhere"})
     with pytest.raises(OutputError, match=r"another model .org/model.; choose another name"):
         engine.create(ABOUT | {"model_fingerprint": "bbbb"})
@@ -179,7 +179,7 @@ def test_filter_is_equality_of_metadata(engine):
     metadata = [
         {"lang": "en", "year": 1999, "draft": True, "a.b": "x"},
         {"lang": "de", "year": 2000, "draft": False, "a.b": "y"},
-        {"lang": ["fr", "it"], "year": 2001},
+        {"lang": ["fr", "it"], "year": 2001.0, "deep": {"er": " X"}, "long": "x" * 40_000},
         None,
     ]
     engine.upload([encoded(f"d{i}", [5], [4 - i], metadata=m) for i, m in enumerate(metadata)])
@@ -195,10 +195,28 @@ def test_filter_is_equality_of_metadata(engine):
     assert ids({"draft": True}) == ["d0"]
     assert ids({"a.b": "y"}) == ["d1"]
     assert ids({"lang": ["en", "de"], "year": [2000, 2001]}) == ["d1"]
-    assert ids({"none": "x"}) == []
-    for wrong in ({"lang": 1.5}, {"lang": None}, {"lang": []}, {"lang": {"gt": 1}}, {'"': "x"}):
+    assert ids({"Lang": " EN"}) == ["d0"]
+    assert ids({"year": ["1999", "2001"]}) == ["d0", "d2"]
+    assert ids({"draft": "True"}) == ["d0"]
+    assert ids({"deep.er": "x"}) == ["d2"]
+    assert ids({"lang": ["xx", "yy"]}) == []
+    assert explain_filter(engine, {"lang": ["xx", "yy"]}) == "no document has lang=xx or lang=yy"
+    assert explain_filter(engine, {"lang": "it", "year": 1999}) is None
+    with pytest.raises(OptionError, match=r"filter 'none': no document has this name in its \"metadata\"; names there: .*deep.er"):
+        ids({"none": "x"})
+    for wrong in ({"lang": None}, {"lang": []}, {"lang": {"gt": 1}}, {"": "x"}):
         with pytest.raises(OptionError, match="filter"):
             ids(wrong)
+
+
+def test_an_index_of_an_earlier_version_is_not_filtered_in_silence(engine, monkeypatch):
+    monkeypatch.setattr(type(engine), "about", lambda _: ABOUT)  # all that such an index has
+    engine.upload([encoded("a", [5], [1])])
+    assert [hit.id for hit in engine.search(np.array([5]), np.array([1.0]), 10)] == ["a"]
+    with pytest.raises(DataError, match="earlier version, where filters find nothing; build it again"):
+        engine.search(np.array([5]), np.array([1.0]), 10, {"lang": "en"})
+    with pytest.raises(OutputError, match="made by an earlier version; choose another name"):
+        engine.create(ABOUT)
 
 
 def test_delete(engine):
@@ -286,13 +304,14 @@ def test_the_mapping_is_as_documented(opensearch, server):
     (create,) = (json.loads(body) for method, path, body in server.requests if (method, path) == ("PUT", "/docs"))
     fields = create["mappings"]["properties"]
     assert fields["vector"] == {"type": "rank_features"}
-    assert fields["metadata"] == {"type": "flat_object"}
+    assert fields["metadata"] == {"type": "object", "enabled": False}
     opensearch.upload([encoded("a", [1, 40_000], [0.5, 2.0], "t", "x", {"lang": "en"})])
     bulk = next(body for _, path, body in server.requests if path == "/docs/_bulk")
     action, source = map(json.loads, bulk.splitlines())
     assert action == {"index": {"_id": "a"}}
     assert source.pop("hash")
-    assert source == {"id": "a", "title": "t", "text": "x", "metadata": {"lang": "en"}, "vector": {"1": 0.5, "40000": 2.0}}
+    tags = {"names": ["lang"], "values": ["lang=en"]}
+    assert source == {"id": "a", "title": "t", "text": "x", "metadata": {"lang": "en"}, "vector": {"1": 0.5, "40000": 2.0}} | tags
 
 
 def test_a_long_query_keeps_its_largest_weights(opensearch):
@@ -370,7 +389,7 @@ class QdrantServer(ThreadingHTTPServer):
 def test_qdrant_over_http(serve):
     server = serve(QdrantServer())
     engine = QdrantEngine.at("127.0.0.1", server.server_port, "docs")
-    assert engine.about() == ABOUT
+    assert engine.about() == ABOUT | {"tagged": True}
     server.faults = [429, 503]
     assert engine.upload([encoded("a/b", [3, 250_001], [0.5, 2], "t", "x", {"lang": "en"}), encoded("e", [], [])]) == 2
     puts = [json.loads(body)["points"] for method, _, body in server.requests if method == "PUT"]
@@ -379,7 +398,8 @@ def test_qdrant_over_http(serve):
     assert point["id"] == str(uuid.uuid5(uuid.NAMESPACE_OID, "a/b"))
     assert point["vector"] == {"splade": {"indices": [3, 250_001], "values": [0.5, 2]}}
     assert point["payload"].pop("hash")
-    assert point["payload"] == {"id": "a/b", "title": "t", "text": "x", "metadata": {"lang": "en"}}
+    tags = {"names": ["lang"], "values": ["lang=en"]}
+    assert point["payload"] == {"id": "a/b", "title": "t", "text": "x", "metadata": {"lang": "en"}} | tags
     assert empty["vector"] == {}
     for status, mend in ((400, "no room"), (401, "QDRANT_API_KEY")):
         server.faults = [status]
@@ -457,7 +477,7 @@ def test_a_real_server(variable):
     engine = open_engine(f"{os.environ[variable].rstrip('/')}/anysplade-test-{uuid.uuid4().hex}")
     engine.create(ABOUT)
     try:
-        assert engine.about() == ABOUT
+        assert engine.about() == ABOUT | {"tagged": True}
         for check in (
             test_any_text_is_an_id,
             test_only_documents_with_a_shared_term_are_found,

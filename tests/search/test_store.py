@@ -1,6 +1,8 @@
+import contextlib
 import multiprocessing
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -9,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qdrant_edge
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import anysplade.search.store
 from anysplade import AnyspladeError, DataError, Document, OptionError, OutputError
-from anysplade.search.documents import EncodedDocument
+from anysplade.search.documents import EncodedDocument, explain_filter
 from anysplade.search.store import Store
 from processes import drop_privileges
 
@@ -86,6 +89,10 @@ class AgainstADictionary(RuleBasedStateMachine):
                 expected[id_] = score
         wanted = None if value is None else {"l": value}
         question = encoded("", query)
+        if wanted and not any(metadata for _, metadata in self.held.values()):
+            with pytest.raises(OptionError, match="no document has this name"):
+                self.store.search(question.terms, question.weights, k, wanted, exact)
+            return
         found = self.store.search(question.terms, question.weights, k, wanted, exact)
         scores = [score for _, score in found]
         assert scores == pytest.approx(sorted(expected.values(), reverse=True)[:k])  # of equal ones any may be the last
@@ -106,7 +113,7 @@ class AgainstADictionary(RuleBasedStateMachine):
 
 
 class TestAgainstADictionary(AgainstADictionary.TestCase):
-    settings = settings(max_examples=12, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+    settings = settings(max_examples=8, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.slow
@@ -142,22 +149,90 @@ def test_vectors_that_would_spoil_the_engine(terms, weights, message, store):
     assert store.search(good.terms, good.weights, 10) == [(1, 1.0)]
 
 
-def test_filters_know_true_from_one(store):
-    tags = {"t": True, "f": False, "one": 1, "text": "true", "list": [True, "x"], "none": None}
-    store.put([encoded(id_, {3: 1.0}, metadata={"v": value}) for id_, value in tags.items()])
+FILTERED = {
+    "year": {"v": 2024},
+    "year as a float": {"v": 2024.0},
+    "year as a text": {"v": " 2024"},
+    "zeros": {"v": "007"},
+    "seven": {"v": 7},
+    "half": {"v": 1.5},
+    "version": {"v": "1.50"},
+    "true": {"v": True},
+    "false": {"v": False},
+    "one": {"v": 1},
+    "text of true": {"v": "TRUE"},
+    "list": {"v": ["Straße", True, None]},
+    "accent": {"v": "caf\u00e9"},
+    "nested": {"deep": {"v": {"w": "x"}, "list": [{"w": "y"}, {"w": ["z", 3]}]}},
+    "dotted": {"deep.v": {"w": "X "}, "v=w": "u"},
+    "large": {"v": 10**30},
+    "surrogate": {"half \ud800": "\udfff"},
+    "none": {"v": None},
+    "without": None,
+}
 
-    def found(value, exact):
-        hits = store.search(np.array([3]), np.array([1.0], np.float32), 10, {"v": value}, exact)
-        return set(store.ids([position for position, _ in hits]))
 
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("v", 2024, "year, year as a float, year as a text"),
+        ("v", "2024", "year, year as a float, year as a text"),
+        ("v", "2024.0", "year as a float"),
+        ("v", "007", "zeros"),
+        ("v", 7, "seven"),
+        ("v", "7", "seven"),
+        ("v", 1.5, "half"),
+        ("v", "1.50", "version"),
+        ("v", True, "true, text of true, list"),
+        ("v", "true ", "true, text of true, list"),
+        ("v", "False", "false"),
+        ("v", 1, "one"),
+        ("v", "STRASSE", "list"),
+        ("v", "CAFE\u0301", "accent"),
+        ("V ", "strasse", "list"),
+        ("v", [7, "no", "caf\u00e9"], "seven, accent"),
+        ("deep.v.w", "x", "nested, dotted"),
+        ("deep.list.w", 3, "nested"),
+        ("deep.list.w", "Y", "nested"),
+        ("v=w", "u", "dotted"),
+        ("v", 10**30, "large"),
+        ("half \ud800", "\udfff", "surrogate"),
+    ],
+)
+def test_a_filter_means_what_a_person_means(name, value, expected, filtered):
     for exact in (False, True):
-        assert found(True, exact) == {"t", "list"}
-        assert found(False, exact) == {"f"}
-        assert found(1, exact) == {"one"}
-        assert found("true", exact) == {"text"}
-        assert found(["x", "true", False, 1], exact) == {"list", "text", "f", "one"}
-    with pytest.raises(OptionError, match="each a text, an int or a bool"):
-        found(1.5, False)
+        assert filtered(exact, {name: value}) == expected.split(", ")
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filtered") / "store"
+    Store.create(folder)
+    store = Store(folder, VOCABULARY)
+    store.put([encoded(id_, {3: 1.0}, metadata=metadata) for id_, metadata in FILTERED.items()])
+
+    def found(exact, filter):
+        return store.ids([position for position, _ in store.search(np.array([3]), np.array([1.0], np.float32), 99, filter, exact)])
+
+    found.store = store
+    yield found
+    store.close()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_filter_that_nothing_can_match_is_explained(here, filtered, monkeypatch):
+    if not here:  # as in a process that may not write
+        monkeypatch.setattr(filtered.store, "_engine", None)
+    names = "names there: v, .*deep.v.w"
+    for name in ("none", "deep", "deep.v", "title", "v.w"):
+        with pytest.raises(OptionError, match=f"filter '{name}': no document has this name in its \"metadata\"; {names}"):
+            filtered(False, {"v": 7, name: "x"})
+    assert filtered(False, {"v": ["8", 9]}) == []
+    assert explain_filter(filtered.store, {"v": ["8", 9]}) == "no document has v=8 or v=9"
+    assert explain_filter(filtered.store, {"v": [8, 7], "deep.v.w": "x"}) is None
+    for wrong in ({"v": None}, {"v": []}, {"v": {"a": 1}}, {"v": [["a"]]}, {"": 1}):
+        with pytest.raises(OptionError, match="each a text, a number or a bool"):
+            filtered(False, wrong)
 
 
 def test_large_texts_and_empty_vectors(store):
@@ -249,6 +324,82 @@ def test_what_a_crash_left_undone_is_done(store):
     again = Store(store.folder, VOCABULARY)
     assert again.ids([position for position, _ in again.search(np.array([3]), np.array([1.0], np.float32), 5)]) == ["a", "b"]
     again.close()
+
+
+@pytest.mark.parametrize("closed", [True, False])  # False: killed, before the engine was flushed and after
+def test_an_older_database_beside_a_newer_engine(closed, store, tmp_path, caplog):
+    """As after a power cut on a disk that lost the database's last writes, or where a copy was put back."""
+    store.put([encoded("same", {3: 1.0}), encoded("replaced", {3: 2.0}, "old", {"v": "old"}), encoded("deleted", {3: 3.0})])
+    store.snapshot(tmp_path / "older")
+    store.put([encoded("replaced", {3: 5.0}, "new", {"v": "new"}), encoded("added", {3: 6.0})])
+    store.delete(["deleted"])
+    if closed:
+        store.close()
+    else:
+        store._engine.flush()
+        store._close_engine()
+    for path in store.folder.glob("documents.sqlite*"):
+        path.unlink()
+    shutil.copy(tmp_path / "older" / "documents.sqlite", store.folder)
+    again = Store(store.folder, VOCABULARY)
+    assert "the engine has changes that the database lacks; made again" in caplog.text
+    query = np.array([3]), np.array([1.0], np.float32), 10
+    assert again.search(*query) == again.search(*query, exact=True) == [(3, 3.0), (2, 2.0), (1, 1.0)]
+    assert [document.id for document in again.documents([3, 2, 1])] == ["deleted", "replaced", "same"]
+    assert again.search(*query, {"v": "old"}) == [(2, 2.0)]
+    again.put([encoded("added", {3: 4.0})])
+    again.close()
+    caplog.clear()
+    with_all = Store(store.folder, VOCABULARY)
+    assert with_all.search(*query) == [(4, 4.0), (3, 3.0), (2, 2.0), (1, 1.0)]
+    assert not caplog.text
+    with_all.close()
+
+
+def test_the_database_is_on_the_disk_before_the_engine_changes(store):
+    assert store._database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    seen = []
+    apply = store._apply
+
+    def look(rows):
+        with contextlib.closing(sqlite3.connect(store.folder / "documents.sqlite")) as other:  # which sees what is committed
+            seen.extend(id_ for (id_,) in other.execute("SELECT id FROM ids"))
+        apply(rows)
+
+    store._apply = look
+    store.put([encoded("a", {3: 1.0})])
+    assert seen == ["a"]
+
+
+def test_an_engine_of_an_earlier_version_is_made_again(store, caplog):
+    """It has no tags."""
+    store.put([encoded("a", {3: 1.0}, metadata={"lang": "en"})])
+    store._engine.update(qdrant_edge.UpdateOperation.delete_points([0]))
+    store._engine.update(qdrant_edge.UpdateOperation.clear_payload([1]))
+    store._database.execute("DROP TABLE writes")
+    store.close()
+    again = Store(store.folder, VOCABULARY)
+    assert "the engine was made by an earlier version; made again" in caplog.text
+    assert again.search(np.array([3]), np.array([1.0], np.float32), 5, {"lang": "EN"}) == [(1, 1.0)]
+    again.close()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_was_found_can_be_fetched_while_it_is_deleted(exact, store):
+    """By another thread, and for exact searches by another process."""
+    query = np.array([3]), np.array([1.0], np.float32), 10, None, exact
+    store.put([encoded("a", {3: 1.0})])
+    with store.reading():
+        found = store.search(*query)
+        deleting = threading.Thread(target=store.delete, args=(["a"],))
+        deleting.start()
+        if exact:
+            with contextlib.closing(sqlite3.connect(store.folder / "documents.sqlite")) as other, other:
+                other.executescript("DELETE FROM ids; DELETE FROM contents")
+        deleting.join(0.1)
+        assert [document.id for document in store.documents([position for position, _ in found])] == ["a"]
+    deleting.join()
+    assert store.search(*query) == []
 
 
 class Failing:
@@ -390,10 +541,10 @@ def test_any_metadata_goes_in_and_is_matched_alike(store):
     store.put([encoded("odd", {1: 1.0}, metadata=ODD), encoded("other", {1: 1.0}, metadata={"one": 2})])
     (position,) = [position for position, document in store.items() if document.id == "odd"]
     for name, value in ODD.items():
-        if name and isinstance(value, str | int):
+        if name and isinstance(value, str | int | float):
             for exact in (False, True):
                 assert store.search(np.array([1]), np.array([1.0]), 5, {name: value}, exact) == [(position, 1.0)], name
-                assert store.search(np.array([1]), np.array([1.0]), 5, {name: f"{value}!"}, exact) == []
+                assert store.search(np.array([1]), np.array([1.0]), 5, {name: f"{value}!"}, exact) == [], name
     held = store.documents([position])[0].content.metadata
     assert {name: value for name, value in held.items() if name != "nan"} == {n: v for n, v in ODD.items() if n != "nan"}
 

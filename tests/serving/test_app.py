@@ -146,6 +146,13 @@ def test_wrong_options_of_the_command(folder, tmp_path, capsys):
         ([str(folder), "--host", "0.0.0.0"], "set a token"),
         ([str(folder), "--host", "0.0.0.0", "--token", "short"], "at least 16"),
         ([str(folder), "--host", "no.such.name.invalid", "--token", TOKEN], "host no.such.name.invalid, port 8080: "),
+        ([str(folder), "--host", "label" * 20, "--token", TOKEN], "choose another port (0 to 65535) or host"),
+        ([str(folder), "--host", "a..b", "--token", TOKEN], "choose another port (0 to 65535) or host"),
+        ([str(folder), "--host", "::1%none", "--token", TOKEN], "choose another port (0 to 65535) or host"),
+        *(
+            ([str(folder), "--port", port], f"host 127.0.0.1, port {port}: ")
+            for port in ("65536", "99999", "-1", "99999999999999999999")
+        ),
     ):
         assert main(["serve", *arguments]) == 2
         lines = capsys.readouterr().err.strip().splitlines()

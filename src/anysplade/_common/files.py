@@ -83,13 +83,15 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` is a folder, or cannot be written, also for want of room.
+        OutputError: ``target`` is a folder or a device, or cannot be written, also for want of room.
     """
     target = Path(target).expanduser()
     work = target.with_name(f".{target.name}.{os.getpid()}")
     with writing(target):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
+        if target.exists() and not target.is_file():  # it would be replaced: for root, /dev/null too
+            raise OutputError(f"{target}: is a device or a pipe; name a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(work, "wb") as opened:
@@ -218,7 +220,7 @@ def writing(path: Path) -> Iterator[None]:
     A file elsewhere that may not be read is another error.
 
     Raises:
-        OutputError: no permission, a read-only file system, no room, or a file in the place of a folder.
+        OutputError: for whatever reason: no permission or room, a file in the place of a folder, a name that is too long, ...
     """
     try:
         yield
@@ -227,11 +229,22 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         code = _error_code(error)
         named = Path(getattr(error, "filename", None) or path)
-        elsewhere = path not in (named, *named.parents) and named not in path.parents
-        if (elsewhere and os.path.isfile(named)) or code not in (*READ_ONLY, *_FULL, *_TAKEN):  # noqa: PTH113 - it never raises
+        if _is_part(named, path):
+            refused = isinstance(error, OSError) or code is not None or "null byte" in str(error)
+        else:
+            refused = code in (*READ_ONLY, *_FULL, *_TAKEN) and not os.path.isfile(named)  # noqa: PTH113 - it never raises
+        if not refused:
             raise
+        why = os.strerror(code) if code else error
         fix = "make room, or name another place" if code in _FULL else "name another place, or make this one writable"
-        raise OutputError(f"{path}: cannot be written: {os.strerror(code)}; {fix}") from error
+        raise OutputError(f"{path}: cannot be written: {why}; {fix}") from error
+
+
+def _is_part(named: Path, path: Path) -> bool:
+    """Whether a path that an error names is the output itself, a part of it under its temporary name too, or a folder around it."""
+    return named in path.parents or any(
+        one == path or (one.parent == path.parent and one.name.startswith(f".{path.name}")) for one in (named, *named.parents)
+    )
 
 
 def _error_code(error: Exception) -> int | None:

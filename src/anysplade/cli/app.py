@@ -11,6 +11,7 @@ import json as jsonlib
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -60,14 +61,28 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # lone surrogates, and characters that the terminal's encoding lacks
         if json:
-            print(_as_json(result.data))
+            _print(_as_json(result.data) + "\n")
         else:
             console = Console(soft_wrap=True, markup=False, emoji=False)  # names and texts can have brackets and colons
-            for part in result.text:
-                console.print(part)
+            with console.capture() as captured:
+                for part in result.text:
+                    console.print(part)
+            _print(captured.get())
 
     app.command(run)
     return run
+
+
+def _print(text: str) -> None:
+    """Write to standard output. Where nobody reads on (``| head -1``), exit as what the signal SIGPIPE ends."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except (OSError, KeyboardInterrupt) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write the rest at its exit
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise
 
 
 def _as_json(data: dict[str, Any]) -> str:
@@ -161,6 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """Entry point of the ``anysplade`` command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; a file that is opened later would have its number, and get what is printed
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the whole process
     sys.exit(main())
 
 

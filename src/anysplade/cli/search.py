@@ -1,7 +1,5 @@
 """Commands that make vectors and search them: encode, index, search, serve, size, export."""
 
-import contextlib
-import json as jsonlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -139,7 +137,8 @@ def search(
         index: an index's folder, or its address on a server.
         query: the text to search for.
         k: how many hits at most.
-        filter: metadata that hits must have, as name=value; a name twice means any of its values.
+        filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a name twice means any of its
+            values.
         exact: search the vectors in memory, in float64, instead of the engine.
         model: where the index's model lies, if it was moved.
         runtime: of encoding the query; auto is torch, which is ready sooner.
@@ -153,14 +152,13 @@ def search(
         name, equals, value = condition.partition("=")
         if not name or not equals:
             raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
-        with contextlib.suppress(ValueError):  # numbers and true are what they are in JSON; the rest is text
-            value = jsonlib.loads(value)
         wanted.setdefault(name, []).append(value)
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
     log_cut(opened.queries.count_cut([query]), 1, "queries")
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
-    return Result(found, report.hit_lines(hits))
+    note = None if hits else opened.explain_filter(wanted)
+    return Result(found | ({} if note is None else {"note": note}), report.hit_lines(hits) if note is None else [note])
 
 
 @command

@@ -6,10 +6,11 @@ not on who computes them (with as many threads a process: sums of floats depend 
 
 import io
 import json
+import math
 import multiprocessing
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -198,9 +199,13 @@ def _on_ray(parts: Iterator[Part], options: Options, kept: _Kept, workers: int, 
     missing = [{"part": json.dumps(part)} for part, rows in found if rows is None]
     encoded: Iterator[Any] = iter(())
     if missing:
+        if not ray.is_initialized():
+            ray.init()
+        cores, gpus = _share([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
         actor: Any = _RayActor
         dataset = ray.data.from_items(missing, override_num_blocks=len(missing))
-        encoded = iter(dataset.map(actor, fn_constructor_args=(options,), concurrency=workers).iter_rows())
+        asked = {"concurrency": workers, "num_cpus": cores} | ({"num_gpus": gpus} if gpus else {})
+        encoded = iter(dataset.map(actor, fn_constructor_args=(options, cores), **asked).iter_rows())
     for part, rows in found:
         if rows is not None:
             yield part, rows, False
@@ -208,8 +213,27 @@ def _on_ray(parts: Iterator[Part], options: Options, kept: _Kept, workers: int, 
             yield part, new, True
 
 
+def _share(nodes: Sequence[Mapping[str, float]], workers: int) -> tuple[int, float]:
+    """Cores, and GPUs or a part of one, for each actor. Ray hides the GPUs that were not asked for, and gives one core.
+
+    Args:
+        nodes: their resources as Ray has them; those without a GPU are left out if others have one.
+    """
+    nodes = [node for node in nodes if node.get("GPU")] or nodes
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    actors_a_gpu = math.ceil(workers / gpus) if gpus else 0
+
+    def places(cores: int) -> float:
+        return sum(min(node.get("CPU", 0) // cores, node["GPU"] * actors_a_gpu if gpus else math.inf) for node in nodes)
+
+    most = int(sum(node.get("CPU", 0) for node in nodes)) // workers
+    cores = next((cores for cores in range(most, 1, -1) if places(cores) >= workers), 1)
+    return cores, 1 / actors_a_gpu if gpus else 0
+
+
 class _RayActor:
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, threads: int) -> None:
+        torch.set_num_threads(threads)
         self.encoder, self.top_k = options.open(), options.top_k
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

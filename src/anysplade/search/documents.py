@@ -1,8 +1,9 @@
 """What goes into an index and what comes out of it, whatever engine holds it."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from anysplade.data.collections import Document
 from anysplade.errors import DataError, OptionError
 
 Filter = Mapping[str, Any]  # metadata that a document must have: a value by name, or a list for any of several
-Value = str | int | bool
+_Value = str | int | float | bool
+_SHOWN_NAMES = 20  # in a message
 
 
 class EncodedDocument(NamedTuple):
@@ -81,19 +83,96 @@ def check_documents(documents: object) -> None:
             raise OptionError(f"document {str(id_)[:80]!r}: a {kinds}; {fix}")
 
 
-def check_filter(filter: Filter | None) -> dict[str, list[Value]]:
-    """Metadata names and the values of which a document must have one.
+# ----------------------------------------------------------------------------------------- filters
+
+
+class Tags(NamedTuple):
+    """Metadata as every engine holds and compares it; see ``tag``."""
+
+    names: list[str]  # "lang", "author.name"
+    values: list[str]  # "lang=en", "author.name=anna"
+
+
+def tag(metadata: Mapping[str, Any] | None) -> Tags:
+    """The names and the values of a document's metadata, as texts.
+
+    Values are the same if their texts are, without blanks around them and whatever the case: ``true`` and ``"True"``, 7 and
+    ``"7"``; 7.0 is also ``"7"``. The same holds for names. A list has each of its items, and what is in an object has the
+    object's name before it: ``author.name``.
+    """
+    names, values = dict[str, None](), dict[str, None]()  # in their order, each once
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for inner, item in value.items():
+                add(f"{name}.{inner}", item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(name, item)
+        elif value is not None:
+            (plain,) = _texts(name)
+            names[plain] = None
+            values.update({f"{plain}={text}": None for text in _texts(value)})
+
+    for name, value in (metadata or {}).items():
+        add(name, value)
+    return Tags(list(names), list(values))
+
+
+def _texts(value: _Value) -> list[str]:
+    """The texts that a value is the same as."""
+    texts = [str(int(value))] if isinstance(value, float) and value.is_integer() else []
+    plain = unicodedata.normalize("NFC", str(value).strip().casefold())
+    return [*texts, plain.encode("utf-8", "backslashreplace").decode()]  # an engine takes no lone surrogates
+
+
+def check_filter(filter: Filter | None) -> list[Tags]:
+    """What a document must have: of each of these the name, and one of the values.
 
     Raises:
-        OptionError: a value that is no text, whole number or truth value; engines disagree on the equality of others.
+        OptionError: a name that is empty, or a value that is no text, number or truth value.
     """
-    checked = {name: list(value) if isinstance(value, list | tuple) else [value] for name, value in (filter or {}).items()}
-    for name, values in checked.items():
-        if not name or '"' in name or "\\" in name or not values or not all(isinstance(value, Value) for value in values):
+    conditions = []
+    for name, value in (filter or {}).items():
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if name == "" or not values or not all(isinstance(value, _Value) for value in values):
             raise OptionError(
-                f'filter {name!r}: {str(values)[:80]}; give {{"name": value}} or a list of values, each a text, an int or a bool'
+                f'filter {str(name)[:80]!r}: {str(values)[:80]}; give {{"name": value}} or a list of values, '
+                "each a text, a number or a bool"
             )
-    return checked
+        conditions.append(tag({name: values}))
+    return conditions
+
+
+class Tagged(Protocol):
+    """What holds documents with their tags."""
+
+    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
+        """Whether a document has one of these."""
+
+    def names(self, limit: int) -> list[str]:
+        """Names that documents have, the most frequent first."""
+
+
+def explain_filter(held: Tagged, filter: Filter | None) -> str | None:
+    """Which value of a filter no document has, in one line; None if each is there.
+
+    Raises:
+        OptionError: a name that no document has.
+    """
+    for names, values in check_filter(filter):
+        if not held.has("names", names):
+            known = ", ".join(held.names(_SHOWN_NAMES))
+            raise OptionError(
+                f'filter {names[0][:80]!r}: no document has this name in its "metadata"; '
+                + (f"names there: {known}" if known else "none has any; build the index from lines with a metadata object")
+            )
+        if not held.has("values", values):
+            return f"no document has {' or '.join(values)[:200]}"
+    return None
+
+
+# -------------------------------------------------------------------------------------------- hits
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, TermMatch, check_documents
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, TermMatch, check_documents, explain_filter
 from anysplade.search.models import FORMAT, IndexModel, describe_model
 from anysplade.search.store import BATCH, Store
 
@@ -334,11 +334,12 @@ class Index:
 
         Args:
             explain: return the terms that query and document share; their products sum to the score.
-            filter: metadata that hits must have: ``{"lang": "en"}``, or a list for any of several values.
+            filter: metadata that hits must have: ``{"lang": "en"}``, or a list for any of several values. Numbers and truth values
+                are the same as their texts; neither blanks around a text nor its case matter.
             exact: search the vectors in memory, in float64, instead of the engine, in float32.
 
         Raises:
-            OptionError: k is below 1.
+            OptionError: k is below 1, or no document has a name of the filter.
             ModelError: the index's model is gone or was changed.
         """
         return self.search_vector(self.queries.encode([query]), k, explain, filter, exact)
@@ -350,18 +351,27 @@ class Index:
         ``k``, ``explain``, ``filter``, ``exact``.
 
         Raises:
-            OptionError: k is below 1.
+            OptionError: k is below 1, or no document has a name of the filter.
         """
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
-        found = self.store.search(vector.indices, vector.data, k, filter, exact)
-        documents = self.store.documents([position for position, _ in found])
+        with self.store.reading():  # or a document that was found could be gone when it is fetched
+            found = self.store.search(vector.indices, vector.data, k, filter, exact)
+            documents = self.store.documents([position for position, _ in found])
         hits = Hits()
         for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
             matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
             score = score if matches is None else sum(match.product for match in matches)
             hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches))
         return hits
+
+    def explain_filter(self, filter: Filter | None) -> str | None:
+        """Which value of a ``filter`` no document has, in one line; None if each is there.
+
+        Raises:
+            OptionError: no document has a name of the filter.
+        """
+        return explain_filter(self.store, filter)
 
 
 def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:

@@ -14,7 +14,7 @@ from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, explain_filter
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, explain_score
@@ -84,7 +84,8 @@ class RemoteIndex:
             work: a folder for shards, which an interrupted call does not encode again.
 
         Raises:
-            OutputError: the server holds an index of that name that another model made, or with another precision or top_k.
+            OutputError: the server holds an index of that name that another model or an earlier version made, or with another
+                precision, top_k or max_length.
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
         from anysplade.model.runtimes import resolve_precision
@@ -182,14 +183,14 @@ class RemoteIndex:
         or third digit, on the texts that are encoded together.
 
         Raises:
-            OptionError: k is below 1, or ``exact``, which a server cannot do.
+            OptionError: k is below 1, no document has a name of the filter, or ``exact``, which a server cannot do.
         """
         if k < 1:
             raise OptionError(f"k is {k}: ask for at least 1 hit")
         if exact:
             raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
         vector = self.queries.encode([query])
-        hits = self.engine.search(vector.indices, vector.data, k, None if filter is None else dict(filter))
+        hits = self.engine.search(vector.indices, vector.data, k, filter)
         if not explain or not hits:
             return Hits(hits)
         from anysplade.model.encoding import encode
@@ -201,6 +202,14 @@ class RemoteIndex:
             terms = explain_score(self.queries.term_names, vector, row.indices, row.data)
             explained.append(Hit(hit.id, hit.score, hit.title, hit.text, hit.metadata, terms))
         return explained
+
+    def explain_filter(self, filter: Filter | None) -> str | None:
+        """Which value of a ``filter`` no document has, as ``Index.explain_filter`` has it.
+
+        Raises:
+            OptionError: no document has a name of the filter.
+        """
+        return explain_filter(self.engine, filter)
 
 
 def open_index(

@@ -1,9 +1,11 @@
 """Documents with their vectors on disk: added, changed, searched, and safe from crashes.
 
 ``documents.sqlite`` is the source of truth: ids, texts, metadata and vectors, changed in transactions. ``engine`` is a
-Qdrant Edge shard of the same vectors, which searches them. The database records which changes the engine may lack after a
-crash; they are applied when the store is opened next. One process at a time holds the engine. Others, and a process that
-may not write there, search the database exactly, which is slower.
+Qdrant Edge shard of the same vectors and the tags of the metadata, which searches them. A change is on the disk in the
+database before the engine gets it. The database records which changes the engine may lack after a crash; they are applied
+when the store is opened next. Both count the changes: an engine with a higher count (an older database was put back), or
+with none (an earlier version made it), is made again. One process at a time holds the engine. Others, and a process that may
+not write there, search the database exactly, which is slower.
 """
 
 import contextlib
@@ -12,10 +14,11 @@ import logging
 import shutil
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -25,7 +28,16 @@ from anysplade._common.extras import extra
 from anysplade._common.files import READ_ONLY, make_folder, require_empty
 from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, OutputError
-from anysplade.search.documents import EncodedDocument, Filter, Value, check_filter, check_vector, check_vectors
+from anysplade.search.documents import (
+    EncodedDocument,
+    Filter,
+    Tags,
+    check_filter,
+    check_vector,
+    check_vectors,
+    explain_filter,
+    tag,
+)
 from anysplade.search.exact import Postings
 
 with extra("search"):
@@ -37,7 +49,9 @@ BATCH = 1024  # documents of a transaction
 _FLUSH = 32 * BATCH  # changes after which the engine is made safe: it takes as long for one as for thousands
 _ROOM = 2**27  # bytes to be left on the disk: the engine maps its files, and where one cannot grow, the system ends the process
 _VECTOR = "splade"
-_SCHEMA = """
+_MARK = 0  # the engine's point that has its count of changes, and no vector; positions begin at 1
+_WRITES = "CREATE TABLE IF NOT EXISTS writes (one INTEGER PRIMARY KEY CHECK (one = 1), count INTEGER NOT NULL)"
+_SCHEMA = f"""
 PRAGMA page_size = 32768;  -- a document takes about 1,500 bytes
 CREATE TABLE ids (position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE);  -- narrow: every search reads it
 CREATE TABLE contents (
@@ -46,6 +60,7 @@ CREATE TABLE contents (
 CREATE VIEW documents AS SELECT position, id, title, text, metadata, terms, weights FROM ids JOIN contents USING (position);
 CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- in the database, and possibly not yet in the engine
 CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- not used any more; earlier versions look for it
+{_WRITES};
 """
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
 
@@ -66,7 +81,7 @@ class Store:
         self.folder = folder
         self.vocabulary = vocabulary
         self.read_only = False
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # also of reads: another thread's transaction would be seen on this connection
         self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # the database's version, postings, positions
         self._engine: Any = None
         self._unsafe = 0  # changes that the engine has, perhaps not on disk
@@ -91,7 +106,7 @@ class Store:
                 database = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, check_same_thread=False, isolation_level=None)
                 if mode == "mode=rw":
                     database.execute("PRAGMA journal_mode = WAL")
-                    database.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut, the last moments
+                    database.execute("PRAGMA synchronous = FULL")  # an fsync a transaction: the engine must not outlive what it got
                     database.execute("PRAGMA wal_autocheckpoint = 4096")  # 128 MiB: pages that change often are moved less often
                 database.execute("PRAGMA cache_size = -65536")  # 64 MiB: the ids of millions of documents
                 database.execute("SELECT count(*) FROM changed")
@@ -163,7 +178,8 @@ class Store:
         return bool(self._one("PRAGMA user_version"))
 
     def _one(self, query: str) -> Any:
-        return self._database.execute(query).fetchone()[0]
+        with self._lock:
+            return self._database.execute(query).fetchone()[0]
 
     # -------------------------------------------------------------------------------------- change
 
@@ -264,23 +280,40 @@ class Store:
 
         Raises:
             DataError: an invalid vector; see ``check_vector``.
+            OptionError: an invalid filter, or one with a name that no document has.
         """
         terms, weights = check_vector("the query", terms, weights, self.vocabulary)
         conditions = check_filter(wanted)
-        if not len(terms):
-            return []
-        with self._lock:
-            if self._engine is None or exact:
-                return self._search_exactly(terms, weights, k, conditions)
-            vector = edge.SparseVector(terms.tolist(), weights.tolist())
-            request = edge.QueryRequest(query=edge.Query.Nearest(vector, using=_VECTOR), limit=k, filter=_filter(conditions))
-            points = self._engine.query(request)
-        return sorted(((int(point.id), point.score) for point in points), key=lambda hit: (-hit[1], hit[0]))
+        with self.reading():
+            found: Found = []
+            if len(terms) and (self._engine is None or exact):
+                found = self._search_exactly(terms, weights, k, conditions)
+            elif len(terms):
+                vector = edge.SparseVector(terms.tolist(), weights.tolist())
+                filter = edge.Filter(must=[_any_of("values", values) for _, values in conditions]) if conditions else None
+                request = edge.QueryRequest(query=edge.Query.Nearest(vector, using=_VECTOR), limit=k, filter=filter)
+                found = [(int(point.id), point.score) for point in self._engine.query(request)]
+            if not found:
+                explain_filter(self, wanted)
+        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
-    def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: dict[str, list[Value]]) -> Found:
-        if self._stamp is not None and self._stamp != self._files():
-            self._database.close()
-            self._connect()
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """A time in which no thread and no process changes what is read here, so that what a search finds can be fetched."""
+        with self._lock:
+            if self._stamp is not None and self._stamp != self._files():
+                self._database.close()
+                self._connect()
+            if self._database.in_transaction:  # of a call around this one
+                yield
+                return
+            self._database.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._database.execute("COMMIT")
+
+    def _search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: list[Tags]) -> Found:
         version = (int(self._one("PRAGMA data_version")), self._database.total_changes, self._stamp)
         exact = self._exact
         if exact is None or exact[0] != version:
@@ -296,10 +329,33 @@ class Store:
         found, scores = postings.top(terms, weights, postings.count if wanted else k)
         hits = [(int(positions[d]), float(s)) for d, s in zip(found, scores, strict=True)]
         if wanted:
-            tagged = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
-            allowed = {position for position, metadata in tagged if _has(json.loads(metadata), wanted)}
+            allowed = {
+                position
+                for position, tags in self._tagged()
+                if all(not set(values).isdisjoint(tags.values) for _, values in wanted)
+            }
             hits = [hit for hit in hits if hit[0] in allowed]
         return hits[:k]
+
+    def _tagged(self) -> Iterator[tuple[int, Tags]]:
+        rows = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
+        return ((position, _tags(metadata)) for position, metadata in rows)
+
+    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
+        """Whether a document has one of these tags."""
+        with self.reading():
+            if self._engine is None:
+                return any(not set(tags).isdisjoint(getattr(held, kind)) for _, held in self._tagged())
+            filter = edge.Filter(must=[_any_of(kind, tags)])
+            return bool(self._engine.count(edge.CountRequest(filter=filter, exact=True)))
+
+    def names(self, limit: int) -> list[str]:
+        """Names of metadata that documents have, the most frequent first."""
+        with self.reading():
+            if self._engine is None:
+                counts = Counter(name for _, tags in self._tagged() for name in tags.names)
+                return [name for name, _ in counts.most_common(limit)]
+            return [hit.value for hit in self._engine.facet(edge.FacetRequest("names", limit, exact=True)).hits]
 
     def compare(self, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document, int | None, bool]]:
         """The same ids and documents, with the position if the id is there, and whether title, text and metadata there
@@ -307,28 +363,33 @@ class Store:
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
-            held = {row[0]: row[1:] for row in _among(self._database, query, [_to_sqlite(id_) for id_, _ in batch])}
+            with self._lock:
+                held = {row[0]: row[1:] for row in _among(self._database, query, [_to_sqlite(id_) for id_, _ in batch])}
             for id_, document in batch:
                 position, *content = held.get(_to_sqlite(id_), (None,))
                 yield id_, document, position, tuple(content) == _stored(document)
 
     def positions(self) -> np.ndarray:
         """Of all documents, rising."""
-        return np.fromiter((row[0] for row in self._database.execute("SELECT position FROM ids ORDER BY position")), np.int64)
+        with self._lock:
+            return np.fromiter((row[0] for row in self._database.execute("SELECT position FROM ids ORDER BY position")), np.int64)
 
     def ids(self, positions: Sequence[int]) -> list[str]:
         """Ids by position, in the order asked for."""
-        rows = dict(_among(self._database, "SELECT position, id FROM ids WHERE position", positions))
+        with self._lock:
+            rows = dict(_among(self._database, "SELECT position, id FROM ids WHERE position", positions))
         return [_from_sqlite(rows[position]) for position in positions]
 
     def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
         """Documents by position, in the order asked for."""
-        rows = {row[0]: row[1:] for row in _among(self._database, "SELECT * FROM documents WHERE position", positions)}
+        with self._lock:
+            rows = {row[0]: row[1:] for row in _among(self._database, "SELECT * FROM documents WHERE position", positions)}
         return [_encoded(*rows[position]) for position in positions]
 
     def find(self, id_: str) -> EncodedDocument | None:
         """A document by its id."""
-        row = self._database.execute("SELECT * FROM documents WHERE id = ?", (_to_sqlite(id_),)).fetchone()
+        with self._lock:
+            row = self._database.execute("SELECT * FROM documents WHERE id = ?", (_to_sqlite(id_),)).fetchone()
         return None if row is None else _encoded(*row[1:])
 
     def items(self) -> Iterator[tuple[int, EncodedDocument]]:
@@ -354,6 +415,7 @@ class Store:
             try:
                 if by_hand:
                     cursor.execute("PRAGMA user_version = 1")
+                cursor.execute("INSERT INTO writes VALUES (1, 1) ON CONFLICT (one) DO UPDATE SET count = count + 1")
                 yield cursor, rows
                 positions = json.dumps([row[0] for row in rows])
                 cursor.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))
@@ -378,18 +440,17 @@ class Store:
             if not self._claim.is_locked:
                 # Before the engine is touched: it looks at its own lock only after it has changed files of the holder's.
                 self._claim.acquire()
-            if place.is_dir() and any(place.iterdir()):
-                try:
-                    self._engine = edge.EdgeShard.load(str(place))
-                except Exception as error:
-                    # The database has everything, so nothing is lost.
-                    shutil.rmtree(place)
-                    logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
+            self._database.execute(_WRITES)
+            if place.is_dir() and any(place.iterdir()) and not self._load_engine(place):
+                shutil.rmtree(place)  # the database has everything, so nothing is lost
             if self._engine is None:
                 self._database.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that looks complete
                 place.mkdir(exist_ok=True)
                 parameters = {_VECTOR: edge.EdgeSparseVectorParams()}
                 self._engine = edge.EdgeShard.create(str(place), edge.EdgeConfig(sparse_vectors=parameters))
+                for field in Tags._fields:
+                    self._engine.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Keyword))
+                self._apply([])
             self._catch_up()
         except Timeout:
             logger.info("%s: another process holds the engine; this one searches exactly, which is slower", self.folder)
@@ -398,6 +459,27 @@ class Store:
             if not _is_refusal(error):
                 raise
             self._become_read_only()
+
+    def _load_engine(self, place: Path) -> bool:
+        """Whether there is an engine that the database can bring up to date."""
+        try:
+            self._engine = edge.EdgeShard.load(str(place))
+            marks = self._engine.retrieve([_MARK], True, False)
+        except Exception as error:
+            logger.warning("%s: the engine is damaged (%s); made again", self.folder, str(error).splitlines()[0])
+        else:
+            if marks and marks[0].payload["writes"] <= self._writes():
+                return True
+            why = "has changes that the database lacks" if marks else "was made by an earlier version"
+            logger.warning("%s: the engine %s; made again", self.folder, why)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+        return False
+
+    def _writes(self) -> int:
+        """Transactions that changed documents."""
+        return int(self._one("SELECT coalesce(max(count), 0) FROM writes"))
 
     def _require_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -428,20 +510,19 @@ class Store:
 
     def _apply(self, rows: Sequence[_Row]) -> None:
         """Positions with metadata, terms and weights into the engine; without terms, out of it."""
-        gone: list[Any] = [row[0] for row in rows if row[2] is None or not len(row[2])]  # without a term, and so without a match
+        gone: list[Any] = [row[0] for row in rows if row[2] is None]
         points = [
             edge.Point(
                 position,
-                {_VECTOR: edge.SparseVector(terms.tolist(), weights.tolist())},
-                {"metadata": _matched(json.loads(metadata))} if metadata else {},
+                {_VECTOR: edge.SparseVector(terms.tolist(), weights.tolist())} if len(terms) else {},
+                _tags(metadata)._asdict(),
             )
             for position, metadata, terms, weights in rows
-            if terms is not None and weights is not None and len(terms)
+            if terms is not None and weights is not None
         ]
+        self._engine.update(edge.UpdateOperation.upsert_points([edge.Point(_MARK, {}, {"writes": self._writes()}), *points]))
         if gone:
             self._engine.update(edge.UpdateOperation.delete_points(gone))
-        if points:
-            self._engine.update(edge.UpdateOperation.upsert_points(points))
 
     def _flush(self) -> None:
         """Flush the engine to disk; until then the database records what the engine may lack."""
@@ -539,48 +620,9 @@ def _from_sqlite(value: str | bytes) -> str:
     return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
-# ----------------------------------------------------------------------------------------- filters
+def _tags(metadata: str | None) -> Tags:
+    return tag(None if metadata is None else json.loads(metadata))
 
 
-def _has(metadata: dict[str, Any], wanted: dict[str, list[Value]]) -> bool:
-    def matches(value: Any, values: list[Value]) -> bool:
-        # As the engine has it: a list has any of its items, and true is not 1.
-        held = value if isinstance(value, list) else [value]
-        return any(type(one) is type(other) and one == other for one in held for other in values)
-
-    return all(matches(metadata.get(name), values) for name, values in wanted.items())
-
-
-def _matched(value: Any) -> Any:
-    """Metadata as the engine takes and matches it.
-
-    True is 1 to it, numbers are finite, integers have 64 bits and texts are UTF-8: what is otherwise goes in as a
-    text that no other text is.
-    """
-    if isinstance(value, list):
-        return [_matched(item) for item in value]
-    if isinstance(value, dict):
-        return {_name(name): _matched(item) for name, item in value.items()}
-    odd_number = isinstance(value, int | float) and not -(2**63) <= value < 2**63  # NaN too
-    if isinstance(value, bool) or odd_number:
-        return f"\0{value}"
-    if isinstance(value, str) and isinstance(_to_sqlite(value), bytes):
-        return f"\0{value.encode('utf-8', 'surrogatepass').hex()}"
-    return value
-
-
-def _name(name: str) -> str:
-    return str(_matched(name))
-
-
-def _filter(wanted: dict[str, list[Value]]) -> Any:
-    if not wanted:
-        return None
-    conditions: list[Any] = []
-    for name, values in wanted.items():
-        # Quoted, so that a dot in a name does not lead into an object; one condition a value, so that kinds may be mixed.
-        any_of: list[Any] = [
-            edge.FieldCondition(key=f'metadata."{_name(name)}"', match=edge.MatchValue(_matched(value))) for value in values
-        ]
-        conditions.append(edge.Filter(should=any_of))
-    return edge.Filter(must=conditions)
+def _any_of(kind: str, tags: Sequence[str]) -> Any:
+    return edge.FieldCondition(key=kind, match=edge.MatchAny(list(tags)))

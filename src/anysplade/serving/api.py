@@ -11,11 +11,12 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 from scipy import sparse
 from starlette.requests import ClientDisconnect
 
 from anysplade import __version__
+from anysplade.errors import OptionError
 from anysplade.model.options import Role
 from anysplade.search.documents import Hit, TermMatch, check_filter
 from anysplade.serving.batching import Searcher, StoppedError
@@ -24,6 +25,8 @@ MAX_BODY = 2**20  # bytes
 MAX_TEXT = 10_000  # characters of a query, a text, an id or a value of a filter
 MAX_TEXTS = 64  # in one request to /encode
 MAX_K = 1000
+MAX_NAMES = 32  # in a filter
+MAX_VALUES = 1000  # of a name in a filter
 DEFAULT_K = 10
 _BODY_SECONDS = 10  # the time that a client has to send its body
 
@@ -35,8 +38,13 @@ def _check_filter(value: Any) -> Any:
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-_Name = Annotated[str, Field(min_length=1, pattern=r'^[^"\\]+$')]
-_Value = Annotated[str, Field(max_length=MAX_TEXT)] | int | bool
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+_Value = Annotated[str, Field(max_length=MAX_TEXT)] | int | Annotated[float, Field(allow_inf_nan=False)] | bool
+
+_Values = Annotated[  # with errors of the kind that was sent
+    Annotated[_Value, Tag("value")] | Annotated[list[_Value], Field(min_length=1, max_length=MAX_VALUES), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "value"),
+]
 
 
 class SearchRequest(BaseModel, extra="forbid", strict=True):
@@ -46,12 +54,13 @@ class SearchRequest(BaseModel, extra="forbid", strict=True):
     k: Annotated[int, Field(ge=1, le=MAX_K)] = DEFAULT_K
     explain: Annotated[bool, Field(description="return the terms that add up to each score")] = False
     filter: Annotated[
-        dict[_Name, _Value | Annotated[list[_Value], Field(min_length=1)]],
-        BeforeValidator(_check_filter),
+        dict[_Name, _Values],
         Field(
-            description="metadata that a hit must have: a value by name, or a list of values of which one must match",
-            json_schema_extra={"additionalProperties": False},  # pydantic's description allows names that it refuses
+            max_length=MAX_NAMES,
+            description="metadata that a hit must have: a value by name, or a list of values of which one must match; numbers and "
+            "truth values are the same as their texts, and neither blanks around a text nor its case matter",
         ),
+        BeforeValidator(_check_filter),
     ] = {}
 
 
@@ -74,6 +83,7 @@ class SearchResponse(BaseModel):
 
     query: str
     hits: list[Hit]
+    note: Annotated[str | None, Field(description="without hits: which name or value of the filter no document has")] = None
 
 
 class EncodeResponse(BaseModel):
@@ -114,7 +124,7 @@ _POST_ERRORS = {
     400: "the body is not JSON or not UTF-8",
     408: f"the body did not arrive within {_BODY_SECONDS} seconds",
     413: f"the body is larger than {MAX_BODY:,} bytes",
-    415: "the content type is not application/json",
+    415: "the content type is not application/json, or the body is compressed",
     422: "a field is missing, unknown or invalid",
     503: "too many requests are waiting, try again in a moment; or the server is stopping",
 }
@@ -131,8 +141,12 @@ async def read_body(request: Request) -> bytes:
     """The body of a request, within limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)
 
     Raises:
-        HTTPException: 413, 408, or 400 if the client disconnected.
+        HTTPException: 415 if it is compressed, 413, 408, or 400 if the client disconnected.
     """
+    encodings = ",".join(request.headers.getlist("content-encoding")).lower().replace(" ", "").split(",")
+    if compressed := ", ".join(encoding for encoding in encodings if encoding not in ("", "identity")):
+        message = f"the body is encoded as {compressed[:100]}; send it as it is, without Content-Encoding"
+        raise HTTPException(415, message, {"Accept-Encoding": "identity"})
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
@@ -195,8 +209,13 @@ router = APIRouter(route_class=_JSONRoute)
 @router.post("/search", response_model=SearchResponse, responses=errors(_POST_ERRORS))
 async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     """The best documents for a query: scores above 0, best first."""
-    hits = await searcher.search(body.query, body.k, body.explain, body.filter)
-    return ASCIIResponse({"query": body.query, "hits": [hit.to_dict() for hit in hits]})
+    try:
+        hits = await searcher.search(body.query, body.k, body.explain, body.filter)
+        note = await searcher.run(lambda: searcher.index.explain_filter(body.filter)) if body.filter and not hits else None
+    except OptionError as error:  # no document has a name of the filter: the next one that is added may have it
+        hits, note = [], str(error)
+    found = {"query": body.query, "hits": [hit.to_dict() for hit in hits]}
+    return ASCIIResponse(found if note is None else found | {"note": note})
 
 
 @router.post("/encode", response_model=EncodeResponse, responses=errors(_POST_ERRORS))

@@ -186,8 +186,9 @@ def _listen(host: str, port: int) -> socket.socket:
     dualstack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4 too
     try:
         listener = socket.create_server((host, port), family=family, backlog=_CONNECTIONS, dualstack_ipv6=dualstack)
-    except OSError as error:
-        raise OptionError(f"host {host}, port {port}: {error.strerror or error}; choose another port or host") from error
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # the last three: no port, or no host, could have that value
+        why = getattr(error, "strerror", None) or error
+        raise OptionError(f"host {host}, port {port}: {why}; choose another port (0 to 65535) or host") from error
     # For connections too. asyncio would leave Nagle's algorithm on: responses wait 40 ms for the client's acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from anysplade._common.files import whole_folder, write_whole
+from anysplade._common.files import make_folder, whole_folder, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
@@ -322,7 +322,7 @@ def edited(backbone: str, edits: tuple[tuple[Edit, float], ...], out: str | Path
     if not edits:
         return backbone
     target = Path(out) / _edited_name(backbone, edits)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with FileLock(target.with_name(f".{target.name}.lock")):  # other cells may need the same folder now
         if not target.exists():
             model, tokenizer = load_masked_lm(backbone)

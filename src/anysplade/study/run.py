@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import make_folder, write_whole
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
@@ -70,7 +70,7 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
     """
     out = Path(config.output).expanduser()
     new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     try:
         with FileLock(out / "lock", timeout=0):
             return _run_study(_with_python_docs(config, out), out, progress)

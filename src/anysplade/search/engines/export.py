@@ -5,7 +5,6 @@ quantized too. Terms are written by the names that ``name_terms`` gives them, an
 """
 
 import json
-import os
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.files import whole_folder
+from anysplade._common.files import whole_file, whole_folder
 from anysplade.data.sources import is_utf8
-from anysplade.errors import DataError, OptionError, OutputError
+from anysplade.errors import DataError, OptionError
 from anysplade.model.vocabulary import name_terms
 from anysplade.search.documents import EncodedDocument, check_vector
 
@@ -67,12 +66,9 @@ def export_ciff(
         quantization: weights are written as whole numbers, times this.
 
     Raises:
-        OutputError: ``path`` is a folder.
+        OutputError: ``path`` is a folder, or cannot be written.
         DataError: as ``export_anserini``.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; name a file in it")
     names, ids, lengths = name_terms(tokens), [], array("q")
     indices, data, indptr = array("i"), array("i"), array("q", [0])
     for document, terms, impacts in _quantized(documents, len(names), quantization):
@@ -87,24 +83,18 @@ def export_ciff(
     columns = rows.tocsc()  # document numbers rise within a term
     used = sorted(np.flatnonzero(np.diff(columns.indptr)).tolist(), key=lambda term: names[term].encode())
     total = sum(lengths)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(work, "wb") as file:
-            counts = [(1, 1), (2, len(used)), (3, len(ids)), (4, len(used)), (5, len(ids)), (6, total)]
-            mean = b"\x39" + struct.pack("<d", total / max(1, len(ids)))  # field 7, a double
-            said = f"anysplade; impacts are weights times {quantization}"
-            file.write(_delimited(b"".join(_number(*count) for count in counts) + mean + _bytes(8, said.encode())))
-            for term in used:
-                span = slice(columns.indptr[term], columns.indptr[term + 1])
-                numbers, impacts = columns.indices[span].astype(np.int64), columns.data[span].astype(np.int64)
-                head = _bytes(1, names[term].encode()) + _number(2, len(numbers)) + _number(3, int(impacts.sum()))
-                file.write(_delimited(head + _postings(np.diff(numbers, prepend=0), impacts)))
-            for number, (id_, length) in enumerate(zip(ids, lengths, strict=True)):
-                file.write(_delimited(_number(1, number) + _bytes(2, id_.encode()) + _number(3, length)))
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        counts = [(1, 1), (2, len(used)), (3, len(ids)), (4, len(used)), (5, len(ids)), (6, total)]
+        mean = b"\x39" + struct.pack("<d", total / max(1, len(ids)))  # field 7, a double
+        said = f"anysplade; impacts are weights times {quantization}"
+        file.write(_delimited(b"".join(_number(*count) for count in counts) + mean + _bytes(8, said.encode())))
+        for term in used:
+            span = slice(columns.indptr[term], columns.indptr[term + 1])
+            numbers, impacts = columns.indices[span].astype(np.int64), columns.data[span].astype(np.int64)
+            head = _bytes(1, names[term].encode()) + _number(2, len(numbers)) + _number(3, int(impacts.sum()))
+            file.write(_delimited(head + _postings(np.diff(numbers, prepend=0), impacts)))
+        for number, (id_, length) in enumerate(zip(ids, lengths, strict=True)):
+            file.write(_delimited(_number(1, number) + _bytes(2, id_.encode()) + _number(3, length)))
     return len(ids)
 
 

@@ -2,17 +2,17 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from opensearchpy import OpenSearch
 from opensearchpy.exceptions import ConnectionError, TransportError
 
 from anysplade.errors import AnyspladeError, DataError, OptionError
-from anysplade.search.documents import EncodedDocument, Hit, check_filter, check_vector
-from anysplade.search.engines.sending import check_about, hashed_batches, one_line, retried, same_model
+from anysplade.search.documents import EncodedDocument, Filter, Hit, check_filter, check_vector, explain_filter, tag
+from anysplade.search.engines.sending import check_about, hashed_batches, one_line, require_tags, retried, same_model
 
 T = TypeVar("T")
 
@@ -21,12 +21,15 @@ _MAX_ID = 512  # bytes
 _LONG = "sha256:"
 _DELETED_AT_ONCE = 1000
 _UNSEARCHED = {"type": "keyword", "index": False, "doc_values": False}
+_TAG = {"type": "keyword", "ignore_above": 8191}  # characters of up to 4 bytes: Lucene takes 32,766
 _FIELDS = {
     "id": _UNSEARCHED,
     "hash": _UNSEARCHED,
     "title": {"type": "text", "index": False},
     "text": {"type": "text", "index": False},
-    "metadata": {"type": "flat_object"},
+    "metadata": {"type": "object", "enabled": False},
+    "names": _TAG,
+    "values": _TAG,
     "vector": {"type": "rank_features"},
 }
 
@@ -53,10 +56,11 @@ class OpenSearchEngine:
         """Make the index if there is none; ``about`` (JSON, with ``model_fingerprint``) is kept in its mapping's ``_meta``.
 
         Raises:
-            OutputError: it exists and was made with another model, precision or ``top_k``.
+            OutputError: it exists and was made with another model, precision, ``top_k`` or ``max_length``, or by an earlier
+                version.
             OptionError: ``about`` names no fingerprint.
         """
-        check_about(about)
+        about = check_about(about)
         if self._ask(self.client.indices.exists, index=self.name):
             same_model(self._said, self.about(), about)
             return
@@ -98,7 +102,7 @@ class OpenSearchEngine:
         self._refresh()
         return sent
 
-    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: dict[str, Any] | None = None) -> list[Hit]:
+    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
         """The k documents of the largest score with a query, best first; documents without a shared term are none.
 
         Of a query with more than 1,024 terms (the default of ``indices.query.bool.max_clause_count``, from which each
@@ -108,17 +112,16 @@ class OpenSearchEngine:
             terms: (active dims,) int32, rising.
             weights: (active dims,) float32, above 0.
             k: up to 10,000, the default of ``index.max_result_window``.
-            filter: metadata that a document must have: ``{"lang": "en"}``, or a list for any of several values. A
-                ``flat_object`` holds texts: 1 and "1" are the same.
+            filter: metadata that a document must have: ``{"lang": "en"}``, or a list for any of several values; see ``tag``.
 
         Raises:
-            DataError: the query is malformed.
-            OptionError: k or the filter is.
+            DataError: the query is malformed; or there is a filter, and an earlier version made the index.
+            OptionError: k or the filter is, or no document has a name of the filter.
         """
         terms, weights = check_vector("the query", terms, weights)
         if k < 1:
             raise OptionError(f"k {k}: give 1 or more")
-        conditions = [{"terms": {f"metadata.{name}": values}} for name, values in check_filter(filter).items()]
+        conditions = [{"terms": {"values": values}} for _, values in check_filter(filter)]
         if not len(terms):
             return []
         largest = np.argsort(-weights, kind="stable")[: _MAX_CLAUSES - len(conditions)]
@@ -130,11 +133,25 @@ class OpenSearchEngine:
         # Without a count of all hits, blocks that cannot reach the first k are skipped.
         body = {"size": k, "query": query, "_source": ["id", "title", "text", "metadata"], "track_total_hits": False}
         answer = self._ask(self.client.search, index=self.name, body=body)
+        if conditions and not answer["hits"]["hits"]:
+            require_tags(self._said, self.about())
+            explain_filter(self, filter)
         return [
             Hit(source["id"], hit["_score"], source["title"], source["text"], source.get("metadata"))
             for hit in answer["hits"]["hits"]
             for source in (hit["_source"],)
         ]
+
+    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
+        """Whether a document has one of these tags."""
+        body = {"query": {"terms": {kind: list(tags)}}}
+        return bool(self._ask(self.client.count, index=self.name, body=body)["count"])
+
+    def names(self, limit: int) -> list[str]:
+        """Names of metadata that documents have, the most frequent first."""
+        body = {"size": 0, "aggs": {"names": {"terms": {"field": "names", "size": limit}}}}
+        answer = self._ask(self.client.search, index=self.name, body=body)
+        return [bucket["key"] for bucket in answer["aggregations"]["names"]["buckets"]]
 
     def delete(self, ids: Iterable[str]) -> None:
         """Remove documents; ids that are not there are passed over."""
@@ -184,6 +201,7 @@ def _lines(document: EncodedDocument, digest: str) -> list[dict[str, Any]]:
     kept = document.weights >= np.finfo(np.float32).tiny
     features = zip(map(str, document.terms[kept].tolist()), document.weights[kept].tolist(), strict=True)
     fields = {name: value for name, value in document.content._asdict().items() if value is not None}
+    fields |= tag(document.content.metadata)._asdict()
     return [{"index": {"_id": _key(document.id)}}, {"id": document.id, "hash": digest, **fields, "vector": dict(features)}]
 
 

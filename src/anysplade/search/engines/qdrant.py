@@ -1,10 +1,10 @@
 """Qdrant, as a server or a cluster: exact dot products over a named sparse vector."""
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import numpy as np
@@ -13,8 +13,8 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
-from anysplade.search.documents import EncodedDocument, Hit, check_filter, check_vector
-from anysplade.search.engines.sending import check_about, hashed_batches, one_line, retried, same_model
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Tags, check_filter, check_vector, explain_filter, tag
+from anysplade.search.engines.sending import check_about, hashed_batches, one_line, require_tags, retried, same_model
 
 T = TypeVar("T")
 
@@ -40,11 +40,11 @@ class QdrantEngine:
         """Make the collection if there is none; ``about`` (JSON, with ``model_fingerprint``) is kept as its metadata.
 
         Raises:
-            OutputError: it exists and was made with another model, precision or ``top_k``; or the server is older than 1.16
-                and keeps no metadata.
+            OutputError: it exists and was made with another model, precision, ``top_k`` or ``max_length``, or by an earlier
+                version; or the server is older than 1.16 and keeps no metadata.
             OptionError: ``about`` names no fingerprint.
         """
-        check_about(about)
+        about = check_about(about)
         if self._ask(self.client.collection_exists, self.name):
             same_model(self._said, self.about(), about)
             return
@@ -53,6 +53,8 @@ class QdrantEngine:
         if not self.about():
             self._ask(self.client.delete_collection, self.name)
             raise OutputError(f"{self._said}: this server keeps no metadata of a collection; update Qdrant to 1.16 or later")
+        for field in Tags._fields:
+            self._ask(self.client.create_payload_index, self.name, field, models.PayloadSchemaType.KEYWORD)
 
     def about(self) -> dict[str, Any]:
         """What ``create`` kept; empty if the collection was made otherwise.
@@ -87,28 +89,22 @@ class QdrantEngine:
             sent += len(points)
         return sent
 
-    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: dict[str, Any] | None = None) -> list[Hit]:
+    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
         """The k documents of the largest dot product with a query, best first; documents without a shared term are none.
 
         Args:
             terms: (active dims,) int32, rising.
             weights: (active dims,) float32, above 0.
-            filter: metadata that a document must have: ``{"lang": "en"}``, or a list for any of several values.
+            filter: metadata that a document must have: ``{"lang": "en"}``, or a list for any of several values; see ``tag``.
 
         Raises:
-            DataError: the query is malformed.
-            OptionError: k or the filter is.
+            DataError: the query is malformed; or there is a filter, and an earlier version made the collection.
+            OptionError: k or the filter is, or no document has a name of the filter.
         """
         terms, weights = check_vector("the query", terms, weights)
         if k < 1:
             raise OptionError(f"k {k}: give 1 or more")
-        # Quoted, so that a dot in a name does not lead into an object; one condition a value, so that kinds may be mixed.
-        conditions: list[models.Condition] = [
-            models.Filter(
-                should=[models.FieldCondition(key=f'metadata."{name}"', match=models.MatchValue(value=value)) for value in values]
-            )
-            for name, values in check_filter(filter).items()
-        ]
+        conditions: list[models.Condition] = [_any_of("values", values) for _, values in check_filter(filter)]
         if not len(terms):
             return []
         found = self._ask(
@@ -120,11 +116,22 @@ class QdrantEngine:
             limit=k,
             with_payload=["id", "title", "text", "metadata"],
         )
+        if conditions and not found.points:
+            require_tags(self._said, self.about())
+            explain_filter(self, filter)
         return [
             Hit(payload["id"], point.score, payload["title"], payload["text"], payload.get("metadata"))
             for point in found.points
             if (payload := point.payload) is not None
         ]
+
+    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
+        """Whether a document has one of these tags."""
+        return bool(self._ask(self.client.count, self.name, models.Filter(must=[_any_of(kind, tags)]), exact=True).count)
+
+    def names(self, limit: int) -> list[str]:
+        """Names of metadata that documents have, the most frequent first."""
+        return [str(hit.value) for hit in self._ask(self.client.facet, self.name, key="names", limit=limit, exact=True).hits]
 
     def delete(self, ids: Iterable[str]) -> None:
         """Remove documents; ids that are not there are passed over."""
@@ -156,10 +163,14 @@ class QdrantEngine:
 
 
 def _point(document: EncodedDocument, digest: str) -> models.PointStruct:
-    payload = {"id": document.id, **document.content._asdict(), "hash": digest}
+    payload = {"id": document.id, **document.content._asdict(), "hash": digest, **tag(document.content.metadata)._asdict()}
     vector = models.SparseVector(indices=document.terms.tolist(), values=document.weights.tolist())
     # A point without a vector is documented; an empty sparse vector is not.
     return models.PointStruct(id=_point_id(document.id), vector={_VECTOR: vector} if len(document.terms) else {}, payload=payload)
+
+
+def _any_of(kind: str, tags: Sequence[str]) -> models.FieldCondition:
+    return models.FieldCondition(key=kind, match=models.MatchAny(any=list(tags)))
 
 
 def _point_id(id_: str) -> str:

@@ -49,18 +49,31 @@ def _hashed(document: EncodedDocument) -> tuple[EncodedDocument, str]:
     return document._replace(terms=terms, weights=weights), digest
 
 
-def check_about(about: Mapping[str, Any]) -> None:
-    """Raise OptionError unless ``about`` says which model the vectors are of."""
+def check_about(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index keeps of ``about``, and that its documents have tags, which filters are compared with.
+
+    Raises:
+        OptionError: ``about`` does not say which model the vectors are of.
+    """
     if not about.get("model_fingerprint"):
         raise OptionError("about: no model_fingerprint; without it vectors of different models would be mixed")
+    return {**about, "tagged": True}
+
+
+def require_tags(said: str, about: Mapping[str, Any]) -> None:
+    """Raise DataError if the documents have no tags."""
+    if not about.get("tagged"):
+        raise DataError(f"{said}: was made by an earlier version, where filters find nothing; build it again under another name")
 
 
 def same_model(said: str, stored: Mapping[str, Any] | None, about: Mapping[str, Any]) -> None:
-    """Raise OutputError unless what the server holds was made with the model of ``about``, its precision and its ``top_k``."""
+    """Raise OutputError unless what the server holds was made as ``about`` says, by all that changes a vector, and has tags."""
     if not stored or stored.get("model_fingerprint") != about["model_fingerprint"]:
         model = (stored or {}).get("model", "unknown")
         raise OutputError(f"{said}: exists and holds vectors of another model ({model}); choose another name, or delete it first")
-    different = [name for name in ("precision", "top_k") if stored.get(name) != about.get(name)]
+    if not stored.get("tagged"):
+        raise OutputError(f"{said}: exists and was made by an earlier version; choose another name, or delete it first")
+    different = [name for name in ("precision", "top_k", "max_length") if stored.get(name) != about.get(name)]
     if different:
         raise OutputError(
             f"{said}: exists and was made with another {', '.join(different)} "
