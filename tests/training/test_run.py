@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
@@ -91,6 +92,9 @@ def test_what_a_run_leaves(config, tmp_path):
         assert [type(module).__module__.partition(".")[0] for module in encoder] == ["sentence_transformers"] * 2
         logits = AutoModelForMaskedLM.from_pretrained(folder).eval()(input_ids=ids).logits
         torch.testing.assert_close(logits, encoder[0].model.eval()(input_ids=ids).logits)
+        written = load_file(folder / "model.safetensors")
+        assert torch.equal(written["cls.predictions.bias"], written["cls.predictions.decoder.bias"])
+        assert "cls.predictions.decoder.weight" in written
 
 
 def test_training_learns_and_the_seed_decides(config, tmp_path):

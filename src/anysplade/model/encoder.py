@@ -23,12 +23,11 @@ from anysplade.model import vocabulary
 from anysplade.model.calibration import Calibration, calibrate
 from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.head import (
-    check_folding,
     check_masked_lm,
     check_weights,
     describe_encoder,
     find_head,
-    fit_tokenizer,
+    finish_loading,
     give_head,
     has_remote_code,
     live_terms,
@@ -286,8 +285,7 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
         model: Any = module.model
         if getattr(model, "peft_config", None) is None:  # an adapter's folder has no weights but its own
             check_weights(type(model), source, folder)
-        fit_tokenizer(module.tokenizer, model, source)
-        check_folding(model, source)
+        finish_loading(model, module.tokenizer, source)
     return encoder.float()
 
 
@@ -357,8 +355,7 @@ def _with_splade_pooling(
         if attention:
             raise OptionError(f"attention {attention!r}: {str(error).splitlines()[0]}") from error
         raise
-    fit_tokenizer(transformer.tokenizer, transformer.model, source)
-    check_folding(transformer.model, source)
+    finish_loading(transformer.model, transformer.tokenizer, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
     vocabulary = len(find_head(transformer.model).decoder.weight)  # left out, it would be known after the first text only
     modules = [transformer, SpladePooling(pooling, activation_function=activation, embedding_dimension=vocabulary)]
