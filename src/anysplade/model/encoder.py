@@ -1,7 +1,8 @@
 """Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -471,17 +472,27 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
         return hidden
 
 
+_left_out = threading.local()  # its decoder returns hidden states in this thread
+
+
 @contextmanager
 def _without(decoder: nn.Module) -> Iterator[None]:
     """The decoder returns its input, so that the model returns hidden states and no logits are built.
 
-    It is swapped for each call, because between calls the model must be stock: others may save it or read its logits.
+    In this thread alone: others may encode with the model, save it or read its logits at the same time.
     """
-    decoder.__dict__["forward"] = _identity
+    forward = decoder.forward
+    if not (isinstance(forward, partial) and forward.func is _decode):
+        decoder.__dict__["forward"] = partial(_decode, decoder, forward)
+    before, _left_out.decoder = getattr(_left_out, "decoder", None), decoder
     try:
         yield
     finally:
-        del decoder.__dict__["forward"]
+        _left_out.decoder = before
+
+
+def _decode(decoder: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return hidden if getattr(_left_out, "decoder", None) is decoder else forward(hidden)
 
 
 def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -504,7 +515,3 @@ def _fused_forward(pooling: Any, decoder: nn.Linear, features: dict[str, Any]) -
         hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, pooling.live
     )
     return features
-
-
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden
