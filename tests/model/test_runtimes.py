@@ -99,6 +99,22 @@ def test_the_model_is_made_once_and_again_when_the_weights_change(backbone, tmp_
     assert len(made) == 4
 
 
+def test_buffers_of_every_kind_are_told_apart(backbone):
+    encoder = load_encoder(backbone, k=1, shift=0)
+    before = [runtimes._content(encoder, False)]
+    for buffer in (
+        *(torch.tensor(value) for value in (1.0, 2.0, 1, True)),
+        *(torch.tensor([], dtype=dtype) for dtype in (torch.float32, torch.bool)),
+        *(torch.arange(6).view(2, 3).to(dtype) for dtype in (torch.bfloat16, torch.float64, torch.bool)),
+        torch.arange(6.0).view(2, 3).T,
+        torch.zeros(1, dtype=torch.bfloat16).expand(5),
+    ):
+        masked_lm(encoder).register_buffer("scale", buffer)
+        before.append(runtimes._content(encoder, False))
+        assert runtimes._content(encoder, False) == before[-1]
+    assert len(set(before)) == len(before)
+
+
 def test_the_stock_weights_stay_and_can_be_saved(encoder, tmp_path):
     made = for_inference(encoder, "openvino", cache_folder=tmp_path)
     made.save_pretrained(str(tmp_path / "out"))
