@@ -259,6 +259,28 @@ class TestTokenizers:
         with pytest.raises(ModelError, match="it is another model's"):
             opened(self.save(tmp_path, make_tokenizer_of(tokens), vocab_size=rows))
 
+    @pytest.mark.parametrize("special", [True, False])
+    def test_with_tokens_that_the_model_does_not_have(self, opened, special, tmp_path):
+        tokenizer = make_tokenizer_of(VOCABULARY)
+        folder = self.save(tmp_path / "plain", tokenizer)
+        tokenizer.add_tokens(["[URL]", "[CODE]"], special_tokens=special)
+        tokenizer.save_pretrained(folder)
+        advice = (
+            r"go up to 100, and the model has 99 embeddings; call `model.resize_token_embeddings\(len\(tokenizer\)\)`"
+        )
+        with pytest.raises(ModelError, match=advice):
+            opened(folder)
+        encoder = load_encoder(self.save(tmp_path / "encoder", make_tokenizer_of(VOCABULARY)))
+        encoder.tokenizer.add_tokens(["[URL]", "[CODE]"], special_tokens=special)
+        encoder.save_pretrained(str(tmp_path / "saved"))
+        if opened is not load_masked_lm:
+            with pytest.raises(ModelError, match=advice):
+                opened(tmp_path / "saved")
+        resized = AutoModelForMaskedLM.from_pretrained(folder)
+        resized.resize_token_embeddings(len(tokenizer))
+        resized.save_pretrained(folder)
+        opened(folder)
+
     def test_of_a_padded_vocabulary(self, opened, tmp_path):
         opened(self.save(tmp_path, make_tokenizer_of(149), vocab_size=192))
 

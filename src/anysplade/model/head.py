@@ -271,6 +271,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, so
     if known <= len({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):
         # transformers makes a tokenizer of special tokens alone where there are no files, and every word is unknown to it.
         raise ModelError(f"{source}: no tokenizer in it (only {known} special tokens); save the model's tokenizer there too")
+    check_tokens(tokenizer, model, source)
     if known > rows or rows - known > _PADDED_ROWS:
         raise ModelError(
             f"{source}: its tokenizer has {known:,} tokens and the model {rows:,}: it is another model's; save the right one there"
@@ -288,6 +289,17 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, so
         logger.warning("%s: its tokenizer has no pad token, %s is used", source, token)
 
 
+def check_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
+    """Raise ModelError where tokens were added to a tokenizer for which the model has no embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    rows, known = embeddings.weight.shape[0], 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokenizer.vocab_size <= rows < known:
+        raise ModelError(
+            f"{source}: tokens were added to its tokenizer: ids go up to {known - 1:,}, and the model has {rows:,} embeddings; "
+            "call `model.resize_token_embeddings(len(tokenizer))` and save both"
+        )
+
+
 def usable_positions(model: PreTrainedModel) -> int | None:
     """Tokens that fit the model's table of positions; None if nothing limits them.
 
@@ -299,6 +311,14 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return rows - max(skipped, default=0)
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise OptionError where a model has no positions for so many tokens."""
+    positions = usable_positions(model)
+    if positions is not None and max_length > positions:
+        about = f"{model.name_or_path}: has positions for {positions} tokens"
+        raise OptionError(f"{about}, and `max_length` is {max_length}; give at most {positions}")
 
 
 # ------------------------------------------------------------------------------------ measuring

@@ -39,11 +39,11 @@ from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import (
     build_encoder,
     check_foldable,
-    check_model,
     has_static_queries,
     is_routed,
     is_saved_encoder,
     masked_lm,
+    open_encoder,
 )
 from anysplade.model.head import find_head, live_terms
 from anysplade.model.pooling import native_bfloat16
@@ -123,7 +123,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             logger.info("%s holds this run's result already", output)
             return finished
         backbone = resolve_model(config.backbone)
-        check_model(backbone)  # an unusable model is an error before the data are read
+        open_encoder(backbone, False, config.max_length)  # an unusable model is an error before the data are read
         check_foldable(backbone, config.fold, config.mute)
         guide = None if config.teacher is None else resolve_model(config.teacher)
         if guide is not None:
