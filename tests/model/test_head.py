@@ -265,9 +265,7 @@ class TestTokenizers:
         folder = self.save(tmp_path / "plain", tokenizer)
         tokenizer.add_tokens(["[URL]", "[CODE]"], special_tokens=special)
         tokenizer.save_pretrained(folder)
-        advice = (
-            r"go up to 100, and the model has 99 embeddings; call `model.resize_token_embeddings\(len\(tokenizer\)\)`"
-        )
+        advice = r"go up to 100, and the model has 99 embeddings; call `model.resize_token_embeddings\(len\(tokenizer\)\)`"
         with pytest.raises(ModelError, match=advice):
             opened(folder)
         encoder = load_encoder(self.save(tmp_path / "encoder", make_tokenizer_of(VOCABULARY)))
