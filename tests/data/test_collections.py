@@ -90,10 +90,8 @@ def test_writing_into_a_full_folder_is_refused(folder):
         ("queries.jsonl", "\n", r"queries\.jsonl: no query in it"),
         ("queries.jsonl", '{"_id": "q", "text": NaN}\n', r'queries\.jsonl:1: "text" is missing'),
         ("qrels/test.tsv", "", "no judgement"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tnope\t1\n", "c: none of the judged documents is in the corpus"),
-        ("qrels/test.tsv", "nope\ta\t1\n", "c: no query has a judgement"),
-        ("qrels/test.tsv", "q\ta\t0\nq\tb\t-1\n", "c: no document of the corpus is judged above 0, so every measure would be 0"),
-        ("qrels/test.tsv", "q\ta\t0\nq\tnope\t1\n", "c: no document of the corpus is judged above 0, so every measure would be 0"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\tnope\t1\n", r"test\.tsv:2: the document 'nope' is not in corpus\.jsonl"),
+        ("qrels/test.tsv", "nope\ta\t1\n", r"test\.tsv:1: the query 'nope' is not in queries\.jsonl"),
         ("qrels/test.tsv", "q\ta\tgood\n", r"test\.tsv:1: the score 'good' is not a whole number"),
         ("qrels/test.tsv", "q a 1\n", r"test\.tsv:1: 1 columns"),
     ],
@@ -201,50 +199,10 @@ def test_what_can_be_evaluated_can_be_read_as_a_corpus(form, everywhere, tmp_pat
     assert load_collection(folder).queries == first.queries
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        *[("pid", "passage"), ("docid", "contents"), ("id", "content"), ("doc_id", "abstract"), ("document_id", "text")],
-        *[("doc", "text"), ("DOCNO", "Text"), ("Passage-ID", "BODY"), ("did", "text"), ("Doc ID", "text")],
-    ],
-)
+@pytest.mark.parametrize("names", [("pid", "passage"), ("docid", "contents"), ("id", "content"), ("doc_id", "abstract")])
 def test_common_names_of_columns(names, tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps(dict(zip(names, (7, "x"), strict=True))) + "\n")
-    (tmp_path / "c.tsv").write_text("\t".join(names) + "\n7\tx\n")
-    assert read_corpus(tmp_path / "c.jsonl") == read_corpus(tmp_path / "c.tsv") == {"7": Document("", "x")}
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        (
-            "topics.xml",
-            '<?xml version="1.0"?>\n<topics task="x"><topic number="1"><query>AT&amp;T &#233;</query><q/></topic></topics>',
-        ),
-        ("topics.XML", "<topics><topic number='1'> AT&amp;T <!-- no --> &eacute;\n</topic></topics>"),
-        ("queries.xml", "<topics><topic><num>1</num><title>AT&amp;T <i>é</i></title><desc>no</desc></topic></topics>"),
-        (
-            "topics.xml",
-            '<web><topic number="1" type="x"><query><![CDATA[AT&T é]]></query><subtopic number="2">no</subtopic></topic></web>',
-        ),
-        ("topics.txt", "<top>\n<num> Number: 1\n<title> Topic: AT&amp;T &eacute;\n<desc> Description:\nno\n</top>\n"),
-        ("topics.trec.gz", "<top><num>1</num><query>AT&amp;T é</query></top>"),
-    ],
-)
-def test_topics_in_sgml_and_xml(name, content, tmp_path):
-    (tmp_path / "docs.tsv").write_text("a\thttp://a\tT\tone\n")
-    (tmp_path / "qrels.txt").write_text("1 0 a 1\n")
-    data = content.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-    expected = Collection(tmp_path.name, {"a": Document("T", "one")}, {"1": "AT&T é"}, {"1": {"a": 1}})
-    assert load_collection(tmp_path) == expected
-    for wrong, message in (
-        ("<topics><topic number='1'><x>y</x></topic></topics>", "a topic without a number"),
-        (content * 2, "duplicate"),
-    ):
-        (tmp_path / name).write_text(wrong)
-        with pytest.raises(DataError, match=message):
-            load_collection(tmp_path)
+    assert read_corpus(tmp_path / "c.jsonl") == {"7": Document("", "x")}
 
 
 @pytest.mark.parametrize(
@@ -334,42 +292,9 @@ def test_half_characters_in_a_collection_of_python(tmp_path):
         evaluate("bm25", odd, output=tmp_path / "scores")
 
 
-def test_nanobeir_is_thirteen_collections(folder, tmp_path, monkeypatch):
+def test_nanobeir_is_thirteen_collections():
     assert len(collection_names("NanoBEIR")) == 13
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder, "nanobeir")
-    assert len(collection_names("nanobeir")) == 13
-    assert collection_names("./nanobeir") == ["./nanobeir"]
     assert collection_names("beir/scifact") == ["beir/scifact"]
-
-
-@pytest.mark.parametrize("form", ["beir", "zip", "trec", "hub"])
-def test_judgements_of_what_is_not_there_in_any_form(form, folder, tmp_path, caplog):
-    judged = [("q", "a", 1), ("q", "gone", 1), ("nobody", "b", 1)]
-    source = folder
-    if form == "trec":
-        shutil.rmtree(folder / "qrels")
-        (folder / "qrels.txt").write_text("".join(f"{q} 0 {d} {g}\n" for q, d, g in judged))
-    elif form == "hub":
-        tables = {"corpus": [{"_id": "a", "text": "one"}], "queries": [{"_id": "q", "text": "query"}]}
-        tables["qrels"] = [{"query-id": q, "corpus-id": d, "score": g} for q, d, g in judged]
-        make_repository(tmp_path / "h*b [1]", tables, "test")  # whose name is no pattern
-        source = tmp_path / "h*b [1]"
-    else:
-        (folder / "qrels" / "test.tsv").write_text("".join(f"{q}\t{d}\t{g}\n" for q, d, g in judged))
-        source = shutil.make_archive(str(tmp_path / "zipped"), "zip", folder) if form == "zip" else folder
-    loaded = load_collection(source)
-    assert (loaded.queries, loaded.qrels) == ({"q": "query"}, {"q": {"a": 1, "gone": 1}})
-    assert "1 judged queries are not among the queries and left out, such as 'nobody'" in caplog.text
-    assert "1 judged documents are not in the corpus, such as 'gone'" in caplog.text
-
-
-def test_queries_without_a_relevant_document_are_counted(folder, caplog):
-    with open(folder / "queries.jsonl", "a") as file:
-        file.write('{"_id": "r", "text": "x"}\n')
-    (folder / "qrels" / "test.tsv").write_text("q\ta\t1\nr\ta\t0\n")
-    assert load_collection(folder).qrels == {"q": {"a": 1}, "r": {"a": 0}}
-    assert "1 queries have no document judged above 0 and count as 0, such as 'r'" in caplog.text
 
 
 def test_judgements_of_what_is_not_there(collection_folder, caplog):
@@ -394,7 +319,7 @@ def test_judgements_of_what_is_not_there(collection_folder, caplog):
 HOSTILE = {
     "empty qrels": ({"qrels/test.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement in it"),
     "missing header": ({"qrels/test.tsv": "q\ta\t1\n"}, None),
-    "unknown ids": ({"qrels/test.tsv": "q\tx\t1\n"}, "none of the judged documents is in the corpus"),
+    "unknown ids": ({"qrels/test.tsv": "q\tx\t1\n"}, "'x' is not in corpus"),
     "duplicate ids": ({"corpus.jsonl": '{"_id": "a", "text": "x"}\n' * 2}, "is a duplicate of line 1"),
     "ids with spaces": (
         {"corpus.jsonl": '{"_id": "a b", "text": "one"}\n', "qrels/test.tsv": "q\ta b\t1\n"},

@@ -217,37 +217,6 @@ def test_ids_with_their_texts_elsewhere(folder, tmp_path):
         load_pairs(path, texts=str(folder))
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.tsv", "1185869\t0\t16\n1185868\t1\t17\n", "a.tsv:1: only numbers, where columns must be named; .*query_id.*`texts`"),
-        ("a.csv", "1185869,0,0,1\n", "a.csv:1: only numbers, where columns must be named"),  # a qrels table
-        ("a.tsv", "query\tpositive\tnegative\n1185869\t0\t16\n7\t1\t17\n", "positive has ids, such as '0', .*query_id.*`texts`"),
-        ("a.csv", "query,positive,negative\nwhat is it,a text,16\n", "negative has ids, such as '16'"),
-        ("a.jsonl", '{"query": "what is it", "pos": ["7187158"], "neg": ["16", "17"]}\n', "positive has ids, such as '7187158'"),
-        ("c/a.jsonl", '{"query": "what is it", "positive": "d1"}\n', "positive has ids, such as 'd1'"),
-        ("c/pairs.jsonl", '{"query": "q", "positive": "what it is"}\n', "query has ids, such as 'q'"),
-    ],
-)
-def test_ids_are_not_trained_on_as_texts(name, content, message, folder, tmp_path):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
-        load_pairs(tmp_path / name)
-    if name == "a.csv":
-        return
-    pandas.DataFrame({"query": ["1", "2"], "positive": ["3", "4"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="positive has ids"):
-        load_pairs(tmp_path / "a.parquet")
-
-
-def test_texts_that_only_look_like_ids(folder, caplog):
-    """Words beside a collection are texts unless they are its ids; a number that is searched for may be one of a part."""
-    assert load_pairs(write(folder / "a.jsonl", {"query": "car", "positive": "automobile"})) == [Pair("car", "automobile")]
-    assert not caplog.records
-    assert load_pairs(write(folder / "a.jsonl", {"query": "1185869", "positive": "a bolt"})) == [Pair("1185869", "a bolt")]
-    assert "a.jsonl: the first queries are only numbers; if they are ids, name the column query_id" in caplog.text
-
-
 def test_a_dataset_repository(tmp_path):
     """As on the hub: a folder a config, whole numbers for ids, texts in the configs queries and corpus."""
     tables = {
@@ -313,11 +282,11 @@ def test_what_can_be_evaluated_can_be_trained_on(collection_folder, tmp_path):
 
 def test_examples_on_disk_are_the_examples(tmp_path):
     pairs = [Pair(f"q{i}", f"p{i}", (f"n{i}", f"m{i}"), (2.0, 1.0, i + 0.5)) for i in range(3000)]
-    stored = StoredPairs.write(iter(pairs), tmp_path / "a::[b]" / "data")
+    stored = StoredPairs.write(iter(pairs), tmp_path / "data")
     assert list(stored) == pairs
     assert stored[5:8] == pairs[5:8]
     assert stored.dataset.column_names == ["query", "positive", "negative_1", "negative_2", "label"]
-    assert StoredPairs(tmp_path / "a::[b]" / "data").data_hash == stored.data_hash
+    assert StoredPairs(tmp_path / "data").data_hash == stored.data_hash
     assert StoredPairs.write(iter(pairs[:-1]), tmp_path / "other").data_hash != stored.data_hash
 
 

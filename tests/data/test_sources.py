@@ -1,17 +1,14 @@
-import bz2
 import gzip
 import json
-import lzma
 import os
 import subprocess
 import sys
 
 import pandas
-import pyarrow
 import pytest
 
 from anysplade import DataError
-from anysplade.data.sources import is_built_in, rows
+from anysplade.data.sources import rows
 
 COMMANDS = """
 import json, sys
@@ -74,67 +71,10 @@ def test_rows_of_tables_are_those_of_json(tmp_path):
     assert [number for number, _ in rows(tmp_path / "a.csv")] == [*range(2, 11), 12, 13]
 
 
-@pytest.mark.parametrize("name", ["corpus[1].parquet", "pairs*.parquet", "c?.parquet", "a::b.parquet", "{a,b}.PARQUET"])
-def test_a_path_is_no_pattern(name, tmp_path):
-    for other in ("corpus1.parquet", "pairsx.parquet", "cc.parquet", "a.PARQUET"):
-        pandas.DataFrame({"_id": ["other"]}).to_parquet(tmp_path / other)
-    pandas.DataFrame({"_id": [name], "list": [["x", "y"]]}).to_parquet(tmp_path / name)
-    assert list(rows(tmp_path / name)) == [(1, {"_id": name, "list": ["x", "y"]})]
-    (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=r"cannot be read: .*No such file"):
-        list(rows(tmp_path / name))
-
-
-def zstd(data):
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
-
-
-BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
-
-
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress, zstd])
-@pytest.mark.parametrize("name", ["a.JSONL.Zst", "a.jsonl.GZ", "a.jsonl.bz2", "a.xz", "a"])
-def test_what_a_file_holds_says_how_it_is_compressed(compress, name, tmp_path):
-    """Lines end with \\n or \\r\\n; other characters that end lines elsewhere are part of a text."""
-    texts = [f"one{BREAKS}line", "two"]
-    data = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False).replace("\\f", "\\u000c") for text in texts).encode()
-    (tmp_path / name).write_bytes(compress(data))
-    assert [row["text"] for _, row in rows(tmp_path / name)] == texts
-    if compress is not bytes:
-        (tmp_path / name).write_bytes(compress(os.urandom(2000).hex().encode())[:1500])
-        with pytest.raises(DataError, match=r":1: the compressed file is damaged or cut off"):
-            list(rows(tmp_path / name))
-
-
-@pytest.mark.parametrize("name", ["T.TSV", "t.Csv", "t.tsv.BZ2"])
-def test_endings_of_tables_in_any_case(name, tmp_path):
-    delimiter = "," if "csv" in name.lower() else "\t"
-    data = f"_id{delimiter}text\n1{delimiter}x{BREAKS}\n".encode()
-    (tmp_path / name).write_bytes(bz2.compress(data) if name.endswith("BZ2") else data)
-    assert list(rows(tmp_path / name)) == [(2, {"_id": "1", "text": f"x{BREAKS}"})]
-
-
-def test_a_name_of_its_own_beside_a_folder_of_that_name(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    assert is_built_in("bm25-x", "bm25-x", "y")
-    assert not caplog.records
-    (tmp_path / "bm25-x").mkdir()
-    assert is_built_in("bm25-x", "bm25-x", "y")
-    assert not is_built_in("./bm25-x", "bm25-x", "y")
-    assert [record.getMessage() for record in caplog.records] == [
-        "bm25-x: taken for what is built in by this name, not for the file or folder here; name that one ./bm25-x"
-    ]
-
-
 def test_a_tsv_without_names_is_read_as_trec_has_it(tmp_path):
     path = tmp_path / "c.tsv"
     path.write_text('1\t"a mark that nobody closes\n\n2\tb\n')
     assert list(rows(path, ["id"])) == [(1, {"_id": "1", "text": '"a mark that nobody closes'}), (3, {"_id": "2", "text": "b"})]
-    path.write_text("1\thttps://a\tA title\tthe body\n")  # as in msmarco-docs.tsv
-    assert list(rows(path, ["id"])) == [(1, {"_id": "1", "url": "https://a", "title": "A title", "text": "the body"})]
     path.write_text("ID\ttext\n1\tb\n")
     assert list(rows(path, ["id"])) == [(2, {"ID": "1", "text": "b"})]
 

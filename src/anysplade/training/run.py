@@ -454,6 +454,9 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
         **more,
     )
     device = arguments.device  # joins the other processes
+    if (gpus := arguments.n_gpu) > 1:
+        logger.info("one of %d GPUs is used; `torchrun --nproc-per-node %d -m anysplade train ...` trains on all", gpus, gpus)
+        arguments._n_gpu = 1  # transformers would copy the model to all, and the copies' pooling would read the first one's weights
     if config.precision == "bfloat16" and device.type == "cpu" and not native_bfloat16("cpu"):
         logger.warning("this processor has no products of bfloat16 and emulates them slowly; `precision=float32` is faster here")
     return arguments
