@@ -39,6 +39,7 @@ from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import (
     build_encoder,
     check_foldable,
+    cut_within,
     has_static_queries,
     is_routed,
     is_saved_encoder,
@@ -123,7 +124,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
             logger.info("%s holds this run's result already", output)
             return finished
         backbone = resolve_model(config.backbone)
-        open_encoder(backbone, False, config.max_length)  # an unusable model is an error before the data are read
+        open_encoder(backbone, False, _asked_length(config))  # an unusable model is an error before the data are read
         check_foldable(backbone, config.fold, config.mute)
         guide = None if config.teacher is None else resolve_model(config.teacher)
         if guide is not None:
@@ -302,7 +303,7 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         bias=config.bias,
         queries=[config.query_prompt + query for query in queries],
         documents=[config.document_prompt + document for document in documents],
-        max_length=config.max_length,
+        max_length=_asked_length(config),
         strength=restarts,
         pooling=config.pooling,
         double_log=config.double_log,
@@ -312,12 +313,18 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         fold=config.fold,
         mute=config.mute,
     )
+    cut_within(encoder, config.max_length)
     if config.query_active_dims is not None and has_static_queries(encoder):
         raise OptionError(f"{config.backbone}: its queries have a weight a token, so query_active_dims cannot be met; leave it out")
     for role, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
         # A model that is trained on keeps its prompts unless others are given.
         encoder.prompts[role] = prompt or encoder.prompts.get(role, "")
     return encoder, calibration
+
+
+def _asked_length(config: TrainingConfig) -> int | None:
+    """A length that must be had; the default is taken as far as the model's positions go."""
+    return None if config.max_length == TrainingConfig.max_length else config.max_length
 
 
 def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any], monitor: Monitor, write: bool) -> None:
