@@ -73,6 +73,19 @@ def test_texts_that_are_cut_are_said(collection_folder, tmp_path, capsys, caplog
     assert found[1]["cut"]["document"] == {"count": 40, "max_length": 8}
     assert found[0]["document_active_dims"] > 11 > 6 >= found[1]["document_active_dims"]  # vectors of another length are not taken
 
+    nowhere = str(tmp_path / "nowhere.jsonl")  # the length is looked at first
+    out = ["--out", str(tmp_path / "other")]
+    for command in (["train", model, nowhere, *out], ["index", model, nowhere, *out], ["evaluate", model, str(collection_folder)]):
+        assert main([*command, "--max-length", "65"]) == 2
+        assert f"{model}: has positions for 64 tokens, and --max-length is 65; give at most 64" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+    described = tmp_path / "index" / "index.json"  # earlier versions recorded any length
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"max_length": 1000}))
+    with Index.load(tmp_path / "index") as opened:
+        assert opened.encoder.max_seq_length == 64
+        assert opened.search("kabel lodan")
+        opened.add({"newer": Document("", "kabel " * 20)})
+
 
 def test_half_characters_stop_nothing(backbone, collection_folder, call, call_json, tmp_path, caplog):
     """JSON and a command line can hold lone surrogates: in texts, ids and what is asked."""

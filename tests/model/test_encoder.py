@@ -230,9 +230,34 @@ def test_a_saved_encoder_reads_more_up_to_its_positions(backbone, tmp_path):
     load_encoder(backbone, max_length=10).save_pretrained(str(tmp_path))
     assert open_encoder(tmp_path).max_seq_length == 10
     assert open_encoder(tmp_path, max_length=20).max_seq_length == 20
-    assert open_encoder(tmp_path, max_length=1000).max_seq_length == 64
+    assert open_encoder(tmp_path, max_length=64).max_seq_length == 64
+    assert load_encoder(tmp_path, max_length=64).max_seq_length == 64
+    for opened in (load_encoder, open_encoder):
+        with pytest.raises(OptionError, match=r"has positions for 64 tokens, and `max_length` is 65; give at most 64"):
+            opened(tmp_path, max_length=65)
     with pytest.raises(OptionError, match="at least 3 tokens"):
         open_encoder(tmp_path, max_length=2)
+
+
+@pytest.mark.parametrize(
+    "architecture, sizes, most",
+    [
+        ("roberta", {"pad_token_id": 1, "max_position_embeddings": 66}, 64),
+        ("mpnet", {"pad_token_id": 1}, 62),
+        ("distilbert", {}, 64),
+        ("modernbert", {}, 64),
+        ("funnel", {}, None),
+    ],
+)
+def test_no_more_tokens_than_positions(architecture, sizes, most, tmp_path):
+    folder = make_backbone(architecture, tmp_path, **sizes)
+    text = " ".join(WORDS)
+    encoder = load_encoder(folder, k=1, shift=0, max_length=most or 140)
+    assert encoder.preprocess([text])["input_ids"].shape == (1, most or 140)
+    assert encoder.encode([text]).shape == (1, 149)
+    if most:
+        with pytest.raises(OptionError, match=f"give at most {most}$"):
+            load_encoder(folder, max_length=most + 1)
 
 
 def test_length(backbone):

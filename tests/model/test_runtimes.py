@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import anysplade.model.runtimes as runtimes
 from anysplade import Index, ModelError, OptionError, evaluate, load_encoder
 from anysplade.cli import main
 from anysplade.model.encoder import build_encoder, fuse_pooling, masked_lm
-from anysplade.model.encoding import encode
+from anysplade.model.encoding import ModelQueries, encode
 from anysplade.model.runtimes import for_inference, runtime_of
 from tiny import WORDS, make_backbone
 
@@ -53,6 +54,27 @@ def test_approximations_are_near(encoder, precision, cache_folder):
     assert ((got * exact).sum(axis=1) >= 0.98 * lengths).all()
 
 
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_threads_encode_with_one_model(runtime, encoder, cache_folder):
+    made = for_inference(encoder, runtime, cache_folder=cache_folder)
+    parts = [TEXTS[start : start + 3] for start in range(len(TEXTS))]
+    inputs = {"input_ids": torch.arange(8).reshape(1, 8)}
+
+    def use(part):
+        queries = ModelQueries(made)
+        with torch.inference_mode():
+            logits = masked_lm(encoder)(**inputs).logits  # the model's own, while others pool without them
+        return encode(made, part, "document").toarray(), logits, queries.count_cut(part), queries.tokens(part[0])
+
+    alone = [use(part) for part in parts]
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(use, parts * 12))
+    for (vectors, logits, *others), (vectors_alone, logits_alone, *others_alone) in zip(together, alone * 12, strict=True):
+        np.testing.assert_allclose(vectors, vectors_alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, logits_alone)
+        assert others == others_alone
+
+
 def test_the_model_is_made_once_and_again_when_the_weights_change(backbone, tmp_path, monkeypatch):
     encoder = load_encoder(backbone, k=1, shift=0)
     made = []
@@ -75,6 +97,22 @@ def test_the_model_is_made_once_and_again_when_the_weights_change(backbone, tmp_
     (tmp_path / "file").write_text("")
     for_inference(encoder, "openvino", cache_folder=tmp_path / "file")  # a cache that cannot be written
     assert len(made) == 4
+
+
+def test_buffers_of_every_kind_are_told_apart(backbone):
+    encoder = load_encoder(backbone, k=1, shift=0)
+    before = [runtimes._content(encoder, False)]
+    for buffer in (
+        *(torch.tensor(value) for value in (1.0, 2.0, 1, True)),
+        *(torch.tensor([], dtype=dtype) for dtype in (torch.float32, torch.bool)),
+        *(torch.arange(6).view(2, 3).to(dtype) for dtype in (torch.bfloat16, torch.float64, torch.bool)),
+        torch.arange(6.0).view(2, 3).T,
+        torch.zeros(1, dtype=torch.bfloat16).expand(5),
+    ):
+        masked_lm(encoder).register_buffer("scale", buffer)
+        before.append(runtimes._content(encoder, False))
+        assert runtimes._content(encoder, False) == before[-1]
+    assert len(set(before)) == len(before)
 
 
 def test_the_stock_weights_stay_and_can_be_saved(encoder, tmp_path):

@@ -46,6 +46,12 @@ def test_the_same_hits(server, model, collection_folder, tmp_path):
         assert sum(term.product for term in mine.terms) == pytest.approx(mine.score, rel=1e-4)
 
 
+def test_no_more_tokens_than_positions(server, model, collection_folder, tmp_path):
+    with pytest.raises(OptionError, match="give at most 64"):
+        RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", max_length=65)
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_second_build_sends_nothing(server, model, collection_folder, tmp_path, monkeypatch):
     first = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work")
     sent = []

@@ -267,6 +267,12 @@ def test_checkpoints_of_a_finished_head_are_removed(body, text, tmp_path, monkey
     assert not (tmp_path / "out.parts").exists()
 
 
+def test_more_tokens_than_positions_are_refused(body, text, tmp_path):
+    with pytest.raises(OptionError, match=r"has positions for 64 tokens, and `max_length` is 65; give at most 64"):
+        train_head(body, text, tmp_path / "head", **OPTIONS | {"max_length": 65})
+    assert not list(tmp_path.glob("head*"))
+
+
 def test_several_processes_are_refused(body, text, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match="without torchrun"):

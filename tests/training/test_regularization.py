@@ -20,6 +20,29 @@ def test_df_flops_spares_rare_terms_and_presses_common_ones():
     assert vectors.grad[0, 0] < 1e-6 * vectors.grad[0, 2]
 
 
+class OnMPS(torch.Tensor):
+    """As on one of Apple's GPUs, which have no float64."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return result
+
+
+@pytest.mark.parametrize("name", ["flops", "df-flops", "l1"])
+def test_regularizers_work_without_float64(name, backbone):
+    encoder = load_encoder(backbone)
+    batches = (torch.rand(3, 8, 149, generator=torch.Generator().manual_seed(0)) - 0.5).relu()
+    ours, theirs = make_regularizer(name, encoder), make_regularizer(name, encoder)
+    for vectors in batches:
+        expected = theirs.compute_loss_from_embeddings(vectors).item()
+        assert ours.compute_loss_from_embeddings(vectors.as_subclass(OnMPS)).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_df_flops_of_vectors_of_zeros():
     vectors = torch.zeros(4, 3, requires_grad=True)
     loss = DFFlopsLoss().compute_loss_from_embeddings(vectors)

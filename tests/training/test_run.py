@@ -1,3 +1,4 @@
+import functools
 import json
 import multiprocessing
 import os
@@ -15,8 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from anysplade import (
     CollapseError,
@@ -36,6 +39,7 @@ from anysplade.data.collections import load_python_docs
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoder import build_encoder
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.training import heads
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
 from anysplade.training.run import _arguments, _encoder, _ranking_loss, _trainer
@@ -61,6 +65,29 @@ def test_bfloat16_that_the_processor_would_emulate_is_said(config, native, monke
     options = config(precision="bfloat16")
     _arguments(options, Path(options.output))
     assert ("`precision=float32` is faster here" in caplog.text) is not native
+
+
+@pytest.mark.parametrize("several", [1, 4])
+@pytest.mark.parametrize("trained", ["encoder", "head"])
+def test_one_process_uses_one_gpu(trained, several, config, tmp_path, monkeypatch, caplog):
+    """transformers would wrap the model in DataParallel, whose copies pool with the first GPU's weights."""
+    caplog.set_level("INFO")
+
+    def devices(arguments):  # what transformers finds on a machine with several GPUs
+        arguments._n_gpu, arguments.distributed_state = several, None
+        return torch.device("cuda:0")
+
+    found = functools.cached_property(devices)
+    found.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
+    if trained == "encoder":
+        arguments = _arguments(config(), tmp_path)
+    else:
+        options = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "seed": 0}
+        arguments = heads._arguments(tmp_path, options, 1)
+    assert arguments.parallel_mode == ParallelMode.NOT_PARALLEL
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    assert ("torchrun --nproc-per-node 4" in caplog.text) == (trained == "encoder" and several > 1)
 
 
 def weights(folder):
@@ -94,6 +121,9 @@ def test_what_a_run_leaves(config, tmp_path):
         assert [type(module).__module__.partition(".")[0] for module in encoder] == ["sentence_transformers"] * 2
         logits = AutoModelForMaskedLM.from_pretrained(folder).eval()(input_ids=ids).logits
         torch.testing.assert_close(logits, encoder[0].model.eval()(input_ids=ids).logits)
+        written = load_file(folder / "model.safetensors")
+        assert torch.equal(written["cls.predictions.bias"], written["cls.predictions.decoder.bias"])
+        assert "cls.predictions.decoder.weight" in written
 
 
 def test_training_learns_and_the_seed_decides(config, tmp_path):

@@ -1,7 +1,8 @@
 """Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -23,12 +24,12 @@ from anysplade.model import vocabulary
 from anysplade.model.calibration import Calibration, calibrate
 from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.head import (
-    check_folding,
+    check_length,
     check_masked_lm,
     check_weights,
     describe_encoder,
     find_head,
-    fit_tokenizer,
+    finish_loading,
     give_head,
     has_remote_code,
     live_terms,
@@ -73,7 +74,7 @@ def load_encoder(
 
     Raises:
         ModelError: not found, not a masked LM, or a head that cannot do what is asked.
-        OptionError: an impossible k or shift.
+        OptionError: an impossible k or shift, or a length that ``open_encoder`` refuses.
     """
     return build_encoder(path, k, shift, fused, bias=bias, queries=queries, documents=documents, max_length=max_length)[0]
 
@@ -125,7 +126,7 @@ def build_encoder(
     calibration = calibrate(model, tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
     rescale_head(model, calibration.k, calibration.shift, bias)
     if max_length is not None:
-        cut_at(encoder, min(max_length, splade_modules(encoder)[0].max_seq_length or max_length))
+        cut_at(encoder, max_length)
     if fused:
         fuse_pooling(encoder)
     return encoder, calibration
@@ -137,10 +138,10 @@ def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = 
     Args:
         path: a folder or hub id.
         fused: pool SPLADE models without building the (batch, length, vocabulary) logits; the vectors are the same.
-        max_length: tokens a text is cut to, up to what the model has positions for; what was saved with it if None.
+        max_length: tokens a text is cut to; what was saved with it if None.
 
     Raises:
-        OptionError: a length below 3.
+        OptionError: a length below 3, or above what the model has positions for.
         ModelError: not found, or neither of the two. (``SparseEncoder(name)`` itself silently
             builds an untrained autoencoder for a checkpoint that is not a masked LM.)
     """
@@ -154,12 +155,28 @@ def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = 
 
 
 def cut_at(encoder: SparseEncoder, max_length: int) -> None:
-    """Have every text cut to so many tokens, or to as many as the model has positions for."""
+    """Have every text cut to so many tokens.
+
+    Raises:
+        OptionError: fewer than 3, or more than the model has positions for.
+    """
     if max_length < 3:
         raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
-    for module in encoder.modules():
-        if isinstance(module, Transformer):
+    for module in _transformers(encoder):
+        check_length(module.model, max_length)
+        module.max_seq_length = max_length
+
+
+def cut_within(encoder: SparseEncoder, max_length: int | None) -> SparseEncoder:
+    """Have every text cut to a length that was meant for another model, or to what this one has positions for; the encoder."""
+    for module in _transformers(encoder):
+        if max_length is not None:
             module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
+    return encoder
+
+
+def _transformers(encoder: SparseEncoder) -> list[Transformer]:
+    return [module for module in encoder.modules() if isinstance(module, Transformer)]
 
 
 def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
@@ -222,16 +239,6 @@ def encoder_folder(source: str) -> str:
     return folders[0]
 
 
-def check_model(source: str) -> None:
-    """Refuse what ``open_encoder`` would refuse, as far as can be known without reading weights.
-
-    Raises:
-        ModelError: neither a saved SparseEncoder nor a masked LM with all of its weights.
-    """
-    if not is_saved_encoder(source):
-        check_masked_lm(source)
-
-
 def check_foldable(source: str, fold: Fold, mute: bool) -> None:
     """Refuse what cannot be folded, as far as can be known without reading weights.
 
@@ -281,13 +288,12 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
         raise ModelError(
             has_remote_code(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
         ) from error
-    transformers = [module for module in encoder.modules() if isinstance(module, Transformer)]
-    for module, folder in zip(transformers, _transformer_folders(source), strict=True):
+    for module, folder in zip(_transformers(encoder), _transformer_folders(source), strict=True):
         model: Any = module.model
+        tokenizer: Any = module.tokenizer
         if getattr(model, "peft_config", None) is None:  # an adapter's folder has no weights but its own
             check_weights(type(model), source, folder)
-        fit_tokenizer(module.tokenizer, model, source)
-        check_folding(model, source)
+        finish_loading(model, tokenizer, source)
     return encoder.float()
 
 
@@ -357,8 +363,7 @@ def _with_splade_pooling(
         if attention:
             raise OptionError(f"attention {attention!r}: {str(error).splitlines()[0]}") from error
         raise
-    fit_tokenizer(transformer.tokenizer, transformer.model, source)
-    check_folding(transformer.model, source)
+    finish_loading(transformer.model, transformer.tokenizer, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
     vocabulary = len(find_head(transformer.model).decoder.weight)  # left out, it would be known after the first text only
     modules = [transformer, SpladePooling(pooling, activation_function=activation, embedding_dimension=vocabulary)]
@@ -474,17 +479,27 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
         return hidden
 
 
+_left_out = threading.local()  # its decoder returns hidden states in this thread
+
+
 @contextmanager
 def _without(decoder: nn.Module) -> Iterator[None]:
     """The decoder returns its input, so that the model returns hidden states and no logits are built.
 
-    It is swapped for each call, because between calls the model must be stock: others may save it or read its logits.
+    In this thread alone: others may encode with the model, save it or read its logits at the same time.
     """
-    decoder.__dict__["forward"] = _identity
+    forward = decoder.forward
+    if not (isinstance(forward, partial) and forward.func is _decode):
+        decoder.__dict__["forward"] = partial(_decode, decoder, forward)
+    before, _left_out.decoder = getattr(_left_out, "decoder", None), decoder
     try:
         yield
     finally:
-        del decoder.__dict__["forward"]
+        _left_out.decoder = before
+
+
+def _decode(decoder: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return hidden if getattr(_left_out, "decoder", None) is decoder else forward(hidden)
 
 
 def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -507,7 +522,3 @@ def _fused_forward(pooling: Any, decoder: nn.Linear, features: dict[str, Any]) -
         hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, pooling.live
     )
     return features
-
-
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden

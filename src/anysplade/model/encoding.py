@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ _CHUNK = 4096  # texts that are sorted by length among themselves
 _SHARD = 1024  # the same, where each such part is a file
 _TOKENS_A_BATCH = 1024  # padding included
 _WEIGHTS_A_BATCH = 2**24  # texts x vocabulary: 64 MiB before the zeros are dropped
+_TOKENIZING = threading.Lock()  # a call sets how a tokenizer pads and cuts; another thread's call must not change it meanwhile
 
 
 def encode(
@@ -49,6 +51,8 @@ def encode(
     Texts of like length go through the model together, as many as fit a budget of tokens. The
     memory is that of the result and of one batch, never a dense matrix of all texts. A lone surrogate, which
     JSON can hold and no tokenizer takes, is encoded as U+FFFD.
+
+    Several threads may encode with one encoder.
 
     Args:
         encoder: any sparse encoder; ``for_inference`` makes one that encodes on another runtime or in another precision.
@@ -139,7 +143,8 @@ def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> Cut:
     prompt, count = _prompt(encoder, role) or "", 0
     for start in range(0, len(texts), _CHUNK):
         chunk = [prompt + whole_characters(text) for text in texts[start : start + _CHUNK]]
-        count += sum(len(ids) > limit for ids in tokenizer(chunk, **options)["input_ids"])
+        with _TOKENIZING:
+            count += sum(len(ids) > limit for ids in tokenizer(chunk, **options)["input_ids"])
     # A static embedding's limit was saved with its tokenizer, and no option changes it.
     return Cut(count, limit, usable_positions(module.model) if isinstance(module, Transformer) else limit)
 
@@ -177,7 +182,8 @@ def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
 
 def _preprocess(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> dict[str, Any]:
     """What the model reads of texts, their prompt included, as ``encode_query`` and ``encode_document`` have it."""
-    return encoder.preprocess(list(texts), prompt=_prompt(encoder, role), task=role)
+    with _TOKENIZING:
+        return encoder.preprocess(list(texts), prompt=_prompt(encoder, role), task=role)
 
 
 def _prompt(encoder: SparseEncoder, role: Role) -> str | None:
@@ -259,7 +265,8 @@ class ModelQueries:
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         read: Any = self.encoder.tokenizer
-        found = read(whole_characters(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
+        with _TOKENIZING:
+            found = read(whole_characters(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
     @property

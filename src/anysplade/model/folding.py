@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from anysplade._common.extras import extra
 from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.head import DEAD, RECORD, check_logits, find_head
+from anysplade.model.head import DEAD, RECORD, check_logits, find_head, share_tied
 from anysplade.model.options import Fold
 from anysplade.model.vocabulary import is_punctuation, lower_entries, marks_spaces, read_entries
 
@@ -81,6 +81,7 @@ def fold_head(
     earlier = getattr(model.config, RECORD, None) or {}
     if earlier.get("folding"):
         raise OptionError(f"{model.name_or_path}: was folded before, and is folded once; start from the original")
+    share_tied(model)
     head = find_head(model)
     if not head.biases:
         raise ModelError(

@@ -132,9 +132,19 @@ def load_masked_lm(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be loaded as a masked LM: {first_line(error)}") from error
+    finish_loading(model, tokenizer, source)
+    return model.eval(), tokenizer
+
+
+def finish_loading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """What every model goes through once it is loaded.
+
+    Raises:
+        ModelError: weights, config and tokenizer do not go together.
+    """
     fit_tokenizer(tokenizer, model, source)
     check_folding(model, source)
-    return model.eval(), tokenizer
+    share_tied(model)
 
 
 def check_masked_lm(source: str) -> None:
@@ -262,6 +272,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, so
     if known <= len({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):
         # transformers makes a tokenizer of special tokens alone where there are no files, and every word is unknown to it.
         raise ModelError(f"{source}: no tokenizer in it (only {known} special tokens); save the model's tokenizer there too")
+    check_tokens(tokenizer, model, source)
     if known > rows or rows - known > _PADDED_ROWS:
         raise ModelError(
             f"{source}: its tokenizer has {known:,} tokens and the model {rows:,}: it is another model's; save the right one there"
@@ -279,6 +290,17 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, so
         logger.warning("%s: its tokenizer has no pad token, %s is used", source, token)
 
 
+def check_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
+    """Raise ModelError where tokens were added to a tokenizer for which the model has no embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    rows, known = embeddings.weight.shape[0], 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokenizer.vocab_size <= rows < known:
+        raise ModelError(
+            f"{source}: tokens were added to its tokenizer: ids go up to {known - 1:,}, and the model has {rows:,} embeddings; "
+            "call `model.resize_token_embeddings(len(tokenizer))` and save both"
+        )
+
+
 def usable_positions(model: PreTrainedModel) -> int | None:
     """Tokens that fit the model's table of positions; None if nothing limits them.
 
@@ -290,6 +312,14 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return rows - max(skipped, default=0)
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise OptionError where a model has no positions for so many tokens."""
+    positions = usable_positions(model)
+    if positions is not None and max_length > positions:
+        about = f"{model.name_or_path}: has positions for {positions} tokens"
+        raise OptionError(f"{about}, and `max_length` is {max_length}; give at most {positions}")
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -532,6 +562,7 @@ def rescale_head(model: PreTrainedModel, k: float = 8.0, shift: float = 0.0, bia
     check_rescaling(k, shift, bias)
     if k == 1 and shift == 0:
         return model
+    share_tied(model)
     head = find_head(model)
     if shift != 0 and not head.biases:
         raise ModelError(f"{type(model).__name__}: the MLM head has no bias, so it cannot be shifted; use `shift=0` and k alone")
@@ -573,29 +604,63 @@ def check_rescaling(k: float, shift: float, bias: str) -> None:
 
 
 def untie_head(model: PreTrainedModel) -> Callable[[], None]:
-    """Give the decoder, and whatever else is tied, weights of its own, in place; returns what ties them again.
+    """Give the decoder a weight of its own, in place; returns what ties it again. What else is tied stays so: ``share_tied``."""
+    decoder, tie = find_head(model).decoder, model.config.tie_word_embeddings
+    tied = decoder.weight
+    decoder.weight = nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)
 
-    The flag ``tie_word_embeddings`` governs every tie of the model, so each tied tensor becomes a copy of its own:
-    left to the flag alone, the reloaded checkpoint would draw some of them (biases above all) anew.
-    """
-    tie = model.config.tie_word_embeddings
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for target in model.get_expanded_tied_weights_keys(all_submodels=True):
-        owner = model.get_submodule(target.rpartition(".")[0])
-        name = target.rpartition(".")[2]
-        tied: nn.Parameter = getattr(owner, name)
-        replaced.append((owner, name, tied))
-        setattr(owner, name, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-    def undo() -> None:
-        for owner, name, tied in replaced:
-            setattr(owner, name, tied)
+    def switch(tie: bool) -> None:
         model.config.tie_word_embeddings = tie
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
+    def undo() -> None:
+        decoder.weight = tied
+        switch(tie)
+
+    switch(False)
+    share_tied(model)
     return undo
+
+
+@torch.no_grad()
+def share_tied(model: PreTrainedModel) -> None:
+    """Make all names of one tensor hold it, in memory and in whatever is saved, with ``tie_word_embeddings`` off too.
+
+    A bias has two names in most heads, such as ``cls.predictions.bias`` and ``cls.predictions.decoder.bias``. The flag governs
+    every tie: with it off, transformers loads them as two tensors, of which training changes the one that makes the logits, and
+    servers read the one or the other. The decoder's weight alone is meant to be apart then. Where the two differ already, the
+    logits are right.
+    """
+    decoder, tie = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", False)
+    weight: Any = getattr(decoder, "weight", None)
+    bias: Any = getattr(decoder, "bias", None)
+    model.config.tie_word_embeddings = True  # else there are no names
+    names = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.config.tie_word_embeddings = tie
+    known = dict(model.named_parameters(remove_duplicate=False))  # without those that an adapter has renamed
+    for name, other in names.items():
+        pair = [known[key] for key in (name, other) if key in known]
+        if len(pair) < 2 or any(tensor is weight for tensor in pair):
+            continue
+        if any(tensor is bias for tensor in pair):
+            for tensor in pair:
+                tensor.copy_(bias)
+        if torch.equal(*pair):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, known[other])
+    if _write_every_name not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(_write_every_name)
+
+
+def _write_every_name(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook of ``state_dict``: transformers writes one name of a tensor and, with the flag off, reads it for no other."""
+    if model.config.tie_word_embeddings:
+        return
+    seen = set()
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        if tensor in seen:
+            state[prefix + name] = tensor.detach().clone()
+        seen.add(tensor)
 
 
 def formula(k: float, shift: float) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import cache, partial
@@ -140,14 +141,21 @@ def _on_openvino(encoder: SparseEncoder, precision: Precision, cache_folder: Pat
     tensors: list[Tensor] = [*encoder.parameters(), *encoder.buffers()]
     result = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
     transformer = splade_modules(result)[0]
-    transformer.__dict__["forward"] = partial(_forward, compiled.create_infer_request(), [i.any_name for i in compiled.inputs])
+    transformer.__dict__["forward"] = partial(_forward, _Requests(compiled), [i.any_name for i in compiled.inputs])
     transformer.__dict__["_openvino"] = True
     return result
 
 
-def _forward(request: Any, names: Sequence[str], features: dict[str, Any], **_: Any) -> dict[str, Any]:
+class _Requests(threading.local):
+    """A request of a compiled model for each thread: one runs one inference at a time."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.request = compiled.create_infer_request()
+
+
+def _forward(requests: _Requests, names: Sequence[str], features: dict[str, Any], **_: Any) -> dict[str, Any]:
     """A transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width), float32."""
-    outputs = request.infer({name: features[name].numpy() for name in names}, share_inputs=True)
+    outputs = requests.request.infer({name: features[name].numpy() for name in names}, share_inputs=True)
     features["token_embeddings"] = torch.from_numpy(outputs[0])
     return features
 
@@ -184,7 +192,7 @@ def _content(encoder: SparseEncoder, int8: bool) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 

@@ -30,7 +30,7 @@ from anysplade._common.hashing import DataHash
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document
 from anysplade.errors import OptionError, worker_died
-from anysplade.model.encoder import open_encoder
+from anysplade.model.encoder import cut_within, open_encoder
 from anysplade.model.encoding import count_cut, encode
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Cut, log_cut
@@ -63,7 +63,7 @@ class Options(NamedTuple):
 
     def open(self) -> SparseEncoder:
         """The encoder on this runtime, in this precision."""
-        return for_inference(open_encoder(self.model, max_length=self.max_length), self.runtime, self.precision)
+        return for_inference(cut_within(open_encoder(self.model), self.max_length), self.runtime, self.precision)
 
 
 class _Rows(NamedTuple):

@@ -88,6 +88,7 @@ class RemoteIndex:
                 precision, top_k or max_length.
             AnyspladeError: as ``encode_documents`` and the engine do.
         """
+        from anysplade.model.encoder import open_encoder
         from anysplade.model.runtimes import resolve_precision
         from anysplade.search.build import Options, corpus_name, encode_documents
 
@@ -106,7 +107,7 @@ class RemoteIndex:
             same_model(index.address, stored, about)
         key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
         index._model = IndexModel(about, index.address, model, runtime)
-        index._model.source = source
+        index._model.source, index._model.encoder = source, open_encoder(source, max_length=max_length)
         batches = encode_documents(
             iter_corpus(corpus, progress=progress),
             Options(source, used, top_k, max_length, runtime),

@@ -48,7 +48,7 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
-from anysplade.model.head import find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
+from anysplade.model.head import check_length, find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
 from anysplade.model.options import checked_option
 from anysplade.model.pooling import max_logits, native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
@@ -169,6 +169,7 @@ def train_head(
             return finished
         set_seed(seed)
         model, tokenizer = with_new_head(source, folder)
+        check_length(model, max_length)
         write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
         counts = _token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
         start_biases(model, counts)
@@ -176,7 +177,7 @@ def train_head(
             model=model,
             args=_arguments(parts, options, checkpoint_steps),
             train_dataset=pieces,  # a sequence with a length is all the trainer needs
-            data_collator=_Collator(tokenizer, min(max_length, tokenizer.model_max_length)),
+            data_collator=_Collator(tokenizer, max_length),
             callbacks=[MarkComplete(), Progress(progress), Estimate()],
             tokenizer=tokenizer,
             counts=counts,

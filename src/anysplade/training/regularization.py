@@ -65,7 +65,8 @@ class DFFlopsLoss(nn.Module):
                 self.frequency = seen
             else:
                 self.frequency = self.memory * self.frequency + (1 - self.memory) * seen
-            ratio = self.frequency.double().clamp(min=1e-9) ** self.exponent - 1
+            exact = torch.float32 if seen.device.type == "mps" else torch.float64  # MPS has no float64; it errs by 4e-6
+            ratio = self.frequency.to(exact).clamp(min=1e-9) ** self.exponent - 1
             weight = (1 / (1 + ratio.clamp(min=0) ** self.beta)).to(embeddings.dtype)
         return (weight * _over_processes(embeddings.mean(dim=0))).square().sum()
 

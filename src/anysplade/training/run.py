@@ -51,11 +51,12 @@ from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import (
     build_encoder,
     check_foldable,
-    check_model,
+    cut_within,
     has_static_queries,
     is_routed,
     is_saved_encoder,
     masked_lm,
+    open_encoder,
 )
 from anysplade.model.head import find_head, live_terms
 from anysplade.model.pooling import native_bfloat16
@@ -151,7 +152,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             logger.info("%s holds this run's result already", output)
             return finished
         backbone = resolve_model(config.backbone)
-        check_model(backbone)  # an unusable model is an error before the data are read
+        open_encoder(backbone, False, _asked_length(config))  # an unusable model is an error before the data are read
         check_foldable(backbone, config.fold, config.mute)
         guide = None if config.teacher is None else resolve_model(config.teacher)
         if guide is not None:
@@ -361,7 +362,7 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         bias=config.bias,
         queries=queries,
         documents=documents,
-        max_length=config.max_length,
+        max_length=_asked_length(config),
         strength=restarts,
         pooling=config.pooling,
         double_log=config.double_log,
@@ -371,12 +372,18 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         fold=config.fold,
         mute=config.mute,
     )
+    cut_within(encoder, config.max_length)
     if config.query_active_dims is not None and has_static_queries(encoder):
         raise OptionError(f"{config.backbone}: its queries have a weight a token, so query_active_dims cannot be met; leave it out")
     for role, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
         # A model that is trained on keeps its prompts unless others are given.
         encoder.prompts[role] = prompt or encoder.prompts.get(role, "")
     return encoder, calibration
+
+
+def _asked_length(config: TrainingConfig) -> int | None:
+    """A length that must be had; the default is taken as far as the model's positions go."""
+    return None if config.max_length == TrainingConfig.max_length else config.max_length
 
 
 def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any], monitor: Monitor, write: bool) -> None:
@@ -530,6 +537,9 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
         **more,
     )
     device = arguments.device  # joins the other processes
+    if (gpus := arguments.n_gpu) > 1:
+        logger.info("one of %d GPUs is used; `torchrun --nproc-per-node %d -m anysplade train ...` trains on all", gpus, gpus)
+        arguments._n_gpu = 1  # transformers would copy the model to all, and the copies' pooling would read the first one's weights
     if config.precision == "bfloat16" and device.type == "cpu" and not native_bfloat16("cpu"):
         logger.warning("this processor has no products of bfloat16 and emulates them slowly; `precision=float32` is faster here")
     return arguments

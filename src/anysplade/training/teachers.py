@@ -30,9 +30,9 @@ from anysplade.data.collections import Pair
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, ModelError
 from anysplade.model.calibration import is_sparse
-from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
+from anysplade.model.encoder import build_encoder, cut_within, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
-from anysplade.model.head import check_weights, usable_positions
+from anysplade.model.head import check_tokens, check_weights, usable_positions
 from anysplade.model.options import Role
 from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json
 
@@ -134,7 +134,7 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
 
     Args:
         name: a folder or hub id.
-        max_length: tokens that a text is cut to; what the model reads if None.
+        max_length: tokens that a text is cut to, or what the model reads if that is less or ``max_length`` is None.
         precision: of its products, float32 or bfloat16.
         batch_size: texts, or pairs of texts, a forward pass.
 
@@ -163,6 +163,7 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
                 raise ModelError(f"{source}: gives {model.num_labels} outputs a pair; a teacher gives one")
         for module in model.modules():  # a static embedding has none, and reads any text whole
             if isinstance(module, Transformer):
+                check_tokens(module.tokenizer, module.model, source)
                 limits = (module.max_seq_length, max_length, usable_positions(module.model))
                 module.max_seq_length = min(filter(None, limits), default=None)
         model.eval().float()
@@ -177,11 +178,11 @@ def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
         ModelError: a masked LM that was not trained to retrieve.
     """
     if is_saved_encoder(source):
-        return open_encoder(source, max_length=max_length)
-    encoder, calibration = build_encoder(source, max_length=max_length)
+        return cut_within(open_encoder(source), max_length)
+    encoder, calibration = build_encoder(source)
     if not is_sparse(calibration):
         raise ModelError(f"{source}: a masked LM that was not trained to retrieve; give a dense model, a SPLADE or a cross-encoder")
-    return encoder
+    return cut_within(encoder, max_length)
 
 
 # ---------------------------------------------------------------------------- vectors, kept by content
