@@ -38,12 +38,12 @@ def test_the_weight_of_df_flops(alpha, beta, share, weight):
 
 
 def test_the_document_frequency_is_a_running_average():
-    """1/2 in the first batch and 1 in the second give 3/4 * 1/2 + 1/4 * 1 = 5/8."""
+    """1/2 in the first batch and 1/4 in the second give 3/4 * 1/2 + 1/4 * 1/4 = 7/16."""
     regularizer = DFFlopsLoss(alpha=0.25, beta=1.0, memory=0.75)
     regularizer.compute_loss_from_embeddings(torch.tensor([[0.0], [7.0]]))
-    loss = regularizer.compute_loss_from_embeddings(torch.tensor([[2.0], [4.0]]))
-    assert regularizer.frequency.tolist() == [5 / 8]
-    assert loss.item() == pytest.approx((math.sqrt(5 / 8) * 3) ** 2)  # with β = 1 the weight is √frequency
+    loss = regularizer.compute_loss_from_embeddings(torch.tensor([[8.0], [0.0], [0.0], [0.0]]))
+    assert regularizer.frequency.tolist() == [7 / 16]
+    assert loss.item() == pytest.approx((math.sqrt(7 / 16) * 2) ** 2)  # with β = 1 the weight is √frequency
 
 
 def test_df_flops_spares_rare_terms_and_presses_common_ones():
