@@ -87,7 +87,7 @@ def collection(documents, queries):
 
 
 def test_scores_by_hand():
-    """As in Lucene: ``log(1 + (N - n + 0.5) / (n + 0.5)) tf / (tf + k1 (1 - b + b length / mean length))`` with k1 0.9 and b 0.4."""
+    """Lucene's ``log(1 + (N - n + 0.5) / (n + 0.5)) tf / (tf + k1 (1 - b + b length / mean length))``, k1 0.9 and b 0.4."""
     found = module.BM25(["kabel kabel lodan", "lodan", "mifil nugor pehan rajim"], stemmed=False)  # 8/3 words on average
     kabel, lodan = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)  # in one and in two of the three
     long, short = 0.9 * (0.6 + 0.4 * 9 / 8), 0.9 * (0.6 + 0.4 * 3 / 8)

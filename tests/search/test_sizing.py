@@ -23,7 +23,7 @@ def quickly(monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that moves on by a quarter of a second whenever it is read: whatever is timed takes that long."""
-    monkeypatch.setattr(sizing, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 0.25).__next__))
+    monkeypatch.setattr(sizing, "time", SimpleNamespace(perf_counter=itertools.count(1.0, 0.25).__next__))
 
 
 def test_figures_by_hand(backbone, collection_folder, clock):

@@ -10,7 +10,19 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, score, train
+from anysplade import (
+    DataError,
+    ModelError,
+    OptionError,
+    OutputError,
+    Pair,
+    TrainingConfig,
+    load_encoder,
+    load_pairs,
+    mine,
+    score,
+    train,
+)
 from anysplade.training import mining as module
 from tiny import WORDS, make_tokenizer
 
