@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anysplade import DataError, Document, OptionError, OutputError, load_pairs, make_pairs
-from anysplade.data.document_pairs import _near_duplicates, _sections, _sentence_pair, _signature, _size
+from anysplade.data.document_pairs import (
+    _is_informative,
+    _near_duplicates,
+    _sections,
+    _sentence_pair,
+    _signature,
+    _size,
+    _unusable,
+)
 
 LAMPS = (
     "Lamps were lit along the harbour every evening. The keeper counted seventeen ships before midnight. Nobody slept much there."
@@ -74,6 +82,45 @@ def test_each_kind(tmp_path):
 )
 def test_headings(text, sections):
     assert list(_sections(text)) == sections
+
+
+@pytest.mark.parametrize(
+    "text, words", [("one two, 3 — %", 3), ("東京タワー", 2.5), ("東京 tower", 2), ("กรุง 3.14", 2.5), ("", 0), ("。、", 0)]
+)
+def test_two_characters_without_spaces_are_a_word(text, words):
+    assert _size(text) == words
+
+
+@pytest.mark.parametrize(
+    "sentence, expected",
+    [
+        ("Lamps were lit early", True),
+        ("Lamps were lit", False),  # three words
+        ("Lamps of it to an in", False),  # one of three letters or more
+        ("Lamps lamps were were", False),
+        ("Lamps were 7 long nights", False),  # a mark of code or a digit in 24 characters
+        ("Lamps were 7 long evening", True),  # in 25
+        ("The harbour slept " * 13 + "there", True),  # 40 words
+        ("The harbour slept " * 13 + "there again", False),
+    ],
+)
+def test_what_can_stand_for_a_query(sentence, expected):
+    assert _is_informative(sentence) == expected
+
+
+@pytest.mark.parametrize(
+    "heading, body, reason",
+    [
+        ("Harbour", "lamp " * 8, ""),
+        ("Harbour", "lamp " * 7, "text_too_short"),
+        ("harbour " * 40, "lamp " * 8, ""),
+        ("harbour " * 41, "lamp " * 8, "too_long"),
+        ("Introduction:", "lamp " * 8, "generic"),
+        ("3.14", "lamp " * 8, "generic"),
+    ],
+)
+def test_what_is_no_heading_of_a_pair(heading, body, reason):
+    assert _unusable(heading, body) == reason
 
 
 def test_near_duplicates_give_no_pair(tmp_path):
@@ -262,5 +309,9 @@ def test_the_share_of_equal_runs_decides():
     for shared, expected in ((190, 60), (110, 0)):
         others = np.concatenate([texts[:, :shared], generator.integers(0, 10**6, (60, 200 - shared))], axis=1)
         both = [" ".join(map(str, text)) for text in (*texts, *others)]
-        duplicate = _near_duplicates(np.stack([_signature(text) for text in both]))
+        signatures = np.stack([_signature(text) for text in both])
+        # Of 198 runs of three words in a text, all that lie within the shared part are the same.
+        similarity = (shared - 2) / (2 * 198 - (shared - 2))
+        assert (signatures[:60] == signatures[60:]).mean() == pytest.approx(similarity, abs=0.03)
+        duplicate = _near_duplicates(signatures)
         assert (duplicate[:60].sum(), duplicate[60:].sum()) == (0, expected)

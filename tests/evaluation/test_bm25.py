@@ -1,7 +1,9 @@
+import math
 import re
 import unicodedata
 
 import bm25s
+import numpy as np
 import pytest
 import Stemmer
 
@@ -82,6 +84,19 @@ def collection(documents, queries):
         {f"q{i}": text for i, text in enumerate(queries)},
         qrels,
     )
+
+
+def test_scores_by_hand():
+    """Lucene's ``log(1 + (N - n + 0.5) / (n + 0.5)) tf / (tf + k1 (1 - b + b length / mean length))``, k1 0.9 and b 0.4."""
+    found = module.BM25(["kabel kabel lodan", "lodan", "mifil nugor pehan rajim"], stemmed=False)  # 8/3 words on average
+    kabel, lodan = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)  # in one and in two of the three
+    long, short = 0.9 * (0.6 + 0.4 * 9 / 8), 0.9 * (0.6 + 0.4 * 3 / 8)
+    scores = [kabel * 2 / (2 + long) + lodan / (1 + long), lodan / (1 + short), 0]
+    assert found.score("kabel lodan", np.array([2, 0, 1])) == pytest.approx([scores[2], scores[0], scores[1]])
+    ((documents, best),) = found.top(["kabel lodan"], 3)
+    assert documents.tolist() == [0, 1]  # none without a score above 0
+    assert best == pytest.approx(scores[:2])
+    assert [documents.tolist() for documents, _ in found.top(["lodan", "kabel", "sobel"], 1)] == [[1], [0], []]
 
 
 def test_chinese_is_found(caplog):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from anysplade import DataError, OptionError, compare, evaluate, evaluate_all, load_collection
 from anysplade.cli import main
-from anysplade.evaluation.comparisons import distinct_names, holm, interval, paired_p
+from anysplade.evaluation.comparisons import _over_collections, _over_seeds, _products, distinct_names, holm, interval, paired_p
 from anysplade.evaluation.runs import write_run
 
 
@@ -40,6 +40,32 @@ def test_a_comparison_by_hand(pair):
     assert "terms_before" not in first  # BM25 has no vectors
 
 
+def test_wins_ties_and_losses_by_hand(pair):
+    collection, (bm25, _) = pair
+    values = dict(zip(collection.queries, [(0.5, 1.0), (0.5, 0.5), (0.5, 0.5 + 1e-12), (1.0, 0.25), (0.0, 0.5)], strict=False))
+    before, after = (
+        replace(bm25, model=name, metrics={"RR@10": 0.0}, per_query={"RR@10": {q: both[i] for q, both in values.items()}})
+        for i, name in enumerate(("a", "b"))
+    )
+    (found,) = compare([before, after])
+    assert (found.model, found.baseline) == ("b", "a")
+    assert (found.wins, found.ties, found.losses) == (2, 2, 1)
+    assert found.difference == pytest.approx((0.5 - 0.75 + 0.5) / 5)
+    largest_first = [list(values)[i] for i in (3, 0, 4)]  # equal changes in the order of the queries
+    assert [changed["query_id"] for changed in found.changed] == largest_first
+    assert [(changed["before"], changed["after"]) for changed in found.changed] == [values[id_] for id_ in largest_first]
+
+
+def test_terms_by_their_part_of_the_score(pair):
+    collection, (_, evaluation) = pair
+    query_id, document_id = list(collection.queries)[3], list(collection.corpus)[5]
+    parts = evaluation.vectors[0][3].toarray()[0] * evaluation.vectors[1][5].toarray()[0]
+    largest = np.sort(parts)[::-1][:5]
+    found = _products(evaluation, collection, query_id, document_id)
+    assert list(found.values()) == pytest.approx(largest, abs=6e-4)  # rounded to a thousandth
+    assert [parts[evaluation.terms.index(term)] for term in found] == pytest.approx(largest)
+
+
 def test_nothing_to_tell_apart(pair):
     _, (bm25, _) = pair
     (first, *_) = compare([bm25, bm25.__class__(**vars(bm25) | {"model": "again"})])
@@ -61,6 +87,13 @@ def test_holm():
     assert holm([]) == []
 
 
+def test_the_interval_by_hand():
+    """The mean of a hundred fair coins has a standard error of 0.5 / √100, and 95 % of a normal distribution lie within 1.96."""
+    low, high = interval(np.repeat([0.0, 1.0], 50))
+    assert (low, high) == (pytest.approx(0.5 - 1.96 * 0.05, abs=0.006), pytest.approx(0.5 + 1.96 * 0.05, abs=0.006))
+    assert interval(np.array([0.3])) == interval(np.array([0.3, 0.3])) == (0.3, 0.3)
+
+
 def test_intervals_cover():
     """The mean of a skewed sample lies in its 95 % interval about as often as it says."""
     generator = np.random.default_rng(1)
@@ -69,6 +102,28 @@ def test_intervals_cover():
         low, high = interval(generator.exponential(1.0, 100))
         covered += low <= 1 <= high
     assert 85 <= covered <= 100
+
+
+def test_means_by_hand(pair):
+    """Of 0.2, 0.4 and 0.9 the mean is 0.5, and the standard deviation of a sample √((0.09 + 0.01 + 0.16) / 2)."""
+    _, (bm25, evaluation) = pair
+    seeds = [replace(evaluation, metrics={"RR@10": value}, flops=10 * value) for value in (0.2, 0.4, 0.9)]
+    (row,) = _over_seeds([bm25, *seeds], ["RR@10"])
+    assert row["model"] == "mean of 3"
+    assert (row["RR@10"], row["RR@10 sd"]) == (pytest.approx(0.5), pytest.approx(0.13**0.5))
+    assert (row["flops"], row["flops sd"]) == (pytest.approx(5), pytest.approx(13**0.5))
+    assert _over_seeds([bm25, seeds[0]], ["RR@10"]) == []
+    mean = _over_collections(seeds, ["RR@10"])
+    assert (mean["RR@10"], mean["flops"], mean["query_active_dims"]) == pytest.approx((0.5, 5, evaluation.query_active_dims))
+    assert _over_collections([bm25, bm25], ["RR@10"])["flops"] is None
+
+
+@pytest.mark.parametrize("models, collections, folders", [(1, 1, 0), (2, 1, 2), (1, 2, 2), (2, 2, 4)])
+def test_one_evaluation_has_the_folder_to_itself(models, collections, folders, namesakes, tmp_path):
+    evaluate_all(["bm25"] * models + namesakes[:collections], ["RR@10"], output=tmp_path / "out")
+    assert (tmp_path / "out" / "run.trec").exists() == (tmp_path / "out" / "evaluation.json").exists() == (folders == 0)
+    assert (tmp_path / "out" / "evaluations.json").exists() == (folders > 0)
+    assert len(list((tmp_path / "out").glob("*/*/run.trec"))) == folders
 
 
 def test_everything_at_once(backbone, collection_folder, tmp_path):

@@ -22,7 +22,7 @@ import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import evaluate_all
-from anysplade.evaluation.evaluations import curve
+from anysplade.evaluation.evaluations import cost, curve
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.encoding import prune
@@ -395,6 +395,19 @@ def test_costs_by_hand(backbone, collection_folder):
     assert costs["vocabulary_used"] == documents.any(0).sum()
     assert costs["postings_per_query"] == pytest.approx(np.mean([documents[:, query].sum() for query in queries]))
     assert result.flops == pytest.approx(costs["postings_per_query"] / len(documents))
+
+
+def test_costs_of_a_few_numbers():
+    queries = sparse.csr_matrix(np.array([[3, 5, 0, 0], [0, 2, 0, 0]], np.float32))  # terms are in 1, 2, 0 and 0 queries
+    documents = sparse.csr_matrix(np.array([[1, 0, 4, 0], [2, 2, 2, 0], [0, 0, 7, 0]], np.float32))  # in 2, 1, 3 and 0 documents
+    assert cost(queries, documents) == {
+        "query_active_dims": {"mean": 1.5, "median": 1.5, "p95": pytest.approx(1.95)},  # between 1 and 2
+        "document_active_dims": {"mean": 2, "median": 2, "p95": pytest.approx(2.9)},  # between 1, 2 and 3
+        "flops": pytest.approx((1 * 2 + 2 * 1) / (2 * 3)),
+        "vocabulary_used": 3,
+        "postings_per_query": 4 / 2,
+        "index_bytes": 8 * 6 + 8 * 5,  # six ids with their weights, and where each of four terms begins and ends
+    }
 
 
 def test_vectors_are_kept_by_content(backbone, collection_folder, tmp_path, monkeypatch):

@@ -1,10 +1,22 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anysplade import ModelError, OptionError, calibrate, rescale_head
-from anysplade.model.calibration import ACTIVE_SHARE, choose
+from anysplade import ModelError, OptionError, Pair, calibrate, rescale_head
+from anysplade.model.calibration import (
+    ACTIVE_SHARE,
+    MEAN_EXCESS,
+    MEAN_EXCESS_SCALE_ONLY,
+    Calibration,
+    _share,
+    choose,
+    is_sparse,
+    mean_excess,
+    sample_pairs,
+)
 from anysplade.model.head import Probe, load_masked_lm, measure_logits, summarize_probe
 
 TEXTS = ["kabel lodan", "mifil nugor pehan"], ["rajim sobel tucor", "kadan lofil"]
@@ -21,6 +33,89 @@ def test_level_is_met():
     chosen = choose(probe())
     assert chosen.after.positive_share == pytest.approx(ACTIVE_SHARE, rel=0.05)
     assert chosen.before.positive_share > chosen.after.positive_share
+
+
+def test_the_mean_excess_by_hand():
+    """The highest fifth of 0, 1, …, 9 begins at 0.8 * 9 = 7.2; of it 8 and 9 lie above that, on average 8.5."""
+    assert mean_excess(np.arange(10.0), 0.2) == pytest.approx(8.5 - 7.2)
+    assert mean_excess(np.ones(10), 0.2) == 0
+
+
+def test_the_scale_is_met():
+    for raw in (probe(), probe(scale=30.0)):
+        for shift, wanted in (("auto", MEAN_EXCESS), (0.0, MEAN_EXCESS_SCALE_ONLY)):
+            chosen = choose(raw, shift=shift)
+            calibrated = raw.affine(chosen.k, chosen.shift, "scale").token_logits
+            assert mean_excess(calibrated, ACTIVE_SHARE) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale, digits", [(1.0, 4), (30.0, 2), (300.0, 1), (0.01, 6)])
+def test_the_level_is_rounded_to_a_thousandth_of_the_scale(scale, digits):
+    """Three digits below the first one of the mean excess, which is 0.5976, 17.9, 179 and 0.005976."""
+    level = np.quantile(probe(scale=scale).token_logits, 1 - ACTIVE_SHARE)
+    assert choose(probe(scale=scale), k=1.0).shift == round(float(level), digits)
+
+
+def test_the_share_above_zero_by_hand():
+    """Four terms of the median text: its fourth highest logit is the lowest that stays, and a third of all are as high."""
+    pooled = np.array([[9.0, 8, 7, 6, 5, 4], [6, 5, 4, 3, 2, 1], [3, 2, 1, 0, 0, 0]], np.float32)  # the fourth: 6, 3 and 0
+    tokens = np.array([[1, 2, 3, 0, 0, 3], [0, 0, 0, 0, 0, 6]], np.float32)  # 3 of 12 are 3 or more
+    low = np.zeros((1, 1), np.float32)  # no term of it is taken away
+    assert _share(Probe(tokens, pooled, low, None), 0) == _share(Probe(tokens, low, pooled, None), 0) == 3 / 12
+    assert _share(Probe(tokens, pooled, low, None), 1) == 1 / 12  # round(4 / 3) = 1 term of the median text, whose highest is 6
+    assert _share(Probe(tokens, pooled, low, None), 3) == 1 / 12  # never less than one term
+    assert _share(Probe(tokens, low, low, None), 2) == ACTIVE_SHARE / 9
+
+
+REPORT = summarize_probe(probe())
+SPARSE = {"positive_share": 0.001, "document_active_dims": 40.0, "start_loss": 1.0, "chance": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, True),
+        ({"start_loss": 1.79}, True),
+        ({"start_loss": 1.8}, False),  # 0.9 times the loss of guessing
+        ({"start_loss": None}, False),
+        ({"positive_share": 0.0011}, False),  # more than the calibrated head has
+        ({"document_active_dims": 0.5}, True),
+        ({"document_active_dims": 0.4}, False),
+    ],
+)
+def test_what_a_sparse_head_is(change, expected):
+    before, after = replace(REPORT, **SPARSE | change), replace(REPORT, positive_share=0.001)
+    assert is_sparse(Calibration(2.0, 1.0, "scale", before, after)) == expected
+    assert not is_sparse(Calibration(2.0, 1.0, "scale", None, None))
+
+
+@pytest.mark.parametrize(
+    "queries, documents, cosine, loss, verdict",
+    [
+        (9.0, 9.0, 0.65, 20.0, "trains"),
+        (9.0, 9.0, 0.66, 20.0, "degrades"),
+        (9.0, 9.0, 0.65, 20.1, "degrades"),  # ten times the loss of guessing, which is 2
+        (9.0, 9.0, 0.66, 20.1, "collapses"),
+        (9.0, 9.0, 0.66, None, "degrades"),
+        (0.5, 0.5, 0.1, 1.0, "trains"),
+        (0.4, 9.0, 0.1, 1.0, "collapses"),
+        (9.0, 0.4, 0.1, 1.0, "collapses"),
+    ],
+)
+def test_the_verdict_by_hand(queries, documents, cosine, loss, verdict):
+    dims = {"query_active_dims": queries, "document_active_dims": documents}
+    start = replace(REPORT, **dims, document_similarity=cosine, start_loss=loss, chance=2.0)
+    healthy = replace(start, **dict.fromkeys(dims, 9.0), document_similarity=0.1, start_loss=1.0)
+    assert Calibration(2.0, 1.0, "scale", start, healthy).verdicts == (verdict, "trains")
+    assert Calibration(2.0, 1.0, "scale", healthy, start).verdicts == ("trains", verdict)
+
+
+def test_probe_texts_are_a_sample_of_the_pairs():
+    pairs = [Pair(f"q{i}", f"d{i}") for i in range(100)]
+    queries, documents = sample_pairs(pairs)
+    assert len(set(queries)) == 64
+    assert [query[1:] for query in queries] == [document[1:] for document in documents]
+    assert sorted(sample_pairs(pairs[:3])[0]) == ["q0", "q1", "q2"]
 
 
 @settings(max_examples=30, deadline=None)

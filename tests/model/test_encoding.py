@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,10 @@ def test_batches_hold_every_text_once_within_the_budget(lengths, most):
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= encoding._TOKENS_A_BATCH
         assert len(batch) <= most
+    for batch, after in pairwise(batches):
+        longest = max(lengths[i] for i in batch)
+        assert longest >= min(lengths[i] for i in batch) >= max(lengths[i] for i in after)
+        assert len(batch) == most or (len(batch) + 1) * longest > encoding._TOKENS_A_BATCH  # no more would have fitted
 
 
 def test_no_texts(encoder):

@@ -110,6 +110,13 @@ def test_muted():
     assert gone == {"<pad>", "<s>", "</s>", "<unk>", "<mask>", "(", ")", "Ġ(", "Ġ)", ".", ",", "!"}  # and not +
 
 
+def test_the_record_by_hand(tmp_path):
+    """Of 23 terms three forms of python, and two of go, of café and of ##ing are one; five are special, and ( ) , punctuation."""
+    model, tokenizer = load_masked_lm(make_cased("bert", tmp_path, word_pieces()))
+    fold_head(model, tokenizer, "case", mute=True)
+    assert model.config.anysplade["folding"] == {"by": "case", "mute": True, "groups": 4, "folded": 5, "muted": 8, "live": 10}
+
+
 def test_only_the_bias_changes(cased):
     model, tokenizer = load_masked_lm(cased)
     weights = {name: tensor.clone() for name, tensor in model.named_parameters() if "bias" not in name}

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 
 from anysplade import ModelError, OptionError, inspect_head, load_encoder, rescale_head
 from anysplade.model.encoder import open_encoder
-from anysplade.model.head import find_head, load_masked_lm, measure_logits, summarize_probe, usable_positions
+from anysplade.model.head import Probe, find_head, load_masked_lm, measure_logits, summarize_probe, usable_positions
 from anysplade.model.saved import resolve_model
 from architectures import ARCHITECTURES, VOCABULARY, small_model
 from tiny import make_backbone, make_tokenizer
@@ -365,6 +366,33 @@ def test_report_of_a_head(backbone):
     assert report.probe.flops == pytest.approx(((queries > 0).mean(0) * (documents > 0).mean(0)).sum())
     assert report.probe.score_std == pytest.approx((queries @ documents.T).std(), rel=1e-4)
     json.dumps(report.to_dict())
+
+
+def test_what_splade_starts_from_by_hand():
+    """log1p(relu()) of the logits below gives queries (1, 0, 0), (0, 2, 0) and documents (2, 1, 0), (0, 2, 1)."""
+    one, two = math.expm1(1), math.expm1(2)
+    queries = np.array([[one, -1, 0], [-9, two, -1]], np.float32)
+    documents = np.array([[two, one, -1], [0, two, one]], np.float32)
+    report = summarize_probe(Probe(np.arange(-500, 501, dtype=np.float32), queries, documents, None))
+    assert (report.queries, report.documents, report.tokens) == (2, 2, 1001)
+    assert report.logit_percentiles["0.1"] == pytest.approx(-499)
+    assert report.logit_percentiles["95"] == pytest.approx(450)
+    assert report.positive_share == 500 / 1001
+    assert (report.query_active_dims, report.document_active_dims) == (1, 2)
+    assert report.flops == pytest.approx(0.5 * 0.5 + 0.5 * 1)  # sum over terms of P(in query) P(in document)
+    # The scores are 2, 0 and 2, 4.
+    assert (report.score_mean, report.score_std) == (pytest.approx(2), pytest.approx(2**0.5))
+    assert report.document_similarity == pytest.approx(2 / 5)  # 2 / (√5 √5)
+    # -log of the softmax at the diagonal: log(e² + e⁰) - 2 and log(e² + e⁴) - 4 are both log(1 + e⁻²).
+    assert report.start_loss == pytest.approx(math.log1p(math.exp(-2)))
+    assert report.chance == pytest.approx(math.log(2))
+    assert sum(report.histogram["shares"]) == pytest.approx(1)
+    assert (report.histogram["edges"][0], report.histogram["edges"][-1]) == (-500, 500)
+    # Of three documents the empty one is like none: 2 / 5 in two of six ordered pairs.
+    more = summarize_probe(Probe(queries, queries, np.concatenate([documents, -np.ones((1, 3), np.float32)]), None))
+    assert more.document_similarity == pytest.approx(2 / 5 * 2 / 6)
+    assert more.start_loss is None  # no query goes with it
+    assert summarize_probe(Probe(queries, queries, documents[:1], None)).document_similarity == pytest.approx(0, abs=1e-6)
 
 
 def test_a_loaded_model_is_probed_only_with_its_tokenizer(backbone):

@@ -1,5 +1,10 @@
+import itertools
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from scipy import sparse
 
 from anysplade import DataError, ModelError, OptionError, load_collection
 from anysplade.model.encoder import open_encoder
@@ -15,8 +20,14 @@ def quickly(monkeypatch):
     monkeypatch.setattr(sizing, "_SECONDS", 0.01)
 
 
-def test_figures_by_hand(backbone, collection_folder):
-    found = size(backbone, 40, corpus=collection_folder)
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves on by a quarter of a second whenever it is read: whatever is timed takes that long."""
+    monkeypatch.setattr(sizing, "time", SimpleNamespace(perf_counter=itertools.count(1.0, 0.25).__next__))
+
+
+def test_figures_by_hand(backbone, collection_folder, clock):
+    found = size(backbone, 40, corpus=collection_folder, qps=1e6, memory_gib=1e-5)
     collection = load_collection(collection_folder)
     encoder = open_encoder(backbone)
     documents = encode(encoder, [d.full_text for d in collection.corpus.values()], "document").toarray() > 0
@@ -28,9 +39,31 @@ def test_figures_by_hand(backbone, collection_folder):
     assert found.text_bytes == sum(len(d.full_text) + len(id_) for id_, d in collection.corpus.items())
     assert found.seconds_per_query == pytest.approx(found.postings_per_query * found.ns_per_posting * 1e-9)
     assert found.qps_per_core == pytest.approx(1 / found.seconds_per_query)
+    assert found.document_active_dims == pytest.approx(documents.sum(axis=1).mean())
+    assert found.query_active_dims == pytest.approx(queries.sum(axis=1).mean())
+    assert found.flops == pytest.approx(found.postings_per_query / 40)
+    assert found.disk_bytes == pytest.approx(3 * 8 * documents.sum() + found.text_bytes)
+    assert found.cores == math.ceil(1_000_000 * found.seconds_per_query) > 1
+    assert found.shards == math.ceil(found.index_bytes / 10_737.41824) > 1  # 2³⁰ bytes are a GiB
+    assert found.texts_per_second == 40 / 0.25
+    assert found.encoding_hours == pytest.approx(0.25 / 3600)
     assert found.ns_per_posting > 0
     assert found.floor_ns_per_posting > 0
     assert "its queries" in found.sampled_from
+
+
+def test_the_time_a_posting_by_hand(clock, monkeypatch):
+    monkeypatch.setattr(sizing, "_SECONDS", 0.0)
+    monkeypatch.setattr(sizing, "_POSTINGS", 11)  # of which two copies of the five below fit
+    rows = sparse.csr_matrix(np.array([[1, 0, 2], [1, 1, 1]], np.float32))
+    queries = sparse.csr_matrix(np.array([[1, 0, 1], [0, 1, 0]], np.float32))
+    # Three searches: of the first query, the second and the first, which read 2 x 4, 2 x 1 and 2 x 4 postings.
+    assert sizing._speed(rows, queries) == pytest.approx((1e9 * 0.25 / 8, 1e9 * 0.25 / 2**16))
+
+
+def test_bytes_of_texts(backbone, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "ä", "text": "kabel ö"}\n{"_id": "b", "text": "kabel"}\n')
+    assert size(backbone, 2, corpus=tmp_path / "corpus.jsonl").text_bytes == 2 + 8 + 1 + 5  # in UTF-8
 
 
 def test_ten_times_the_documents(backbone, collection_folder):

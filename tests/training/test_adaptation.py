@@ -2,6 +2,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from anysplade import (
     ModelError,
     OptionError,
     OutputError,
+    Pair,
     adapt,
     evaluate,
     load_collection,
@@ -84,6 +86,32 @@ def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_
     assert flops(adapted, pairs)[0] > 0
     assert (flops(adapted, pairs) <= flops(original, pairs)).all()
     assert (Path(result.model) / "README.md").read_text().count("How it was made") == 1
+
+
+@pytest.mark.parametrize(
+    "effectiveness, flops, kept, reason",
+    [
+        (0.51, 1.0, True, "better at no more cost"),
+        (0.51, 1.05, True, "better at no more cost"),
+        (0.51, 1.06, False, "better and costs more"),
+        (0.5, 0.5, False, "not better"),
+        (0.49, 1.0, False, "not better"),
+    ],
+)
+def test_what_is_kept(effectiveness, flops, kept, reason):
+    """Against 0.5 at one FLOP, of which a twentieth more is the same cost."""
+    before, after = (
+        SimpleNamespace(metrics={"nDCG@10": value}, flops=cost) for value, cost in ((0.5, 1.0), (effectiveness, flops))
+    )
+    found = module._judge(before, after, SimpleNamespace(p=0.03))
+    assert found[0] == kept
+    assert reason in found[1]
+
+
+def test_the_targets_are_what_the_model_has(teachers):
+    encoder = open_encoder(teachers["sparse"])
+    assert module._targets(encoder, [Pair("kabel lodan", "kabel mifil nugor"), Pair("kabel", "lodan")]) == (1.5, 2.0)
+    assert module._targets(encoder, [Pair("no such word", "none")]) == (1.0, 1.0)  # a target is above 0
 
 
 def test_trimming_takes_no_more_than_it_must(backbone, corpus, tmp_path):

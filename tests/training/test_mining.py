@@ -3,12 +3,26 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from anysplade import DataError, ModelError, OptionError, OutputError, TrainingConfig, load_encoder, load_pairs, mine, score, train
+from anysplade import (
+    DataError,
+    ModelError,
+    OptionError,
+    OutputError,
+    Pair,
+    TrainingConfig,
+    load_encoder,
+    load_pairs,
+    mine,
+    score,
+    train,
+)
 from anysplade._common.files import only_process
 from anysplade.training import mining as module
 from tiny import WORDS, make_tokenizer
@@ -46,6 +60,38 @@ def test_negatives_are_near_and_no_positives(miner, backbone, collection_folder,
         assert row["positive"] not in row["negatives"]
     if miner == "bm25":  # they share a word with the query, as any document that BM25 finds
         assert all(set(row["query"].split()) & set(negative.split()) for row in rows for negative in row["negatives"])
+
+
+@pytest.mark.parametrize("positive, margin, bound", [(10.0, 0.05, 9.5), (-10.0, 0.05, -10.5), (0.0, 0.5, 0.0), (10.0, 0.0, 10.0)])
+def test_the_bound_lies_below_the_positive_whatever_its_sign(positive, margin, bound):
+    assert module._bound(positive, margin) == pytest.approx(bound)
+
+
+def test_the_teacher_reads_no_more_than_it_must():
+    """Two negatives of each: first two candidates are read, then four more where these did not give two, then the rest."""
+    pairs = [Pair("a", "positive"), Pair("b", "positive")]
+    scores = {"positive": 10.0} | dict(zip("0123456789", [9.0, 9.6, 9.5, 3.0, 9.9, 2.0, 1.0, 9.9, 9.9, 1.0], strict=True))
+    read = []
+
+    def judge(asked):
+        read.append([text for query, text in asked if query == "a"])
+        return np.array([scores[text] for _, text in asked])
+
+    candidates = [[1, 0, 4, 7, 8, 1, 5, 6], [3, 5, 6, 9]]
+    chosen = module._below_the_positive(pairs, candidates, list("0123456789"), SimpleNamespace(scores=judge), 2, 0.05)
+    assert chosen == [[0, 5, 6], [3, 5]]
+    assert read == [["positive"], ["1", "0"], ["4", "7", "8", "1"], ["5", "6"]]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 10, 30])
+def test_the_nearest_are_those_of_a_whole_ranking(depth, monkeypatch):
+    monkeypatch.setattr(module, "_DOCUMENTS", 4)  # at a time, of ten
+    generator = np.random.default_rng(depth)
+    queries, documents = generator.integers(-1, 2, (5, 2)), generator.integers(-1, 2, (10, 2))  # with ties
+    for scores, (places, found) in zip(queries @ documents.T, module._nearest(queries, documents, depth), strict=True):
+        order = np.argsort(-scores, kind="stable")[:depth]
+        assert places.tolist() == order.tolist()
+        assert found.tolist() == scores[order].tolist()
 
 
 def test_a_likely_answer_is_no_negative(tmp_path):

@@ -28,7 +28,10 @@ def test_an_observation_is_what_its_names_say(n, negatives, vocabulary, share, s
         apart = ~torch.eye(len(rows), dtype=torch.bool)
         expected = cosines[apart].mean().item() if len(rows) > 1 else 0
         assert getattr(seen, name) == pytest.approx(expected, abs=1e-5)
+    in_both = (queries > 0).float().mean(0) * (documents > 0).float().mean(0)
+    assert seen.flops == pytest.approx(in_both.sum().item(), abs=1e-5)
     scores = queries @ documents.T
+    assert seen.score_mean == pytest.approx(scores.mean().item(), abs=1e-5)
     assert seen.score_std == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
     right = torch.zeros_like(scores, dtype=torch.bool)
     right[:, :n] = torch.eye(n, dtype=torch.bool)
@@ -80,6 +83,22 @@ def test_terms_that_no_text_can_have_are_not_counted():
     assert monitor.vocabulary == 4
     assert monitor.observations[-1].dead_share == 0.5
     assert monitor.observations[-1].document_active_dims == 1
+
+
+@pytest.mark.parametrize("steps, observed", [(10, range(10)), (399, range(399)), (1000, range(0, 1000, 5))])
+def test_a_run_is_observed_at_most_so_often(steps, observed, backbone):
+    ranking = SparseMultipleNegativesRankingLoss(load_encoder(backbone))
+    monitor = Monitor(ranking, 3)
+
+    class State:
+        max_steps, stateful_callbacks = steps, {}
+
+    for State.global_step in range(steps):
+        if State.global_step == 0:
+            monitor.on_train_begin(None, State, None)
+        monitor.on_step_begin(None, State, None)
+        ranking.compute_loss_from_embeddings([torch.eye(2, 3), torch.eye(2, 3)], None)
+    assert [seen.step for seen in monitor.observations] == list(observed)
 
 
 def test_a_healthy_run_has_no_finding():

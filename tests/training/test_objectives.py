@@ -230,11 +230,19 @@ def test_examples_that_do_not_fit_the_objective(objective, pair, message):
 @pytest.mark.parametrize(
     "objective, scores, message",
     [
-        ("margin-mse", (0.9, 0.1), "MarginMSE wants those of raw scores"),
-        ("kl", (0.9, 0.85), "as good as undecided"),
-        ("kl", (90.0, 10.0), "sure of one document"),
+        ("margin-mse", (0.9, 0.1), r"margins lie in [0.8, 0.8], MarginMSE wants those of raw scores"),
+        ("margin-mse", (-0.8,), r"margins lie in [-0.8, -0.8]"),
+        # The temperature is 2, and so the share of the first of two choices 1 / (1 + exp(-difference / 2)).
+        ("kl", (0.9, 0.85), "as good as undecided (its first choice gets 50.6 %); its scores spread by 0.025"),
+        ("kl", (0.85, 0.9), "gets 50.6 %"),
+        ("kl", (90.0, 10.0), "sure of one document (its first choice gets 100.0 %); its scores spread by 40 an example"),
         ("margin-mse", (12.0, 3.0), None),
+        ("margin-mse", (12.0,), None),
         ("kl", (4.0, 2.0), None),
+        ("kl", (0.0, 0.22), None),  # 52.7 %, which is 5.5 % of the way from guessing to being sure
+        ("kl", (0.0, 0.18), "gets 52.2 %"),  # 4.5 %
+        ("kl", (0.0, 13.0), None),  # 99.85 %
+        ("kl", (0.0, 14.0), "sure of one document"),  # 99.91 %
     ],
 )
 def test_teacher_scores_that_do_not_fit(objective, scores, message, caplog):

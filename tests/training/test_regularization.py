@@ -1,13 +1,49 @@
+import math
+
 import pytest
 import torch
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 
 from anysplade import load_encoder
+from anysplade.training import regularization
 from anysplade.training.regularization import ActiveDimsController, DFFlopsLoss, GatheredFlopsLoss, L1Loss, _Side, make_regularizer
 
 
 def test_l1():
-    assert L1Loss().compute_loss_from_embeddings(torch.tensor([[1.0, 2.0], [0.0, 3.0]])) == 3.0
+    assert L1Loss().compute_loss_from_embeddings(torch.tensor([[1.0, -2.0], [0.0, 3.0]])) == 3.0
+
+
+def test_flops(backbone):
+    vectors = torch.tensor([[1.0, 2.0], [0.0, 4.0]])  # mean weights 1/2 and 3
+    assert GatheredFlopsLoss(load_encoder(backbone)).compute_loss_from_embeddings(vectors) == 0.5**2 + 3**2
+
+
+@pytest.mark.parametrize(
+    "alpha, beta, share, weight",
+    [  # 1 / (1 + (share^(log_α 2) - 1)^β), the equation of arXiv 2505.15070; log_¼ 2 = -1/2, so that share^(log_¼ 2) = 1 / √share
+        (0.25, 1.0, 0.04, 1 / 5),  # 1 / (1 + (5 - 1))
+        (0.25, 2.0, 0.04, 1 / 17),  # 1 / (1 + (5 - 1)²)
+        (0.25, 1.0, 0.64, 4 / 5),  # 1 / (1 + (1.25 - 1))
+        (0.25, 3.0, 0.64, 64 / 65),  # 1 / (1 + (1.25 - 1)³)
+        (0.25, 3.0, 0.25, 1 / 2),  # at α, whatever β
+        (0.1, 2.0, 0.01, 1 / 10),  # 0.01 is α²: 1 / (1 + (2² - 1)²)
+        (0.1, 2.0, 1.0, 1.0),  # a term of every document
+    ],
+)
+def test_the_weight_of_df_flops(alpha, beta, share, weight):
+    vectors = torch.zeros(100, 2)
+    vectors[: round(100 * share), 1] = 3.0
+    loss = DFFlopsLoss(alpha, beta).compute_loss_from_embeddings(vectors)
+    assert loss.item() == pytest.approx((weight * 3 * share) ** 2, rel=1e-5)
+
+
+def test_the_document_frequency_is_a_running_average():
+    """1/2 in the first batch and 1/4 in the second give 3/4 * 1/2 + 1/4 * 1/4 = 7/16."""
+    regularizer = DFFlopsLoss(alpha=0.25, beta=1.0, memory=0.75)
+    regularizer.compute_loss_from_embeddings(torch.tensor([[0.0], [7.0]]))
+    loss = regularizer.compute_loss_from_embeddings(torch.tensor([[8.0], [0.0], [0.0], [0.0]]))
+    assert regularizer.frequency.tolist() == [7 / 16]
+    assert loss.item() == pytest.approx((math.sqrt(7 / 16) * 2) ** 2)  # with β = 1 the weight is √frequency
 
 
 def test_df_flops_spares_rare_terms_and_presses_common_ones():
@@ -60,6 +96,50 @@ def test_names(backbone):
     ]
 
 
+def test_where_a_side_begins():
+    """The regularizer is then a hundredth of the loss of guessing."""
+    side = _Side(target=50.0)
+    assert side.control(0.0, 0.1, 1.0) == 0  # nothing measured yet
+    side.measure(torch.tensor([[0.5, 0.5, 0.0], [0.0, 9.0, 1.0]]), regularizer_value=5.0, chance=3.0)
+    assert (side.active, side.first) == (2.0, 2.0)
+    assert side.weight * 5.0 == pytest.approx(0.01 * 3.0)
+    assert side.inert == pytest.approx(regularization._INERT * side.weight)
+    weight = side.weight
+    side.measure(torch.ones(2, 10), regularizer_value=9.0, chance=9.0)
+    smoothing = regularization._SMOOTHING
+    assert side.active == pytest.approx(smoothing * 2 + (1 - smoothing) * 10)
+    assert (side.first, side.weight) == (2.0, weight)
+    empty = _Side(target=50.0)
+    empty.measure(torch.zeros(4, 10), regularizer_value=0.0, chance=3.0)
+    assert (empty.active, empty.first) == (1.0, 1.0)  # a logarithm is taken of it
+
+
+@pytest.mark.parametrize(
+    "ramp, active, speed, error",
+    [  # from 1,000 to 10 active dims; on a logarithmic scale 100 is half of the way
+        (0.5, 100 * math.exp(0.5), 1.0, 0.5),
+        (0.5, 100 * math.exp(-0.5), 1.0, -0.5),
+        (0.0, 1000 * math.exp(0.25), 0.5, 0.25),
+        (1.0, 10 * math.exp(0.25), 0.5, 0.25),
+        (2.0, 10 * math.exp(0.25), 0.0, 0.25),  # after the ramp
+        (1.0, 10_000.0, 1.0, 1.0),  # no error counts for more than 1
+        (1.0, 0.0, 1.0, -1.0),
+    ],
+)
+def test_the_rule_by_hand(ramp, active, speed, error):
+    """The integral part stays in the weight; the proportional part is in what is given back alone."""
+    side = _Side(target=10.0, weight=3.0, active=active, first=1000.0, inert=0.0)
+    given = side.control(ramp * regularization._RAMP, 0.01, speed)
+    assert side.weight == pytest.approx(3.0 * math.exp(regularization._INTEGRAL * 0.01 * speed * error))
+    assert given == pytest.approx(side.weight * math.exp(regularization._PROPORTIONAL * error))
+
+
+def test_a_weight_stays_above_what_does_next_to_nothing():
+    side = _Side(target=10.0, weight=0.011, active=1.0, first=10.0, inert=0.01)
+    side.control(1.0, 0.1, 1.0)
+    assert side.weight == 0.01
+
+
 @pytest.mark.parametrize("steps", [60, 1000])
 @pytest.mark.parametrize("target", [30.0, 150.0])
 @pytest.mark.parametrize("strength", [1.0, 100.0])
@@ -95,6 +175,15 @@ def test_a_side_without_a_target_keeps_the_ramp(backbone):
     controller.on_step_begin(None, State, None, optimizer=optimizer)
     assert loss.query_regularizer_weight == 2e-3
     assert loss.document_regularizer_weight == 0.0  # nothing measured yet
-    loss.document_regularizer.compute_loss_from_embeddings(torch.ones(2, 149))
+    loss.document_regularizer.compute_loss_from_embeddings(torch.ones(5, 149))
+    (side,) = controller.sides.values()
+    assert side.target == 50
+    # FLOPS are 149 squares of a mean weight of 1, and guessing among five documents has the loss log 5.
+    assert side.weight == pytest.approx(0.01 * math.log(5) / 149)
+    other = _Side(**vars(side))
+    State.global_step = 4
     controller.on_step_begin(None, State, None, optimizer=optimizer)
-    assert loss.document_regularizer_weight > 0
+    assert loss.document_regularizer_weight == other.control(4 / 30, 1 / 30, 0.1 / 0.2) > 0
+    with torch.no_grad():  # an evaluation is no step of the training
+        loss.document_regularizer.compute_loss_from_embeddings(torch.zeros(5, 149))
+    assert side.active == 149
