@@ -59,7 +59,7 @@ def test_the_level_is_rounded_to_a_thousandth_of_the_scale(scale, digits):
 def test_the_share_above_zero_by_hand():
     """Four terms of the median text: its fourth highest logit is the lowest that stays, and a third of all are as high."""
     pooled = np.array([[9.0, 8, 7, 6, 5, 4], [6, 5, 4, 3, 2, 1], [3, 2, 1, 0, 0, 0]], np.float32)  # the fourth: 6, 3 and 0
-    tokens = np.array([[1, 2, 3, 0, 0, 3], [0, 0, 0, 0, 0, 6]], np.float32)  # 3 of 12 are 3 or more
+    tokens = np.array([[1, 2, 3, 0, 0, 5], [0, 0, 0, 0, 0, 6]], np.float32)  # 3 of 12 are 3 or more
     low = np.zeros((1, 1), np.float32)  # no term of it is taken away
     assert _share(Probe(tokens, pooled, low, None), 0) == _share(Probe(tokens, low, pooled, None), 0) == 3 / 12
     assert _share(Probe(tokens, pooled, low, None), 1) == 1 / 12  # round(4 / 3) = 1 term of the median text, whose highest is 6

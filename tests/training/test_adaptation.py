@@ -91,17 +91,17 @@ def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_
 @pytest.mark.parametrize(
     "effectiveness, flops, kept, reason",
     [
-        (0.51, 1.0, True, "better at no more cost"),
-        (0.51, 1.05, True, "better at no more cost"),
-        (0.51, 1.06, False, "better and costs more"),
-        (0.5, 0.5, False, "not better"),
-        (0.49, 1.0, False, "not better"),
+        (0.51, 2.0, True, "better at no more cost"),
+        (0.51, 2.1, True, "better at no more cost"),
+        (0.51, 2.11, False, "better and costs more"),
+        (0.5, 1.0, False, "not better"),
+        (0.49, 2.0, False, "not better"),
     ],
 )
 def test_what_is_kept(effectiveness, flops, kept, reason):
-    """Against 0.5 at one FLOP, of which a twentieth more is the same cost."""
+    """Against 0.5 at two FLOPS, of which a twentieth more is the same cost."""
     before, after = (
-        SimpleNamespace(metrics={"nDCG@10": value}, flops=cost) for value, cost in ((0.5, 1.0), (effectiveness, flops))
+        SimpleNamespace(metrics={"nDCG@10": value}, flops=cost) for value, cost in ((0.5, 2.0), (effectiveness, flops))
     )
     found = module._judge(before, after, SimpleNamespace(p=0.03))
     assert found[0] == kept

@@ -248,3 +248,8 @@ def test_examples_that_do_not_fit_the_objective(objective, pair, message):
 def test_teacher_scores_that_do_not_fit(objective, scores, message, caplog):
     check_examples(config(objective), [Pair("q", "p", ("n",), scores)] * 3)
     assert (message in caplog.text) if message else not caplog.text
+
+
+def test_one_wide_margin_is_enough(caplog):
+    check_examples(config("margin-mse"), [Pair("q", "p", ("n",), (margin,)) for margin in (0.5, 9.0, 0.1)])
+    assert not caplog.text
