@@ -4,6 +4,7 @@ from .data.collections import Collection as Collection
 from .data.collections import Document as Document
 from .data.collections import Pair as Pair
 from .data.collections import load_collection as load_collection
+from .data.collections import load_queries as load_queries
 from .data.collections import read_corpus as read_corpus
 from .data.collections import write_collection as write_collection
 from .data.document_pairs import MadePairs as MadePairs
@@ -46,6 +47,7 @@ from .search.documents import TermMatch as TermMatch
 from .search.engines import open_engine as open_engine
 from .search.engines.export import export_anserini as export_anserini
 from .search.engines.export import export_ciff as export_ciff
+from .search.engines.export import export_queries as export_queries
 from .search.index import Index as Index
 from .search.remote import RemoteIndex as RemoteIndex
 from .search.remote import open_index as open_index

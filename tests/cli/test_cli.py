@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, fields
 from types import UnionType
 from typing import Union, get_args, get_origin, get_type_hints
@@ -531,7 +532,16 @@ def test_exports(indexed, call_json, tmp_path):
     assert written["documents"] == 3
     rows = [json.loads(line) for path in (tmp_path / "anserini").iterdir() for line in path.read_text().splitlines()]
     assert {row["id"] for row in rows} == {"a", "b", "c"}
-    assert call_json("export", indexed, "--format", "ciff", "--out", tmp_path / "index.ciff")["documents"] == 3
+    queries = tmp_path / "topics.tsv"
+    queries.write_text("1\tkabel lodan\n2\tmifil\n")
+    written = call_json("export", indexed, "--format", "ciff", "--out", tmp_path / "index.ciff", "--queries", queries)
+    assert (written["documents"], written["queries"]) == (3, 2)
+    lines = (tmp_path / "index.ciff.queries.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["1", "2"]
+    with Index.load(indexed) as index:
+        vector = index.queries.encode(["kabel lodan"])
+        counts = {index.queries.term_names[t]: round(w * 100) for t, w in zip(vector.indices, vector.data.tolist(), strict=True)}
+    assert Counter(lines[0].split("\t")[1].split()) == Counter({name: count for name, count in counts.items() if count})
 
 
 def test_a_head_that_is_wider_than_the_vocabulary(collection_folder, call_json, tmp_path):

@@ -12,6 +12,7 @@ from opensearchpy import OpenSearch
 from qdrant_client import QdrantClient, models
 from scipy import sparse
 
+from anysplade import export_queries
 from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, ExtraError, OptionError, OutputError
 from anysplade.search import remote
@@ -527,6 +528,19 @@ def test_anserini(tmp_path, monkeypatch):
     found = np.array([[line["vector"].get(name, 0) for name in NAMES] for line in lines])
     np.testing.assert_array_equal(found, quantized(rows))
     assert all(set(line["vector"]) <= set(NAMES) and 0 not in line["vector"].values() for line in lines)
+
+
+def test_queries_for_anserini_rank_as_the_vectors_do(tmp_path):
+    rows = small_rows()[3:]
+    ids = [f"q{i}" for i in range(rows.shape[0])]
+    assert export_queries(ids, rows, TOKENS, tmp_path / "queries.tsv") == len(ids)
+    lines = [line.split("\t") for line in (tmp_path / "queries.tsv").read_text().splitlines()]
+    assert [id_ for id_, _ in lines] == ids
+    counts = np.array([[text.split().count(name) for name in NAMES] for _, text in lines])
+    np.testing.assert_array_equal(counts, quantized(rows))
+    with pytest.raises(DataError, match="query 'a b': an empty id, or one with white space"):
+        export_queries(["a b"], rows[:1], TOKENS, tmp_path / "more.tsv")
+    assert not (tmp_path / "more.tsv").exists()
 
 
 def ciff_messages():

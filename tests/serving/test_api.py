@@ -37,7 +37,13 @@ def test_the_api_returns_the_results_of_the_index(client, folder):
         for result, hit in zip(results["hits"], expected, strict=True):
             assert sum(term["product"] for term in result["terms"]) == pytest.approx(hit.score, rel=1e-5)
         assert len(encoded["vectors"]) == 2
-        assert max(encoded["vectors"][1].values()) > 0
+        vector = encoded["vectors"][1]
+        assert vector["values"] == sorted(vector["values"], reverse=True)
+        assert vector["values"][0] > 0
+        names = index.queries.term_names
+        assert vector["terms"] == [names[term] for term in vector["indices"]]
+        row = index.queries.encode(["kabel"])
+        assert dict(zip(vector["indices"], vector["values"], strict=True)) == dict(zip(row.indices, row.data.tolist(), strict=True))
     client.__enter__()
 
 

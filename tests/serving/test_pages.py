@@ -27,7 +27,7 @@ def test_a_head_that_is_wider_than_the_vocabulary(tmp_path):
         (vector,) = client.post("/encode", json={"texts": ["kabel locor"]}).json()["vectors"]
         pages = [client.get(path) for path in ("/?q=kabel+locor", "/terms?text=kabel+locor", "/cost", "/head")]
     assert [term["term"] for term in hits[0]["terms"]] == [term.term for term in expected[0].terms]
-    assert sorted(vector.values()) == pytest.approx(sorted(encoded.data.tolist()), rel=1e-5)
+    assert sorted(vector["values"]) == pytest.approx(sorted(encoded.data.tolist()), rel=1e-5)
     assert [page.status_code for page in pages] == [200] * 4
     assert "[term:15" in pages[1].text
     assert all(">None<" not in page.text for page in pages)

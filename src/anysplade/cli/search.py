@@ -231,23 +231,36 @@ def export(
     *,
     format: Literal["anserini", "ciff"],
     out: Out,
+    queries: str | None = None,
     quantization: int = 100,
     model: str | None = None,
     json: Json = False,
 ) -> Result:
-    """Write an index's vectors for Lucene: Anserini's JSONL, or the Common Index File Format.
+    """Write an index's vectors for Lucene: Anserini's JSONL, or the Common Index File Format; and queries for them.
 
     Args:
         index: an index's folder.
         format: anserini (a folder of JSONL files) or ciff (one file).
         out: the folder or file to write.
+        queries: a file or collection of queries, which are written to OUT.queries.tsv.
         quantization: weights are written as whole numbers, times this.
         model: where the index's model lies, if it was moved.
     """
+    from anysplade.data.collections import load_queries
     from anysplade.search.engines import export as exporting
     from anysplade.search.index import Index
 
+    asked = {} if queries is None else load_queries(queries)
+    written = out.with_name(f"{out.name}.queries.tsv")
     with Index.load(index, model) as opened:
+        names = opened.queries.term_names
+        if asked:  # first: they are few, and an error in them comes before the documents
+            exporting.export_queries(list(asked), opened.queries.encode(list(asked.values())), names, written, quantization)
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
-        count = write(opened.store, opened.queries.term_names, out, quantization)
-    return Result({"documents": count, "out": str(out), "format": format}, [f"{count:,} documents in {out}"])
+        count = write(opened.store, names, out, quantization)
+    found: dict[str, Any] = {"documents": count, "out": str(out), "format": format}
+    lines: list[RenderableType] = [f"{count:,} documents in {out}"]
+    if asked:
+        found |= {"queries": len(asked), "queries_out": str(written)}
+        lines.append(f"{len(asked):,} queries in {written}")
+    return Result(found, lines)

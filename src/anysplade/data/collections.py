@@ -251,13 +251,32 @@ def read_texts(source: str | Path) -> Iterator[str]:
         yield from (whole_characters(document.full_text) for _, document in iter_corpus(source) if document.full_text)
 
 
+def load_queries(source: str | Path) -> dict[str, str]:
+    """Queries by id, judged or not: of a file (JSONL, TSV, CSV, Parquet, TREC topics), a folder, a zip or an ir_datasets id.
+
+    Raises:
+        DataError: there are none, or a row is malformed.
+    """
+    resolved = resolve(source, "queries")
+    if resolved.kind == "file":
+        return _queries_in(resolved.at)
+    if resolved.kind == "folder":
+        return read_queries(resolved.at)
+    if resolved.kind == "ir_datasets" and resolved.at.has_queries():
+        return ir_queries(resolved.at)
+    raise DataError(f"{source}: has no queries; give a file or folder of queries, or an ir_datasets id with some")
+
+
 def read_queries(folder: Place) -> dict[str, str]:
     """The queries of a collection's folder: texts by id.
 
     Raises:
         DataError: there is no file of queries, it has no query, or a row is malformed.
     """
-    file = _part(folder, QUERY_FILES, "queries.jsonl")
+    return _queries_in(_part(folder, QUERY_FILES, "queries.jsonl"))
+
+
+def _queries_in(file: Place) -> dict[str, str]:
     text = ""
     if plain_name(file).endswith(TOPIC_FORMS):
         with lines(file) as numbered:

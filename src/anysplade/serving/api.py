@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -86,10 +87,18 @@ class SearchResponse(BaseModel):
     note: Annotated[str | None, Field(description="without hits: which name or value of the filter no document has")] = None
 
 
-class EncodeResponse(BaseModel):
-    """A vector for each text: a weight by term."""
+class Vector(BaseModel):
+    """A sparse vector, the highest weight first. Qdrant takes ids and weights, OpenSearch takes names and weights."""
 
-    vectors: list[dict[str, float]]
+    indices: Annotated[list[int], Field(description="ids of the terms in the model's vocabulary")]
+    values: Annotated[list[float], Field(description="their weights")]
+    terms: Annotated[list[str], Field(description="their names")]
+
+
+class EncodeResponse(BaseModel):
+    """A vector for each text."""
+
+    vectors: list[Vector]
 
 
 class ExplainResponse(BaseModel):
@@ -220,10 +229,10 @@ async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
 
 @router.post("/encode", response_model=EncodeResponse, responses=errors(_POST_ERRORS))
 async def encode(searcher: CurrentSearcher, body: EncodeRequest) -> Response:
-    """Sparse vectors of texts: a weight by term."""
+    """Sparse vectors of texts: ids, weights and names of the terms."""
     rows = await searcher.encode(body.texts, body.role)
-    vectors = await searcher.run(lambda: [dict(weighted_terms(searcher.index.queries.term_names, row)) for row in rows])
-    return ASCIIResponse({"vectors": vectors})
+    names = await searcher.run(lambda: searcher.index.queries.term_names)
+    return ASCIIResponse({"vectors": [_vector(names, row) for row in rows]})
 
 
 @router.post("/explain", response_model=ExplainResponse, responses=errors(_POST_ERRORS | {404: "there is no such document"}))
@@ -251,10 +260,11 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(request.app.state.registry), media_type="text/plain; version=0.0.4")
 
 
-def weighted_terms(names: Sequence[str], row: sparse.csr_matrix) -> list[tuple[str, float]]:
-    """The terms, with their names, and weights of a vector, (1, vocabulary), the highest weight first."""
-    pairs = [(names[term], float(weight)) for term, weight in zip(row.indices, row.data, strict=True)]
-    return sorted(pairs, key=lambda pair: -pair[1])
+def _vector(names: Sequence[str], row: sparse.csr_matrix) -> dict[str, list[Any]]:
+    """A vector, (1, vocabulary), as the API has it."""
+    order = np.argsort(-row.data, kind="stable")
+    terms = row.indices[order].tolist()
+    return {"indices": terms, "values": row.data[order].tolist(), "terms": [names[term] for term in terms]}
 
 
 def short_name(model: str) -> str:

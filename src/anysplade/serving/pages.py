@@ -23,7 +23,7 @@ from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.queries import Queries
 from anysplade.search.documents import Hit
 from anysplade.search.index import Index
-from anysplade.serving.api import DEFAULT_K, MAX_K, MAX_TEXT, CurrentSearcher, read_body, short_name, weighted_terms
+from anysplade.serving.api import DEFAULT_K, MAX_K, MAX_TEXT, CurrentSearcher, read_body, short_name
 from anysplade.serving.batching import Searcher
 
 COOKIE = "anysplade-token"
@@ -131,7 +131,8 @@ def _expansion(queries: Queries, row: sparse.csr_matrix, text: str) -> dict[str,
     """The terms of the vector of a text, (1, vocabulary), and which of them the model added."""
     names = queries.term_names
     tokens = {names[token] for token, _, _ in queries.tokens(text, special_tokens=True)}
-    terms = [{"term": term, "weight": weight, "added": term not in tokens} for term, weight in weighted_terms(names, row)]
+    pairs = sorted(zip((names[term] for term in row.indices), row.data.tolist(), strict=True), key=lambda pair: -pair[1])
+    terms = [{"term": term, "weight": weight, "added": term not in tokens} for term, weight in pairs]
     return {"terms": terms, "highest": terms[0]["weight"] if terms else 1.0}
 
 

@@ -1,7 +1,7 @@
-"""Files for engines that read an index: Anserini's and Pyserini's JSONL, and the Common Index File Format.
+"""Files for engines that read an index: Anserini's and Pyserini's JSONL, the Common Index File Format, and queries for both.
 
-Both hold whole numbers: weights times ``quantization``, rounded, zeros dropped. A query's weights have to be
-quantized too. Terms are written by the names that ``name_terms`` gives them, and have to be in queries.
+All hold whole numbers: weights times ``quantization``, rounded, zeros dropped. Terms are written by the names that
+``name_terms`` gives them.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.files import whole_file, whole_folder
+from anysplade.data.collections import Document
 from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError, OptionError
 from anysplade.model.vocabulary import name_terms
@@ -98,15 +99,46 @@ def export_ciff(
     return len(ids)
 
 
+def export_queries(
+    ids: Sequence[str], vectors: sparse.csr_matrix, tokens: Sequence[str | None], path: str | Path, quantization: int = 100
+) -> int:
+    """Write queries as Anserini's and PISA's tools read them; returns how many.
+
+    A line is an id, a tab, and each term as often as its quantized weight says: counts are the weights of such queries
+    (``-topicReader TsvString`` with ``-impact -pretokenized``).
+
+    Args:
+        ids: of the queries.
+        vectors: (queries, vocabulary), in their order.
+        tokens: (vocabulary,) by term id; None where a term has none.
+        quantization: weights are written as whole numbers, times this.
+
+    Raises:
+        OutputError: ``path`` is a folder, or cannot be written.
+        DataError: a vector is malformed, or an id is a duplicate, is empty or holds white space.
+    """
+    names = name_terms(tokens)
+    spans = [slice(*vectors.indptr[i : i + 2]) for i in range(len(ids))]
+    rows = (
+        EncodedDocument(id_, Document("", ""), vectors.indices[span], vectors.data[span])
+        for id_, span in zip(ids, spans, strict=True)
+    )
+    with whole_file(path) as file:
+        for query, terms, impacts in _quantized(rows, len(names), quantization, "query"):
+            words = (" ".join([names[term]] * impact) for term, impact in zip(terms.tolist(), impacts.tolist(), strict=True))
+            file.write(f"{query.id}\t{' '.join(words)}\n".encode())
+    return len(ids)
+
+
 def _quantized(
-    documents: Iterable[EncodedDocument], vocabulary: int, quantization: int
+    documents: Iterable[EncodedDocument], vocabulary: int, quantization: int, kind: str = "document"
 ) -> Iterator[tuple[EncodedDocument, np.ndarray, np.ndarray]]:
     """Documents, the terms (active dims,) int32 that are left of each, and their impacts (active dims,) int64."""
     if quantization < 1:
         raise OptionError(f"quantization {quantization}: give 1 or more")
     seen: set[str] = set()
     for document in documents:
-        said = f"document {document.id[:80]!r}"
+        said = f"{kind} {document.id[:80]!r}"
         if document.id.split() != [document.id] or not is_utf8(document.id):
             raise DataError(f"{said}: an empty id, or one with white space, cannot stand in a run file; rename it")
         if document.id in seen:
