@@ -15,11 +15,12 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from sentence_transformers import SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
 import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
+from anysplade.cli.rendering import evaluations_parts
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import evaluate_all
 from anysplade.evaluation.evaluations import cost, curve
@@ -478,3 +479,38 @@ def test_pruning_keeps_the_largest(rows, k):
         expected = np.zeros(20)
         expected[order] = row[order]
         assert (pruned[i].toarray()[0] == expected).all()
+
+
+def test_a_dense_model_is_evaluated_by_exact_nearest_neighbours(teachers, collection_folder, tmp_path):
+    collection = load_collection(collection_folder)
+    found = evaluate(teachers["dense"], collection, ["nDCG@10", "R@100"], cache=tmp_path, output=tmp_path / "out")
+    model = SentenceTransformer(teachers["dense"])
+    texts = [document.full_text for document in collection.corpus.values()]
+    scores = model.similarity(model.encode_query(list(collection.queries.values())), model.encode_document(texts)).numpy()
+    ids = list(collection.corpus)
+    for query_id, row in zip(collection.queries, scores, strict=True):
+        ranking = found.run[query_id]
+        assert len(ranking) == len(ids)  # negative cosines too
+        np.testing.assert_allclose([ranking[id_] for id_ in ids], row, atol=1e-6)
+        assert list(ranking.values()) == sorted(ranking.values(), reverse=True)
+    assert (found.kind, found.query_active_dims, found.document_active_dims, found.flops) == ("dense", 32, 32, 32)
+    assert found.cost["index_bytes"] == 4 * 32 * len(ids)
+    assert found.cost["texts_per_second"] > 0
+    assert found.vectors is None
+    again = evaluate(teachers["dense"], collection, ["nDCG@10"], cache=tmp_path)
+    assert again.cost["texts_per_second"] is None  # nothing was encoded
+    assert again.run == found.run
+    loaded = evaluate(model, collection, ["nDCG@10"])
+    assert loaded.metrics["nDCG@10"] == found.metrics["nDCG@10"]
+    assert "a loaded SentenceTransformer" in loaded.model
+    with pytest.raises(OptionError, match="a dense model is evaluated on torch"):
+        evaluate(teachers["dense"], collection, precision="int8")
+
+
+def test_a_dense_model_beside_others(teachers, collection_folder):
+    found = evaluate_all([teachers["dense"], "bm25", str(collection_folder)], ["nDCG@10"], curves=True)
+    assert [one.kind for one in found.evaluations] == ["dense", "bm25"]
+    assert len(found.comparisons) == 1
+    assert found.curves == []
+    text = "\n".join(map(str, evaluations_parts(found, ["nDCG@10"])))
+    assert "is dense: exact nearest neighbours" in text

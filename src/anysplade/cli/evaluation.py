@@ -27,7 +27,7 @@ def evaluate(
     """Measure models on collections: effectiveness and cost, and with several models how sure the differences are.
 
     Args:
-        names: models and then collections. A model is a sparse encoder's folder or hub id, a masked LM as it is,
+        names: models and then collections. A model is a sparse encoder's folder or hub id, a dense model's, a masked LM as it is,
             bm25, bm25-unstemmed, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets id, a
             hub dataset, nanobeir or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 if none is given.

@@ -156,6 +156,8 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     parts = evaluation_table([*rows, *found.means], metrics, ("model", "collection") if several else ("model",))
     for collection, count in {row["collection"]: row["self_matches"] for row in reversed(rows) if row["self_matches"]}.items():
         parts.append(Text(f"{collection}: {count} queries are documents themselves and not counted as their hits"))
+    for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
+        parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
     if found.comparisons:
         table = _table(
             "against the first", *(("collection",) if several else ()), "metric", "difference", "95 %", "p", "wins / ties / losses"

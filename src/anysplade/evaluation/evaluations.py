@@ -5,13 +5,13 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import sparse
-from sentence_transformers import SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from anysplade._common.files import write_whole
 from anysplade._common.hashing import DataHash
@@ -23,15 +23,18 @@ from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
+from anysplade.model.dense import encode_dense, is_dense, open_dense
 from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, prune
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
 from anysplade.model.queries import log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
-from anysplade.search.exact import Postings, highest
+from anysplade.search.exact import Postings, highest, nearest
 
 logger = logging.getLogger(__name__)
+
+Kind = Literal["sparse", "dense", "bm25", "run"]
 
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept of each document
 _CURVE_QUERIES = (4, 8, 16, 32)
@@ -44,9 +47,10 @@ class Evaluation(Tabular):
 
     model: str  # as it was named
     collection: str  # its name
+    kind: Kind  # of model
     metrics: dict[str, float]  # mean over the judged queries, by name
-    query_active_dims: float | None  # mean number of terms with a weight above 0; None for BM25 and for run files
-    document_active_dims: float | None  # likewise
+    query_active_dims: float | None  # mean number of terms with a weight above 0, all of a dense model; None for BM25 and run files
+    document_active_dims: float | None  # the same of documents
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
     cost: dict[str, Any] | None  # the other costs; see ``cost``
     precision: str | None  # of encoding; anything below float32 is an approximation; None for BM25 and for run files
@@ -76,7 +80,7 @@ class Evaluation(Tabular):
 
 
 def evaluate(
-    model: str | Path | SparseEncoder,
+    model: str | Path | SparseEncoder | SentenceTransformer,
     collection: str | Path | Collection,
     metrics: Sequence[str] = METRICS,
     *,
@@ -96,8 +100,9 @@ def evaluate(
     2004.05665: the expected products of a query and a document.
 
     Args:
-        model: a sparse encoder or its folder or hub id, a masked LM (used without training), ``"bm25"``, the same
-            without stemming (``"bm25-unstemmed"``), or a TREC run file.
+        model: a sparse encoder or its folder or hub id, a masked LM (used without training), a dense model of
+            sentence-transformers (exact nearest neighbours), ``"bm25"``, the same without stemming (``"bm25-unstemmed"``), or a
+            TREC run file.
         collection: a ``Collection``, or what ``load_collection`` takes.
         metrics: names of measures, as ir-measures has them.
         split: which relevance judgements to load.
@@ -127,90 +132,185 @@ def evaluate(
         raise DataError(f"{collection.name}: needs at least one document, one query and one judgement")
     if output is not None:
         require_trec_ids(collection)
-    texts = [document.full_text for document in collection.corpus.values()]
-    questions = list(collection.queries.values())
     self_matches = _self_matches(collection)
-    seconds: dict[str, float] = {}
-    costs: dict[str, Any] | None = None
-    cut: dict[str, Any] | None = None
-    vectors = terms = weight_type = used = None
-    start = time.perf_counter()
-    is_bm25 = is_built_in(model, *BM25_NAMES)
-    if not is_bm25 and isinstance(model, str | Path) and Path(model).expanduser().is_file():
-        run = read_run(model)
-        check_run(model, run, collection)
+    options = _Options(depth, self_matches, runtime, precision, max_length, cache, progress)
+    if is_built_in(model, *BM25_NAMES):
+        ranked = _by_bm25(str(model), collection, options)
+    elif isinstance(model, str | Path) and Path(model).expanduser().is_file():
+        ranked = _Ranked("run", read_run(model))
+        check_run(model, ranked.run, collection)
         self_matches = set()
-    elif is_bm25:
-        bm25, everything = BM25(texts, stemmed=model == "bm25"), np.arange(len(texts))
-        rankings = [highest(bm25.score(query, everything), depth + bool(self_matches)) for query in questions]
-        if not any(len(documents) for documents, _ in rankings):
-            logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", collection.name)
-        run = _as_run(rankings, collection, self_matches, depth)
-        seconds["bm25"] = time.perf_counter() - start
+    elif isinstance(model, SparseEncoder) or not (isinstance(model, SentenceTransformer) or is_dense(resolve_model(model))):
+        ranked = _by_sparse(model, collection, options)
     else:
-        encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=max_length)
-        resolved = resolve_precision(precision, encoder.device)
-        # A model that is loaded may be in training: to convert it at each evaluation would cost more than it saves.
-        runtime = runtime_for(0 if encoder is model else len(texts) + len(questions), runtime, resolved)
-        start = time.perf_counter()
-        encoder = for_inference(encoder, runtime, resolved)
-        used = runtime_of(encoder)
-        seconds["preparing"] = time.perf_counter() - start
-        key = resolved if resolved == "float32" or used == "torch" else f"{resolved} on {used}"
-        key = f"{key}, {max_length}" if max_length else key
-        folders = _cache_folders(model, cache, key, {"document": texts, "query": questions})
-        cached = any(folder is not None and folder.exists() for folder in folders.values())
-        start = time.perf_counter()
-        documents = encode(encoder, texts, "document", cache=folders["document"], progress=progress)
-        queries = encode(encoder, questions, "query", cache=folders["query"], progress=progress)
-        vectors = (queries, documents)
-        terms = term_names(encoder)
-        seconds["encoding"] = time.perf_counter() - start
-        cut = {}
-        role: Role
-        for role, plural, given in (("document", "documents", texts), ("query", "queries", questions)):
-            counted = count_cut(encoder, given, role)
-            log_cut(counted, len(given), plural)
-            cut[role] = {"count": counted.texts, "max_length": counted.limit}
-        start = time.perf_counter()
-        rankings = Postings.from_documents(documents).top_rows(queries, depth + bool(self_matches))
-        run = _as_run(rankings, collection, self_matches, depth)
-        seconds["search"] = time.perf_counter() - start
-        rate = None if cached else round((len(texts) + len(run)) / seconds["encoding"], 2)
-        costs = cost(queries, documents) | {"texts_per_second": rate}
-        weight_type = resolved if used == "openvino" else str(encoder.dtype).removeprefix("torch.")
+        ranked = _by_dense(model, collection, options)
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
-        model = "a loaded SparseEncoder" + (f", base model {base}" if base else "")
-    values, per_query = measure(measures, collection.qrels, run)
+        model = f"a loaded {type(model).__name__}" + (f", base model {base}" if base else "")
+    values, per_query = measure(measures, collection.qrels, ranked.run)
+    costs = ranked.cost
     evaluation = Evaluation(
         model=str(model),
         collection=collection.name,
+        kind=ranked.kind,
         metrics=values,
         query_active_dims=costs["query_active_dims"]["mean"] if costs else None,
         document_active_dims=costs["document_active_dims"]["mean"] if costs else None,
         flops=costs["flops"] if costs else None,
         cost=costs,
-        precision=weight_type,  # what the weights are, whatever option was given
-        runtime=used,
-        queries=len(questions),
-        documents=len(texts),
-        cut=cut,
+        precision=ranked.precision,
+        runtime=ranked.runtime,
+        queries=len(collection.queries),
+        documents=len(collection.corpus),
+        cut=ranked.cut,
         self_matches=len(self_matches),
         data_hash=data_hash(collection),
-        seconds=seconds,
+        seconds=ranked.seconds,
         provenance=provenance(),
         per_query=per_query,
-        run=run,
-        vectors=vectors,
-        terms=terms,
+        run=ranked.run,
+        vectors=ranked.vectors,
+        terms=ranked.terms,
     )
     if output is not None:
         folder = Path(output).expanduser()
-        write_run(folder / "run.trec", run)
+        write_run(folder / "run.trec", ranked.run)
         write_whole(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
         write_whole(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
+
+
+class _Options(NamedTuple):
+    """Of encoding and searching."""
+
+    depth: int  # documents in a ranking
+    self_matches: set[str]  # queries whose own document is left out
+    runtime: Runtime = "auto"
+    precision: Precision = "float32"
+    max_length: int | None = None
+    cache: str | Path | None = None
+    progress: bool = False
+
+    @property
+    def found(self) -> int:
+        """How many documents to search for, so that enough are left."""
+        return self.depth + bool(self.self_matches)
+
+
+@dataclass
+class _Ranked:
+    """What a model makes of a collection."""
+
+    kind: Kind
+    run: Run
+    seconds: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, Any] | None = None
+    cut: dict[str, Any] | None = None
+    precision: str | None = None
+    runtime: str | None = None
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None
+    terms: list[str] | None = None
+
+
+def _by_bm25(name: str, collection: Collection, options: _Options) -> _Ranked:
+    start = time.perf_counter()
+    texts = _texts(collection)["document"]
+    bm25, everything = BM25(texts, stemmed=name == "bm25"), np.arange(len(texts))
+    rankings = [highest(bm25.score(query, everything), options.found) for query in collection.queries.values()]
+    if not any(len(documents) for documents, _ in rankings):
+        logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", collection.name)
+    return _Ranked("bm25", _as_run(rankings, collection, options), {"bm25": time.perf_counter() - start})
+
+
+def _by_sparse(model: str | Path | SparseEncoder, collection: Collection, options: _Options) -> _Ranked:
+    texts = _texts(collection)
+    encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=options.max_length)
+    precision = resolve_precision(options.precision, encoder.device)
+    # A model that is loaded may be in training: to convert it at each evaluation would cost more than it saves.
+    count = 0 if encoder is model else sum(map(len, texts.values()))
+    start = time.perf_counter()
+    encoder = for_inference(encoder, runtime_for(count, options.runtime, precision), precision)
+    used = runtime_of(encoder)
+    seconds = {"preparing": time.perf_counter() - start}
+    key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
+    folders, cached = _cache_folders(model, options, key, texts)
+    start = time.perf_counter()
+    vectors = {role: encode(encoder, texts[role], role, cache=folders[role], progress=options.progress) for role in _ROLES}
+    queries, documents = vectors["query"], vectors["document"]
+    seconds["encoding"] = time.perf_counter() - start
+    cut: dict[str, Any] = {}
+    for role, plural in _ROLES.items():
+        counted = count_cut(encoder, texts[role], role)
+        log_cut(counted, len(texts[role]), plural)
+        cut[role] = {"count": counted.texts, "max_length": counted.limit}
+    start = time.perf_counter()
+    run = _as_run(Postings.from_documents(documents).top_rows(queries, options.found), collection, options)
+    seconds["search"] = time.perf_counter() - start
+    return _Ranked(
+        "sparse",
+        run,
+        seconds,
+        cost(queries, documents) | {"texts_per_second": _rate(collection, seconds["encoding"], cached)},
+        cut,
+        precision if used == "openvino" else str(encoder.dtype).removeprefix("torch."),  # what the weights are
+        used,
+        (queries, documents),
+        term_names(encoder),
+    )
+
+
+def _by_dense(model: str | Path | SentenceTransformer, collection: Collection, options: _Options) -> _Ranked:
+    """Exact nearest neighbours."""
+    if options.precision == "int8" or options.runtime == "openvino":
+        raise OptionError(f"{model}: a dense model is evaluated on torch, in float32 or bfloat16")
+    texts = _texts(collection)
+    encoder = model if isinstance(model, SentenceTransformer) else open_dense(resolve_model(model), options.max_length)
+    precision = resolve_precision(options.precision, encoder.device)
+    folders, cached = _cache_folders(model, options, f"dense {precision}", texts)
+    start = time.perf_counter()
+    vectors = {
+        role: encode_dense(encoder, texts[role], role, precision=precision, cache=folders[role], progress=options.progress)
+        for role in _ROLES
+    }
+    seconds = {"encoding": time.perf_counter() - start}
+    start = time.perf_counter()
+    run = _as_run(nearest(vectors["query"], vectors["document"], options.found), collection, options)
+    seconds["search"] = time.perf_counter() - start
+    return _Ranked(
+        "dense",
+        run,
+        seconds,
+        dense_cost(*vectors["document"].shape) | {"texts_per_second": _rate(collection, seconds["encoding"], cached)},
+        precision=precision,
+        runtime="torch",
+    )
+
+
+_ROLES: dict[Role, str] = {"document": "documents", "query": "queries"}
+
+
+def _texts(collection: Collection) -> dict[Role, list[str]]:
+    return {
+        "document": [document.full_text for document in collection.corpus.values()],
+        "query": list(collection.queries.values()),
+    }
+
+
+def _rate(collection: Collection, seconds: float, cached: bool) -> float | None:
+    """Texts encoded a second; None if not all were."""
+    return None if cached else round((len(collection.corpus) + len(collection.queries)) / seconds, 2)
+
+
+def dense_cost(documents: int, width: int) -> dict[str, Any]:
+    """What exact search with dense vectors costs, in the terms of ``cost``: every dimension of every vector counts."""
+    every = {"mean": float(width), "median": float(width), "p95": float(width)}
+    return {
+        "query_active_dims": every,
+        "document_active_dims": every,
+        "flops": float(width),
+        "dimensions": width,
+        "index_bytes": 4 * documents * width,
+    }
 
 
 def cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:
@@ -261,14 +361,14 @@ def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> 
         raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
     measures = parse_metrics(list(evaluation.metrics))
     queries, documents = evaluation.vectors
-    self_matches = _self_matches(collection)
+    options = _Options(depth, _self_matches(collection))
     postings = Postings.from_documents(documents)
 
     def row(query_k: int | None, document_k: int | None) -> dict[str, Any]:
         some_queries = queries if query_k is None else prune(queries, query_k)
         some_documents = documents if document_k is None else prune(documents, document_k)
         searched = postings if document_k is None else Postings.from_documents(some_documents)
-        run = _as_run(searched.top_rows(some_queries, depth + bool(self_matches)), collection, self_matches, depth)
+        run = _as_run(searched.top_rows(some_queries, options.found), collection, options)
         costs = cost(some_queries, some_documents)
         dims = {name: costs[name]["mean"] for name in ("query_active_dims", "document_active_dims")}
         values = measure(measures, collection.qrels, run)[0]
@@ -291,27 +391,30 @@ def _self_matches(collection: Collection) -> set[str]:
     }
 
 
-def _as_run(rankings: Sequence[tuple[np.ndarray, np.ndarray]], collection: Collection, self_matches: set[str], depth: int) -> Run:
-    """Positions and scores, one pair of arrays per query, as a run of at most ``depth`` documents a query."""
+def _as_run(rankings: Sequence[tuple[np.ndarray, np.ndarray]], collection: Collection, options: _Options) -> Run:
+    """Positions and scores, one pair of arrays per query, as a run without what the options leave out."""
     ids = list(collection.corpus)
     run: Run = {}
     for query_id, (positions, scores) in zip(collection.queries, rankings, strict=True):
         ranking = {ids[d]: s for d, s in zip(positions.tolist(), scores.tolist(), strict=True)}
-        if query_id in self_matches:
+        if query_id in options.self_matches:
             ranking.pop(query_id, None)
-        while len(ranking) > depth:
+        while len(ranking) > options.depth:
             ranking.popitem()
         run[query_id] = ranking
     return run
 
 
 def _cache_folders(
-    model: str | Path | SparseEncoder, cache: str | Path | None, precision: str, texts: dict[str, list[str]]
-) -> dict[str, Path | None]:
-    """By role a folder for the vectors, named after everything that determines them; None where nothing is kept."""
-    known = None if cache is None or isinstance(model, SparseEncoder) else fingerprint(resolve_model(model))
-    if cache is None or known is None:
-        return dict.fromkeys(texts)
-    folder = Path(cache).expanduser() / "vectors"
-    keys = {role: json.dumps([known, role, precision, DataHash(parts).hexdigest()]) for role, parts in texts.items()}
-    return {role: folder / hashlib.sha256(key.encode()).hexdigest()[:32] for role, key in keys.items()}
+    model: str | Path | SparseEncoder | SentenceTransformer, options: _Options, precision: str, texts: dict[Role, list[str]]
+) -> tuple[dict[Role, Path | None], bool]:
+    """By role a folder for the vectors, named after everything that determines them, None where nothing is kept; and whether
+    there is one already."""
+    known = None if options.cache is None or not isinstance(model, str | Path) else fingerprint(resolve_model(model))
+    if options.cache is None or known is None:
+        return dict.fromkeys(texts), False
+    folder = Path(options.cache).expanduser() / "vectors"
+    about = [known, precision, options.max_length]
+    keys = {role: json.dumps([*about, role, DataHash(parts).hexdigest()]) for role, parts in texts.items()}
+    folders = {role: folder / hashlib.sha256(key.encode()).hexdigest()[:32] for role, key in keys.items()}
+    return dict(folders), any(place.exists() for place in folders.values())

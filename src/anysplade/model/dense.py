@@ -15,7 +15,7 @@ from tqdm import tqdm
 from anysplade._common.files import write_whole
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
-from anysplade.model.head import usable_positions
+from anysplade.model.head import check_tokens, usable_positions
 from anysplade.model.options import Role
 from anysplade.model.saved import first_line, saved_json
 
@@ -45,14 +45,19 @@ def open_dense(source: str, max_length: int | None = None) -> SentenceTransforme
         raise ModelError(f"{source}: cannot be loaded as a dense model: {first_line(error)}") from error
     if model.similarity_fn_name not in ("cosine", "dot"):
         raise ModelError(f"{source}: scores by {model.similarity_fn_name}; give a model whose score is a cosine or a dot product")
-    cut_reading(model, max_length)
+    cut_reading(model, max_length, source)
     return model.eval().float()
 
 
-def cut_reading(model: Any, max_length: int | None) -> None:
-    """Limit what a model of sentence-transformers reads; one with a static embedding reads any text whole."""
+def cut_reading(model: Any, max_length: int | None, source: str) -> None:
+    """Limit what a model of sentence-transformers reads; one with a static embedding reads any text whole.
+
+    Raises:
+        ModelError: its tokenizer has tokens that it has no embeddings for.
+    """
     for module in model.modules():
         if isinstance(module, Transformer):
+            check_tokens(module.tokenizer, module.model, source)
             limits = (module.max_seq_length, max_length, usable_positions(module.model))
             module.max_seq_length = min(filter(None, limits), default=None)
 
@@ -93,8 +98,9 @@ def encode_dense(
                         show_progress_bar=False,
                     )
                 vectors = np.asarray(vectors, dtype=np.float32)
-                if not np.isfinite(vectors).all():
-                    bad = part[int((~np.isfinite(vectors)).any(axis=1).nonzero()[0][0])]
+                whole = np.isfinite(vectors).all(axis=1)
+                if not whole.all():
+                    bad = part[int(whole.argmin())]
                     raise ModelError(f"the model gives NaN or infinity for the {role} {bad[:60]!r}")
                 if kept is not None:
                     file = io.BytesIO()

@@ -20,8 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from scipy import sparse
-from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,9 +29,10 @@ from anysplade.data.collections import Pair
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, ModelError
 from anysplade.model.calibration import is_sparse
+from anysplade.model.dense import cut_reading, encode_dense, open_dense
 from anysplade.model.encoder import build_encoder, cut_within, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
-from anysplade.model.head import check_tokens, check_weights, usable_positions
+from anysplade.model.head import check_weights
 from anysplade.model.options import Role
 from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json
 
@@ -74,19 +74,13 @@ class Teacher:
                 norms = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
                 rows = sparse.diags_array(1 / np.maximum(norms, 1e-12)).tocsr() @ rows
             return sparse.csr_matrix(rows, dtype=np.float32)
-        of_role = self.model.encode_query if role == "query" else self.model.encode_document
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            vectors = of_role(
-                [whole_characters(text) for text in texts],
-                batch_size=self.batch_size,
-                normalize_embeddings=self.cosine,
-                show_progress_bar=progress,
-            )
+        options: dict[str, Any] = {"precision": self.precision, "batch_size": self.batch_size, "progress": progress}
         with np.errstate(over="ignore"):
-            vectors = np.asarray(vectors, dtype=np.float32).astype(np.float16)
-        if not np.isfinite(vectors).all():
-            bad = texts[int((~np.isfinite(vectors)).any(axis=1).nonzero()[0][0])]
-            raise ModelError(f"{self.name}: gives NaN, infinity or a number above 65,504 for the {role} {bad[:60]!r}")
+            vectors = encode_dense(self.model, texts, role, **options).astype(np.float16)
+        whole = np.isfinite(vectors).all(axis=1)
+        if not whole.all():
+            bad = texts[int(whole.argmin())]
+            raise ModelError(f"{self.name}: gives a number above 65,504 for the {role} {bad[:60]!r}")
         return vectors
 
     def rate(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -148,24 +142,18 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
     if kind == "sparse":
         model = open_sparse(source, max_length)
         cosine = model.similarity_fn_name == "cosine"
+    elif kind == "dense":
+        model = open_dense(source, max_length)
+        cosine = model.similarity_fn_name == "cosine"
     else:
         try:
-            model = SentenceTransformer(source) if kind == "dense" else CrossEncoder(source)
+            model = CrossEncoder(source)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ModelError(f"{source}: cannot be loaded as a {kind} model: {first_line(error)}") from error
-        if kind == "dense":
-            if model.similarity_fn_name not in ("cosine", "dot"):
-                raise ModelError(f"{source}: scores by {model.similarity_fn_name}; a teacher's score is a cosine or a dot product")
-            cosine = model.similarity_fn_name == "cosine"
-        else:
-            check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
-            if model.num_labels != 1:
-                raise ModelError(f"{source}: gives {model.num_labels} outputs a pair; a teacher gives one")
-        for module in model.modules():  # a static embedding has none, and reads any text whole
-            if isinstance(module, Transformer):
-                check_tokens(module.tokenizer, module.model, source)
-                limits = (module.max_seq_length, max_length, usable_positions(module.model))
-                module.max_seq_length = min(filter(None, limits), default=None)
+        check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
+        if model.num_labels != 1:
+            raise ModelError(f"{source}: gives {model.num_labels} outputs a pair; a teacher gives one")
+        cut_reading(model, max_length, source)
         model.eval().float()
     about = [fingerprint(source) or source, kind, max_length, precision, cosine]
     return Teacher(name, kind, model, cosine, precision, batch_size, hashlib.sha256(json.dumps(about).encode()).hexdigest())
