@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import struct
 import sys
 import uuid
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +81,25 @@ def opensearch(server):
 
 
 # -------------------------------------------------------------------------------------------- both engines
+
+
+def test_the_query_bodies_of_the_docs_find_what_search_finds(engine):
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    qdrant, opensearch = (json.loads(body) for body in re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    terms, weights = np.array([539, 688, 1014]), np.array([1.64, 2.158, 1.165])
+    engine.upload(
+        [encoded(f"d{i}", terms[:i], [1.0 + i] * i, metadata={"lang": lang}) for i, lang in enumerate(["en", "en", "fr", "de"])]
+    )
+    if isinstance(engine, QdrantEngine):
+        qdrant |= {"query": models.SparseVector(**qdrant["query"]), "query_filter": models.Filter(**qdrant.pop("filter"))}
+        found = [(point.payload["id"], point.score) for point in engine.client.query_points("docs", **qdrant).points]
+    else:
+        hits = engine.client.search(index="docs", body=opensearch)["hits"]["hits"]
+        found = [(hit["_source"]["id"], hit["_score"]) for hit in hits]
+    assert [id_ for id_, _ in found] == ["d3", "d1"]
+    assert found == [
+        (hit.id, pytest.approx(hit.score, rel=1e-6)) for hit in engine.search(terms, weights, 10, {"lang": ["en", "de"]})
+    ]
 
 
 def test_what_an_index_was_made_with_is_kept_and_held_to(engine):
