@@ -207,7 +207,7 @@ def evaluate(
     )
     if output is not None:
         folder = Path(output).expanduser()
-        write_run(folder / "run.trec", run)
+        write_run(folder / "run.trec", run, str(model))
         write_whole(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
         write_whole(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
