@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
+_NAME = 12  # characters of a row's name that stay together
 _TERMS = 6  # shown of a hit's explanation
 
 
@@ -386,12 +387,12 @@ def demo_parts(result: "DemoResult") -> list[RenderableType]:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Names on the left, numbers on the right. In a narrow terminal headings break between words, and cells nowhere."""
+    """Names on the left, numbers on the right. In a narrow terminal headings break between words and long names in two."""
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     cells = list(rows)
     for i, column in enumerate(columns):
         widest = max(cell_len(part) for part in (*column.split(), *(row[i] for row in cells)))
-        table.add_column(column, justify="left" if i == 0 else "right", min_width=widest)
+        table.add_column(column, justify="right" if i else "left", min_width=widest if i else min(widest, _NAME), overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))
     return table
