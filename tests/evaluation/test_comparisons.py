@@ -112,7 +112,6 @@ def test_the_interval_by_hand():
     """The mean of a hundred fair coins has a standard error of 0.5 / √100, and 95 % of a normal distribution lie within 1.96."""
     low, high = interval(np.repeat([0.0, 1.0], 50))
     assert (low, high) == (pytest.approx(0.5 - 1.96 * 0.05, abs=0.006), pytest.approx(0.5 + 1.96 * 0.05, abs=0.006))
-    assert interval(np.array([0.3])) == interval(np.array([0.3, 0.3])) == (0.3, 0.3)
 
 
 def test_intervals_cover():
