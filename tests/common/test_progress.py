@@ -14,6 +14,15 @@ def test_durations_are_as_a_person_says_them(seconds, text):
     assert progress.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    "count, unit, text",
+    [(1, "seed", "1 seed"), (3, "seed", "3 seeds"), (0, "hit", "0 hits"), (1240, "query", "1,240 queries"), (1, "query", "1 query"),
+     (2, "process", "2 processes")],
+)  # fmt: skip
+def test_a_number_stands_with_its_noun(count, unit, text):
+    assert progress.counted(count, unit) == text
+
+
 def test_where_nobody_watches_a_line_comes_now_and_then(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "anysplade")
     now = [0.0]
@@ -29,6 +38,11 @@ def test_where_nobody_watches_a_line_comes_now_and_then(monkeypatch, caplog):
         now[0] += 10
         bar.update(3)
     assert caplog.messages == ["reading: 3 files"]
+    caplog.clear()
+    with progress.bar("encoding queries", "query", 12, show=True) as bar:
+        now[0] += 10
+        bar.update(6)
+    assert caplog.messages == ["encoding queries: 6 of 12 queries, about 10 seconds left"]
 
 
 def test_nothing_is_said_unless_asked_for(monkeypatch, caplog, capsys):

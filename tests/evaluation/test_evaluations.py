@@ -264,13 +264,28 @@ def test_the_first_of_equal_documents_are_kept_at_the_depth(backbone):
 def test_scores_that_differ_by_less_than_float32_do_not_tie(tmp_path):
     """trec_eval compares in float32; what ranked the documents is float64."""
     collection = Collection("c", {"a": Document("", "x"), "b": Document("", "y")}, {"q": "x"}, {"q": {"a": 1}})
-    write_run(tmp_path / "a.run", {"q": {"a": 1 + 1e-12, "b": 1.0}})
+    write_run(tmp_path / "a.run", {"q": {"a": 1 + 1e-12, "b": 1.0}}, "model")
     assert set(evaluate(tmp_path / "a.run", collection, TIED).metrics.items()) >= {("nDCG@10", 1.0), ("RR@10", 1.0), ("AP", 1.0)}
 
 
 def test_a_run_file_is_ordered_by_score_and_then_by_rank(tmp_path):
     (tmp_path / "a.run").write_text("q Q0 low 1 0.5 x\nq Q0 third 4 2 x\nq Q0 second 3 2 x\nq Q0 first 9 3 x\nq Q0 fourth 4 2 x\n")
     assert list(read_run(tmp_path / "a.run")["q"]) == ["first", "second", "third", "fourth", "low"]
+
+
+@pytest.mark.parametrize(
+    "model, tag",
+    [
+        ("bm25", "bm25"),
+        ("out/my run/model", "out-my-run-model"),
+        ("naver/splade-v3", "naver-splade-v3"),
+        ("été", "été"),
+        ("/", "unnamed"),
+    ],
+)
+def test_a_run_is_tagged_with_the_name_of_its_model(model, tag, tmp_path):
+    write_run(tmp_path / "a.run", {"q": {"a": 1.0}}, model)
+    assert (tmp_path / "a.run").read_text() == f"q Q0 a 1 1.0 {tag}\n"
 
 
 @settings(max_examples=60, deadline=None)
@@ -284,7 +299,7 @@ def test_a_run_file_is_ordered_by_score_and_then_by_rank(tmp_path):
 def test_a_run_with_ties_written_and_read_is_the_same(rankings, tmp_path_factory):
     run = {q: dict(sorted(ranking.items(), key=lambda item: -item[1])) for q, ranking in rankings.items()}
     path = tmp_path_factory.mktemp("run") / "a.run"
-    write_run(path, run)
+    write_run(path, run, "model")
     assert [(q, list(ranking.items())) for q, ranking in read_run(path).items()] == [(q, list(r.items())) for q, r in run.items()]
 
 
@@ -326,7 +341,7 @@ def test_a_folder_or_file_named_bm25(collection_folder, tmp_path, monkeypatch, c
     found = evaluate_all(["bm25", "bm25-unstemmed", "./bm25"], ["RR@10"]).evaluations
     assert [(evaluation.model, evaluation.collection) for evaluation in found] == [("bm25", "bm25"), ("bm25-unstemmed", "bm25")]
     assert "bm25: taken for what is built in by this name, not for the file or folder here; name that one ./bm25" in caplog.text
-    write_run(tmp_path / "bm25-unstemmed", found[1].run)
+    write_run(tmp_path / "bm25-unstemmed", found[1].run, "bm25-unstemmed")
     assert evaluate("./bm25-unstemmed", "./bm25", ["RR@10"]).vectors is None
     assert evaluate("bm25-unstemmed", "./bm25", ["RR@10"]).model == "bm25-unstemmed"
     assert "name that one ./bm25-unstemmed" in caplog.text

@@ -329,8 +329,11 @@ def test_a_tradeoff_is_said_in_both_directions(raw, auto, end):
     [
         ({"raw": (0.05, 0.06), "auto": (0.5, 0.5)}, "the raw head collapses, at 11%"),
         ({"raw": (0.4, 0.41), "auto": (0.5, 0.51)}, "the raw head degrades, at 80%"),
-        ({"raw": (0.3, 0.5), "auto": (0.5, 0.6)}, "the raw head is below the best, which the seeds do not confirm, at 73%"),
-        ({"raw": (0.4,), "auto": (0.5,)}, "the raw head is below the best, which the seeds do not confirm, at 80%"),
+        (
+            {"raw": (0.3, 0.5), "auto": (0.5, 0.6)},
+            "the raw head is below the best, but no difference shows between it and auto, at 73%",
+        ),
+        ({"raw": (0.4,), "auto": (0.5,)}, "the raw head is below the best, but single trainings do not tell it from auto, at 80%"),
         ({"raw": (0.49, 0.5), "auto": (0.5, 0.5)}, "the raw head trains as well as the best, at 99%"),
         ({"raw": (0.6, 0.6), "auto": (0.5, 0.5)}, "the raw head trains as well as the best, at 100%"),
         ({"raw": (0.0, 0.0), "auto": (0.0, 0.0)}, "no head finds anything on docs."),
@@ -340,6 +343,19 @@ def test_what_is_said_of_the_raw_head(values, state):
     records = {f"{arm}-{seed}": record(value, seed) for arm, of in values.items() for seed, value in enumerate(of)}
     rows = [planned(arm, {}, [f"{arm}-{seed}" for seed in range(len(of))]) for arm, of in values.items()]
     assert state in summary("main", [*rows, *lost(Arm.FIXED)], records).conclusions[1]
+
+
+def test_a_raw_head_degrades_by_the_test_of_the_table():
+    """Its seeds agree, and over the queries the difference is noise: what is said of it is what its p says."""
+    queries = {"raw": [0.0, 1.0] * 20, "auto": [1.0, 0.06] * 20}
+    records = {
+        f"{arm}-{seed}": record(sum(of) / 40, seed, per_query=dict(zip(QUERIES, of, strict=True)))
+        for arm, of in queries.items()
+        for seed in (0, 1)
+    }
+    made = summary("main", [*(planned(arm, {}, [f"{arm}-0", f"{arm}-1"]) for arm in queries), *lost(Arm.FIXED)], records)
+    assert made.tests[0].p_corrected > 0.5
+    assert "below the best, but no difference shows between it and auto, at 94%" in made.conclusions[1]
 
 
 @pytest.mark.parametrize(

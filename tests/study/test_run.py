@@ -63,6 +63,27 @@ def test_all_six(written, place):
     assert arms["W/8, LayerNorm x8"]["after"]["mean_row_norm"] == pytest.approx(arms["raw"]["after"]["mean_row_norm"] / 8, rel=1e-4)
 
 
+def test_a_plan_trains_nothing_and_tells_what_is_done(written, place, capsys):
+    assert main([*arguments(place, "main", "new"), "--plan", "--json"]) == 0
+    new = json.loads(capsys.readouterr().out)
+    assert not (place / "new").exists()
+    assert [row["head"] for row in new["rows"]] == ["raw", "k=4", "k=8", "k=16", "auto"]
+    assert (new["cells"], new["done"], new["workers"], new["seconds"]) == (5, 0, 2, None)
+    before = sorted(path for path in (place / "out").rglob("*"))
+    given = arguments(place, "all")
+    given[given.index("--seeds") + 1] = "2"
+    assert main([*given, "--plan", "--json"]) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert more["done"] == len(written["cells"]) < more["cells"]
+    assert all(row["done"] == 1 <= row["seeds"] for row in more["rows"])
+    assert more["seconds"] > 0
+    assert sorted(path for path in (place / "out").rglob("*")) == before
+    assert main([*arguments(place, "main"), "--plan"]) == 0
+    assert "5 trainings, 5 of them done; 0 to run" in capsys.readouterr().out
+    given[given.index("--collections") + 1] = str(place / "nowhere")
+    assert main([*given, "--plan"]) == 2
+
+
 def test_folding(place, capsys):
     cased = make_cased("modernbert", place / "cased", byte_level())
     given = arguments(place, "folding", "folding")

@@ -30,9 +30,15 @@ def duration(seconds: float) -> str:
     """A time as a person says it: "40 seconds", "17 minutes", "2.5 hours"."""
     for size, unit in ((3600, "hour"), (60, "minute"), (1, "second")):
         if seconds >= 1.5 * size or size == 1:
-            count = f"{seconds / size:.1f}".removesuffix(".0") if unit == "hour" else f"{max(1, round(seconds / size))}"
+            count = f"{seconds / size:,.1f}".removesuffix(".0") if unit == "hour" else f"{max(1, round(seconds / size))}"
             break
     return f"{count} {unit}{'' if count == '1' else 's'}"
+
+
+def counted(count: int, unit: str) -> str:
+    """A number of things as a person says it: "1 seed", "1,240 queries"."""
+    many = f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}es" if unit.endswith("ss") else f"{unit}s"
+    return f"{count:,} {unit if count == 1 else many}"
 
 
 class _Lines:
@@ -50,7 +56,7 @@ class _Lines:
         if now - self._last < self._wait or self.n == self.total:
             return
         self._last, self._wait = now, _EVERY
-        done = f"{self.n:,} {self.unit}s" if self.total is None else f"{self.n:,} of {self.total:,} {self.unit}s"
+        done = ("" if self.total is None else f"{self.n:,} of ") + counted(self.n if self.total is None else self.total, self.unit)
         left = (now - self._start) * ((self.total or 0) - self.n) / max(1, self.n)
         logger.info("%s: %s%s", self.what, done, f", about {duration(left)} left" if left > 0 else "")
 

@@ -36,6 +36,8 @@ app = App(
     default_parameter=Parameter(converter=as_typed),
 )
 
+_UNLIMITED = 10**5  # characters: no line is as long
+
 Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]
 Out = Annotated[Path, Parameter(name="--out")]
 
@@ -63,7 +65,10 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         if json:
             _print(_as_json(result.data) + "\n")
         else:
-            console = Console(soft_wrap=True, markup=False, emoji=False)  # names and texts can have brackets and colons
+            width = None if sys.stdout.isatty() else _UNLIMITED  # where nobody looks, a table has the width that it needs
+            console = Console(
+                width=width, soft_wrap=True, markup=False, emoji=False
+            )  # names and texts can have brackets and colons
             with console.capture() as captured:
                 for part in result.text:
                     console.print(part)

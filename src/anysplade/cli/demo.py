@@ -18,7 +18,7 @@ from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.backbones import BUNDLED
 from anysplade.model.options import Choice
-from anysplade.search.documents import Hit
+from anysplade.search.documents import Hit, query_words
 from anysplade.search.index import Index
 from anysplade.training.config import TrainingConfig
 from anysplade.training.run import train
@@ -60,6 +60,7 @@ class DemoResult:
     collection: dict[str, Any]
     settings: dict[str, Any]
     searches: list[tuple[str, list[Hit]]]
+    words: dict[str, dict[str, str]]  # of each search: those that the tokenizer split, by the term of each piece
     model: str
     index: str
     command: str  # how this anysplade is called
@@ -139,6 +140,7 @@ def run_demo(
         },
         settings=settings,
         searches=[(query, index.search(query, k=3, explain=True)) for query in QUERIES],
+        words={query: query_words(index.queries, query) for query in QUERIES},
         model=str(best / "model"),
         index=str(where),
         command="anysplade" if on_path and Path(on_path).resolve() == command.resolve() else str(command),

@@ -1,14 +1,17 @@
 """Results for a person: tables, lines and figures. Nothing is computed here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from anysplade._common.figures import draw
+from anysplade._common.progress import counted, duration
+from anysplade.search.documents import join_matches
 
 if TYPE_CHECKING:
     from anysplade.cli.demo import DemoResult
@@ -17,14 +20,16 @@ if TYPE_CHECKING:
     from anysplade.model.calibration import Calibration
     from anysplade.model.head import HeadReport
     from anysplade.model.terms import Terms
-    from anysplade.search.documents import Hit
+    from anysplade.search.documents import Hit, WordMatch
     from anysplade.search.sizing import Size
     from anysplade.study.results import StudyResult
+    from anysplade.study.run import StudyPlan
     from anysplade.training.adaptation import Adaptation
     from anysplade.training.heads import HeadTraining
     from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text
+_NAME = 12  # characters of a row's name that stay together
 _TERMS = 6  # shown of a hit's explanation
 
 
@@ -46,7 +51,7 @@ def head_tables(report: "HeadReport", suggested: "Calibration", texts: str) -> l
         about += f"\n{_folded(report)}"
     sides = suggested.sides
     first = next(iter(sides.values()))
-    table = _table(f"on {texts}", *sides)
+    rows: list[list[str]] = []
     for label, name, form in (
         ("token logits above zero", "positive_share", ".2%"),
         ("query active dims", "query_active_dims", ",.0f"),
@@ -58,9 +63,10 @@ def head_tables(report: "HeadReport", suggested: "Calibration", texts: str) -> l
         (f"loss (guessing: {first.chance:.2f})", "start_loss", ",.2f"),
     ):
         values = [getattr(side, name) for side in sides.values()]
-        table.add_row(label, *("–" if value is None else format(value, form) for value in values))
+        rows.append([label, *("–" if value is None else format(value, form) for value in values)])
     for percentile in first.logit_percentiles:
-        table.add_row(f"logits, percentile {percentile}", *(f"{side.logit_percentiles[percentile]:.2f}" for side in sides.values()))
+        rows.append([f"logits, percentile {percentile}", *(f"{side.logit_percentiles[percentile]:.2f}" for side in sides.values())])
+    table = _table((f"on {texts}", *sides), rows)
     if suggested.explanation:
         return [about, table, Text(suggested.explanation, style="bold")]
     raw, calibrated = suggested.verdicts or ("", "")
@@ -94,7 +100,7 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
     resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
     return [
         f"k={result.calibration['k']:g}, shift={result.calibration['shift']:g}; "
-        f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s{resumed}{loss}",
+        f"{counted(result.steps, 'step')} on {counted(result.pairs, 'pair')} in {duration(result.seconds)}{resumed}{loss}",
         f"model: {result.model}",
         f"next: anysplade evaluate {result.model} COLLECTION",
     ]
@@ -103,7 +109,8 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
 def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
     losses = ", ".join(f"{name} {first:.2f} → {last:.2f}" for name, (first, last) in result.losses.items())
     return [
-        f"{result.architecture}: {result.options['steps']} steps on {result.texts:,} texts in {result.seconds:.0f} s; "
+        f"{result.architecture}: {counted(result.options['steps'], 'step')} on {counted(result.texts, 'text')} in "
+        f"{duration(result.seconds)}; "
         f"loss: {losses}",
         f"model: {result.model}",
         f"next: anysplade train {result.model} DATA --out RUN",
@@ -124,14 +131,14 @@ def adaptation_lines(result: "Adaptation", corpus: str) -> list[RenderableType]:
 def made_pairs_lines(made: "MadePairs", out: Path) -> list[RenderableType]:
     """How many pairs of each kind, what was left out and why, and three of the pairs."""
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in made.pairs.items())
-    lines = [f"{sum(made.pairs.values()):,} pairs from {made.documents:,} documents ({kinds}), in {out}"]
-    for part, counted in made.left_out.items():
-        if counted:
-            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in counted.items())
+    pairs, documents = counted(sum(made.pairs.values()), "pair"), counted(made.documents, "document")
+    lines = [f"{pairs} from {documents} ({kinds}), in {out}"]
+    for part, found in made.left_out.items():
+        if found:
+            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in found.items())
             lines.append(f"left out, {part}: {', '.join(reasons)}")
     for row in made.examples:
-        query, positive = (" ".join(row[name].split()) for name in ("query", "positive"))
-        lines += [f"{row['kind']}: {query[:_SNIPPET]}", f"    {positive[:_SNIPPET]}{'…' if len(positive) > _SNIPPET else ''}"]
+        lines += [f"{row['kind']}: {_snippet(row['query'])}", f"    {_snippet(row['positive'])}"]
     return [*map(Text, lines), f"next: anysplade train MODEL {out} --out RUN"]
 
 
@@ -139,14 +146,15 @@ def evaluation_table(
     rows: Sequence[dict[str, Any]], metrics: Sequence[str], names: Sequence[str] = ("model",)
 ) -> list[RenderableType]:
     """One row a result: effectiveness, and the cost beside it."""
-    table = _table(*names, *metrics, "query active dims", "document active dims", "FLOPS")
-    for row in rows:
-        table.add_row(
+    lines = [
+        [
             *(_number(row.get(name)) for name in names),
             *(f"{row[metric]:.3f}" for metric in metrics),
             *("–" if row[name] is None else f"{row[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops")),
-        )
-    return [table]
+        ]
+        for row in rows
+    ]
+    return [_table((*names, *metrics, "query active dims", "document active dims", "FLOPS"), lines)]
 
 
 def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
@@ -155,26 +163,16 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     several = len({row["collection"] for row in rows}) > 1
     parts = evaluation_table([*rows, *found.means], metrics, ("model", "collection") if several else ("model",))
     for collection, count in {row["collection"]: row["self_matches"] for row in reversed(rows) if row["self_matches"]}.items():
-        parts.append(Text(f"{collection}: {count} queries are documents themselves and not counted as their hits"))
+        are = (
+            "is a document itself and not counted as its hit"
+            if count == 1
+            else "are documents themselves and not counted as their hits"
+        )
+        parts.append(Text(f"{collection}: {counted(count, 'query')} {are}"))
     for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
         parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
     if found.comparisons:
-        table = _table(
-            "against the first", *(("collection",) if several else ()), "metric", "difference", "95 %", "p", "wins / ties / losses"
-        )
-        for c in found.comparisons:
-            place = (c.collection,) if several else ()
-            span = "–" if c.interval is None else f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}"
-            table.add_row(
-                c.model,
-                *place,
-                c.metric,
-                f"{c.difference:+.3f}",
-                span,
-                f"{c.p_corrected:.2g}",
-                f"{c.wins} / {c.ties} / {c.losses}",
-            )
-        parts += ["", table, "p: paired t-test, corrected for all of these by Holm; 95 %: bootstrap over queries"]
+        parts += ["", *_comparison_parts(found.comparisons, several)]
         first = found.comparisons[0]
         for c in found.comparisons:
             if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
@@ -183,14 +181,51 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
                 parts += [Text(_changed_line(change, c)) for change in c.changed]
     for drawn in found.curves:
         title = f"{drawn['model']} pruned" + (f", {drawn['collection']}" if several else "")
-        table = _table(title, *metrics, "query active dims", "document active dims", "FLOPS")
+        lines = []
         for point in drawn["points"]:
             sides = {"queries": point["query_top_k"], "documents": point["document_top_k"]}
             dims = (f"{point[name]:,.1f}" for name in ("query_active_dims", "document_active_dims", "flops"))
             label = " and ".join(f"{side} to {k}" for side, k in sides.items() if k is not None) or "not pruned"
-            table.add_row(label, *(f"{point[metric]:.3f}" for metric in metrics), *dims)
-        parts += ["", table]
+            lines.append([label, *(f"{point[metric]:.3f}" for metric in metrics), *dims])
+        parts += ["", _table((title, *metrics, "query active dims", "document active dims", "FLOPS"), lines)]
     return parts
+
+
+def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> list[RenderableType]:
+    """The table of the comparisons, those in the primary metric first, how to read its p, and where no difference shows.
+
+    Args:
+        several: there is more than one collection.
+    """
+    primary = [c for c in comparisons if c.p_corrected is not None]
+    others = [c for c in comparisons if c.p_corrected is None]
+    rows = [
+        [
+            c.model,
+            *((c.collection,) if several else ()),
+            c.metric,
+            f"{c.difference:+.3f}",
+            "–" if c.interval is None else f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}",
+            f"{c.p:.2g}",
+            "–" if c.p_corrected is None else f"{c.p_corrected:.2g}",
+            f"{c.wins} / {c.ties} / {c.losses}",
+        ]
+        for c in (*primary, *others)
+    ]
+    place = ("collection",) if several else ()
+    columns = (f"against {comparisons[0].baseline}", *place, "metric", "difference", "95 %", "p", "p, Holm", "wins / ties / losses")
+    metric = primary[0].metric
+    notes = [
+        f"p: paired t-test over queries; p, Holm: corrected for {counted(len(primary), 'comparison')} in {metric}, the first metric"
+    ]
+    if others:
+        notes.append("the other metrics are exploratory: their p is not corrected; to test one of them, name it first in --metrics")
+    notes.append("95 %: bootstrap over queries")
+    for c in primary:
+        if not c.is_shown:
+            where = f" on {c.collection}" if several else ""
+            notes.append(f"no difference shows between {c.model} and {c.baseline} in {metric}{where}")
+    return [_table(columns, rows), *map(Text, notes)]
 
 
 def _changed_line(change: dict[str, Any], comparison: "Comparison") -> str:
@@ -226,14 +261,12 @@ def encoded_lines(texts: Sequence[dict[str, Any]], words: Sequence["Terms"]) -> 
     """Each text's words with their weights, and how many more terms it has."""
     parts: list[RenderableType] = []
     for text, shown in zip(texts, words, strict=True):
-        table = _table("word", "weight")
-        for word in shown:
-            table.add_row(Text(word.term), f"{word.weight:.3f}")
+        table = _table(("word", "weight"), [[word.term, f"{word.weight:.3f}"] for word in shown])
         more = text["active_dims"] - sum(len(word.ids) for word in shown)
         parts += [
-            Text(" ".join(text["text"].split())[:_SNIPPET], style="bold"),
+            Text(_snippet(text["text"]), style="bold"),
             table,
-            f"{text['active_dims']:,} active dims" + (f", {more:,} not shown" if more else ""),
+            counted(text["active_dims"], "active dim") + (f", {more:,} not shown" if more else ""),
             "",
         ]
     return parts[:-1]
@@ -242,7 +275,10 @@ def encoded_lines(texts: Sequence[dict[str, Any]], words: Sequence["Terms"]) -> 
 def size_lines(found: "Size") -> list[RenderableType]:
     table = Table.grid(padding=(0, 2))
     for name, value in (
-        ("measured on", f"{found.sampled_documents} documents, {found.sampled_queries} queries: {found.sampled_from}"),
+        (
+            "measured on",
+            f"{counted(found.sampled_documents, 'document')}, {counted(found.sampled_queries, 'query')}: {found.sampled_from}",
+        ),
         (
             "active dims",
             f"{found.query_active_dims:.1f} a query, {found.document_active_dims:.1f} a document; FLOPS {found.flops:.2f}",
@@ -257,28 +293,47 @@ def size_lines(found: "Size") -> list[RenderableType]:
         ("in memory", f"{found.index_bytes / 2**30:,.1f} GiB of postings"),
         ("on disk", f"{found.disk_bytes / 2**30:,.1f} GiB: postings, two copies of the vectors, texts and ids"),
         ("a query on a core", f"{1000 * found.seconds_per_query:,.1f} ms; {found.qps_per_core:,.2f} queries/s"),
-        (f"for {found.qps:g} queries/s", f"{found.cores:,} cores, {found.shards:,} shards of {found.memory_gib:g} GiB"),
-        ("encoding", f"{found.encoding_hours:,.1f} hours on one machine like this"),
+        (
+            f"for {found.qps:g} queries/s",
+            f"{counted(found.cores, 'core')}, {counted(found.shards, 'shard')} of {found.memory_gib:g} GiB",
+        ),
+        ("encoding", f"{duration(3600 * found.encoding_hours)} on one machine like this"),
     ):
         table.add_row(name, value)
     return [table, *(f"assumed: {assumption}" for assumption in found.assumptions)]
 
 
-def hit_lines(hits: Sequence["Hit"]) -> list[RenderableType]:
+def hit_lines(hits: Sequence["Hit"], words: Mapping[str, str]) -> list[RenderableType]:
+    """
+    Args:
+        words: of the query that its tokenizer split, by the term of each of their pieces; see ``query_words``.
+    """
     if not hits:
         return ["no document shares a term with the query"]
     lines: list[RenderableType] = []
     for rank, hit in enumerate(hits, 1):
-        text = " ".join(f"{hit.title} {hit.text}".split())
-        lines.append(Text.assemble(f"{rank:>2}. ", (hit.id, "bold"), f"  {hit.score:.2f}"))
-        lines.append(Text(f"    {text[:_SNIPPET]}{'…' if len(text) > _SNIPPET else ''}"))
+        title = f"  {_snippet(hit.title)}" if hit.title else ""
+        lines.append(Text.assemble(f"{rank:>2}. ", (hit.id, "bold"), f"  {hit.score:.2f}{title}"))
+        lines.append(Text(f"    {_snippet(hit.text)}"))
         if hit.terms is not None:
-            shown = "  ".join(f"{t.term} {t.query_weight:.2f}×{t.document_weight:.2f}={t.product:.2f}" for t in hit.terms[:_TERMS])
-            rest = hit.terms[_TERMS:]
+            matches = join_matches(hit.terms, words)
+            shown = "  ".join(_product(match) for match in matches[:_TERMS])
+            rest = matches[_TERMS:]
             lines.append(
-                Text(f"    {shown}" + (f"  +{len(rest)} more={sum(t.product for t in rest):.2f}" if rest else ""), style="dim")
+                Text(f"    {shown}" + (f"  +{len(rest)} more={sum(m.product for m in rest):.2f}" if rest else ""), style="dim")
             )
     return lines
+
+
+def _product(match: "WordMatch") -> str:
+    """What a word adds to the score; of a term also the two weights."""
+    weights = [f" {term.query_weight:.2f}×{term.document_weight:.2f}" for term in match.terms]
+    return f"{match.word}{weights[0] if len(weights) == 1 else ''}={match.product:.2f}"
+
+
+def _snippet(text: str) -> str:
+    text = " ".join(text.split())
+    return text[:_SNIPPET] + ("…" if len(text) > _SNIPPET else "")
 
 
 def study_lines(result: "StudyResult") -> list[RenderableType]:
@@ -287,8 +342,23 @@ def study_lines(result: "StudyResult") -> list[RenderableType]:
     for name, study in result.studies.items():
         parts += [Text(name, style="bold"), *(Text(f"- {line}") for line in study.conclusions), ""]
     if result.failed:
-        parts.append(f"{len(result.failed)} cells failed; the same command tries them again")
+        parts.append(f"{counted(len(result.failed), 'cell')} failed; the same command trains again what failed")
     return [*parts, f"report: {result.report}"]
+
+
+def plan_lines(plan: "StudyPlan") -> list[RenderableType]:
+    """What a study would train, and how long it takes, as far as that is known."""
+    rows = [[row.study, row.backbone, row.head, str(row.seeds), str(row.done)] for row in plan.rows]
+    left = plan.cells - plan.done
+    line = f"{counted(plan.cells, 'training')}, {plan.done:,} of them done; {left:,} to run, {plan.workers} at a time"
+    if left:
+        line += (
+            f", about {duration(plan.seconds)}"
+            if plan.seconds is not None
+            else "; the time is known once one of each backbone is done"
+        )
+    shared = ["rows of several studies share trainings"] if sum(row.seeds for row in plan.rows) > plan.cells else []
+    return [_table(("study", "backbone", "head", "seeds", "done"), rows), line, *shared]
 
 
 def demo_parts(result: "DemoResult") -> list[RenderableType]:
@@ -306,10 +376,10 @@ def demo_parts(result: "DemoResult") -> list[RenderableType]:
     if named:
         parts.append("\nWhat the monitor named while training: " + "; ".join(named) + ".")
     for query, hits in result.searches:
-        parts += [Text(f"\n{query}", style="bold"), *hit_lines(hits)]
+        parts += [Text(f"\n{query}", style="bold"), *hit_lines(hits, result.words[query])]
     parts.append(
         Text(
-            f"\nmodel: {result.model}\nindex: {result.index}\nall done in {result.seconds:.0f} s; next:\n\n"
+            f"\nmodel: {result.model}\nindex: {result.index}\nall done in {duration(result.seconds)}; next:\n\n"
             f'  {result.command} search {result.index} "sort an array in descending order"\n\n'
             f"  from sentence_transformers import SparseEncoder\n"
             f"  model = SparseEncoder({result.model!r})"
@@ -318,11 +388,15 @@ def demo_parts(result: "DemoResult") -> list[RenderableType]:
     return parts
 
 
-def _table(*columns: str) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Names on the left, numbers on the right. In a narrow terminal headings break between words and long names in two."""
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    cells = list(rows)
     for i, column in enumerate(columns):
-        widest = max(len(word) for word in column.split())  # headings break between words, never inside one
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, min_width=widest)
+        widest = max(cell_len(part) for part in (*column.split(), *(row[i] for row in cells)))
+        table.add_column(column, justify="right" if i else "left", min_width=widest if i else min(widest, _NAME), overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import RenderableType
 
+from anysplade._common.progress import counted
 from anysplade.cli.app import Json, Out, Result, command, is_watched
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
@@ -100,18 +101,19 @@ def index(
         sent = RemoteIndex.build(model, corpus, to, work, **options)
         found = {"documents": len(sent), "sent": sent.sent, "left_over": sent.left_over, "index": sent.address}
         lines: list[RenderableType] = [
-            f"{len(sent):,} documents ({sent.sent:,} sent now), at {sent.address}",
+            f"{counted(len(sent), 'document')} ({sent.sent:,} sent now), at {sent.address}",
             f'next: anysplade search {sent.address} "your query"',
         ]
         return Result(sent.about | found, lines)
     assert out is not None
     with Index.build(model, corpus, out, **options) as built:
+        documents = counted(len(built), "document")
         found = built.describe() | built.changes._asdict() | {"index": str(out)}
     changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
     return Result(
         found,
         [
-            f"{found['documents']:,} documents ({changed}), {found['document_active_dims']:.0f} active dims a document, in {out}",
+            f"{documents} ({changed}), {found['document_active_dims']:.0f} active dims a document, in {out}",
             f'next: anysplade search {out} "your query"',
         ],
     )
@@ -145,6 +147,7 @@ def search(
         precision: of encoding the query; see index.
     """
     from anysplade.cli import rendering as report
+    from anysplade.search.documents import query_words
     from anysplade.search.remote import open_index
 
     wanted: dict[str, list[Any]] = {}
@@ -158,7 +161,8 @@ def search(
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
     note = None if hits else opened.explain_filter(wanted)
-    return Result(found | ({} if note is None else {"note": note}), report.hit_lines(hits) if note is None else [note])
+    lines: list[RenderableType] = [note] if note else report.hit_lines(hits, query_words(opened.queries, query))
+    return Result(found | ({} if note is None else {"note": note}), lines)
 
 
 @command
@@ -191,7 +195,7 @@ def serve(
 
     options: dict[str, Any] = {"model": model, "runtime": runtime, "precision": precision, "host": host, "port": port}
     served = server.serve(index, beside, token=token or os.environ.get("ANYSPLADE_TOKEN"), **options)
-    return Result(served.to_dict(), [f"{served.requests:,} requests answered"])
+    return Result(served.to_dict(), [f"{counted(served.requests, 'request')} answered"])
 
 
 @command
@@ -259,8 +263,8 @@ def export(
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
         count = write(opened.store, names, out, quantization)
     found: dict[str, Any] = {"documents": count, "out": str(out), "format": format}
-    lines: list[RenderableType] = [f"{count:,} documents in {out}"]
+    lines: list[RenderableType] = [f"{counted(count, 'document')} in {out}"]
     if asked:
         found |= {"queries": len(asked), "queries_out": str(written)}
-        lines.append(f"{len(asked):,} queries in {written}")
+        lines.append(f"{counted(len(asked), 'query')} in {written}")
     return Result(found, lines)

@@ -23,6 +23,7 @@ def study(
     k: float = 8.0,
     training: Path | None = None,
     workers: int | None = None,
+    plan: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> Result:
     """Run the paper's experiments with their controls and error bars; after an interruption, the same command continues.
@@ -37,10 +38,12 @@ def study(
         k: the paper's; the main study also has its half and its double.
         training: a YAML or TOML file with train's options for all cells; what suits the bundled backbones otherwise.
         workers: cells at a time; one for every GPU, or for every core.
+        plan: show what would be trained, what of it is done and, once a training of each backbone is, how long the rest takes;
+            nothing is trained.
     """
     from anysplade.cli import rendering as report
     from anysplade.study.plan import StudyConfig
-    from anysplade.study.run import run_study
+    from anysplade.study.run import plan_study, run_study
 
     options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
     if backbones:
@@ -49,7 +52,11 @@ def study(
         options["collections"] = tuple(collections)
     if training is not None:
         options["training"] = read_options(training, "--training", excluded=("backbone", "data", "output", "k", "shift", "seed"))
-    result = run_study(StudyConfig(name, **options), progress=is_watched())
+    config = StudyConfig(name, **options)
+    if plan:
+        planned = plan_study(config)
+        return Result(planned.to_dict(), report.plan_lines(planned))
+    result = run_study(config, progress=is_watched())
     return Result(result.to_dict(), report.study_lines(result))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from anysplade._common.progress import counted
 from anysplade.cli.app import Json, Out, Result, command, is_watched
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 
@@ -209,7 +210,10 @@ def mine(
         margin=margin,
         progress=is_watched(),
     )
-    return Result(mined.to_dict() | {"out": str(out)}, [f"{mined.examples:,} examples with {negatives} negatives each, in {out}"])
+    return Result(
+        mined.to_dict() | {"out": str(out)},
+        [f"{counted(mined.examples, 'example')} with {counted(negatives, 'negative')} each, in {out}"],
+    )
 
 
 @command
@@ -226,4 +230,4 @@ def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max
     from anysplade.training import mining
 
     scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=is_watched())
-    return Result(scored.to_dict() | {"out": str(out)}, [f"{scored.examples:,} examples scored by {teacher}, in {out}"])
+    return Result(scored.to_dict() | {"out": str(out)}, [f"{counted(scored.examples, 'example')} scored by {teacher}, in {out}"])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +18,13 @@ from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
-from anysplade.evaluation.runs import Run, require_match
+from anysplade.evaluation.runs import Run, as_name, require_match
 from anysplade.model.options import Precision, Runtime
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+SURE = 0.05  # p, corrected, below which a difference counts
 _RESAMPLES = 2000
 _CHANGED = 5  # queries shown
 _TERMS = 5  # of each
@@ -42,11 +42,16 @@ class Comparison(Tabular):
     difference: float  # of the means, model minus baseline
     interval: tuple[float, float] | None  # 95 %, bootstrap over queries; None of differences that are all the same
     p: float  # paired t-test, two-sided; see ``paired_p``
-    p_corrected: float  # Holm, over all comparisons made together; two names of a measure are one comparison
+    p_corrected: float | None  # of the primary metric, the first one: Holm over its comparisons; None of the others, exploratory
     wins: int  # queries on which the model is better
     ties: int  # equal
     losses: int  # worse
     changed: list[dict[str, Any]]  # the queries that changed most
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a difference shows in the primary metric: its corrected p is below 0.05. In others none is tested."""
+        return self.p_corrected is not None and self.p_corrected < SURE
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +59,7 @@ class Comparison(Tabular):
     def _rows(self) -> list[dict[str, Any]]:
         """All but the queries."""
         low, high = self.interval or (None, None)
-        values = {name: value for name, value in vars(self).items() if name not in ("interval", "changed", "p")}
+        values = {name: value for name, value in vars(self).items() if name not in ("interval", "changed")}
         return [values | {"difference": self.difference, "95 % from": low, "95 % to": high}]
 
 
@@ -105,7 +110,7 @@ def evaluate_all(
     Args:
         names: models and collections in any order, the last one a collection; see ``evaluate`` and
             ``load_collection`` for what both may be. ``"nanobeir"`` stands for thirteen collections.
-        metrics: names of ir-measures.
+        metrics: names of ir-measures, the primary one first: the one whose comparisons are corrected together.
         seeds: the sparse models are one model trained with several seeds: their mean and standard deviation.
         curves: effectiveness against cost by pruning; see ``curve``.
         output: a folder; with several evaluations one for each in it.
@@ -124,13 +129,13 @@ def evaluate_all(
     loaded = _load(collections, split, progress)
     single = len(models) * len(loaded) == 1
     folder = None if output is None else Path(output).expanduser()
-    places = [_as_name(collection.name) for collection in loaded]
+    places = [as_name(collection.name) for collection in loaded]
     if len({place.lower() for place in places}) < len(places):
         places = [f"{i}-{place}" for i, place in enumerate(places, 1)]
     evaluations, drawn = [], []
     for within, collection in zip(places, loaded, strict=True):
         for i, model in enumerate(models, 1):
-            place = folder if folder is None or single else folder / within / f"{i}-{_as_name(model)}"
+            place = folder if folder is None or single else folder / within / f"{i}-{as_name(model)}"
             options: Any = {
                 "output": place,
                 "runtime": runtime,
@@ -181,10 +186,6 @@ def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[s
     return made
 
 
-def _as_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")[-80:] or "unnamed"
-
-
 _COSTS = ("query_active_dims", "document_active_dims", "flops")
 
 
@@ -212,6 +213,9 @@ def _over_collections(evaluations: Sequence[Evaluation], metrics: Sequence[str])
 def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection] | None = None) -> list[Comparison]:
     """Every evaluation against the first one of its collection, each metric.
 
+    The first metric of an evaluation is the primary one: its comparisons, of all models on all collections, are corrected
+    together (Holm). The others are exploratory: their p is not corrected.
+
     Args:
         collections: by name; with them the queries that changed most come with their texts and, for two
             sparse models, with the terms that made the score of a relevant document.
@@ -221,7 +225,7 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
             or of runs without a query in common.
     """
     made: list[Comparison] = []
-    keys: list[tuple[int, Any]] = []  # of each one made: the evaluation and the measure, which may have two names
+    primary: list[int | None] = []  # the evaluation, of each one made in its first measure, which may have two names
     for i, other in enumerate(evaluations):
         base = next(first for first in evaluations if first.collection == other.collection)
         if base is other or any(base is evaluations[j] for j in range(i, len(evaluations))):
@@ -242,10 +246,13 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
         require_match(f"{other.model} and {base.model}", "query", "queries of either are in both", "in common", either, both)
         for metric, one in measures.items():
             made.append(_compare(base, other, metric, one, known[one], (collections or {}).get(other.collection)))
-            keys.append((i, one))
-    p_values = {key: comparison.p for key, comparison in zip(keys, made, strict=True)}
+            primary.append(i if one == next(iter(measures.values())) else None)
+    p_values = {i: comparison.p for i, comparison in zip(primary, made, strict=True) if i is not None}
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [replace(comparison, p_corrected=corrected[key]) for key, comparison in zip(keys, made, strict=True)]
+    return [
+        comparison if i is None else replace(comparison, p_corrected=corrected[i])
+        for i, comparison in zip(primary, made, strict=True)
+    ]
 
 
 def _compare(
@@ -276,7 +283,7 @@ def _compare(
         difference=float(difference.mean()),
         interval=interval(difference),
         p=p,
-        p_corrected=p,
+        p_corrected=None,
         wins=int((difference > _SAME).sum()),
         ties=int((np.abs(difference) <= _SAME).sum()),
         losses=int((difference < -_SAME).sum()),

@@ -174,7 +174,7 @@ def evaluate(
     )
     if output is not None:
         folder = Path(output).expanduser()
-        write_run(folder / "run.trec", ranked.run)
+        write_run(folder / "run.trec", ranked.run, str(model))
         write_whole(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
         write_whole(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation

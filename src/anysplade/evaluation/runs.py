@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Set
 from pathlib import Path
 
@@ -55,8 +56,18 @@ def _number(path: Path, line: int, name: str, text: str) -> float:
     raise DataError(f"{path}:{line}: the {name} {text[:40]!r} is not a number")
 
 
-def write_run(path: str | Path, run: Run, tag: str = "anysplade") -> None:
-    """Write a TREC run file. It has all digits of the scores, and ranks for ties, so that it measures the same when read."""
+def as_name(text: str) -> str:
+    """A text, such as a model's path, as one readable word: for a file's name or a run's tag."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[-80:] or "unnamed"
+
+
+def write_run(path: str | Path, run: Run, model: str) -> None:
+    """Write a TREC run file. It has all digits of the scores, and ranks for ties, so that it measures the same when read.
+
+    Args:
+        model: what made the run: the tag, made one word; reading ignores it.
+    """
+    tag = as_name(model)
     rows = [
         f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
         for query_id, ranking in run.items()

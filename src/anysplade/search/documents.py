@@ -10,6 +10,8 @@ import numpy as np
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document
 from anysplade.errors import DataError, OptionError
+from anysplade.model.queries import Queries
+from anysplade.model.vocabulary import split_words
 
 Filter = Mapping[str, Any]  # metadata that a document must have: a value by name, or a list for any of several
 _Value = str | int | float | bool
@@ -183,6 +185,33 @@ class TermMatch:
     query_weight: float  # in the vector of the query
     document_weight: float  # in the vector of the document
     product: float  # of the two weights: what the term adds to the score
+
+
+class WordMatch(NamedTuple):
+    """A shared word as a person reads it."""
+
+    word: str  # a term's name, or a word of the query whose pieces are terms
+    terms: list[TermMatch]  # the term, or the pieces that are shared
+    product: float  # the sum of theirs
+
+
+def query_words(queries: Queries, text: str) -> dict[str, str]:
+    """The words of a query that its tokenizer split, by the term of each of their pieces."""
+    names = queries.term_names
+    return {names[term]: word for term, word in split_words(text, queries.tokens(text), names).items()}
+
+
+def join_matches(matches: Sequence[TermMatch], words: Mapping[str, str]) -> list[WordMatch]:
+    """Shared terms as words, the largest product first.
+
+    Args:
+        words: of the query; see ``query_words``.
+    """
+    joined: dict[tuple[str, bool], list[TermMatch]] = {}  # a word can have the name of another term
+    for match in matches:
+        joined.setdefault((words.get(match.term, match.term), match.term in words), []).append(match)
+    found = [WordMatch(word, terms, sum(term.product for term in terms)) for (word, _), terms in joined.items()]
+    return sorted(found, key=lambda match: -match.product)
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +16,16 @@ from jinja2 import Environment, PackageLoader
 from scipy import sparse
 from transformers import PreTrainedModel
 
+from anysplade._common.progress import counted
 from anysplade.model.calibration import choose, logit_figure
 from anysplade.model.encoder import is_saved_encoder, masked_lm
 from anysplade.model.head import Probe, describe_head, measure_logits
 from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.queries import Queries
-from anysplade.search.documents import Hit
+from anysplade.model.terms import join_terms
+from anysplade.model.vocabulary import split_words
+from anysplade.search.documents import Hit, join_matches, query_words
 from anysplade.search.index import Index
 from anysplade.serving.api import DEFAULT_K, MAX_K, MAX_TEXT, CurrentSearcher, read_body, short_name
 from anysplade.serving.batching import Searcher
@@ -30,6 +34,7 @@ COOKIE = "anysplade-token"
 _SNIPPET = 600  # characters shown of a document
 _TERMS = 24  # terms shown of a query, and of the most frequent ones
 _TEMPLATES = Environment(loader=PackageLoader("anysplade.serving"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_TEMPLATES.filters["counted"] = counted
 
 _Text = Annotated[str, Query(max_length=MAX_TEXT)]
 _K = Annotated[int, Query(ge=1, le=MAX_K)]
@@ -60,9 +65,8 @@ async def _search(request: Request, searcher: CurrentSearcher, q: _Text = "", k:
     start = time.perf_counter()
     hits, row = await searcher.search_and_encode(q, k)
     seconds = time.perf_counter() - start
-    results, expansion = await searcher.run(
-        lambda: ([_result(searcher.index.queries, hit) for hit in hits], _expansion(searcher.index.queries, row, q))
-    )
+    queries = searcher.index.queries
+    results, expansion = await searcher.run(lambda: (_results(queries, q, hits), _expansion(queries, row, q)))
     return html(template, request, query=q, results=results, seconds=seconds, expansion=expansion, term_limit=_TERMS)
 
 
@@ -83,7 +87,7 @@ async def _compare(request: Request, searcher: CurrentSearcher, q: _Text = "") -
     if q.strip():
         (left, _), right = await asyncio.gather(searcher.search_and_encode(q, DEFAULT_K), searcher.search_beside(q, DEFAULT_K))
         shared_ids = {hit.id for hit in left} & {hit.id for hit in right}
-        lists = await searcher.run(lambda: [[_result(searcher.index.queries, hit) for hit in hits] for hits in (left, right)])
+        lists = await searcher.run(lambda: [_results(searcher.index.queries, q, hits) for hits in (left, right)])
         columns = [(searcher.folder.name, lists[0]), (Path(searcher.beside).name, lists[1])]
     return html("compare.html", request, query=q, columns=columns, shared_ids=shared_ids)
 
@@ -128,16 +132,23 @@ def token_matches(token: str | None, given: str) -> bool:
 
 
 def _expansion(queries: Queries, row: sparse.csr_matrix, text: str) -> dict[str, Any]:
-    """The terms of the vector of a text, (1, vocabulary), and which of them the model added."""
-    names = queries.term_names
-    tokens = {names[token] for token, _, _ in queries.tokens(text, special_tokens=True)}
-    pairs = sorted(zip((names[term] for term in row.indices), row.data.tolist(), strict=True), key=lambda pair: -pair[1])
-    terms = [{"term": term, "weight": weight, "added": term not in tokens} for term, weight in pairs]
+    """The words of the vector of a text, (1, vocabulary), and which of them the model added."""
+    names, tokens = queries.term_names, queries.tokens(text)
+    given = {token for token, _, _ in queries.tokens(text, special_tokens=True)}
+    weights = zip(row.indices.tolist(), row.data.tolist(), strict=True)
+    words = join_terms(weights, names, split_words(text, tokens, names))
+    terms = [{"term": word.term, "weight": word.weight, "added": given.isdisjoint(word.ids)} for word in words]
     return {"terms": terms, "highest": terms[0]["weight"] if terms else 1.0}
 
 
-def _result(queries: Queries, hit: Hit) -> dict[str, Any]:
-    """A hit, with its text in pieces: a piece that is a token of a shared term comes with the product of the term."""
+def _results(queries: Queries, query: str, hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    """Each hit as the pages show it: its text in pieces, and the words that it shares with the query."""
+    words = query_words(queries, query)
+    return [_pieces(queries, hit) | {"hit": hit, "matches": join_matches(hit.terms or [], words)} for hit in hits]
+
+
+def _pieces(queries: Queries, hit: Hit) -> dict[str, Any]:
+    """The text of a hit: a piece that is a token of a shared term comes with the product of the term."""
     products = {match.term: match.product for match in hit.terms or []}
     text = hit.text[:_SNIPPET]
     pieces: list[tuple[str, float | None]] = []
@@ -150,8 +161,7 @@ def _result(queries: Queries, hit: Hit) -> dict[str, Any]:
                 pieces += [(text[done:start], None), (text[start:end], products[term])]
                 done = end
     pieces.append((text[done:], None))
-    highest = max(products.values(), default=1.0)
-    return {"hit": hit, "pieces": [piece for piece in pieces if piece[0]], "cut": len(hit.text) > _SNIPPET, "highest": highest}
+    return {"pieces": [piece for piece in pieces if piece[0]], "cut": len(hit.text) > _SNIPPET}
 
 
 async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any], str]:

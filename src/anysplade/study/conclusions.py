@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from anysplade.evaluation.comparisons import holm, paired_p
+from anysplade.evaluation.comparisons import SURE, holm, paired_p
 from anysplade.study.arms import Arm
 from anysplade.study.cells import METRIC, CellRecord
 from anysplade.study.results import (
@@ -28,7 +28,6 @@ from anysplade.study.results import (
     plus_minus,
 )
 
-_SURE = 0.05  # p below which a difference counts, if it is above the noise of the seeds too, of which 1 - _SURE lie within it
 _COLLAPSED = 0.25  # of the backbone's best row: a row below has collapsed
 _NEAR = 0.95  # of the best: a row above is as good
 
@@ -156,14 +155,14 @@ def noise(a: RowResult, b: RowResult, collection: str) -> float | None:
     if not total:
         return 0.0
     freedom = total**2 / sum(variance**2 / of_one for variance, of_one in variances)
-    return float(stats.t.ppf(1 - _SURE / 2, freedom)) * math.sqrt(total)
+    return float(stats.t.ppf(1 - SURE / 2, freedom)) * math.sqrt(total)
 
 
 def _compared(result: PairedTest | ControlPair, better: str, worse: str, none: str, unknown: str) -> str:
     """The words for a difference: one counts if it is above chance over queries and above the noise of the seeds."""
     if result.noise is None:
         return unknown
-    if result.p_corrected < _SURE and abs(result.difference) > result.noise:
+    if result.p_corrected < SURE and abs(result.difference) > result.noise:
         return better if result.difference > 0 else worse
     return none
 
@@ -249,15 +248,21 @@ def _main(study: Study, collection: str) -> list[str]:
         if not best:
             lines.append(f"{named}: no head finds anything on {place}.")
             continue
-        spread = noise(row, raw, collection)
+        tested = next((t for t in study.tests or () if (t.backbone, t.collection, t.key) == (backbone, collection, Arm.RAW)), None)
         if ours < _COLLAPSED * best:
             state = "collapses"
         elif ours >= _NEAR * best:
             state = "trains as well as the best"
-        elif spread is not None and best - ours > spread:
-            state = "degrades"
+        elif tested is None:  # auto failed
+            state = "is below the best"
         else:
-            state = "is below the best, which the seeds do not confirm"
+            state = _compared(
+                tested,
+                "degrades",
+                "is better than auto and below the best",
+                "is below the best, but no difference shows between it and auto",
+                "is below the best, but single trainings do not tell it from auto",
+            )
         lines.append(f"{named}: the raw head {state}, at {ours / best:.0%} of the backbone's best on {place}.")
     for test in study.tests or ():
         if test.key == Arm.RAW:

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from anysplade._common.figures import INK
 from anysplade._common.files import write_whole
+from anysplade._common.progress import counted, duration
 from anysplade.study.cells import METRIC, METRICS
 from anysplade.study.figures import study_figures
 from anysplade.study.results import RowResult, Settings, Study, StudyResult, plus_minus
@@ -32,7 +33,7 @@ def write_report(result: StudyResult, out: Path) -> None:
         "metric": METRIC,
     }
     environment = Environment(loader=PackageLoader("anysplade.study"), autoescape=select_autoescape(["html"]), trim_blocks=False)
-    environment.filters["short"] = _short
+    environment.filters |= {"short": _short, "duration": duration}
     for template, name in (("study.html", "report.html"), ("study.md", "report.md")):
         write_whole(out / name, environment.get_template(template).render(content) + "\n")
     for figure in (figure for part in parts for figure in part["figures"]):
@@ -67,7 +68,7 @@ def _short(name: str) -> str:
 def _settings(settings: Settings) -> str:
     names, collections = (", ".join(map(_short, paths)) for paths in (settings.backbones, settings.collections))
     options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.training.items())
-    return f"{names}; trained on {_short(settings.data)}, evaluated on {collections}; {settings.seeds} seeds. {options}."
+    return f"{names}; trained on {_short(settings.data)}, evaluated on {collections}; {counted(settings.seeds, 'seed')}. {options}."
 
 
 def _origin(provenance: dict[str, Any]) -> str:
@@ -79,8 +80,8 @@ def _origin(provenance: dict[str, Any]) -> str:
 
 # ----------------------------------------------------------------------------------------- tables
 
-_COLUMNS = ["backbone", "head", "runs", "k", "shift", *METRICS, "query dims", "document dims", "FLOPS", "monitor"]
-_TEST_COLUMNS = ["backbone", "collection", "head", "against", METRIC, "p", "FLOPS", "of the other"]
+_COLUMNS = ["backbone", "head", "seeds", "k", "shift", *METRICS, "query active dims", "document active dims", "FLOPS", "monitor"]
+_TEST_COLUMNS = ["backbone", "collection", "head", "against", f"difference in {METRIC}", "p, Holm", "FLOPS", "FLOPS of the other"]
 
 
 def _tables(study: Study, result: StudyResult, folding: bool) -> list[_Table]:

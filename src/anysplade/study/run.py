@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from anysplade._common.files import make_folder, write_whole
+from anysplade._common.progress import counted, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
@@ -42,10 +43,9 @@ from anysplade.study.cells import (
     run_cell,
 )
 from anysplade.study.conclusions import summarize
-from anysplade.study.plan import STUDIES, Row, StudyConfig, plan
+from anysplade.study.plan import STUDIES, Name, Row, StudyConfig, plan
 from anysplade.study.report import write_report
 from anysplade.study.results import RowRuns, Settings, StudyResult, baseline, read_results, summarize_cell
-from anysplade.training.callbacks import duration
 from anysplade.training.config import TrainingConfig
 from anysplade.training.run import train
 
@@ -82,23 +82,91 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
         raise
 
 
-def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row of a study, before it is run."""
+
+    study: str
+    backbone: str
+    head: str  # the label of the arm
+    seeds: int  # trainings, one a cell
+    done: int  # of them
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study would train."""
+
+    rows: list[PlannedRow]
+    cells: int  # trainings; rows of several studies share them
+    done: int  # of them
+    workers: int  # cells at a time
+    seconds: float | None  # of the cells to run; None if no cell of a backbone is done to go by
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_study(config: StudyConfig) -> StudyPlan:
+    """What ``run_study`` would train, row by row, and how much of it is done already; nothing is trained or written.
+
+    Args:
+        config: the study, its backbones, data, collections and seeds.
+
+    Raises:
+        UsageError: a backbone, the data or a collection cannot be read.
+    """
+    out = Path(config.output).expanduser()
     clear_caches()
-    loaded = {name: read_collection(name) for name in config.collections}
+    config = _with_python_docs(config, out) if (out / "python-docs").exists() else config
+    for name in config.collections:
+        read_collection(name)
+    rows = _plan(config)
+    cells = _cells(rows)
+    records = {hash_: record for hash_, cell in cells.items() if (record := read_cell(out, cell, config.collections))}
+    known = _known_seconds(config, out)
+    missing = [cell for hash_, cell in cells.items() if hash_ not in records]
+    timed = all(cell.backbone in known for cell in missing)
+    workers = config.workers or _default_workers()
+    planned = [(name, row, _runs(row, records, {})) for name, study in rows.items() for row in study]
+    return StudyPlan(
+        rows=[PlannedRow(name, runs.backbone, runs.label, len(row.cells), len(runs.cells)) for name, row, runs in planned],
+        cells=len(cells),
+        done=len(records),
+        workers=workers,
+        seconds=sum(known[cell.backbone] for cell in missing) / workers if timed else None,
+    )
+
+
+def _plan(config: StudyConfig) -> dict[Name, list[Row]]:
+    """The rows of each study."""
     norms, cased = {}, set()
     for name in config.backbones:
         model, tokenizer = load_masked_lm(name)
         norms[name] = describe_head(model, None, name).mean_row_norm
         if "folding" in config.names and folds_by_case(tokenizer):
             cased.add(name)
+    return {name: plan(name, config, norms, cased) for name in config.names}
+
+
+def _cells(rows: Mapping[Name, Sequence[Row]]) -> dict[str, Cell]:
+    """The cells of all rows by hash."""
+    return {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
+
+
+def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
+    clear_caches()
+    loaded = {name: read_collection(name) for name in config.collections}
+    rows = _plan(config)
     earlier = read_results(out / "study.json") if (out / "study.json").exists() else StudyResult({}, {}, {}, {}, "")
-    rows = {name: plan(name, config, norms, cased) for name in config.names}
-    cells = {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
+    cells = _cells(rows)
     missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
     workers = config.workers or _default_workers()
     if missing:
         seconds = _estimate(missing, config, out, loaded)
-        counts = f"{len(cells)} cells, {len(cells) - len(missing)} of them done; {len(missing)} to run, {workers} at a time"
+        counts = (
+            f"{counted(len(cells), 'cell')}, {len(cells) - len(missing)} of them done; {len(missing)} to run, {workers} at a time"
+        )
         logger.info("%s: %s, about %s", ", ".join(config.names), counts, duration(seconds / workers))
     records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
     if not records:
@@ -206,19 +274,21 @@ def _begin_worker(devices: Any, threads: int) -> None:
     datasets.disable_progress_bars()
 
 
-def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: Mapping[str, Collection]) -> float:
-    """Seconds for all cells, one after the other: from finished cells of the same backbone, or from a timed rehearsal."""
-    seconds: dict[str, float] = {}
+def _known_seconds(config: StudyConfig, out: Path) -> dict[str, float]:
+    """What a finished cell of each backbone took, the median."""
     done: dict[str, list[float]] = {}
     for path in (out / "cells").glob("*.json"):
         record = read_record(path)
         if record and record.options.get("steps") == config.training.get("steps") and config.collections[0] in record.results:
             done.setdefault(record.cell.backbone, []).append(record.seconds)
+    return {backbone: statistics.median(seconds) for backbone, seconds in done.items()}
+
+
+def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: Mapping[str, Collection]) -> float:
+    """Seconds for all cells, one after the other: from finished cells of the same backbone, or from a timed rehearsal."""
+    seconds = _known_seconds(config, out)
     texts = sum(len(collection.corpus) + len(collection.queries) for collection in loaded.values())
-    for backbone in {cell.backbone for cell in missing}:
-        if backbone in done:
-            seconds[backbone] = statistics.median(done[backbone])
-            continue
+    for backbone in {cell.backbone for cell in missing} - seconds.keys():
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=out) as work:
             options = {**config.training, "steps": _REHEARSED}

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from anysplade._common.files import damaged_file, digests, read_record, write_whole
+from anysplade._common.progress import counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
 
@@ -99,20 +100,12 @@ class Estimate(TrainerCallback):
         left = step * (state.max_steps - state.global_step)
         if left > _LONG:
             logger.info(
-                "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
+                "%.2g s a step: about %s for the %s to come%s",
                 step,
                 duration(left),
-                f"{state.max_steps - state.global_step:,}",
-                f"{left * args.world_size / 3600:.2g} hours",
-                args.world_size,
-                "es" if args.world_size > 1 else "",
+                counted(state.max_steps - state.global_step, "step"),
+                f", on {counted(args.world_size, 'process')}" if args.world_size > 1 else "",
             )
-
-
-def duration(seconds: float) -> str:
-    """Hours and minutes, for a person."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class Progress(TrainerCallback):
