@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
-from transformers import AutoModelForMaskedLM, TrainingArguments
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from anysplade import (
@@ -37,8 +37,10 @@ from anysplade._common.files import digests
 from anysplade.cli.rendering import training_lines
 from anysplade.data.collections import load_python_docs
 from anysplade.errors import AnyspladeError
-from anysplade.model.encoder import build_encoder
+from anysplade.model.encoder import build_encoder, cut_at, open_encoder, reader
+from anysplade.model.encoding import count_cut
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.queries import StaticQueries
 from anysplade.training import heads
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
@@ -370,6 +372,7 @@ def test_active_dims_as_a_target(config, tmp_path):
     result = train(config(query_active_dims=10, document_active_dims=30, checkpoint_steps=1000, **options))
     assert result.query_active_dims == pytest.approx(10, rel=0.25)
     assert result.document_active_dims == pytest.approx(30, rel=0.25)
+    assert result.max_seq_length == 256  # these are the active dims of documents of which training reads a fifth
 
 
 @pytest.mark.parametrize("change", [0.8, 1.25])
@@ -411,6 +414,68 @@ def test_two_targets_share_the_error():
     few, many = (n / target for n, target in zip(active_dims(encoder, pairs), targets, strict=True))
     assert few < 1 < many
     assert few * many == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "limits, trained, reads",
+    [
+        ({}, 16, 64),  # what its tokenizer allows
+        ({"model_max_length": 1000}, 16, 512),  # of 600 positions
+        ({"model_max_length": None}, 256, 512),
+        ({"model_max_length": 1000}, 600, 600),
+        ({"model_max_length": 1000}, None, 600),
+        ({"model_max_length": 20}, 32, 32),
+    ],
+)
+def test_the_length_of_the_training_is_no_limit_of_the_model(limits, trained, reads, config, tmp_path):
+    folder = make_backbone("bert", tmp_path / "long", max_position_embeddings=600)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = limits.get("model_max_length", tokenizer.model_max_length)
+    tokenizer.save_pretrained(folder)
+    long = Pair("river flood", " ".join(["kabel"] * 700))
+    result = train(config(backbone=folder, max_length=trained, steps=1, checkpoint_steps=1))
+    assert result.max_seq_length == SparseEncoder(result.model).max_seq_length == reads
+    assert AutoTokenizer.from_pretrained(result.model).model_max_length == reads
+    assert SparseEncoder(result.model).preprocess([long.positive])["input_ids"].shape == (1, reads)
+    assert any(f"reads {reads} tokens" in line for line in training_lines(result))
+    checkpoint = SparseEncoder(str(tmp_path / "run" / "checkpoints" / "checkpoint-1"))
+    assert checkpoint.max_seq_length == (trained or 600)
+
+
+@pytest.mark.parametrize("own, reads", [(8, 16), (40, 40), (600, 600)])
+@pytest.mark.parametrize("queries", ["mlm", "idf"])
+def test_a_sparse_encoder_reads_as_far_as_before(own, reads, queries, config, tmp_path):
+    backbone = make_backbone("bert", tmp_path / "long", max_position_embeddings=600)
+    encoder = build_encoder(backbone, 1, 0, query_encoder=queries, idf_texts=["kabel"])[0]
+    encoder.prompts["query"] = "kabel "
+    cut_at(encoder, own)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    result = train(config(backbone=str(tmp_path / "saved"), steps=1))
+    trained = open_encoder(result.model)
+    assert result.max_seq_length == reader(trained, "document").max_seq_length == reads
+    assert count_cut(trained, ["kabel " * 700], "query").limit == (reads if queries == "mlm" else own)
+    assert trained.prompts["query"] == "kabel "
+
+
+@pytest.mark.parametrize("queries", ["idf", "static"])
+def test_queries_by_token_are_read_as_far_as_documents(queries, config, tmp_path):
+    result = train(config(query_encoder=queries, steps=1))
+    trained = open_encoder(result.model)
+    assert SparseEncoder(result.model).max_seq_length == 64
+    assert {count_cut(trained, ["kabel " * 700], role).limit for role in ("query", "document")} == {64}
+    assert StaticQueries.open(result.model).count_cut(["kabel " * 700]).limit == 64
+
+
+def test_the_finished_model_is_measured_at_the_length_that_an_index_reads(config, collection_folder, tmp_path):
+    rows = [{"query": word, "positive": " ".join(np.roll(WORDS, i)[:40])} for i, word in enumerate(WORDS)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data": str(tmp_path / "long.jsonl"), "max_length": 10, "dev": str(collection_folder), "dev_split": "test"}
+    result = train(config(**options))
+    trained = open_encoder(result.model)
+    found = active_dims(trained, [Pair(row["query"], row["positive"]) for row in rows])
+    assert found == (result.query_active_dims, result.document_active_dims)
+    assert result.dev["cut"]["document"]["max_length"] == 64
+    assert result.dev["nDCG@10"] == pytest.approx(evaluate(trained, str(collection_folder)).metrics["nDCG@10"])
 
 
 def test_a_target_that_is_missed_is_said(config, caplog):

@@ -37,7 +37,7 @@ def evaluate(
         runtime: of encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which is
             faster and as exact.
         precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
-        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
+        max_length: tokens a text is cut to, up to the model's positions; what the model was saved with if not given.
         out: a folder for TREC runs, values by query, figures and the JSON.
         cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
     """

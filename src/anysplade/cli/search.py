@@ -81,7 +81,7 @@ def index(
         runtime: of encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
         precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
         top_k: keep only the so many largest weights of each document: an approximation, recorded.
-        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
+        max_length: tokens a text is cut to, up to the model's positions; what the model was saved with if not given.
         workers: processes that encode, each with the model.
         ray: encode on a Ray cluster, workers at once.
     """

@@ -118,7 +118,7 @@ def adapt(
         steps: of training.
         batch_size: queries a step.
         learning_rate: peak.
-        max_length: tokens a text is cut to.
+        max_length: tokens a text is cut to in training; the adapted model reads at least what the original reads.
         precision: of the products; bfloat16 is faster where the machine has it.
         seed: of everything random.
     """

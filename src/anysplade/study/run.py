@@ -40,6 +40,7 @@ from anysplade.study.cells import (
     read_collection,
     read_record,
     run_cell,
+    trained_length,
 )
 from anysplade.study.conclusions import summarize
 from anysplade.study.plan import STUDIES, Row, StudyConfig, plan
@@ -232,7 +233,8 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
             corpus = dict(list(first.corpus.items())[:_REHEARSED_TEXTS])
             queries = dict(list(first.queries.items())[:1])
             qrels = {query_id: {next(iter(corpus)): 1} for query_id in queries}
-            evaluation = evaluate(trained.model, Collection("rehearsal", corpus, queries, qrels), METRICS[:1], depth=10)
+            rehearsal = Collection("rehearsal", corpus, queries, qrels)
+            evaluation = evaluate(trained.model, rehearsal, METRICS[:1], depth=10, max_length=trained_length(trained))
         steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
         encoding = texts * evaluation.seconds["encoding"] / (len(corpus) + 1)
         seconds[backbone] = overhead + steps * trained.seconds / _REHEARSED + encoding

@@ -51,14 +51,17 @@ from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import (
     build_encoder,
     check_foldable,
-    cut_within,
+    cut_in_training,
     has_static_queries,
     is_routed,
     is_saved_encoder,
     masked_lm,
     open_encoder,
+    read_to,
+    splade_modules,
 )
 from anysplade.model.head import find_head, live_terms
+from anysplade.model.options import Role
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
@@ -75,7 +78,7 @@ from anysplade.training.callbacks import (
 )
 from anysplade.training.card import write_card
 from anysplade.training.config import TrainingConfig, parse_objective
-from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
+from anysplade.training.level import active_dims, batch_target, trim_level, warn_of_missed_targets
 from anysplade.training.mining import mine
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import check_examples, make_loss
@@ -115,6 +118,7 @@ class TrainingResult(Tabular):
     restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
     provenance: dict[str, Any]  # versions, commit, hardware, command
     ranking_loss: dict[str, dict[str, float]] | None = None  # its mean over the first and the last tenth of the steps
+    max_seq_length: int | None = None  # tokens of a document that the finished model reads
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -186,7 +190,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
-        encoder, calibration = _encoder(config, pairs, len(restarts))
+        encoder, calibration, lengths = _encoder(config, pairs, len(restarts))
         run = {"config": asked, "calibration": calibration.to_dict(), "hashes": hashes, "files": files, "restarts": restarts}
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
@@ -194,7 +198,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
                     shutil.rmtree(output / "checkpoints", ignore_errors=True)
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
             checkpoint = last_checkpoint(output / "checkpoints")
-        trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, teacher, progress)
+        trainer, monitor = _trainer(config, encoder, lengths, pairs, arguments, dev, teacher, progress)
         start = time.perf_counter()
         with writing(output):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -210,6 +214,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     if done < asked_for and config.patience is None:  # the trainer ends so when the batches run out, and says nothing
         raise AnyspladeError(f"{output}: the training ended at step {done} of {asked_for}; no model was written")
     if arguments.process_index == 0:
+        read_to(encoder, lengths)  # from here on all is measured as an index will have it
         trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
         dims = active_dims(encoder, pairs)
         warn_of_missed_targets(config, dims)
@@ -234,6 +239,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             restarts=restarts,
             provenance=provenance(),
             ranking_loss=_ranking_loss(trainer.state.log_history),
+            max_seq_length=splade_modules(encoder)[0].max_seq_length,
         )
         shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
         with whole_folder(output / "model") as folder:
@@ -347,8 +353,11 @@ def start_texts(config: TrainingConfig, pairs: Sequence[Pair]) -> tuple[list[str
     return [config.query_prompt + query for query in queries], [config.document_prompt + document for document in documents]
 
 
-def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
-    """The encoder to start from; after a collapse numbers for k and shift give way to "auto", and that to a stronger one."""
+def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration, list[int]]:
+    """The encoder to start from, and how far it is to read after the training.
+
+    After a collapse numbers for k and shift give way to "auto", and that to a stronger one.
+    """
     set_seed(config.seed)
     queries, documents = start_texts(config, pairs)
     k, shift = config.k, config.shift
@@ -362,7 +371,6 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         bias=config.bias,
         queries=queries,
         documents=documents,
-        max_length=_asked_length(config),
         strength=restarts,
         pooling=config.pooling,
         double_log=config.double_log,
@@ -372,13 +380,13 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         fold=config.fold,
         mute=config.mute,
     )
-    cut_within(encoder, config.max_length)
+    lengths = cut_in_training(encoder, config.max_length, is_saved_encoder(resolve_model(config.backbone)))
     if config.query_active_dims is not None and has_static_queries(encoder):
         raise OptionError(f"{config.backbone}: its queries have a weight a token, so query_active_dims cannot be met; leave it out")
     for role, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
         # A model that is trained on keeps its prompts unless others are given.
         encoder.prompts[role] = prompt or encoder.prompts.get(role, "")
-    return encoder, calibration
+    return encoder, calibration, lengths
 
 
 def _asked_length(config: TrainingConfig) -> int | None:
@@ -548,6 +556,7 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
 def _trainer(
     config: TrainingConfig,
     encoder: SparseEncoder,
+    lengths: Sequence[int],
     pairs: StoredPairs,
     arguments: SparseEncoderTrainingArguments,
     dev: Collection | None,
@@ -578,10 +587,12 @@ def _trainer(
         contrastive=list(parse_objective(config.objective)) == ["contrastive"],
         live=live_terms(masked_lm(encoder)),
     )
+    roles: tuple[tuple[Role, float | None], ...] = (("query", config.query_active_dims), ("document", config.document_active_dims))
+    targets = [target and batch_target(encoder, pairs, lengths, role, target) for role, target in roles]
     main = arguments.process_index == 0
     callbacks: list[TrainerCallback] = [
         # Stands for the ramp that the trainer would add by itself.
-        ActiveDimsController(loss, config.query_active_dims, config.document_active_dims),
+        ActiveDimsController(loss, *targets),
         MarkComplete(),
         Progress(progress and main),
     ]
