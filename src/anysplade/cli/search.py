@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import RenderableType
 
-from anysplade.cli.app import Json, Out, Result, command, is_watched
+from anysplade.cli.app import Json, Out, Result, command, shows_progress
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
 from anysplade.model.queries import log_cut
@@ -92,7 +92,7 @@ def index(
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
     options: dict[str, Any] = {"runtime": runtime, "precision": precision, "top_k": top_k, "max_length": max_length}
-    options |= {"workers": workers, "ray": ray, "progress": is_watched()}
+    options |= {"workers": workers, "ray": ray, "progress": shows_progress()}
     if to is not None:
         work = default_cache()
         if work is None:
@@ -219,7 +219,7 @@ def size(
     from anysplade.cli import rendering as report
     from anysplade.search import sizing
 
-    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": is_watched()}
+    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": shows_progress()}
     found = sizing.size(model, sizing.parse_count(documents), **options)
     return Result(found.to_dict(), report.size_lines(found))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from anysplade.cli.app import Json, Out, Result, command, is_watched
+from anysplade.cli.app import Json, Out, Result, command, shows_progress
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 
 
@@ -33,7 +33,7 @@ def train(
     from anysplade.cli import rendering as report
     from anysplade.training import run as training
 
-    result = training.train(options, progress=is_watched())
+    result = training.train(options, progress=shows_progress())
     return Result(result.to_dict(), report.training_lines(result))
 
 
@@ -81,7 +81,7 @@ def head(
         encoder_learning_rate=encoder_learning_rate,
         layer_decay=layer_decay,
         seed=seed,
-        progress=is_watched(),
+        progress=shows_progress(),
     )
     return Result(result.to_dict(), report.head_training_lines(result))
 
@@ -139,7 +139,7 @@ def adapt(
         max_length=max_length,
         precision=precision,
         seed=seed,
-        progress=is_watched(),
+        progress=shows_progress(),
     )
     return Result(result.to_dict(), report.adaptation_lines(result, corpus))
 
@@ -163,7 +163,7 @@ def pairs(
     from anysplade.cli import rendering as report
     from anysplade.data.document_pairs import make_pairs
 
-    made = make_pairs(corpus, out, kinds=kinds, progress=is_watched())
+    made = make_pairs(corpus, out, kinds=kinds, progress=shows_progress())
     return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, out))
 
 
@@ -207,7 +207,7 @@ def mine(
         negatives=negatives,
         depth=depth,
         margin=margin,
-        progress=is_watched(),
+        progress=shows_progress(),
     )
     return Result(mined.to_dict() | {"out": str(out)}, [f"{mined.examples:,} examples with {negatives} negatives each, in {out}"])
 
@@ -225,5 +225,5 @@ def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max
     """
     from anysplade.training import mining
 
-    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=is_watched())
+    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=shows_progress())
     return Result(scored.to_dict() | {"out": str(out)}, [f"{scored.examples:,} examples scored by {teacher}, in {out}"])

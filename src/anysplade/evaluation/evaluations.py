@@ -15,6 +15,7 @@ from sentence_transformers import SparseEncoder
 
 from anysplade._common.files import write_whole
 from anysplade._common.hashing import DataHash
+from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
@@ -153,6 +154,8 @@ def evaluate(
         # A model that is loaded may be in training: to convert it at each evaluation would cost more than it saves.
         runtime = runtime_for(0 if encoder is model else len(texts) + len(questions), runtime, resolved)
         start = time.perf_counter()
+        name = "the loaded model" if encoder is model else model
+        begin(f"making {name} ready for OpenVINO", progress and runtime == "openvino")
         encoder = for_inference(encoder, runtime, resolved)
         used = runtime_of(encoder)
         seconds["preparing"] = time.perf_counter() - start
@@ -161,8 +164,12 @@ def evaluate(
         folders = _cache_folders(model, cache, key, {"document": texts, "query": questions})
         cached = any(folder is not None and folder.exists() for folder in folders.values())
         start = time.perf_counter()
-        documents = encode(encoder, texts, "document", cache=folders["document"], progress=progress)
-        queries = encode(encoder, questions, "query", cache=folders["query"], progress=progress)
+        documents = encode(
+            encoder, texts, "document", cache=folders["document"], progress=progress, what=f"encoding documents with {name}"
+        )
+        queries = encode(
+            encoder, questions, "query", cache=folders["query"], progress=progress, what=f"encoding queries with {name}"
+        )
         vectors = (queries, documents)
         terms = term_names(encoder)
         seconds["encoding"] = time.perf_counter() - start

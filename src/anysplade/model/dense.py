@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from tqdm import tqdm
 
 from anysplade._common.files import write_whole
+from anysplade._common.progress import bar
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
 from anysplade.model.head import usable_positions
@@ -79,7 +79,7 @@ def encode_dense(
     """
     of_role = model.encode_query if role == "query" else model.encode_document
     parts = []
-    with tqdm(total=len(texts), desc=f"encoding {role} texts", unit="text", disable=not progress, leave=False) as bar:
+    with bar(f"encoding {role} texts", "text", len(texts), progress) as shown:
         for start in range(0, len(texts), _PART):
             part = texts[start : start + _PART]
             kept = None if cache is None else cache / f"{start:012}.npy"
@@ -101,7 +101,7 @@ def encode_dense(
                     np.save(file, vectors)
                     write_whole(kept, file.getvalue())
             parts.append(vectors)
-            bar.update(len(part))
+            shown.update(len(part))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
 
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -19,9 +18,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from anysplade._common.files import make_folder, write_whole
+from anysplade._common.progress import bar, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
@@ -46,7 +45,6 @@ from anysplade.study.conclusions import summarize
 from anysplade.study.plan import STUDIES, Row, StudyConfig, plan
 from anysplade.study.report import write_report
 from anysplade.study.results import RowRuns, Settings, StudyResult, baseline, read_results, summarize_cell
-from anysplade.training.callbacks import duration
 from anysplade.training.config import TrainingConfig
 from anysplade.training.run import train
 
@@ -179,18 +177,19 @@ def _run_missing(missing: Sequence[Cell], collections: Sequence[str], out: Path,
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, (devices, threads)) as pool:
         futures = {pool.submit(run_cell, cell, collections, out): cell for cell in missing}
-        bar = tqdm(as_completed(futures), total=len(futures), desc="cells", disable=not progress, file=sys.stderr)
-        for future in bar:
-            try:
-                future.result()
-            except BrokenProcessPool as error:
-                raise worker_died(out) from error
-            except AnyspladeError as error:
-                failed[futures[future].hash] = str(error)
-                logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with bar("cells", "cell", len(futures), progress) as shown:
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                except BrokenProcessPool as error:
+                    raise worker_died(out) from error
+                except AnyspladeError as error:
+                    failed[futures[future].hash] = str(error)
+                    logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                shown.update()
     return failed
 
 

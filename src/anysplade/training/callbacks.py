@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from anysplade._common.files import damaged_file, digests, read_record, write_whole
+from anysplade._common.progress import bar, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
 
@@ -99,31 +98,19 @@ class Estimate(TrainerCallback):
         left = step * (state.max_steps - state.global_step)
         if left > _LONG:
             logger.info(
-                "%.2g s a step: about %s for the %s steps to come, %s of %d process%s",
+                "%.2g s a step: about %s for the %s steps to come%s",
                 step,
                 duration(left),
                 f"{state.max_steps - state.global_step:,}",
-                f"{left * args.world_size / 3600:.2g} hours",
-                args.world_size,
-                "es" if args.world_size > 1 else "",
+                f", on {args.world_size} processes" if args.world_size > 1 else "",
             )
 
 
-def duration(seconds: float) -> str:
-    """Hours and minutes, for a person."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
 class Progress(TrainerCallback):
-    """One bar with the loss, on standard error."""
-
-    def __init__(self, shown: bool) -> None:
-        self.bar = tqdm(desc="training", unit="step", disable=not shown, leave=False, file=sys.stderr)
+    """One bar with the loss, on standard error, or lines."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.reset(total=state.max_steps)
-        self.bar.update(state.global_step)
+        self.bar = bar("training", "step", state.max_steps, show=True, done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)

@@ -40,6 +40,7 @@ from anysplade._common.files import (
     write_whole,
     writing,
 )
+from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
@@ -87,6 +88,7 @@ from anysplade.training.teachers import BatchTeacher, prepare_teacher, teacher_k
 
 logger = logging.getLogger(__name__)
 
+_OPTIONS = "options.yaml"  # all of them, as `--config` reads them
 _DATA = "data"  # the folder of the training examples, and of what the teacher says of them, during a run
 _MINED = 2  # hard negatives of an example that has none, where a teacher tells the false ones
 _PREPARATION = 7 * 24 * 3600  # seconds that processes wait for the first one, which mines and encodes for all
@@ -187,9 +189,10 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             return finished
 
         teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, not recorded, progress)
-    logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+    logger.info("%s", _said(config, output))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
+        begin(f"probing the head of {config.backbone}", progress and not is_saved_encoder(backbone))
         encoder, calibration, lengths = _encoder(config, pairs, len(restarts))
         run = {"config": asked, "calibration": calibration.to_dict(), "hashes": hashes, "files": files, "restarts": restarts}
         with arguments.main_process_first(local=False):
@@ -197,6 +200,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
                 if not recorded:
                     shutil.rmtree(output / "checkpoints", ignore_errors=True)
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+                write_whole(output / _OPTIONS, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
             checkpoint = last_checkpoint(output / "checkpoints")
         trainer, monitor = _trainer(config, encoder, lengths, pairs, arguments, dev, teacher, progress)
         start = time.perf_counter()
@@ -215,6 +219,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
         raise AnyspladeError(f"{output}: the training ended at step {done} of {asked_for}; no model was written")
     if arguments.process_index == 0:
         read_to(encoder, lengths)  # from here on all is measured as an index will have it
+        begin("measuring the trained model on training texts", progress, len(pairs))
         trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
         dims = active_dims(encoder, pairs)
         warn_of_missed_targets(config, dims)
@@ -233,7 +238,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             query_active_dims=dims[0],
             document_active_dims=dims[1],
             level_trim=trim,
-            dev=None if dev is None else evaluate(encoder, dev).to_dict(),
+            dev=None if dev is None else evaluate(encoder, dev, progress=progress).to_dict(),
             log=trainer.state.log_history,
             monitoring=monitor.to_dict(),
             restarts=restarts,
@@ -254,6 +259,14 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     recorded_result = _recorded_result(output)
     assert recorded_result is not None  # it was written just now
     return recorded_result
+
+
+def _said(config: TrainingConfig, output: Path) -> str:
+    """What is trained, and the options that differ from the defaults."""
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.default is not MISSING}
+    chosen = [f"{f.name} {given[f.name]}" for f in fields(config) if f.name in given and given[f.name] != f.default]
+    options = f" with {', '.join(chosen)}" if chosen else ""
+    return f"training {config.backbone} on {config.data}{options}; {output / _OPTIONS} has all options"
 
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
@@ -594,10 +607,9 @@ def _trainer(
         # Stands for the ramp that the trainer would add by itself.
         ActiveDimsController(loss, *targets),
         MarkComplete(),
-        Progress(progress and main),
     ]
     if main:
-        callbacks.append(Estimate())
+        callbacks.append(Progress() if progress else Estimate())
     if config.patience is not None:
         callbacks.append(Patience(early_stopping_patience=config.patience))
     trainer = _Trainer(

@@ -23,9 +23,9 @@ from scipy import sparse
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from anysplade._common.files import damaged_file, default_cache, digests, make_folder, read_record, whole_folder, write_whole
+from anysplade._common.progress import bar
 from anysplade.data.collections import Pair
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, ModelError
@@ -75,15 +75,17 @@ class Teacher:
                 rows = sparse.diags_array(1 / np.maximum(norms, 1e-12)).tocsr() @ rows
             return sparse.csr_matrix(rows, dtype=np.float32)
         of_role = self.model.encode_query if role == "query" else self.model.encode_document
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            vectors = of_role(
-                [whole_characters(text) for text in texts],
-                batch_size=self.batch_size,
-                normalize_embeddings=self.cosine,
-                show_progress_bar=progress,
-            )
+        parts: list[Any] = []
+        with bar(f"encoding {role} texts with {self.name}", "text", len(texts), progress) as shown:
+            for start in range(0, max(1, len(texts)), _SHARD):
+                part = [whole_characters(text) for text in texts[start : start + _SHARD]]
+                with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                    parts.append(
+                        of_role(part, batch_size=self.batch_size, normalize_embeddings=self.cosine, show_progress_bar=False)
+                    )
+                shown.update(len(part))
         with np.errstate(over="ignore"):
-            vectors = np.asarray(vectors, dtype=np.float32).astype(np.float16)
+            vectors: np.ndarray = np.concatenate(parts).astype(np.float32).astype(np.float16)
         if not np.isfinite(vectors).all():
             bad = texts[int((~np.isfinite(vectors)).any(axis=1).nonzero()[0][0])]
             raise ModelError(f"{self.name}: gives NaN, infinity or a number above 65,504 for the {role} {bad[:60]!r}")
@@ -216,16 +218,20 @@ class Kept:
         """Compute the vectors that are not known yet; many at once take less time than a few again and again."""
         if self.teacher.kind != "cross-encoder":
             keys = [_hash(role, text) for text in texts]
-            self._learn(keys, texts, lambda part: self.teacher.encode(part, role), f"{role} texts")
+            self._learn(keys, texts, lambda part: self.teacher.encode(part, role), f"encoding {role} texts")
 
     def vectors(self, texts: Sequence[str], role: Role) -> Rows:
         """(texts, width), in their order; computed where they are not known yet."""
-        return self._of([_hash(role, text) for text in texts], texts, lambda part: self.teacher.encode(part, role), f"{role} texts")
+        return self._of(
+            [_hash(role, text) for text in texts], texts, lambda part: self.teacher.encode(part, role), f"encoding {role} texts"
+        )
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Of pairs of a query and a document: (pairs,), float32."""
         if self.teacher.kind == "cross-encoder":
-            found = self._of([_hash(*pair) for pair in pairs], pairs, lambda part: self.teacher.rate(part)[:, None], "pairs")
+            found = self._of(
+                [_hash(*pair) for pair in pairs], pairs, lambda part: self.teacher.rate(part)[:, None], "scoring pairs"
+            )
             return np.asarray(found)[:, 0]
         queries, documents = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
         places = [{text: i for i, text in enumerate(texts)} for texts in (queries, documents)]
@@ -237,11 +243,12 @@ class Kept:
 
     def _learn(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> None:
         missing = list({key: item for key, item in zip(keys, items, strict=True) if key not in self._places}.items())
-        starts = range(0, len(missing), _SHARD)
-        for start in tqdm(starts, f"{self.teacher.name}: {what}", disable=not self.progress or not missing, leave=False):
-            part = missing[start : start + _SHARD]
-            rows = compute([item for _, item in part])
-            self._write(np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), -1), rows)
+        with bar(f"{what} with {self.teacher.name}", "text", len(missing), self.progress and bool(missing)) as shown:
+            for start in range(0, len(missing), _SHARD):
+                part = missing[start : start + _SHARD]
+                rows = compute([item for _, item in part])
+                self._write(np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), -1), rows)
+                shown.update(len(part))
 
     def _of(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> Rows:
         self._learn(keys, items, compute, what)
