@@ -66,7 +66,6 @@ def test_work_shows_itself_in_a_pipe(collection_folder, teachers, tmp_path, caps
     head = f"{model}: a sparse encoder already, so its head stays as it is; numbers for k and shift change it"
     assert [line for line in said["train", False] if "left out" not in line] == [
         f"mining negatives with bm25 and {model}: 40 examples",
-        "encoding document texts: 40 texts",
         f"encoding document texts with {model}: 40 texts",
         f"encoding query texts with {model}: 40 texts",
         f"training {model} on {data} with {options}; {run}/options.yaml has all options",
