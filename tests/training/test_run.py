@@ -656,7 +656,7 @@ def test_a_long_run_is_estimated(config, caplog, monkeypatch):
     caplog.set_level("INFO")
     train(config(steps=8))
     for left in (3, 2, 1):  # after five steps, and at each tenth of the run
-        assert f"s a step: about 0 min for the {left} steps to come" in caplog.text
+        assert f"s a step: about 0 minutes for the {left} steps to come" in caplog.text
 
 
 def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
@@ -671,8 +671,8 @@ def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
         estimate.on_step_end(arguments, SimpleNamespace(global_step=step, max_steps=100), None)
     said = [message.partition(",")[0] for message in caplog.messages]
     assert said[:2] == [
-        "1 s a step: about 2 min for the 95 steps to come",
-        "3.2 s a step: about 5 min for the 90 steps to come",  # 4 steps of 1 s and 5 of 5 s
+        "1 s a step: about 2 minutes for the 95 steps to come",
+        "3.2 s a step: about 5 minutes for the 90 steps to come",  # 4 steps of 1 s and 5 of 5 s
     ]
     assert len(said) == 9  # the last ten steps take less than a minute
 
