@@ -656,7 +656,7 @@ def test_a_long_run_is_estimated(config, caplog, monkeypatch):
     caplog.set_level("INFO")
     train(config(steps=8))
     for left in (3, 2, 1):  # after five steps, and at each tenth of the run
-        assert f"s a step: about 0 minutes for the {left} steps to come" in caplog.text
+        assert f"s a step: about 1 second for the {left} steps to come" in caplog.text
 
 
 def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
