@@ -228,7 +228,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
             model = train(TrainingConfig(backbone, options.data, output=f"{work}/run", **TRAINING | given)).model
             for name in options.collections:
                 collection = load_collection(name)
-                evaluation = evaluate(model, collection, ["nDCG@10"])
+                evaluation = evaluate(model, collection, ["nDCG@10"], max_length=128)
                 assert evaluation.vectors
                 queries, documents = evaluation.vectors
                 for how, merged in (("sum", summed), ("max", largest)):

@@ -18,6 +18,7 @@ from sentence_transformers import SparseEncoder
 from transformers import AutoModelForMaskedLM
 
 from anysplade import Document, Index, TrainingConfig
+from anysplade._common import progress
 from anysplade.cli import app, main
 from anysplade.cli.app import _as_typed
 from anysplade.cli.config import config_file
@@ -46,6 +47,38 @@ def call_json(call):
         return json.loads(out)
 
     return run
+
+
+def test_work_shows_itself_in_a_pipe(collection_folder, teachers, tmp_path, capsys, caplog, monkeypatch):
+    """A line for each phase, none twice, and one JSON document; on few texts only what is not counted has one."""
+    caplog.set_level("INFO", "anysplade")
+    model, data, run = teachers["sparse"], str(collection_folder), tmp_path / "run"
+    train = ["train", model, data, "--teacher", model, "--out", str(run), *OPTIONS, "--json"]
+    index = ["index", str(run / "model"), data, "--out", str(tmp_path / "index"), "--json"]
+    said = {}
+    for few, command in ((False, train), (False, index), (True, [*train[:5], "--out", str(tmp_path / "few"), *OPTIONS, "--json"])):
+        monkeypatch.setattr(progress, "_MANY", 1000 if few else 1)
+        caplog.clear()
+        assert main(command) == 0
+        json.loads(capsys.readouterr().out)
+        said[command[0], few] = caplog.messages
+        assert len(set(caplog.messages)) == len(caplog.messages)
+    options = f"teacher {model}, objective contrastive + teacher, steps 4, batch_size 4, max_length 16"
+    head = f"{model}: a sparse encoder already, so its head stays as it is; numbers for k and shift change it"
+    assert [line for line in said["train", False] if "left out" not in line] == [
+        f"mining negatives with bm25 and {model}: 40 examples",
+        f"encoding document texts with {model}: 40 texts",
+        f"encoding query texts with {model}: 40 texts",
+        f"training {model} on {data} with {options}; {run}/options.yaml has all options",
+        head,
+        "training: 4 steps",
+        "measuring the trained model on training texts",
+    ]
+    assert said["index", False] == ["encoding documents"]
+    few = [line for line in said["train", True] if "left out" not in line]
+    assert few == [said["train", False][-4].replace("/run/", "/few/"), head]
+    assert main(["train", "--config", str(run / "options.yaml"), "--json"]) == 0
+    assert f"{run} holds this run's result already" in caplog.text
 
 
 def test_texts_that_are_cut_are_said(collection_folder, tmp_path, capsys, caplog):

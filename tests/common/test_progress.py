@@ -31,8 +31,9 @@ def test_where_nobody_watches_a_line_comes_now_and_then(monkeypatch, caplog):
         for _ in range(50):  # 20 documents in 2 s
             now[0] += 2
             bar.update(20)
-    assert caplog.messages[0] == "encoding documents: 60 of 1,000 documents, about 2 minutes left"
-    assert len(caplog.messages) == 4  # after 6, 36, 66 and 96 s
+    assert caplog.messages[0] == "encoding documents: 1,000 documents"
+    assert caplog.messages[1] == "encoding documents: 60 of 1,000 documents, about 2 minutes left"
+    assert len(caplog.messages) == 5  # after 0, 6, 36, 66 and 96 s
     caplog.clear()
     with progress.bar("reading", "file", show=True) as bar:
         now[0] += 10

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from anysplade import Pair, load_encoder
-from anysplade.model.encoder import masked_lm
+from anysplade.model.encoder import cut_at, masked_lm
 from anysplade.model.head import find_head
 from anysplade.training import level
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops, warn_of_missed_targets
-from tiny import make_lexical
+from tiny import WORDS, make_lexical
 
 PAIRS = [Pair("kabel lodan", "kabel mifil nugor"), Pair("kabel", "lodan")]
 
@@ -64,3 +64,14 @@ def test_no_shift_is_larger_than_1(lexical, monkeypatch):
     before = find_head(masked_lm(lexical)).bias.clone()
     assert trim_flops(lexical, PAIRS, np.array([-1.0, -1.0])) == 1
     assert (before - find_head(masked_lm(lexical)).bias).tolist() == [1] * len(before)
+
+
+def test_the_target_of_batches_is_lower_by_what_the_training_does_not_read(lexical):
+    """Each word is a term of equal weight; of ten words in a document training reads four."""
+    words = [word for word in WORDS if word.isalpha()][:20]
+    pairs = [Pair("kabel", " ".join(words[:10])), Pair("kabel", " ".join(words[10:]))]
+    cut_at(lexical, 4 + 2)
+    assert level.batch_target(lexical, pairs, [64], "document", 10) == pytest.approx(4)
+    assert level.batch_target(lexical, pairs, [64], "query", 10) == 10  # none is cut
+    assert level.batch_target(lexical, pairs, [6], "document", 10) == 10  # no more is read later either
+    assert lexical.max_seq_length == 6

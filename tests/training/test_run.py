@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
-from transformers import AutoModelForMaskedLM, TrainingArguments
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from anysplade import (
@@ -36,10 +36,13 @@ from anysplade import (
 from anysplade._common.files import digests
 from anysplade.cli.rendering import training_lines
 from anysplade.data.collections import load_python_docs
+from anysplade.data.pairs import read_pairs
 from anysplade.errors import AnyspladeError
-from anysplade.model.encoder import build_encoder
+from anysplade.model.encoder import build_encoder, cut_at, open_encoder, reader
+from anysplade.model.encoding import count_cut
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.training import heads
+from anysplade.model.queries import StaticQueries
+from anysplade.training import heads, run
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
 from anysplade.training.run import _arguments, _encoder, _ranking_loss, _trainer
@@ -205,7 +208,14 @@ def test_what_changed_under_a_run_is_refused(file, finished, config, inputs, tmp
     assert (tmp_path / "run" / "model").exists()
 
 
-def test_a_finished_run_reads_again_only_what_may_have_changed(config, inputs, tmp_path, caplog):
+def _count_reads(monkeypatch):
+    """A list that grows whenever a run reads its data."""
+    reads = []
+    monkeypatch.setattr(run, "read_pairs", lambda *args, **kwargs: reads.append(args) or read_pairs(*args, **kwargs))
+    return reads
+
+
+def test_a_finished_run_reads_again_only_what_may_have_changed(config, inputs, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", "anysplade")
     first = train(config(**inputs))
 
@@ -214,8 +224,10 @@ def test_a_finished_run_reads_again_only_what_may_have_changed(config, inputs, t
         assert train(config(**inputs)) == first
         assert "holds this run's result already" in caplog.text
         assert not (tmp_path / "run" / "data").exists()
-        return "columns: query" in caplog.text
+        read, reads[:] = bool(reads), []
+        return read
 
+    reads = _count_reads(monkeypatch)
     assert not again()
     os.utime(inputs["data"], (1, 1))
     assert again()
@@ -225,20 +237,19 @@ def test_a_finished_run_reads_again_only_what_may_have_changed(config, inputs, t
     assert not again()
 
 
-def test_a_run_inside_its_data_and_one_of_an_earlier_version(config, inputs, tmp_path, caplog):
-    caplog.set_level("INFO", "anysplade")
+def test_a_run_inside_its_data_and_one_of_an_earlier_version(config, inputs, tmp_path, monkeypatch):
     options = inputs | {"data": str(tmp_path / "collection"), "texts": None, "output": str(tmp_path / "collection" / "run")}
     train(config(**options))
-    caplog.clear()
+    reads = _count_reads(monkeypatch)
     train(config(**options))
-    assert "columns: query" not in caplog.text
+    assert not reads
     record = tmp_path / "collection" / "run" / "run.json"
     run = json.loads(record.read_text())
     record.write_text(json.dumps({"config": run["config"], "data_hash": run["hashes"]["data"]}))
-    for reads in (True, False):
-        caplog.clear()
-        train(config(**options))
-        assert ("columns: query" in caplog.text) == reads
+    train(config(**options))
+    assert len(reads) == 1
+    train(config(**options))
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize(
@@ -370,6 +381,7 @@ def test_active_dims_as_a_target(config, tmp_path):
     result = train(config(query_active_dims=10, document_active_dims=30, checkpoint_steps=1000, **options))
     assert result.query_active_dims == pytest.approx(10, rel=0.25)
     assert result.document_active_dims == pytest.approx(30, rel=0.25)
+    assert result.max_seq_length == 256  # these are the active dims of documents of which training reads a fifth
 
 
 @pytest.mark.parametrize("change", [0.8, 1.25])
@@ -411,6 +423,68 @@ def test_two_targets_share_the_error():
     few, many = (n / target for n, target in zip(active_dims(encoder, pairs), targets, strict=True))
     assert few < 1 < many
     assert few * many == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "limits, trained, reads",
+    [
+        ({}, 16, 64),  # what its tokenizer allows
+        ({"model_max_length": 1000}, 16, 512),  # of 600 positions
+        ({"model_max_length": None}, 256, 512),
+        ({"model_max_length": 1000}, 600, 600),
+        ({"model_max_length": 1000}, None, 600),
+        ({"model_max_length": 20}, 32, 32),
+    ],
+)
+def test_the_length_of_the_training_is_no_limit_of_the_model(limits, trained, reads, config, tmp_path):
+    folder = make_backbone("bert", tmp_path / "long", max_position_embeddings=600)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = limits.get("model_max_length", tokenizer.model_max_length)
+    tokenizer.save_pretrained(folder)
+    long = Pair("river flood", " ".join(["kabel"] * 700))
+    result = train(config(backbone=folder, max_length=trained, steps=1, checkpoint_steps=1))
+    assert result.max_seq_length == SparseEncoder(result.model).max_seq_length == reads
+    assert AutoTokenizer.from_pretrained(result.model).model_max_length == reads
+    assert SparseEncoder(result.model).preprocess([long.positive])["input_ids"].shape == (1, reads)
+    assert any(f"reads {reads} tokens" in line for line in training_lines(result))
+    checkpoint = SparseEncoder(str(tmp_path / "run" / "checkpoints" / "checkpoint-1"))
+    assert checkpoint.max_seq_length == (trained or 600)
+
+
+@pytest.mark.parametrize("own, reads", [(8, 16), (40, 40), (600, 600)])
+@pytest.mark.parametrize("queries", ["mlm", "idf"])
+def test_a_sparse_encoder_reads_as_far_as_before(own, reads, queries, config, tmp_path):
+    backbone = make_backbone("bert", tmp_path / "long", max_position_embeddings=600)
+    encoder = build_encoder(backbone, 1, 0, query_encoder=queries, idf_texts=["kabel"])[0]
+    encoder.prompts["query"] = "kabel "
+    cut_at(encoder, own)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    result = train(config(backbone=str(tmp_path / "saved"), steps=1))
+    trained = open_encoder(result.model)
+    assert result.max_seq_length == reader(trained, "document").max_seq_length == reads
+    assert count_cut(trained, ["kabel " * 700], "query").limit == (reads if queries == "mlm" else own)
+    assert trained.prompts["query"] == "kabel "
+
+
+@pytest.mark.parametrize("queries", ["idf", "static"])
+def test_queries_by_token_are_read_as_far_as_documents(queries, config, tmp_path):
+    result = train(config(query_encoder=queries, steps=1))
+    trained = open_encoder(result.model)
+    assert SparseEncoder(result.model).max_seq_length == 64
+    assert {count_cut(trained, ["kabel " * 700], role).limit for role in ("query", "document")} == {64}
+    assert StaticQueries.open(result.model).count_cut(["kabel " * 700]).limit == 64
+
+
+def test_the_finished_model_is_measured_at_the_length_that_an_index_reads(config, collection_folder, tmp_path):
+    rows = [{"query": word, "positive": " ".join(np.roll(WORDS, i)[:40])} for i, word in enumerate(WORDS)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data": str(tmp_path / "long.jsonl"), "max_length": 10, "dev": str(collection_folder), "dev_split": "test"}
+    result = train(config(**options))
+    trained = open_encoder(result.model)
+    found = active_dims(trained, [Pair(row["query"], row["positive"]) for row in rows])
+    assert found == (result.query_active_dims, result.document_active_dims)
+    assert result.dev["cut"]["document"]["max_length"] == 64
+    assert result.dev["nDCG@10"] == pytest.approx(evaluate(trained, str(collection_folder)).metrics["nDCG@10"])
 
 
 def test_a_target_that_is_missed_is_said(config, caplog):
@@ -533,7 +607,7 @@ def test_the_command_goes_on_where_it_was_killed(config, tmp_path):
     result = json.loads(again.stdout)
     assert result["resumed_from"] >= 20
     assert result["steps"] == 100
-    assert "batch_size: 4" in again.stderr  # what it was asked for, in full
+    assert "batch_size 4" in again.stderr  # what it was asked for
 
 
 def test_two_processes_train_as_one(collection_folder, tmp_path):

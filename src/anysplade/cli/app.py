@@ -105,8 +105,9 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_watched() -> bool:
-    return sys.stderr.isatty() and _first_process()
+def shows_progress() -> bool:
+    """Of several processes the first shows it: as a bar on a terminal, and as lines elsewhere."""
+    return _first_process()
 
 
 _ARGUMENTS = {"backbone", "collection", "data", "index", "query", "runs"}  # they have no flag

@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {  # chosen to show the difference within minutes on 
     "batch_size": 16,
     "query_regularizer_weight": 3e-4,
     "document_regularizer_weight": 3e-4,
-    "max_length": 96,
+    "max_length": 96,  # of evaluations and the index too: to read long documents to their end would take far longer
     "checkpoint_steps": 60,
     "seed": 0,
 }
@@ -98,6 +98,7 @@ def run_demo(
         logger.info("reading the docstrings of %s", ", ".join(packages))
         write_collection(folder, *load_python_docs(packages, progress=progress))
     collection = load_collection(folder)
+    reading: dict[str, Any] = {"max_length": SETTINGS["max_length"], "progress": progress}
     rows = []
     for backbone in BUNDLED:
         for name, (k, shift) in CALIBRATIONS.items():
@@ -116,7 +117,7 @@ def run_demo(
                 progress=progress,
             )
             if not (run / "evaluation.json").exists():
-                evaluate(trained.model, collection, METRICS, output=run, depth=_DEPTH, progress=progress)
+                evaluate(trained.model, collection, METRICS, output=run, depth=_DEPTH, **reading)
             rows.append(
                 {"backbone": backbone, "calibration": name, "k": trained.calibration["k"], "shift": trained.calibration["shift"]}
                 | {"findings": trained.monitoring["findings"]}
@@ -127,7 +128,7 @@ def run_demo(
 
     best = output / "-".join(_INDEXED)
     where = output / "index"
-    index = Index.load(where) if where.exists() else Index.build(best / "model", folder, where, progress=progress)
+    index = Index.load(where) if where.exists() else Index.build(best / "model", folder, where, **reading)
     command = Path(sys.argv[0])
     on_path = shutil.which("anysplade")
     result = DemoResult(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from anysplade.cli.app import Json, Result, command, is_watched
+from anysplade.cli.app import Json, Result, command, shows_progress
 from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
 
@@ -37,7 +37,7 @@ def evaluate(
         runtime: of encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which is
             faster and as exact.
         precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
-        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
+        max_length: tokens a text is cut to, up to the model's positions; what the model was saved with if not given.
         out: a folder for TREC runs, values by query, figures and the JSON.
         cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
     """
@@ -59,7 +59,7 @@ def evaluate(
         max_length=max_length,
         output=out,
         cache=cache or default_cache(),
-        progress=is_watched(),
+        progress=shows_progress(),
     )
     if out is not None and found.curves:
         files.write_whole(out / "curve.svg", report.curve_figure(found.curves, measured[0]))
@@ -90,5 +90,5 @@ def compare(
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all([*runs, collection], measured, split=split, cache=default_cache(), progress=is_watched())
+    found = comparison.evaluate_all([*runs, collection], measured, split=split, cache=default_cache(), progress=shows_progress())
     return Result(found.to_dict(), report.evaluations_parts(found, measured))

@@ -101,7 +101,7 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
     return [
         f"k={result.calibration['k']:g}, shift={result.calibration['shift']:g}; "
         f"{counted(result.steps, 'step')} on {counted(result.pairs, 'pair')} in {duration(result.seconds)}{resumed}{loss}",
-        f"model: {result.model}",
+        f"model: {result.model}" + (f", which reads {result.max_seq_length:,} tokens of a text" if result.max_seq_length else ""),
         f"next: anysplade evaluate {result.model} COLLECTION",
     ]
 

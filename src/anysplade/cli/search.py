@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import RenderableType
 
 from anysplade._common.progress import counted
-from anysplade.cli.app import Json, Out, Result, command, is_watched
+from anysplade.cli.app import Json, Out, Result, command, shows_progress
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
 from anysplade.model.queries import log_cut
@@ -82,7 +82,7 @@ def index(
         runtime: of encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
         precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
         top_k: keep only the so many largest weights of each document: an approximation, recorded.
-        max_length: tokens a text is cut to, up to the model's positions; what it was trained with if not given.
+        max_length: tokens a text is cut to, up to the model's positions; what the model was saved with if not given.
         workers: processes that encode, each with the model.
         ray: encode on a Ray cluster, workers at once.
     """
@@ -93,7 +93,7 @@ def index(
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
     options: dict[str, Any] = {"runtime": runtime, "precision": precision, "top_k": top_k, "max_length": max_length}
-    options |= {"workers": workers, "ray": ray, "progress": is_watched()}
+    options |= {"workers": workers, "ray": ray, "progress": shows_progress()}
     if to is not None:
         work = default_cache()
         if work is None:
@@ -223,7 +223,7 @@ def size(
     from anysplade.cli import rendering as report
     from anysplade.search import sizing
 
-    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": is_watched()}
+    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": shows_progress()}
     found = sizing.size(model, sizing.parse_count(documents), **options)
     return Result(found.to_dict(), report.size_lines(found))
 

@@ -8,7 +8,6 @@ import hashlib
 import html
 import json
 import re
-import sys
 import tempfile
 import unicodedata
 import zlib
@@ -21,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from anysplade._common.files import file_digest, finished_record, record_path, whole_file, write_whole
 from anysplade._common.hashing import DataHash
+from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
@@ -105,8 +104,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
     output = Path(output).expanduser()
     options: dict[str, Any] = {"corpus": str(corpus), "kinds": [kind for kind in KINDS if kind in kinds]}
     digest = DataHash()
-    documents = _hashed(iter_corpus(corpus, progress=progress), digest)
-    watched = tqdm(documents, desc="making pairs", unit="document", disable=not progress, leave=False, file=sys.stderr)
+    watched = _hashed(iter_corpus(corpus, progress=progress), digest, progress)
     if output.exists():
         for _ in watched:
             pass
@@ -169,11 +167,13 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
     return made
 
 
-def _hashed(documents: Iterable[tuple[str, Document]], digest: DataHash) -> Iterator[tuple[str, Document]]:
+def _hashed(documents: Iterable[tuple[str, Document]], digest: DataHash, progress: bool) -> Iterator[tuple[str, Document]]:
     """The documents as they are, each added to the digest when it is read."""
-    for id_, document in documents:
-        digest.add((id_, document.title, document.text))
-        yield id_, document
+    with bar("making pairs", "document", show=progress) as shown:
+        for id_, document in documents:
+            digest.add((id_, document.title, document.text))
+            yield id_, document
+            shown.update()
 
 
 def _no_pair(corpus: str, read: int, reasons: dict[str, dict[str, int]]) -> str:

@@ -78,6 +78,8 @@ _NAMES = {
     "negative scores": ("negative_scores", "neg_scores"),
 }
 
+# Columns of which nothing needs saying: they are called what they are, or stand in the files that anysplade makes itself.
+_PLAIN = {"query", "positive", "negative", "negatives", "scores", "kind", "document_id"}
 _ROLES = {name for names in _NAMES.values() for name in names}
 _NUMBERED = re.compile(r"(negative|neg)_\d+")
 _LOOKED_AT = 20  # examples, to tell whether they are ids
@@ -127,7 +129,8 @@ def _read(source: str | Path, given_rows: Iterable[_Row], lookup: "_Lookup", neg
         if not columns:
             columns = _find_columns(row, place)
             names = _recognized(row)
-            logger.info("%s: %s", source, _describe_columns(columns, row))
+            if row.keys() - _PLAIN:
+                _say_columns(str(source), _describe_columns(columns, row))
         elif _recognized(row) != names:
             raise DataError(f"{place}: {_difference(_recognized(row), names)}; give every row the same columns")
         relevant = False
@@ -145,6 +148,11 @@ def _read(source: str | Path, given_rows: Iterable[_Row], lookup: "_Lookup", neg
     if expected is None:
         fix = "a row needs a document with a label above 0" if irrelevant else "each row needs query and positive"
         raise DataError(f"{source}: no training pair in it; {fix}")
+
+
+@functools.lru_cache(maxsize=1)  # mining reads the data a second time
+def _say_columns(source: str, described: str) -> None:
+    logger.info("%s: %s", source, described)
 
 
 def _require_texts(source: str | Path, pairs: Sequence[Pair], lookup: "_Lookup") -> None:

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from anysplade._common.progress import bar
 from anysplade.errors import DataError
 
 # Dependencies of anysplade with good documentation.
@@ -83,14 +82,16 @@ def read_docstrings(packages: Iterable[str] | None = None, progress: bool = Fals
                 parts = file.with_suffix("").parts
                 module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
                 sources.append((module, Path(str(file.locate()))))
-    for module, path in tqdm(sources, desc="reading docstrings", unit="file", disable=not progress, leave=False):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's code
-                tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError):  # templates for other versions, files removed since
-            continue
-        yield from _docstrings(tree, module)
+    with bar("reading docstrings", "file", len(sources), progress) as shown:
+        for module, path in sources:
+            shown.update()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # invalid escapes in other people's code
+                    tree = ast.parse(path.read_bytes())
+            except (OSError, SyntaxError, ValueError):  # templates for other versions, files removed since
+                continue
+            yield from _docstrings(tree, module)
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[Docstring]:

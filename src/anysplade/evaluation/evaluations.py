@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from anysplade._common.files import write_whole
 from anysplade._common.hashing import DataHash
+from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
@@ -229,13 +230,26 @@ def _by_sparse(model: str | Path | SparseEncoder, collection: Collection, option
     # A model that is loaded may be in training: to convert it at each evaluation would cost more than it saves.
     count = 0 if encoder is model else sum(map(len, texts.values()))
     start = time.perf_counter()
-    encoder = for_inference(encoder, runtime_for(count, options.runtime, precision), precision)
+    runtime = runtime_for(count, options.runtime, precision)
+    name = "the loaded model" if encoder is model else str(model)
+    begin(f"making {name} ready for OpenVINO", options.progress and runtime == "openvino")
+    encoder = for_inference(encoder, runtime, precision)
     used = runtime_of(encoder)
     seconds = {"preparing": time.perf_counter() - start}
     key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
     folders, cached = _cache_folders(model, options, key, texts)
     start = time.perf_counter()
-    vectors = {role: encode(encoder, texts[role], role, cache=folders[role], progress=options.progress) for role in _ROLES}
+    vectors = {
+        role: encode(
+            encoder,
+            texts[role],
+            role,
+            cache=folders[role],
+            progress=options.progress,
+            what=f"encoding {plural} with {name}",
+        )
+        for role, plural in _ROLES.items()
+    }
     queries, documents = vectors["query"], vectors["document"]
     seconds["encoding"] = time.perf_counter() - start
     cut: dict[str, Any] = {}

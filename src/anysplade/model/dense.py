@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from tqdm import tqdm
 
 from anysplade._common.files import write_whole
+from anysplade._common.progress import bar
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
 from anysplade.model.head import check_tokens, usable_positions
@@ -71,6 +71,7 @@ def encode_dense(
     batch_size: int = 32,
     cache: Path | None = None,
     progress: bool = False,
+    what: str | None = None,
 ) -> np.ndarray:
     """Vectors whose dot products are the model's scores: float32, (texts, width), in their order.
 
@@ -78,13 +79,15 @@ def encode_dense(
         texts: without the prompt of their role, which the model adds.
         precision: of the products, float32 or bfloat16.
         cache: a folder for these texts' vectors by this model; what is in it is not encoded again.
+        progress: show progress.
+        what: the words for it.
 
     Raises:
         ModelError: NaN or infinity in a vector.
     """
     of_role = model.encode_query if role == "query" else model.encode_document
     parts = []
-    with tqdm(total=len(texts), desc=f"encoding {role} texts", unit="text", disable=not progress, leave=False) as bar:
+    with bar(what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         for start in range(0, len(texts), _PART):
             part = texts[start : start + _PART]
             kept = None if cache is None else cache / f"{start:012}.npy"
@@ -107,7 +110,7 @@ def encode_dense(
                     np.save(file, vectors)
                     write_whole(kept, file.getvalue())
             parts.append(vectors)
-            bar.update(len(part))
+            shown.update(len(part))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
 
 

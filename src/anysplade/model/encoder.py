@@ -18,6 +18,7 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade.errors import ModelError, OptionError
 from anysplade.model import vocabulary
@@ -44,6 +45,9 @@ from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.saved import first_line, resolve_model, saved_file, saved_json
 
 logger = logging.getLogger(__name__)
+
+# Tokens that a trained backbone reads, unless it was trained on more: 8,192 would make every index at least eight times as dear.
+_LONGEST = 512
 
 
 def load_encoder(
@@ -173,6 +177,30 @@ def cut_within(encoder: SparseEncoder, max_length: int | None) -> SparseEncoder:
         if max_length is not None:
             module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
     return encoder
+
+
+def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool) -> list[int]:
+    """``cut_within``, for the time of a training, whose length is no limit of the finished model.
+
+    Args:
+        saved: it was a sparse encoder before, which was made to read as far as it does.
+
+    Returns:
+        How far each of its transformers reads after the training, for ``read_to``: as far as before, a backbone up to 512
+        tokens, and never less than in training.
+    """
+    before = [module.max_seq_length or LARGE_INTEGER for module in _transformers(encoder)]
+    cut_within(encoder, max_length)
+    most = LARGE_INTEGER if saved else _LONGEST
+    return [max(min(own, most), module.max_seq_length or 0) for own, module in zip(before, _transformers(encoder), strict=True)]
+
+
+def read_to(encoder: SparseEncoder, lengths: Sequence[int]) -> list[int]:
+    """Have each transformer of an encoder cut texts at its length; returns where it cut them before."""
+    before = [module.max_seq_length or LARGE_INTEGER for module in _transformers(encoder)]
+    for module, length in zip(_transformers(encoder), lengths, strict=True):
+        module.max_seq_length = length
+    return before
 
 
 def _transformers(encoder: SparseEncoder) -> list[Transformer]:

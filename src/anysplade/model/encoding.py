@@ -17,10 +17,10 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor
-from tqdm import tqdm
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.files import write_whole
+from anysplade._common.progress import bar
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.encoder import reader, term_names
@@ -45,6 +45,7 @@ def encode(
     top_k: int | None = None,
     cache: Path | None = None,
     progress: bool = False,
+    what: str | None = None,
 ) -> sparse.csr_matrix:
     """Sparse vectors of texts, in their order: float32, (texts, vocabulary).
 
@@ -62,6 +63,8 @@ def encode(
         top_k: keep only the so many largest weights of each text: an approximation.
         cache: a folder for these texts' vectors by this model: what lies in it is not encoded again, and what
             is encoded is kept there, in parts of 1,024 texts.
+        progress: show it.
+        what: the words for that, such as "encoding queries with MODEL".
 
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
@@ -76,14 +79,14 @@ def encode(
         encoder.eval()
     blocks = []
     size = _CHUNK if cache is None else _SHARD
-    with tqdm(total=len(texts), desc=f"encoding {role} texts", unit="text", disable=not progress, leave=False) as bar:
+    with bar(what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         for start in range(0, len(texts), size):
             chunk = [whole_characters(text) for text in texts[start : start + size]]  # tokenizers take no others
             kept = cache and cache / f"{start:012}.npz"
             block = kept and _read_block(kept)
             if block is not None:
                 blocks.append(block)
-                bar.update(len(chunk))
+                shown.update(len(chunk))
                 continue
             order, rows = [], []
             most = max(1, _WEIGHTS_A_BATCH // max(1, width))
@@ -97,7 +100,7 @@ def encode(
                     raise ModelError(f"the model gives NaN or infinity for {role} {name}; its training diverged")
                 rows.append(_csr(vectors))
                 order += list(batch)
-                bar.update(len(batch))
+                shown.update(len(batch))
             blocks.append(rows[0] if len(chunk) == 1 else sparse.vstack(rows, format="csr")[np.argsort(order)])
             if kept:
                 _write_block(kept, blocks[-1])

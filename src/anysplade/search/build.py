@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from scipy import sparse
 from sentence_transformers import SparseEncoder
-from tqdm import tqdm
 
 from anysplade._common.extras import extra
 from anysplade._common.files import write_whole
 from anysplade._common.hashing import DataHash
+from anysplade._common.progress import bar, begin
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document
 from anysplade.errors import OptionError, worker_died
@@ -107,12 +107,16 @@ def encode_documents(
         return None if shards is None else _read_shard(shards, number, part)
 
     cut, count = Cut(0), 0
-    with tqdm(desc="encoding documents", unit="document", disable=not progress, leave=False) as bar:
-        for number, (part, rows, is_new) in enumerate(run(_parts(documents), options, kept, workers, encoder or options.open)):
+    parts = _parts(documents)
+    first = next(parts, None)
+    begin("encoding documents", progress, 0 if first is None else len(first.ids))
+    parts = chain([first] if first else [], parts)
+    with bar("encoding documents", "document", show=progress) as shown:
+        for number, (part, rows, is_new) in enumerate(run(parts, options, kept, workers, encoder or options.open)):
             if shards is not None and is_new:
                 write_whole(shards / f"{number:06}.npz", _to_bytes(rows, part))
             cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
-            bar.update(len(part.ids))
+            shown.update(len(part.ids))
             yield _with_vectors(part, rows.matrix)
     log_cut(cut, count, "documents")
 

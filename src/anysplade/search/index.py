@@ -15,6 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.files import write_whole
+from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
@@ -213,6 +214,7 @@ class Index:
         _, gone = self._differences(documents, corpus, put)
         for start in range(0, len(gone), BATCH):
             self.store.delete(self.store.ids(gone[start : start + BATCH]))
+        begin(f"building the engine for {len(self):,} documents", encoding["progress"] and len(self) >= 10_000)
         self.store.optimize()
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:

@@ -46,7 +46,7 @@ from anysplade.model.head import (
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.monitoring import Observation
-from anysplade.training.run import read_examples, start_texts, train
+from anysplade.training.run import TrainingResult, read_examples, start_texts, train
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:
     trained = train(config)
     results = {}
     for name in collections:
-        evaluation = evaluate(trained.model, read_collection(name), METRICS, depth=100)
+        evaluation = evaluate(trained.model, read_collection(name), METRICS, depth=100, max_length=trained_length(trained))
         per_query = {id_: round(value, 6) for id_, value in evaluation.per_query[METRIC].items()}
         results[name] = _SCORES.validate_python(evaluation.to_dict() | {"per_query": per_query})
     k, shift = trained.calibration["k"], trained.calibration["shift"]
@@ -262,6 +262,11 @@ def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:
     )
     write_whole(cell_file(out, cell), json.dumps(_RECORD.dump_python(record, mode="json", by_alias=True)) + "\n")
     shutil.rmtree(work)
+
+
+def trained_length(trained: TrainingResult) -> int | None:
+    """Tokens to which a cell's texts are cut in its evaluation: as in its training, so that a cell takes no longer than it must."""
+    return min(filter(None, (trained.config["max_length"], trained.max_seq_length)), default=None)
 
 
 def _resolve(cell: Cell, folder: str) -> tuple[dict[str, Any], Probe, float]:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from anysplade._common.files import make_folder, write_whole
-from anysplade._common.progress import counted, duration
+from anysplade._common.progress import bar, counted, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
@@ -41,6 +39,7 @@ from anysplade.study.cells import (
     read_collection,
     read_record,
     run_cell,
+    trained_length,
 )
 from anysplade.study.conclusions import summarize
 from anysplade.study.plan import STUDIES, Name, Row, StudyConfig, plan
@@ -246,18 +245,19 @@ def _run_missing(missing: Sequence[Cell], collections: Sequence[str], out: Path,
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, (devices, threads)) as pool:
         futures = {pool.submit(run_cell, cell, collections, out): cell for cell in missing}
-        bar = tqdm(as_completed(futures), total=len(futures), desc="cells", disable=not progress, file=sys.stderr)
-        for future in bar:
-            try:
-                future.result()
-            except BrokenProcessPool as error:
-                raise worker_died(out) from error
-            except AnyspladeError as error:
-                failed[futures[future].hash] = str(error)
-                logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with bar("cells", "cell", len(futures), progress) as shown:
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                except BrokenProcessPool as error:
+                    raise worker_died(out) from error
+                except AnyspladeError as error:
+                    failed[futures[future].hash] = str(error)
+                    logger.warning("a cell failed (%s, %s): %s", futures[future].backbone, dict(futures[future].options), error)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                shown.update()
     return failed
 
 
@@ -302,7 +302,8 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
             corpus = dict(list(first.corpus.items())[:_REHEARSED_TEXTS])
             queries = dict(list(first.queries.items())[:1])
             qrels = {query_id: {next(iter(corpus)): 1} for query_id in queries}
-            evaluation = evaluate(trained.model, Collection("rehearsal", corpus, queries, qrels), METRICS[:1], depth=10)
+            rehearsal = Collection("rehearsal", corpus, queries, qrels)
+            evaluation = evaluate(trained.model, rehearsal, METRICS[:1], depth=10, max_length=trained_length(trained))
         steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
         encoding = texts * evaluation.seconds["encoding"] / (len(corpus) + 1)
         seconds[backbone] = overhead + steps * trained.seconds / _REHEARSED + encoding

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
-from sentence_transformers.base.modules import Transformer
 
 from anysplade._common.files import (
     damaged_file,
@@ -40,7 +39,7 @@ from anysplade.data.sources import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.evaluations import Evaluation, evaluate
-from anysplade.model.encoder import cut_at, has_static_queries, open_encoder, reader
+from anysplade.model.encoder import has_static_queries, open_encoder
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops
@@ -120,7 +119,7 @@ def adapt(
         steps: of training.
         batch_size: queries a step, each with its document and four hard negatives.
         learning_rate: peak.
-        max_length: tokens a text is cut to.
+        max_length: tokens a text is cut to in training; the adapted model reads at least what the original reads.
         precision: of the products in training and of the teacher; bfloat16 is faster where the machine has it.
         seed: of everything random.
 
@@ -180,7 +179,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         shutil.rmtree(output / "original", ignore_errors=True)  # of a call that was interrupted
         with whole_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
-        original, pairs = open_sparse(str(output / "original"), options["max_length"]), load_pairs(data)
+        original, pairs = open_encoder(output / "original"), load_pairs(data)
         queries, documents = _targets(original, pairs)
         trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
     except AnyspladeError:
@@ -226,18 +225,15 @@ def _targets(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float | Non
 
 
 def _write_adapted(trained: Path, output: Path, pairs: Sequence[Pair], most: np.ndarray) -> None:
-    """Write the weighted mean of the two models, with so many FLOPS at most, and at the original's length, which training cut.
+    """Write the weighted mean of the two models, with so many FLOPS at most.
 
     Queries made of documents are not those of users: the trained model alone is worse on these, and less alike from seed to seed.
     """
     original, encoder = open_encoder(output / "original"), open_encoder(trained)
-    limit = reader(original, "document")
     with torch.no_grad():
         for before, after in zip(original.parameters(), encoder.parameters(), strict=True):
             after.lerp_(before, 1 - _TRAINED)
     trim_flops(encoder, pairs, most)
-    if isinstance(limit, Transformer) and limit.max_seq_length is not None:
-        cut_at(encoder, limit.max_seq_length)
     with whole_folder(output / "adapted") as folder:
         encoder.save_pretrained(str(folder))
         for name in ("README.md", "training.svg"):

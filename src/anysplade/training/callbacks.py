@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from anysplade._common.files import damaged_file, digests, read_record, write_whole
-from anysplade._common.progress import counted, duration
+from anysplade._common.progress import bar, counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
 
@@ -109,14 +107,10 @@ class Estimate(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar with the loss, on standard error."""
-
-    def __init__(self, shown: bool) -> None:
-        self.bar = tqdm(desc="training", unit="step", disable=not shown, leave=False, file=sys.stderr)
+    """One bar with the loss, on standard error, or lines."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.reset(total=state.max_steps)
-        self.bar.update(state.global_step)
+        self.bar = bar("training", "step", state.max_steps, show=True, done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)

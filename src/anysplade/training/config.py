@@ -81,8 +81,8 @@ class TrainingConfig:
         document_active_dims: the same for documents.
         regularizer: FLOPS, FLOPS weighted by document frequency (arXiv 2505.15070), or L1.
         on_collapse: warn and go on, stop, or start again from a more strongly calibrated head.
-        max_length: tokens a text is cut to, at most the model's positions (as many, if fewer than the default); none: the
-            tokenizer's limit.
+        max_length: tokens a text is cut to in training, at most the model's positions (as many, if fewer than the default); none:
+            the tokenizer's limit. The finished model reads what the backbone reads, up to 512 tokens, or this if it is more.
         seed: of everything random.
         checkpoint_steps: steps between checkpoints.
         dev: a collection that is evaluated at every checkpoint; the model of the best nDCG@10 is kept.

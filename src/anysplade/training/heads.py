@@ -178,7 +178,7 @@ def train_head(
             args=_arguments(parts, options, checkpoint_steps),
             train_dataset=pieces,  # a sequence with a length is all the trainer needs
             data_collator=_Collator(tokenizer, max_length),
-            callbacks=[MarkComplete(), Progress(progress), Estimate()],
+            callbacks=[MarkComplete(), Progress() if progress else Estimate()],
             tokenizer=tokenizer,
             counts=counts,
             encoder_learning_rate=encoder_learning_rate,

@@ -9,9 +9,10 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade.data.collections import Pair
-from anysplade.model.encoder import masked_lm
-from anysplade.model.encoding import encode
+from anysplade.model.encoder import masked_lm, read_to
+from anysplade.model.encoding import count_cut, encode
 from anysplade.model.head import find_head
+from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_QUERIES
 from anysplade.training.config import TrainingConfig
 
@@ -19,12 +20,13 @@ logger = logging.getLogger(__name__)
 
 _TRIM_STEP = 0.005  # of the shift that corrects active dims after training
 _SAMPLE = 200  # training pairs whose active dims are counted
+_BEFORE = 32  # training pairs of which that is done before the training
 
 
-def _sample(pairs: Sequence[Pair]) -> list[Pair]:
+def _sample(pairs: Sequence[Pair], most: int = _SAMPLE) -> list[Pair]:
     """Evenly spaced training pairs."""
-    step = max(1, len(pairs) // _SAMPLE)
-    return [pairs[i] for i in range(0, len(pairs), step)][:_SAMPLE]
+    step = max(1, len(pairs) // most)
+    return [pairs[i] for i in range(0, len(pairs), step)][:most]
 
 
 def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
@@ -46,6 +48,23 @@ def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float, f
     queries = encode(encoder, [pair.query for pair in sample], "query")
     documents = encode(encoder, [pair.positive for pair in sample], "document")
     return queries.nnz / len(sample), documents.nnz / len(sample)
+
+
+def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequence[int], role: Role, target: float) -> float:
+    """The active dims that texts have as the training cuts them, where they have ``target`` when they are read to ``lengths``.
+
+    It is estimated from the model before its training, on a small sample: only the largest weights are counted, as many as
+    give the whole texts ``target`` active dims. What it is wrong by, ``trim_level`` corrects.
+    """
+    texts = [pair.query if role == "query" else pair.positive for pair in _sample(pairs, _BEFORE)]
+    if not count_cut(encoder, texts, role).texts:
+        return target
+    cut = encode(encoder, texts, role).data
+    before = read_to(encoder, lengths)
+    whole = np.sort(encode(encoder, texts, role).data)[::-1]
+    read_to(encoder, before)
+    most = min(len(whole), round(target * len(texts)))
+    return target * max(1, int((cut >= whole[most - 1]).sum())) / most if most else target
 
 
 def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None]) -> float:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from tqdm import tqdm
 
 from anysplade._common.files import file_digest, finished_record, only_process, record_path, write_whole
 from anysplade._common.hashing import DataHash
+from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair, read_corpus
@@ -154,7 +153,7 @@ def mine(
                 yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
 
     with only_process(_parts_of(output)):
-        mined = _in_blocks(output, options, pairs, documents, block, progress, "mining")
+        mined = _in_blocks(output, options, pairs, documents, block, progress, f"mining negatives with {' and '.join(miners)}")
     if mined is None:
         terms = "words" if miners == ["bm25"] else "active dims"
         nothing = f"{', '.join(miners)} finds no document for any query, they have no {terms} in common"
@@ -210,7 +209,7 @@ def score(
             yield row | {"scores": [round(float(value), 5) for value in scores]}
 
     with only_process(_parts_of(output)):
-        scored = _in_blocks(output, options, pairs, documents, block, progress, "scoring")
+        scored = _in_blocks(output, options, pairs, documents, block, progress, f"scoring with {teacher}")
     assert scored is not None  # each example has its scores
     return scored
 
@@ -332,20 +331,22 @@ def _in_blocks(
     if (before := finished_record(output, about, parts)) is not None:
         return Mined(before.pop("examples"), before.pop("left_out"), before)
     write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
-    starts = range(0, len(pairs), _BLOCK)
     blocks = []
-    for start in tqdm(starts, desc=task, unit="block", disable=not progress, leave=False, file=sys.stderr):
-        written = _written_part(parts, start)
-        if written is None:
-            try:
-                rows = list(block(list(pairs[start : start + _BLOCK])))
-            except AnyspladeError:
-                if not any(parts.glob("*.jsonl")):  # a wrong model, say: nothing is begun
-                    shutil.rmtree(parts)
-                raise
-            written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-            write_whole(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
-        blocks.append(written)
+    with bar(task, "example", len(pairs), progress) as shown:
+        for start in range(0, len(pairs), _BLOCK):
+            written = _written_part(parts, start)
+            part = list(pairs[start : start + _BLOCK])
+            if written is None:
+                try:
+                    rows = list(block(part))
+                except AnyspladeError:
+                    if not any(parts.glob("*.jsonl")):  # a wrong model, say: nothing is begun
+                        shutil.rmtree(parts)
+                    raise
+                written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+                write_whole(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
+            blocks.append(written)
+            shown.update(len(part))
     count = sum(written.count(b"\n") for written in blocks)
     if not count:
         shutil.rmtree(parts)

@@ -40,6 +40,7 @@ from anysplade._common.files import (
     write_whole,
     writing,
 )
+from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
@@ -51,14 +52,17 @@ from anysplade.model.calibration import Calibration, sample_pairs
 from anysplade.model.encoder import (
     build_encoder,
     check_foldable,
-    cut_within,
+    cut_in_training,
     has_static_queries,
     is_routed,
     is_saved_encoder,
     masked_lm,
     open_encoder,
+    read_to,
+    splade_modules,
 )
 from anysplade.model.head import find_head, live_terms
+from anysplade.model.options import Role
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
@@ -75,7 +79,7 @@ from anysplade.training.callbacks import (
 )
 from anysplade.training.card import write_card
 from anysplade.training.config import TrainingConfig, parse_objective
-from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
+from anysplade.training.level import active_dims, batch_target, trim_level, warn_of_missed_targets
 from anysplade.training.mining import mine
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import check_examples, make_loss
@@ -84,6 +88,7 @@ from anysplade.training.teachers import BatchTeacher, prepare_teacher, teacher_k
 
 logger = logging.getLogger(__name__)
 
+_OPTIONS = "options.yaml"  # all of them, as `--config` reads them
 _DATA = "data"  # the folder of the training examples, and of what the teacher says of them, during a run
 _MINED = 2  # hard negatives of an example that has none, where a teacher tells the false ones
 _PREPARATION = 7 * 24 * 3600  # seconds that processes wait for the first one, which mines and encodes for all
@@ -115,6 +120,7 @@ class TrainingResult(Tabular):
     restarts: list[dict[str, Any]]  # calibration and findings of the attempts that were given up
     provenance: dict[str, Any]  # versions, commit, hardware, command
     ranking_loss: dict[str, dict[str, float]] | None = None  # its mean over the first and the last tenth of the steps
+    max_seq_length: int | None = None  # tokens of a document that the finished model reads
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -183,18 +189,20 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             return finished
 
         teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, not recorded, progress)
-    logger.info("%s", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+    logger.info("%s", _said(config, output))
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
-        encoder, calibration = _encoder(config, pairs, len(restarts))
+        begin(f"probing the head of {config.backbone}", progress and not is_saved_encoder(backbone))
+        encoder, calibration, lengths = _encoder(config, pairs, len(restarts))
         run = {"config": asked, "calibration": calibration.to_dict(), "hashes": hashes, "files": files, "restarts": restarts}
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 if not recorded:
                     shutil.rmtree(output / "checkpoints", ignore_errors=True)
                 write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+                write_whole(output / _OPTIONS, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
             checkpoint = last_checkpoint(output / "checkpoints")
-        trainer, monitor = _trainer(config, encoder, pairs, arguments, dev, teacher, progress)
+        trainer, monitor = _trainer(config, encoder, lengths, pairs, arguments, dev, teacher, progress)
         start = time.perf_counter()
         with writing(output):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -210,6 +218,8 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     if done < asked_for and config.patience is None:  # the trainer ends so when the batches run out, and says nothing
         raise AnyspladeError(f"{output}: the training ended at step {done} of {asked_for}; no model was written")
     if arguments.process_index == 0:
+        read_to(encoder, lengths)  # from here on all is measured as an index will have it
+        begin("measuring the trained model on training texts", progress, len(pairs))
         trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
         dims = active_dims(encoder, pairs)
         warn_of_missed_targets(config, dims)
@@ -228,12 +238,13 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             query_active_dims=dims[0],
             document_active_dims=dims[1],
             level_trim=trim,
-            dev=None if dev is None else evaluate(encoder, dev).to_dict(),
+            dev=None if dev is None else evaluate(encoder, dev, progress=progress).to_dict(),
             log=trainer.state.log_history,
             monitoring=monitor.to_dict(),
             restarts=restarts,
             provenance=provenance(),
             ranking_loss=_ranking_loss(trainer.state.log_history),
+            max_seq_length=splade_modules(encoder)[0].max_seq_length,
         )
         shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
         with whole_folder(output / "model") as folder:
@@ -248,6 +259,14 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     recorded_result = _recorded_result(output)
     assert recorded_result is not None  # it was written just now
     return recorded_result
+
+
+def _said(config: TrainingConfig, output: Path) -> str:
+    """What is trained, and the options that differ from the defaults."""
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.default is not MISSING}
+    chosen = [f"{f.name} {given[f.name]}" for f in fields(config) if f.name in given and given[f.name] != f.default]
+    options = f" with {', '.join(chosen)}" if chosen else ""
+    return f"training {config.backbone} on {config.data}{options}; {output / _OPTIONS} has all options"
 
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
@@ -347,8 +366,11 @@ def start_texts(config: TrainingConfig, pairs: Sequence[Pair]) -> tuple[list[str
     return [config.query_prompt + query for query in queries], [config.document_prompt + document for document in documents]
 
 
-def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration]:
-    """The encoder to start from; after a collapse numbers for k and shift give way to "auto", and that to a stronger one."""
+def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tuple[SparseEncoder, Calibration, list[int]]:
+    """The encoder to start from, and how far it is to read after the training.
+
+    After a collapse numbers for k and shift give way to "auto", and that to a stronger one.
+    """
     set_seed(config.seed)
     queries, documents = start_texts(config, pairs)
     k, shift = config.k, config.shift
@@ -362,7 +384,6 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         bias=config.bias,
         queries=queries,
         documents=documents,
-        max_length=_asked_length(config),
         strength=restarts,
         pooling=config.pooling,
         double_log=config.double_log,
@@ -372,13 +393,13 @@ def _encoder(config: TrainingConfig, pairs: Sequence[Pair], restarts: int) -> tu
         fold=config.fold,
         mute=config.mute,
     )
-    cut_within(encoder, config.max_length)
+    lengths = cut_in_training(encoder, config.max_length, is_saved_encoder(resolve_model(config.backbone)))
     if config.query_active_dims is not None and has_static_queries(encoder):
         raise OptionError(f"{config.backbone}: its queries have a weight a token, so query_active_dims cannot be met; leave it out")
     for role, prompt in (("query", config.query_prompt), ("document", config.document_prompt)):
         # A model that is trained on keeps its prompts unless others are given.
         encoder.prompts[role] = prompt or encoder.prompts.get(role, "")
-    return encoder, calibration
+    return encoder, calibration, lengths
 
 
 def _asked_length(config: TrainingConfig) -> int | None:
@@ -548,6 +569,7 @@ def _arguments(config: TrainingConfig, output: Path) -> SparseEncoderTrainingArg
 def _trainer(
     config: TrainingConfig,
     encoder: SparseEncoder,
+    lengths: Sequence[int],
     pairs: StoredPairs,
     arguments: SparseEncoderTrainingArguments,
     dev: Collection | None,
@@ -578,15 +600,16 @@ def _trainer(
         contrastive=list(parse_objective(config.objective)) == ["contrastive"],
         live=live_terms(masked_lm(encoder)),
     )
+    roles: tuple[tuple[Role, float | None], ...] = (("query", config.query_active_dims), ("document", config.document_active_dims))
+    targets = [target and batch_target(encoder, pairs, lengths, role, target) for role, target in roles]
     main = arguments.process_index == 0
     callbacks: list[TrainerCallback] = [
         # Stands for the ramp that the trainer would add by itself.
-        ActiveDimsController(loss, config.query_active_dims, config.document_active_dims),
+        ActiveDimsController(loss, *targets),
         MarkComplete(),
-        Progress(progress and main),
     ]
     if main:
-        callbacks.append(Estimate())
+        callbacks.append(Progress() if progress else Estimate())
     if config.patience is not None:
         callbacks.append(Patience(early_stopping_patience=config.patience))
     trainer = _Trainer(

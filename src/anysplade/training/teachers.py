@@ -22,9 +22,9 @@ import torch
 from scipy import sparse
 from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from anysplade._common.files import damaged_file, default_cache, digests, make_folder, read_record, whole_folder, write_whole
+from anysplade._common.progress import bar
 from anysplade.data.collections import Pair
 from anysplade.data.sources import whole_characters
 from anysplade.errors import DataError, ModelError
@@ -75,6 +75,7 @@ class Teacher:
                 rows = sparse.diags_array(1 / np.maximum(norms, 1e-12)).tocsr() @ rows
             return sparse.csr_matrix(rows, dtype=np.float32)
         options: dict[str, Any] = {"precision": self.precision, "batch_size": self.batch_size, "progress": progress}
+        options["what"] = f"encoding {role} texts with {self.name}"
         with np.errstate(over="ignore"):
             vectors = encode_dense(self.model, texts, role, **options).astype(np.float16)
         whole = np.isfinite(vectors).all(axis=1)
@@ -204,16 +205,20 @@ class Kept:
         """Compute the vectors that are not known yet; many at once take less time than a few again and again."""
         if self.teacher.kind != "cross-encoder":
             keys = [_hash(role, text) for text in texts]
-            self._learn(keys, texts, lambda part: self.teacher.encode(part, role), f"{role} texts")
+            self._learn(keys, texts, lambda part: self.teacher.encode(part, role), f"encoding {role} texts")
 
     def vectors(self, texts: Sequence[str], role: Role) -> Rows:
         """(texts, width), in their order; computed where they are not known yet."""
-        return self._of([_hash(role, text) for text in texts], texts, lambda part: self.teacher.encode(part, role), f"{role} texts")
+        return self._of(
+            [_hash(role, text) for text in texts], texts, lambda part: self.teacher.encode(part, role), f"encoding {role} texts"
+        )
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Of pairs of a query and a document: (pairs,), float32."""
         if self.teacher.kind == "cross-encoder":
-            found = self._of([_hash(*pair) for pair in pairs], pairs, lambda part: self.teacher.rate(part)[:, None], "pairs")
+            found = self._of(
+                [_hash(*pair) for pair in pairs], pairs, lambda part: self.teacher.rate(part)[:, None], "scoring pairs"
+            )
             return np.asarray(found)[:, 0]
         queries, documents = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
         places = [{text: i for i, text in enumerate(texts)} for texts in (queries, documents)]
@@ -225,11 +230,12 @@ class Kept:
 
     def _learn(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> None:
         missing = list({key: item for key, item in zip(keys, items, strict=True) if key not in self._places}.items())
-        starts = range(0, len(missing), _SHARD)
-        for start in tqdm(starts, f"{self.teacher.name}: {what}", disable=not self.progress or not missing, leave=False):
-            part = missing[start : start + _SHARD]
-            rows = compute([item for _, item in part])
-            self._write(np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), -1), rows)
+        with bar(f"{what} with {self.teacher.name}", "text", len(missing), self.progress and bool(missing)) as shown:
+            for start in range(0, len(missing), _SHARD):
+                part = missing[start : start + _SHARD]
+                rows = compute([item for _, item in part])
+                self._write(np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), -1), rows)
+                shown.update(len(part))
 
     def _of(self, keys: list[bytes], items: Sequence[Any], compute: Any, what: str) -> Rows:
         self._learn(keys, items, compute, what)

@@ -3,14 +3,12 @@
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
+from anysplade._common.progress import bar
 from anysplade.errors import DataError, OptionError, OutputError, without_credentials
 from anysplade.search.documents import EncodedDocument, check_vector
 
@@ -32,10 +30,10 @@ def hashed_batches(documents: Iterable[EncodedDocument], size: int, progress: bo
     if size < 1:
         raise OptionError(f"batch {size}: give 1 or more")
     source = iter(documents)
-    with tqdm(desc="uploading", unit="document", disable=not progress, leave=False, file=sys.stderr) as bar:
+    with bar("uploading", "document", show=progress) as shown:
         while batch := list(islice(source, size)):
             yield {document.id: _hashed(document) for document in batch}
-            bar.update(len(batch))
+            shown.update(len(batch))
 
 
 def _hashed(document: EncodedDocument) -> tuple[EncodedDocument, str]:
