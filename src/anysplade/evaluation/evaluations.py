@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import require_folder, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -78,7 +78,7 @@ class Evaluation(Tabular):
 def evaluate(
     model: str | Path | SparseEncoder,
     collection: str | Path | Collection,
-    metrics: Sequence[str] = METRICS,
+    metrics: str | Sequence[str] = METRICS,
     *,
     split: str = "test",
     output: str | Path | None = None,
@@ -99,7 +99,7 @@ def evaluate(
         model: a sparse encoder or its folder or hub id, a masked LM (used without training), ``"bm25"``, the same
             without stemming (``"bm25-unstemmed"``), or a TREC run file.
         collection: a ``Collection``, or what ``load_collection`` takes.
-        metrics: names of measures, as ir-measures has them.
+        metrics: names of measures, as ir-measures has them; one alone may stand without a list.
         split: which relevance judgements to load.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         depth: documents in each ranking, at least 1.
@@ -121,6 +121,8 @@ def evaluate(
     measures = parse_metrics(metrics)
     if depth < 1:
         raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
+    if output is not None:
+        require_folder(Path(output).expanduser())
     if not isinstance(collection, Collection):
         collection = load_collection(collection, split, progress=progress)
     if not collection.corpus or not collection.queries or not collection.qrels:

@@ -16,6 +16,8 @@ Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]
 Fold = Literal["none", "case", "stem"]  # which terms share a dimension
 
+OPEN_ENCODER = "give a SparseEncoder; anysplade.open_encoder opens one"  # the fix where something else is given
+
 _FEW_TEXTS = 100  # OpenVINO pays from some 250 texts of 22 million parameters' model on, from fewer of a larger one's
 
 
