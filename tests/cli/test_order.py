@@ -92,7 +92,7 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("search heat idx", "idx is an index; the index comes first: anysplade search idx heat"),
         (
             "search splade heat",
-            "no index there (index.json is missing), but a model; build one first: anysplade index MODEL CORPUS",
+            "no index there (index.json is missing), but a model; build one first",
         ),
         ("serve cranfield", "but a collection; build one first: anysplade index MODEL CORPUS --out INDEX"),
         ("search idxx heat", "no index there (index.json is missing); did you mean idx?"),

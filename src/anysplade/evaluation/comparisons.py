@@ -171,6 +171,7 @@ def _load(sources: Sequence[str | Path | Collection], split: str, progress: bool
             if isinstance(one, Collection):
                 found.setdefault(id(one), one)
                 continue
+            require("collections", one, (str, Path), "give names, paths or what load_collection returned")
             path = Path(one).expanduser()
             found.setdefault(path.resolve() if path.exists() and one != PYTHON_DOCS else str(one), one)
     loaded = [one if isinstance(one, Collection) else load_collection(one, split, progress=progress) for one in found.values()]

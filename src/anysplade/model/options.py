@@ -53,4 +53,5 @@ def checked_option(name: str, value: Any, kind: Any) -> Any:
             return int(float(value))
     wanted = {str: "a text", bool: "true or false", float: "a number", int: "a whole number", NoneType: "none"}
     named = [wanted[one] for one in kinds if one in wanted] + [repr(choice) for choice in choices]
-    raise OptionError(f"{name} is {value!r}: it must be {' or '.join(named) or 'a list of texts'}")
+    shown = " ".join(repr(value).split())[:80]
+    raise OptionError(f"{name} is {shown}: it must be {' or '.join(named) or 'a list of texts'}")
