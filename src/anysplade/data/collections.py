@@ -65,8 +65,8 @@ class Document(NamedTuple):
 class Pair(NamedTuple):
     """A training example: a ``query``, the text of a ``positive`` document that answers it, and of hard negatives."""
 
-    query: str
-    positive: str
+    query: str  # its text
+    positive: str  # the text of a document that answers it
     negatives: tuple[str, ...] = ()  # documents that look relevant and are not
     scores: tuple[float, ...] | None = None  # of a teacher: for the positive and each negative, or the margin to each negative
 
