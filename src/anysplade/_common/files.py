@@ -136,14 +136,15 @@ def only_process(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / "lock", timeout=0)
     with _without_empty(folder):
-        try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+        taken = False
+        with suppress(OutputError), writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
                 lock.acquire()
-        except Timeout:
-            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`") from None
-        except OutputError:
-            pass
+            except Timeout:
+                taken = True
+        if taken:
+            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`")
         try:
             yield
         finally:
