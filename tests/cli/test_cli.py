@@ -276,7 +276,7 @@ def broken(collection_folder, tmp_path):
     [
         ("inspect ./nowhere", "no such model folder"),
         ("inspect nobody/no-such-model", "not to be had from the hub"),
-        ("inspect {data}", "no config.json in it"),
+        ("inspect {data}", "a collection, not a model"),
         ("rescale {model} --out {data}", "not empty"),
         ("rescale {model} --out {tmp}/new --k 0", "k is 0"),
         ("rescale {model} --out {tmp}/new --k nan", "k is nan"),

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from anysplade import DataError, OptionError, compare, evaluate, evaluate_all, load_collection
+from anysplade import (
+    DataError,
+    ModelError,
+    OptionError,
+    OutputError,
+    compare,
+    evaluate,
+    evaluate_all,
+    load_collection,
+    load_encoder,
+)
 from anysplade.cli import main
 from anysplade.evaluation.comparisons import _over_collections, _over_seeds, _products, distinct_names, holm, interval, paired_p
 from anysplade.evaluation.runs import write_run
@@ -140,7 +150,7 @@ def test_means_by_hand(pair):
 
 @pytest.mark.parametrize("models, collections, folders", [(1, 1, 0), (2, 1, 2), (1, 2, 2), (2, 2, 4)])
 def test_one_evaluation_has_the_folder_to_itself(models, collections, folders, namesakes, tmp_path):
-    evaluate_all(["bm25"] * models + namesakes[:collections], ["RR@10"], output=tmp_path / "out")
+    evaluate_all(["bm25"] * models, namesakes[:collections], ["RR@10"], output=tmp_path / "out")
     assert (tmp_path / "out" / "run.trec").exists() == (tmp_path / "out" / "evaluation.json").exists() == (folders == 0)
     assert (tmp_path / "out" / "evaluations.json").exists() == (folders > 0)
     assert len(list((tmp_path / "out").glob("*/*/run.trec"))) == folders
@@ -148,7 +158,7 @@ def test_one_evaluation_has_the_folder_to_itself(models, collections, folders, n
 
 def test_everything_at_once(backbone, collection_folder, tmp_path):
     found = evaluate_all(
-        ["bm25", backbone, backbone, str(collection_folder)], ["nDCG@10"], seeds=True, curves=True, output=tmp_path / "out"
+        ["bm25", backbone, backbone], collection_folder, ["nDCG@10"], seeds=True, curves=True, output=tmp_path / "out"
     )
     assert [e.model for e in found.evaluations] == ["bm25", backbone, backbone]
     (mean,) = found.means
@@ -169,16 +179,40 @@ def test_a_run_file_stands_in_the_table(collection_folder, tmp_path):
     collection = load_collection(collection_folder)
     bm25 = evaluate("bm25", collection)
     write_run(tmp_path / "a.trec", bm25.run, "bm25")
-    found = evaluate_all(["bm25", str(tmp_path / "a.trec"), str(collection_folder)])
+    found = evaluate_all(["bm25", tmp_path / "a.trec"], collection)
     assert found.evaluations[0].metrics == found.evaluations[1].metrics
     assert all(comparison.difference == 0 for comparison in found.comparisons)
 
 
-def test_names_without_a_model(collection_folder):
-    with pytest.raises(OptionError, match="at least one model and then a collection"):
-        evaluate_all([str(collection_folder)])
-    with pytest.raises(OptionError, match="nothing: name"):
-        evaluate_all([])
+@pytest.mark.parametrize("models, collections", [([], "python-docs"), ("bm25", []), ([], [])])
+def test_no_model_or_no_collection(models, collections):
+    with pytest.raises(OptionError, match="at least one model and one collection"):
+        evaluate_all(models, collections)
+
+
+def test_loaded_models_and_collections(backbone, collection_folder, tmp_path):
+    encoder, collection = load_encoder(backbone, 1, 0), load_collection(collection_folder)
+    found = evaluate_all(encoder, [collection, collection], "RR@10")
+    assert [e.metrics for e in found.evaluations] == [evaluate(backbone, collection_folder, "RR@10").metrics]
+    evaluate_all([encoder, "bm25"], collection, ["RR@10"], output=tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out" / "tiny").iterdir()} == {"1-SparseEncoder", "2-bm25"}
+
+
+def test_evaluations_are_compared_in_a_list(pair):
+    first, second = pair[1]
+    with pytest.raises(OptionError, match=r"`evaluations` is a Evaluation; give a list: \[first, second\]"):
+        compare(first, second)
+    with pytest.raises(OptionError, match="`evaluations` is a str; give a list of what evaluate returned"):
+        compare(["a.trec", "b.trec"])
+
+
+def test_an_impossible_folder_is_told_before_the_work(collection_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        evaluate("no/such-model", collection_folder, output=tmp_path / "file" / "out")
+    with pytest.raises(ModelError):
+        evaluate("./nowhere", collection_folder, output=tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.fixture
@@ -194,9 +228,9 @@ def namesakes(collection_folder, tmp_path):
 
 
 def test_collections_of_one_name_are_told_apart(backbone, namesakes, tmp_path, capsys):
-    found = evaluate_all(["bm25", backbone, *namesakes], ["nDCG@10"], output=tmp_path / "out")
+    found = evaluate_all(["bm25", backbone], namesakes, ["nDCG@10"], output=tmp_path / "out")
     assert [e.collection for e in found.evaluations] == ["a/docs", "a/docs", "b/docs", "b/docs"]
-    apart = [evaluate_all(["bm25", backbone, name], ["nDCG@10"]) for name in namesakes]
+    apart = [evaluate_all(["bm25", backbone], name, ["nDCG@10"]) for name in namesakes]
     assert [e.metrics for e in found.evaluations] == [e.metrics for one in apart for e in one.evaluations]
     assert [c.difference for c in found.comparisons] == [one.comparisons[0].difference for one in apart]
     assert [(c.collection, c.baseline, c.model) for c in found.comparisons] == [(n, "bm25", backbone) for n in ("a/docs", "b/docs")]
@@ -210,12 +244,12 @@ def test_collections_of_one_name_are_told_apart(backbone, namesakes, tmp_path, c
 def test_a_collection_named_twice_is_one(namesakes, tmp_path):
     (tmp_path / "link").symlink_to(namesakes[0])
     again = [namesakes[0], f"{namesakes[0]}/", str(tmp_path / "link"), str(Path(namesakes[0]) / ".." / "docs")]
-    found = evaluate_all(["bm25", *again], ["nDCG@10"])
+    found = evaluate_all("bm25", again, ["nDCG@10"])
     assert [e.collection for e in found.evaluations] == ["docs"]
 
 
 def test_a_model_named_twice_has_means_of_its_own(backbone, namesakes):
-    found = evaluate_all(["bm25", "bm25", *namesakes], ["nDCG@10"])
+    found = evaluate_all(["bm25", "bm25"], namesakes, ["nDCG@10"])
     assert [row["collection"] for row in found.means] == ["mean of 2", "mean of 2"]
 
 
@@ -237,7 +271,7 @@ def test_output_folders_do_not_meet(namesakes, tmp_path):
     """a/docs and a-docs would be one folder."""
     third = tmp_path / "a-docs"
     shutil.copytree(namesakes[1], third)
-    evaluate_all(["bm25", *namesakes, str(third)], ["nDCG@10"], output=tmp_path / "out")
+    evaluate_all("bm25", [*namesakes, third], ["nDCG@10"], output=tmp_path / "out")
     found = [json.loads(path.read_text())["collection"] for path in (tmp_path / "out").rglob("evaluation.json")]
     assert sorted(found) == ["a-docs", "a/docs", "b/docs"]
 
@@ -332,8 +366,8 @@ def test_a_constant_difference_is_shown_without_an_interval(two_queries, capsys,
 
 def test_two_names_of_a_measure_are_one_comparison(two_queries):
     folder, runs = two_queries
-    once = evaluate_all([*runs, str(folder)], ["RR@10", "P@1"])
-    twice = evaluate_all([*runs, str(folder)], ["RR@10", "MRR@10", "P@1", "Precision@1"])
+    once = evaluate_all(runs, folder, ["RR@10", "P@1"])
+    twice = evaluate_all(runs, folder, ["RR@10", "MRR@10", "P@1", "Precision@1"])
     expected = {c.metric: (c.difference, c.p, c.p_corrected) for c in once.comparisons}
     found = {c.metric: (c.difference, c.p, c.p_corrected) for c in twice.comparisons}
     assert found == expected | {"MRR@10": expected["RR@10"], "Precision@1": expected["P@1"]}

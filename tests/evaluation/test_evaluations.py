@@ -338,7 +338,7 @@ def test_a_run_file_is_known_by_what_is_in_it(name, tmp_path):
 def test_a_folder_or_file_named_bm25(collection_folder, tmp_path, monkeypatch, caplog):
     shutil.copytree(collection_folder, tmp_path / "bm25")
     monkeypatch.chdir(tmp_path)
-    found = evaluate_all(["bm25", "bm25-unstemmed", "./bm25"], ["RR@10"]).evaluations
+    found = evaluate_all(["bm25", "bm25-unstemmed"], "./bm25", ["RR@10"]).evaluations
     assert [(evaluation.model, evaluation.collection) for evaluation in found] == [("bm25", "bm25"), ("bm25-unstemmed", "bm25")]
     assert "bm25: taken for what is built in by this name, not for the file or folder here; name that one ./bm25" in caplog.text
     write_run(tmp_path / "bm25-unstemmed", found[1].run, "bm25-unstemmed")

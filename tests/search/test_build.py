@@ -5,7 +5,8 @@ import pytest
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade import AnyspladeError, Document, ModelError, OptionError, load_collection
+from anysplade import AnyspladeError, Document, Index, ModelError, OptionError, OutputError, UsageError, load_collection
+from anysplade._common.files import only_process
 from anysplade.model.encoder import masked_lm, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.search import build
@@ -168,3 +169,16 @@ def test_ray_gives_the_same_bytes(backbone, corpus, tmp_path):
         assert rows(batches(corpus, options(backbone), workers=2, ray=True, shards=tmp_path)) == expected
     finally:
         ray.shutdown()
+
+
+def test_two_builds_of_one_index(backbone, collection_folder, tmp_path):
+    """The second is refused at once and harms nothing; a build that fails leaves nothing behind."""
+    output = tmp_path / "deep" / "index"
+    with only_process(tmp_path / "deep" / "index.parts"), pytest.raises(OutputError, match="another process works there now"):
+        Index.build(backbone, collection_folder, output)
+    for corpus in ({}, tmp_path / "nowhere.jsonl"):
+        with pytest.raises(UsageError):
+            Index.build(backbone, corpus, output, top_k=0)
+        assert list(tmp_path.iterdir()) == []
+    Index.build(backbone, collection_folder, output).close()
+    assert [path.name for path in output.parent.iterdir()] == ["index"]

@@ -188,7 +188,7 @@ def test_mistakes(place, tmp_path, capsys):
 def test_a_second_study_in_the_folder_waits(place, written):
     from filelock import FileLock
 
-    with FileLock(place / "out" / "lock"), pytest.raises(OutputError, match="another process runs a study there"):
+    with FileLock(place / "out" / "lock"), pytest.raises(OutputError, match="another process works there now"):
         run_study(StudyConfig("norm", output=str(place / "out")))
 
 

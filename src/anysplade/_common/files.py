@@ -37,7 +37,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     target = Path(target).expanduser()
     require_empty(target)
     work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    with writing(target):
+    with writing(target), _without_empty(target.parent):
         try:
             work.mkdir(parents=True)
             yield work
@@ -47,6 +47,26 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _without_empty(folder: Path) -> Iterator[None]:
+    """Remove at the end what this block made of a folder and of the folders around it and left empty."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def require_folder(folder: Path) -> None:
+    """Raise OutputError unless a folder can be written to, before the work whose results it gets; nothing is left there."""
+    with _without_empty(folder):
+        make_folder(folder)
+        with writing(folder):
+            tempfile.TemporaryFile(dir=folder).close()
 
 
 def require_empty(target: Path) -> None:
@@ -87,7 +107,7 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     """
     target = Path(target).expanduser()
     work = target.with_name(f".{target.name}.{os.getpid()}")
-    with writing(target):
+    with writing(target), _without_empty(target.parent):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
         if target.exists() and not target.is_file():  # it would be replaced: for root, /dev/null too
@@ -108,31 +128,29 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
 def only_process(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; the system lets it go when the process ends, however it ends.
 
-    A folder that was made for this is removed if nothing was written to it. Where this process may not write there is
-    nothing to keep, and the first thing that is written says so.
+    What was made for this, folders around it too, is removed if nothing was written to it. Where this process may not write
+    there is nothing to keep, and the first thing that is written says so.
 
     Raises:
         OutputError: another process keeps it.
     """
-    made = not folder.exists()
     lock = FileLock(folder / "lock", timeout=0)
-    try:
-        with writing(folder):
+    with _without_empty(folder):
+        taken = False
+        with suppress(OutputError), writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except Timeout:
-        raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`") from None
-    except OutputError:
-        pass
-    try:
-        yield
-    finally:
-        if lock.is_locked:
-            (folder / "lock").unlink(missing_ok=True)  # while it is held: no other process has it
-            lock.release()
-        if made:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
+            try:
+                lock.acquire()
+            except Timeout:
+                taken = True
+        if taken:
+            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`")
+        try:
+            yield
+        finally:
+            if lock.is_locked:
+                (folder / "lock").unlink(missing_ok=True)  # while it is held: no other process has it
+                lock.release()
 
 
 # --------------------------------------------------------------------------------- records and damage

@@ -25,6 +25,7 @@ from rich.console import Console, RenderableType
 from anysplade import __version__
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
+from anysplade.cli.order import check_order
 from anysplade.data.sources import is_utf8
 from anysplade.errors import AnyspladeError, OptionError, UsageError, without_credentials
 
@@ -167,9 +168,16 @@ def main(arguments: list[str] | None = None) -> int:
         if odd:
             print(f"{odd}: not UTF-8; what cannot be read in a text is taken for U+FFFD", file=sys.stderr)
         app.config = config_file(arguments)
+        check_order(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
         _report(error)
+        return 2
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # what expanduser says of ~name
+            raise
+        named = next((argument for argument in arguments if "~" in argument), "~")
+        _report(OptionError(f"{named}: no home folder of that name here; write the path in full"))
         return 2
     except (AnyspladeError, OSError, MemoryError) as error:
         _report(error)

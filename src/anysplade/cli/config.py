@@ -1,6 +1,5 @@
 """Files with options of ``train``, in YAML or TOML, by their names in Python."""
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,6 +10,7 @@ import yaml
 from cyclopts import CycloptsError, convert
 from cyclopts.config import Dict
 
+from anysplade._common.arguments import did_you_mean
 from anysplade.errors import OptionError
 from anysplade.model.options import checked_option
 from anysplade.training.config import TrainingConfig
@@ -79,9 +79,8 @@ def read_options(path: Path, flag: str, excluded: Sequence[str] = ()) -> dict[st
     found: dict[str, Any] = {}
     for name, value in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = "the command itself sets it" if name in excluded else f"did you mean {near[0]}?" if near else ""
-            raise OptionError(f"{flag} {path}: no option {name!r}" + (f"; {hint}" if hint else ""))
+            hint = "; the command itself sets it" if name in excluded else did_you_mean(str(name), known, cutoff=0.6)
+            raise OptionError(f"{flag} {path}: no option {name!r}{hint}")
         if name in found:
             raise OptionError(f"{flag} {path}: {name} stands there twice; leave one")
         try:

@@ -1,13 +1,24 @@
 """Commands that measure effectiveness and cost: evaluate, compare."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from anysplade.cli.app import Json, Result, command, shows_progress
+from anysplade.data.collections import is_collection
 from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
+
+
+def _split(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The models and the collections among these names, of which the last one is a collection."""
+    collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
+    models = [name for name in names if name not in collections]
+    if not models:
+        raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
+    return models, collections
 
 
 @command
@@ -49,7 +60,7 @@ def evaluate(
 
     measured = metrics or list(METRICS)
     found = comparison.evaluate_all(
-        names,
+        *_split(names),
         measured,
         split=split,
         seeds=seeds,
@@ -90,5 +101,5 @@ def compare(
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all([*runs, collection], measured, split=split, cache=default_cache(), progress=shows_progress())
+    found = comparison.evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=shows_progress())
     return Result(found.to_dict(), report.evaluations_parts(found, measured))

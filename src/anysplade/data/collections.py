@@ -17,13 +17,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anysplade._common.arguments import require
 from anysplade._common.files import whole_folder
 from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
+from anysplade.data.names import DATA, held
 from anysplade.data.sources import (
     BM25_NAMES,
     CORPUS_FILES,
+    NANO_BEIR,
     PYTHON_DOCS,
     QUERY_FILES,
     TOPIC_FORMS,
@@ -32,7 +35,6 @@ from anysplade.data.sources import (
     column_name,
     find_file,
     hub_dataset,
-    ir_dataset,
     ir_names,
     is_built_in,
     lines,
@@ -63,8 +65,8 @@ class Document(NamedTuple):
 class Pair(NamedTuple):
     """A training example: a ``query``, the text of a ``positive`` document that answers it, and of hard negatives."""
 
-    query: str
-    positive: str
+    query: str  # its text
+    positive: str  # the text of a document that answers it
     negatives: tuple[str, ...] = ()  # documents that look relevant and are not
     scores: tuple[float, ...] | None = None  # of a teacher: for the positive and each negative, or the margin to each negative
 
@@ -87,8 +89,6 @@ class Collection(Tabular):
 
 # ------------------------------------------------------------------------------------- loading
 
-_NANO_BEIR = "nanobeir"  # stands for thirteen collections
-
 # The names that a column can have, as ``column_name`` has them; the first that is there is used.
 ID_NAMES = (
     *("_id", "id", "doc_id", "docid", "document_id", "docno", "doc_no", "pid", "passage_id", "corpus_id"),
@@ -100,23 +100,14 @@ QUERY_NAMES = ("text", "query", "question", "contents", "body")
 
 def is_collection(name: str) -> bool:
     """Whether a name stands for a collection, and not for a model or a run file."""
-    if is_built_in(name, *BM25_NAMES):
-        return False
-    if is_built_in(name, PYTHON_DOCS) or name.lower() == _NANO_BEIR:
-        return True
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return find_file(path, CORPUS_FILES) is not None or not any(
-            (path / file).exists() for file in ("config.json", "modules.json", "model")
-        )
-    if path.exists():
-        return path.suffix.lower() == ".zip"
-    return any(ir_dataset(id_) is not None for id_ in (name, f"{name}/test"))
+    is_built_in(name, *BM25_NAMES, PYTHON_DOCS)  # which warns of a folder of that name
+    kind = held(name.lower() if name.lower() == NANO_BEIR else name)
+    return kind == DATA[0] or (kind is None and Path(name).expanduser().is_dir())
 
 
 def collection_names(source: str) -> list[str]:
     """The collections that a name stands for: the thirteen of ``"nanobeir"``, or the name itself."""
-    if not is_built_in(source, source if source.lower() == _NANO_BEIR else _NANO_BEIR):
+    if not is_built_in(source, source if source.lower() == NANO_BEIR else NANO_BEIR):
         return [source]
     return sorted(name for name in ir_names() if name.startswith("nano-beir/"))
 
@@ -484,9 +475,12 @@ def write_collection(folder: str | Path, collection: Collection, pairs: Iterable
         split: the judgements are written to ``qrels/SPLIT.tsv``.
 
     Raises:
+        OptionError: no folder or no collection.
         OutputError: the folder exists and is not empty, or an id contains a tab, a line break or a lone surrogate, which
             TSV files cannot contain.
     """
+    require("folder", folder, (str, Path), "the folder comes first")
+    require("collection", collection, Collection, "give an anysplade.Collection")
     with whole_folder(folder) as work:
         _write_jsonl(
             work / "corpus.jsonl",

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
 
+from anysplade._common.arguments import require
 from anysplade._common.files import warn_once, whole_folder
 from anysplade.errors import DataError
 
@@ -214,14 +215,16 @@ def whole_characters(text: str) -> str:
 # ---------------------------------------------------------------------------------------- resolving names
 
 PYTHON_DOCS = "python-docs"
+NANO_BEIR = "nanobeir"  # stands for thirteen collections
 BM25_NAMES = ("bm25", "bm25-unstemmed")
+BACKBONES = ("bert-tiny", "modernbert-tiny")  # bundled
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # File names in the folder of a collection: BEIR's first, then those of TREC collections.
-_FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
-CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs", "msmarco-docs") for form in _FORMS)
+FORMS = (".jsonl", ".tsv", ".csv", ".parquet")
+CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs", "msmarco-docs") for form in FORMS)
 TOPIC_FORMS = (".trec", ".txt", ".xml")  # what is in them tells whether it is TREC's topics
-QUERY_FILES = tuple(f"{name}{form}" for name in ("queries", "topics") for form in (*_FORMS, *TOPIC_FORMS))
+QUERY_FILES = tuple(f"{name}{form}" for name in ("queries", "topics") for form in (*FORMS, *TOPIC_FORMS))
 
 
 class Source(NamedTuple):
@@ -249,14 +252,24 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
         split: the last part of an ir_datasets id that has no such part.
 
     Raises:
-        DataError: the name stands for nothing, or the zip archive is damaged.
+        DataError: the name stands for nothing, or for something else, such as a model; or the zip archive is damaged.
+        OptionError: it is no name.
     """
+    from anysplade.data.names import DATA, held, near  # here, since it imports this module
+
+    require(wanted.replace(" ", "_"), name, (str, Path, zipfile.Path), "give a path or a name")
     text = str(name)
+    forms = "a BEIR folder or zip" if wanted == "collection" else "a file, a BEIR folder or zip"
+    fix = f"give {forms}, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
     if isinstance(name, zipfile.Path):
         return Source("folder", text, name)
     if isinstance(name, str) and is_built_in(name, PYTHON_DOCS):
         return Source("python-docs", text)
+    if text == NANO_BEIR:
+        raise DataError(f"{text}: stands for thirteen collections, which only evaluate takes; name one, such as nano-beir/scifact")
     path = Path(text).expanduser()
+    if path.exists() and (kind := held(path)) not in (None, *DATA) and find_file(path, ["pairs.jsonl"]) is None:
+        raise DataError(f"{text}: {kind}, not {'' if wanted in ('training data', 'texts') else 'a '}{wanted}; {fix}")
     if path.is_file():
         return Source("folder", text, _zip_folder(path)) if path.suffix.lower() == ".zip" else Source("file", text, path)
     if path.is_dir():
@@ -269,13 +282,11 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
     hub_name, _, config = text.partition(":")
     if config and Path(hub_name).expanduser().is_dir():
         return Source("hub", text, Path(hub_name).expanduser(), config)
-    if _HUB_ID.fullmatch(hub_name):
+    hint = near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())
+    if _HUB_ID.fullmatch(hub_name) and not (hint and plain_name(path).endswith((".json", *FORMS))):
         return Source("hub", text, hub_name, config or None)
     missing = "" if _has_ir_datasets() else '; ir_datasets ids need: pip install "anysplade[evaluation]"'
-    forms = "a BEIR folder or zip" if wanted == "collection" else "a file, a BEIR folder or zip"
-    raise DataError(
-        f"{text or 'an empty name'}: no such {wanted}; give {forms}, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}{missing}"
-    )
+    raise DataError(f"{text or 'an empty name'}: no such {wanted}; {fix}{missing}{hint}")
 
 
 def _is_judged(dataset: Any) -> bool:
@@ -405,14 +416,17 @@ def _folder_cache(folder: Path) -> str:
 @contextlib.contextmanager
 def as_data_error(source: str | Path) -> Iterator[None]:
     """Turn any exception of the datasets library into a one-line DataError that names the source."""
+    from anysplade.data.names import near  # here, since it imports this module
+
     try:
         yield
     except (DataError, GeneratorExit, KeyboardInterrupt):
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source}: cannot be read: {reason}{hub_advice(cause)}") from error
+        reason = (str(cause).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        hint = near(str(source).partition(":")[0], *ir_names())
+        raise DataError(f"{source}: cannot be read: {reason}{hub_advice(cause)}{hint}") from error
 
 
 def hub_advice(error: BaseException) -> str:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
+from sentence_transformers import SparseEncoder
 
+from anysplade._common.arguments import require
 from anysplade._common.files import write_whole
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Collection, collection_names, is_collection, load_collection
+from anysplade.data.collections import Collection, collection_names, load_collection
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
@@ -92,8 +94,9 @@ class Evaluations(Tabular):
 
 
 def evaluate_all(
-    names: Sequence[str],
-    metrics: Sequence[str] = METRICS,
+    models: str | Path | SparseEncoder | Sequence[str | Path | SparseEncoder],
+    collections: str | Path | Collection | Sequence[str | Path | Collection],
+    metrics: str | Sequence[str] = METRICS,
     *,
     split: str = "test",
     seeds: bool = False,
@@ -108,9 +111,10 @@ def evaluate_all(
     """Every model on every collection; the first model is the one that the others are compared with.
 
     Args:
-        names: models and collections in any order, the last one a collection; see ``evaluate`` and
-            ``load_collection`` for what both may be. ``"nanobeir"`` stands for thirteen collections.
-        metrics: names of ir-measures, the primary one first: the one whose comparisons are corrected together.
+        models: a list, or one alone, of what ``evaluate`` takes as a model.
+        collections: a list, or one alone, of collections, or of what ``load_collection`` takes. ``"nanobeir"`` stands for
+            thirteen.
+        metrics: names of ir-measures, a list or one alone; the first is the primary one, whose comparisons are corrected together.
         seeds: the sparse models are one model trained with several seeds: their mean and standard deviation.
         curves: effectiveness against cost by pruning; see ``curve``.
         output: a folder; with several evaluations one for each in it.
@@ -119,13 +123,13 @@ def evaluate_all(
     evaluated once. Collections of the same name are told apart by as much of their paths as it takes.
 
     Raises:
-        OptionError: no model or no collection among the names.
+        OptionError: no model or no collection.
         AnyspladeError: as ``evaluate`` does.
     """
-    collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
-    models = [name for name in names if name not in collections]
-    if not models:
-        raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
+    models, collections, metrics = _listed(models), _listed(collections), _listed(metrics)
+    if not models or not collections:
+        raise OptionError("name at least one model and one collection")
+    parse_metrics(metrics)  # a wrong one is an error before the collections are read
     loaded = _load(collections, split, progress)
     single = len(models) * len(loaded) == 1
     folder = None if output is None else Path(output).expanduser()
@@ -135,7 +139,11 @@ def evaluate_all(
     evaluations, drawn = [], []
     for within, collection in zip(places, loaded, strict=True):
         for i, model in enumerate(models, 1):
-            place = folder if folder is None or single else folder / within / f"{i}-{as_name(model)}"
+            place = (
+                folder
+                if folder is None or single
+                else folder / within / f"{i}-{as_name(str(model) if isinstance(model, str | Path) else type(model).__name__)}"
+            )
             options: Any = {
                 "output": place,
                 "runtime": runtime,
@@ -159,13 +167,23 @@ def evaluate_all(
     return result
 
 
-def _load(sources: Sequence[str], split: str, progress: bool) -> list[Collection]:
+def _listed(given: Any) -> list[Any]:
+    """A list of what is given, which may be one alone."""
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _load(sources: Sequence[str | Path | Collection], split: str, progress: bool) -> list[Collection]:
     """Every collection once, under a name that no other has."""
-    found: dict[Path | str, str] = {}  # what was asked for, by its path or id
-    for name in (name for source in sources for name in collection_names(source)):
-        path = Path(name).expanduser()
-        found.setdefault(path.resolve() if path.exists() and name != PYTHON_DOCS else name, name)
-    loaded = [load_collection(name, split, progress=progress) for name in found.values()]
+    found: dict[Path | str | int, str | Path | Collection] = {}  # what was asked for, by its path, id or identity
+    for source in sources:
+        for one in collection_names(source) if isinstance(source, str) else [source]:
+            if isinstance(one, Collection):
+                found.setdefault(id(one), one)
+                continue
+            require("collections", one, (str, Path), "give names, paths or what load_collection returned")
+            path = Path(one).expanduser()
+            found.setdefault(path.resolve() if path.exists() and one != PYTHON_DOCS else str(one), one)
+    loaded = [one if isinstance(one, Collection) else load_collection(one, split, progress=progress) for one in found.values()]
     names = distinct_names([collection.name for collection in loaded], [at if isinstance(at, Path) else None for at in found])
     return [replace(collection, name=name) for collection, name in zip(loaded, names, strict=True)]
 
@@ -221,9 +239,13 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
             sparse models, with the terms that made the score of a relevant document.
 
     Raises:
+        OptionError: no list of evaluations.
         DataError: two evaluations of a collection are of different queries or metrics, of different collections of one name,
             or of runs without a query in common.
     """
+    require("evaluations", evaluations, (list, tuple), "give a list: [first, second]")
+    for evaluation in evaluations:
+        require("evaluations", evaluation, Evaluation, "give a list of what evaluate returned")
     made: list[Comparison] = []
     primary: list[int | None] = []  # the evaluation, of each one made in its first measure, which may have two names
     for i, other in enumerate(evaluations):

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import require_folder, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
@@ -83,7 +83,7 @@ class Evaluation(Tabular):
 def evaluate(
     model: str | Path | SparseEncoder | SentenceTransformer,
     collection: str | Path | Collection,
-    metrics: Sequence[str] = METRICS,
+    metrics: str | Sequence[str] = METRICS,
     *,
     split: str = "test",
     output: str | Path | None = None,
@@ -105,7 +105,7 @@ def evaluate(
             sentence-transformers (exact nearest neighbours), ``"bm25"``, the same without stemming (``"bm25-unstemmed"``), or a
             TREC run file.
         collection: a ``Collection``, or what ``load_collection`` takes.
-        metrics: names of measures, as ir-measures has them.
+        metrics: names of measures, as ir-measures has them; one alone may stand without a list.
         split: which relevance judgements to load.
         output: a folder for ``evaluation.json``, ``per_query.json`` and the TREC run ``run.trec``.
         depth: documents in each ranking, at least 1.
@@ -127,6 +127,8 @@ def evaluate(
     measures = parse_metrics(metrics)
     if depth < 1:
         raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
+    if output is not None:
+        require_folder(Path(output).expanduser())
     if not isinstance(collection, Collection):
         collection = load_collection(collection, split, progress=progress)
     if not collection.corpus or not collection.queries or not collection.qrels:
@@ -282,9 +284,18 @@ def _by_dense(model: str | Path | SentenceTransformer, collection: Collection, o
     precision = resolve_precision(options.precision, encoder.device)
     folders, cached = _cache_folders(model, options, f"dense {precision}", texts)
     start = time.perf_counter()
+    name = model if isinstance(model, str | Path) else "the loaded model"
     vectors = {
-        role: encode_dense(encoder, texts[role], role, precision=precision, cache=folders[role], progress=options.progress)
-        for role in _ROLES
+        role: encode_dense(
+            encoder,
+            texts[role],
+            role,
+            precision=precision,
+            cache=folders[role],
+            progress=options.progress,
+            what=f"encoding {plural} with {name}",
+        )
+        for role, plural in _ROLES.items()
     }
     seconds = {"encoding": time.perf_counter() - start}
     start = time.perf_counter()

@@ -1,12 +1,13 @@
 """Measures of rankings by ir-measures: parse their names, compute their values."""
 
-import difflib
+import re
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from anysplade._common.arguments import nearest, require
 from anysplade._common.extras import extra
 from anysplade.errors import MeasureError, OptionError
 from anysplade.evaluation.runs import Run
@@ -17,17 +18,22 @@ with extra("evaluation"):
 METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")  # the default
 
 
-def parse_metrics(names: Sequence[str]) -> dict[str, Any]:
+def parse_metrics(names: str | Sequence[str]) -> dict[str, Any]:
     """Measures of ir-measures by the names given, in the same order; a measure may have several, such as RR@10 and MRR@10.
 
+    Args:
+        names: a list, or one alone.
+
     Raises:
-        OptionError: no name at all.
+        OptionError: no name at all, or no text.
         MeasureError: ir-measures does not know a name, or no installed library computes it.
     """
+    names = [names] if isinstance(names, str) else names
     if not names:
         raise OptionError(f"no metric given; for example {' '.join(METRICS)}")
     measures = {}
     for name in names:
+        require("metrics", name, str, f"give names, for example {', '.join(METRICS)}")
         measures[name] = _parse(name)
         if measures[name] is None:
             raise MeasureError(f"unknown metric {name!r}: {_suggestion(name)}")
@@ -49,11 +55,16 @@ def _parse(name: str) -> Any | None:
 
 
 def _suggestion(name: str) -> str:
-    base, at, cutoff = name.strip().partition("@")
     known = {alias.lower(): measure.NAME for alias, measure in ir_measures.measures.registry.items()}
-    for near in difflib.get_close_matches(base.partition("(")[0].lower(), known, n=1, cutoff=0.5):
-        with_cutoff = f"{known[near]}@{cutoff if cutoff.isdecimal() and int(cutoff) else 10}"
-        for wanted in (with_cutoff, known[near]) if at else (known[near], with_cutoff):
+    base, at, cutoff = name.strip().lower().partition("@")
+    if not at and base not in known and (joined := re.fullmatch(r"(.*?[^\W\d])[-_ ]*(\d+)", base)):  # ndcg10, recall_100
+        base, at, cutoff = joined[1], "@", joined[2]
+    near = nearest(base.partition("(")[0], known, cutoff=0.5)
+    if near is not None:
+        measured = known[near]
+        with_cutoff = f"{measured}@{cutoff if cutoff.isdecimal() and int(cutoff) else 10}"
+        usual = next((metric for metric in METRICS if metric.partition("@")[0] == measured), measured)  # such as RR@10
+        for wanted in (with_cutoff, measured) if at else (usual, with_cutoff):
             if (found := _parse(wanted)) is not None and ir_measures.DefaultPipeline.supports(found):
                 return f"did you mean {wanted}?"
     return f"for example {', '.join(METRICS)}"

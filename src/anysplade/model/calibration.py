@@ -16,7 +16,7 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, summarize_probe
+from anysplade.model.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, require_masked_lm, summarize_probe
 from anysplade.model.options import BiasPolicy, Choice
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
@@ -114,6 +114,7 @@ def calibrate(
         ModelError: the logits are all alike or not finite.
         OptionError: an impossible k or shift.
     """
+    require_masked_lm(model)
     if k == "auto" or shift == "auto":
         chosen = choose(measure_logits(model, tokenizer, queries, documents), k, shift, bias, strength)
         if chosen.explanation:

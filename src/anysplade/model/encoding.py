@@ -19,13 +19,14 @@ from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from anysplade._common.arguments import require
 from anysplade._common.files import write_whole
 from anysplade._common.progress import bar
 from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.encoder import reader, term_names
 from anysplade.model.head import usable_positions
-from anysplade.model.options import Role
+from anysplade.model.options import OPEN_ENCODER, Role
 from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
 
@@ -70,7 +71,7 @@ def encode(
         ModelError: the model gives a vector with NaN or infinity.
         OptionError: what is given is no encoder, no list of texts, or no role.
     """
-    require_encoder(encoder)
+    require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     texts = require_texts(texts)
     if role not in get_args(Role):
         raise OptionError(f"`role` is {role!r}; give {' or '.join(map(repr, get_args(Role)))}")
@@ -108,13 +109,6 @@ def encode(
         return sparse.csr_matrix((0, width), dtype=np.float32)
     whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
     return whole if top_k is None else prune(whole, top_k)
-
-
-def require_encoder(encoder: object) -> None:
-    """Raise OptionError unless it is a SparseEncoder."""
-    if not isinstance(encoder, SparseEncoder):
-        fix = "open it with anysplade.open_encoder" if isinstance(encoder, str | Path) else "give a SparseEncoder"
-        raise OptionError(f"`encoder` is a {type(encoder).__name__}; {fix}")
 
 
 def require_texts(texts: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from anysplade._common.extras import extra
 from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.head import DEAD, RECORD, check_logits, find_head, share_tied
+from anysplade.model.head import DEAD, RECORD, check_logits, find_head, require_masked_lm, share_tied
 from anysplade.model.options import Fold
 from anysplade.model.vocabulary import is_punctuation, lower_entries, marks_spaces, read_entries
 
@@ -76,6 +76,7 @@ def fold_head(
         ModelError: there is no head or no bias, the tokenizer does not say what its tokens are, or the logits are not
             ``W h + b``: then the model is left as it was.
     """
+    require_masked_lm(model)
     if by == "none" and not mute:
         return tokenizer
     earlier = getattr(model.config, RECORD, None) or {}

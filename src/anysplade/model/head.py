@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from anysplade import __version__
+from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.options import BiasPolicy
@@ -112,6 +113,11 @@ def check_folding(model: PreTrainedModel, source: str) -> None:
             f"{source}: its config says that a folded vocabulary has {folding['live']:,} terms left, and its head has {count:,}; "
             "take weights and config from the same model"
         )
+
+
+def require_masked_lm(model: object) -> None:
+    """Raise OptionError unless it is a model of transformers, as masked LMs are."""
+    require("model", model, PreTrainedModel, "give a loaded masked LM, as AutoModelForMaskedLM.from_pretrained returns it")
 
 
 def load_masked_lm(
@@ -559,6 +565,7 @@ def rescale_head(model: PreTrainedModel, k: float = 8.0, shift: float = 0.0, bia
         ModelError: there is no head, no bias to shift, or the logits are not ``W h + b``: then the
             model is left as it was.
     """
+    require_masked_lm(model)
     check_rescaling(k, shift, bias)
     if k == 1 and shift == 0:
         return model

@@ -16,6 +16,8 @@ Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]
 Fold = Literal["none", "case", "stem"]  # which terms share a dimension
 
+OPEN_ENCODER = "give a SparseEncoder; anysplade.open_encoder opens one"  # the fix where something else is given
+
 _FEW_TEXTS = 100  # OpenVINO pays from some 250 texts of 22 million parameters' model on, from fewer of a larger one's
 
 
@@ -51,4 +53,5 @@ def checked_option(name: str, value: Any, kind: Any) -> Any:
             return int(float(value))
     wanted = {str: "a text", bool: "true or false", float: "a number", int: "a whole number", NoneType: "none"}
     named = [wanted[one] for one in kinds if one in wanted] + [repr(choice) for choice in choices]
-    raise OptionError(f"{name} is {value!r}: it must be {' or '.join(named) or 'a list of texts'}")
+    shown = " ".join(repr(value).split())[:80]
+    raise OptionError(f"{name} is {shown}: it must be {' or '.join(named) or 'a list of texts'}")

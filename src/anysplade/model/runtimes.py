@@ -27,12 +27,13 @@ from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from anysplade._common.arguments import require
 from anysplade._common.extras import extra
 from anysplade._common.files import default_cache, whole_folder
 from anysplade.errors import ModelError, OptionError, OutputError
 from anysplade.model.encoder import hidden_states, is_fused, splade_modules
 from anysplade.model.head import find_head
-from anysplade.model.options import Precision, Runtime
+from anysplade.model.options import OPEN_ENCODER, Precision, Runtime
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import first_line
 
@@ -65,6 +66,7 @@ def for_inference(
         ModelError: OpenVINO cannot run this model; only with ``runtime="openvino"``.
         ExtraError: OpenVINO is asked for and not installed.
     """
+    require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     precision = resolve_precision(precision, encoder.device)
     obstacle = _obstacle(encoder)
     if runtime == "openvino" and obstacle:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anysplade.data.sources import hub_advice, is_built_in
+from anysplade.data.names import has_checkpoint, held, near
+from anysplade.data.sources import BM25_NAMES, hub_advice, is_built_in
 from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 
@@ -27,24 +28,35 @@ def resolve_model(name: str | Path) -> str:
     path = Path(text).expanduser()
     if text and path.is_dir():
         for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
-            if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+            if has_checkpoint(folder):
                 return str(folder)
+    if (kind := held(text)) is not None:
+        raise ModelError(f"{text}: {kind}, not a model; give a checkpoint's folder or a hub id like org/name")
+    if path.is_dir():
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
+    hint = near(text, *BUNDLED, *BM25_NAMES)
     if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
-        raise ModelError(f"{text or 'an empty name'}: no such model folder; give a checkpoint's folder or a hub id like org/name")
-    _require_on_hub(text)
+        fix = f"give a checkpoint's folder or a hub id like org/name{hint}"
+        raise ModelError(f"{text or 'an empty name'}: no such model folder; {fix}")
+    _require_on_hub(text, hint)
     return text
 
 
-def _require_on_hub(name: str) -> None:
-    """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub."""
+def _require_on_hub(name: str, hint: str) -> None:
+    """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub.
+
+    Args:
+        hint: what may have been meant, for the message.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
     except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
-        message = f"{name}: no such folder here, and not to be had from the hub: {first_line(error)}{hub_advice(error)}"
+        message = (
+            f"{name}: no such folder here, and not to be had from the hub: {first_line(error).rstrip('.')}{hub_advice(error)}{hint}"
+        )
         raise ModelError(message) from error
 
 

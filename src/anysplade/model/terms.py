@@ -8,10 +8,12 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 from torch import Tensor
 
+from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.errors import OptionError
 from anysplade.model.encoder import term_names
-from anysplade.model.encoding import ModelQueries, require_encoder
+from anysplade.model.encoding import ModelQueries
+from anysplade.model.options import OPEN_ENCODER
 from anysplade.model.vocabulary import split_words
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def terms(
     Raises:
         OptionError: the vector has another width than the encoder, or there are several.
     """
-    require_encoder(encoder)
+    require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     row = _one_row(vector)
     names = term_names(encoder)
     if row.shape[1] != len(names):

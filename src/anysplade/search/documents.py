@@ -7,9 +7,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document
 from anysplade.errors import DataError, OptionError
+from anysplade.model.options import checked_option
 from anysplade.model.queries import Queries
 from anysplade.model.vocabulary import split_words
 
@@ -83,6 +85,23 @@ def check_documents(documents: object) -> None:
         if not isinstance(id_, str) or not isinstance(document, Document):
             kinds = f"{type(id_).__name__} to a {type(document).__name__}"
             raise OptionError(f"document {str(id_)[:80]!r}: a {kinds}; {fix}")
+
+
+def check_query(query: object) -> None:
+    """Raise OptionError unless it is one text."""
+    require("query", query, str, "give one text; of several, search each by itself")
+
+
+def check_hits(k: object) -> int:
+    """How many hits are asked for.
+
+    Raises:
+        OptionError: no whole number, or one below 1.
+    """
+    count: int = checked_option("k", k, int)
+    if count < 1:
+        raise OptionError(f"k is {count}: ask for at least 1 hit")
+    return count
 
 
 # ----------------------------------------------------------------------------------------- filters

@@ -14,15 +14,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.files import write_whole
+from anysplade._common.arguments import require
+from anysplade._common.files import only_process, write_whole
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
-from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
+from anysplade.data.names import held, near
+from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, TermMatch, check_documents, explain_filter
+from anysplade.search.documents import (
+    EncodedDocument,
+    Filter,
+    Hit,
+    Hits,
+    TermMatch,
+    check_documents,
+    check_hits,
+    check_query,
+    explain_filter,
+)
 from anysplade.search.models import FORMAT, IndexModel, describe_model
 from anysplade.search.store import BATCH, Store
 
@@ -95,7 +107,7 @@ class Index:
 
         Raises:
             OutputError: the folder is not empty, or holds an index made in another way, or one that ``add`` or
-                ``delete`` changed since.
+                ``delete`` changed since; or another process builds it.
             ModelError, DataError: as ``open_encoder`` and ``iter_corpus`` do.
         """
         from anysplade.model.runtimes import resolve_precision
@@ -112,46 +124,48 @@ class Index:
             "top_k": top_k,
             "max_length": max_length,
         }
-        about = _claim(output, wanted)
-        wanted["precision"] = resolve_precision(precision) if about is None else about["precision"]
-        encoding: dict[str, Any] = {"workers": workers, "ray": ray, "progress": progress}
+        # Beside the folder: in it, the lock is that of the index's engine.
+        with only_process(output.with_name(f"{output.name}.parts")):
+            about = _claim(output, wanted)
+            wanted["precision"] = resolve_precision(precision) if about is None else about["precision"]
+            encoding: dict[str, Any] = {"workers": workers, "ray": ray, "progress": progress}
 
-        def documents() -> Iterable[tuple[str, Document]]:
-            return iter_corpus(corpus, progress=progress) if isinstance(corpus, str | Path) else corpus.items()
+            def documents() -> Iterable[tuple[str, Document]]:
+                return iter_corpus(corpus, progress=progress) if isinstance(corpus, str | Path) else corpus.items()
 
-        if about is not None and about["complete"]:
-            if not on_disk:
-                raise OutputError(f"{output}: the folder is not empty: it holds an index; load it, and add to it")
-            index = cls.load(output, source, runtime=runtime)
-            if index.store.edited:
-                raise OutputError(
-                    f"{output}: add or delete changed this index since it was built, and an update from {corpus} would undo that; "
-                    "continue with add and delete, or build a new index in another `output`"
-                )
-            # A corpus that cannot be read to its end must change nothing, so it is read once before the first change.
-            index.changes, _ = index._differences(documents, corpus, lambda differing: deque(differing, maxlen=0))
-            if any(index.changes):
-                index.store.require_writable()  # before hours of encoding
+            if about is not None and about["complete"]:
+                if not on_disk:
+                    raise OutputError(f"{output}: the folder is not empty: it holds an index; load it, and add to it")
+                index = cls.load(output, source, runtime=runtime)
+                if index.store.edited:
+                    raise OutputError(
+                        f"{output}: add or delete changed this index since it was built, and an update from {corpus} would undo "
+                        "that; continue with add and delete, or build a new index in another `output`"
+                    )
+                # A corpus that cannot be read to its end must change nothing, so it is read once before the first change.
+                index.changes, _ = index._differences(documents, corpus, lambda differing: deque(differing, maxlen=0))
+                if any(index.changes):
+                    index.store.require_writable()  # before hours of encoding
+                    index._update(documents, corpus, **encoding)
+                    index.about["updated"] = index.changes._asdict() | {"provenance": provenance()}
+                if index.about | wanted != index.about or any(index.changes):
+                    index._write(index.about | wanted)
+                return index
+            is_new = not output.exists() or not any(output.iterdir())
+            started: Index | None = None
+            try:
+                index = started = cls._begin(output, wanted, source, runtime)
                 index._update(documents, corpus, **encoding)
-                index.about["updated"] = index.changes._asdict() | {"provenance": provenance()}
-            if index.about | wanted != index.about or any(index.changes):
-                index._write(index.about | wanted)
+            except AnyspladeError:
+                if is_new and not (started and len(started)):  # what was encoded is kept: it can have taken hours
+                    if started is not None:
+                        started.close()
+                    shutil.rmtree(output, ignore_errors=True)
+                raise
+            index._write(index.about | {"complete": True, "provenance": provenance()})
+            index.changes = Changes(added=len(index))
+            shutil.rmtree(output / "shards", ignore_errors=True)  # of a build that an earlier version began
             return index
-        is_new = not output.exists() or not any(output.iterdir())
-        started: Index | None = None
-        try:
-            index = started = cls._begin(output, wanted, source, runtime)
-            index._update(documents, corpus, **encoding)
-        except AnyspladeError:
-            if is_new and not (started and len(started)):  # what was encoded is kept: it can have taken hours
-                if started is not None:
-                    started.close()
-                shutil.rmtree(output, ignore_errors=True)
-            raise
-        index._write(index.about | {"complete": True, "provenance": provenance()})
-        index.changes = Changes(added=len(index))
-        shutil.rmtree(output / "shards", ignore_errors=True)  # of a build that an earlier version began
-        return index
 
     @classmethod
     def _begin(cls, output: Path, about: dict[str, Any], source: str, runtime: Runtime) -> "Index":
@@ -249,6 +263,7 @@ class Index:
         Raises:
             DataError: no index there, an unfinished one, a damaged one, or one of another format.
         """
+        require("folder", folder, (str, Path), "give an index's folder")
         folder = Path(folder).expanduser()
         about = _read_about(folder)
         if about.get("format") != FORMAT:
@@ -344,7 +359,8 @@ class Index:
             OptionError: k is below 1, or no document has a name of the filter.
             ModelError: the index's model is gone or was changed.
         """
-        return self.search_vector(self.queries.encode([query]), k, explain, filter, exact)
+        check_query(query)
+        return self.search_vector(self.queries.encode([query]), check_hits(k), explain, filter, exact)
 
     def search_vector(
         self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
@@ -355,8 +371,7 @@ class Index:
         Raises:
             OptionError: k is below 1, or no document has a name of the filter.
         """
-        if k < 1:
-            raise OptionError(f"k is {k}: ask for at least 1 hit")
+        k = check_hits(k)
         with self.store.reading():  # or a document that was found could be gone when it is fetched
             found = self.store.search(vector.indices, vector.data, k, filter, exact)
             documents = self.store.documents([position for position, _ in found])
@@ -388,12 +403,19 @@ def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{folder}: no index there (index.json is missing); build one first") from None
+        raise DataError(f"{folder}: {_no_index(folder)}") from None
     except OSError as error:
         raise DataError(f"{folder}: cannot be read here (index.json: {error.strerror}); allow it, or copy it") from error
     except ValueError as error:
         raise DataError(f"{folder}: the index is damaged (index.json: {error}); build it again") from error
     return dict(about)
+
+
+def _no_index(folder: Path) -> str:
+    """What a folder holds instead, and how to come to an index."""
+    kind, build = held(folder), "build one first: anysplade index MODEL CORPUS --out INDEX"
+    hint = near(folder)
+    return f"no index there (index.json is missing){hint}" + ("" if hint else f", but {kind}; {build}" if kind else f"; {build}")
 
 
 def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,12 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anysplade._common.arguments import require
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, explain_filter
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, check_hits, check_query, explain_filter
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, explain_score
@@ -186,8 +187,8 @@ class RemoteIndex:
         Raises:
             OptionError: k is below 1, no document has a name of the filter, or ``exact``, which a server cannot do.
         """
-        if k < 1:
-            raise OptionError(f"k is {k}: ask for at least 1 hit")
+        check_query(query)
+        k = check_hits(k)
         if exact:
             raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
         vector = self.queries.encode([query])
@@ -222,8 +223,9 @@ def open_index(
 
     Raises:
         DataError: no index there, or a damaged one.
-        OptionError: a malformed address.
+        OptionError: no place, or a malformed address.
     """
+    require("place", place, (str, Path), "give an index's folder or address")
     if "://" in str(place):
         return RemoteIndex(str(place), model, runtime, precision)
     return Index.load(place, model, runtime=runtime, precision=precision)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from anysplade._common.arguments import did_you_mean
 from anysplade.errors import OptionError
 from anysplade.model.backbones import BUNDLED
 from anysplade.study.arms import Arm
@@ -63,7 +64,8 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if self.name != "all" and self.name not in STUDIES:
-            raise OptionError(f"{self.name!r} is not a study; choose one of {', '.join(STUDIES)}, or all")
+            hint = did_you_mean(self.name, STUDIES, cutoff=0.6)
+            raise OptionError(f"{self.name!r} is not a study; choose one of {', '.join(STUDIES)}, or all{hint}")
         for name, value in (("seeds", self.seeds), ("workers", self.workers)):
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}: it must be at least 1")

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from anysplade._common.files import make_folder, write_whole
+from anysplade._common.arguments import require
+from anysplade._common.files import only_process, write_whole
 from anysplade._common.progress import bar, counted, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
 from anysplade.data.sources import PYTHON_DOCS, is_built_in
-from anysplade.errors import AnyspladeError, OutputError, worker_died
+from anysplade.errors import AnyspladeError, worker_died
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.folding import folds_by_case
 from anysplade.model.head import describe_head, load_masked_lm
@@ -67,18 +67,16 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
         AnyspladeError: every cell failed, or a worker process died.
         UsageError: as ``train`` and ``evaluate`` do, before the first cell.
     """
+    require("config", config, StudyConfig, 'give anysplade.StudyConfig("main", output=folder)')
     out = Path(config.output).expanduser()
     new = not out.exists()
-    make_folder(out)
-    try:
-        with FileLock(out / "lock", timeout=0):
+    with only_process(out):
+        try:
             return _run_study(_with_python_docs(config, out), out, progress)
-    except Timeout:
-        raise OutputError(f"{out}: another process runs a study there; wait for it, or choose another folder") from None
-    except AnyspladeError:
-        if new and not (out / "cells").exists():  # an error before the first cell leaves no folder behind
-            shutil.rmtree(out)
-        raise
+        except AnyspladeError:
+            if new and not (out / "cells").exists():  # an error before the first cell leaves no folder behind
+                shutil.rmtree(out)
+            raise
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_type_hints
 
+from anysplade._common.arguments import did_you_mean
 from anysplade.errors import OptionError
 from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder, checked_option
 
@@ -26,7 +27,7 @@ def parse_objective(objective: str) -> dict[str, float]:
         if not match or match[2] not in OBJECTIVES or match[2] in weights:
             raise OptionError(
                 f"objective {objective!r}: {part!r} is none of {', '.join(OBJECTIVES)}; join several with +, weigh one as in "
-                '"kl + 0.05*margin-mse"'
+                f'"kl + 0.05*margin-mse"{did_you_mean(part, OBJECTIVES)}'
             )
         weights[match[2]] = float(match[1] or 1)
     return weights

@@ -32,6 +32,7 @@ from transformers import (
     set_seed,
 )
 
+from anysplade._common.arguments import require
 from anysplade._common.files import (
     damaged_file,
     digests,
@@ -126,6 +127,8 @@ def train_head(
         OptionError: an impossible option.
         AnyspladeError: the training diverged.
     """
+    for argument, given in (("encoder", encoder), ("text", text)):
+        require(argument, given, (str, Path), "give its path, or its name on the hub")
     encoder, text, output = str(encoder), str(text), Path(output).expanduser()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a head is trained by one process; start it without torchrun")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.arguments import require
 from anysplade._common.files import file_digest, finished_record, only_process, record_path, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar
@@ -91,6 +92,7 @@ def mine(
         raise OptionError(
             f"negatives {negatives}, depth {depth}, margin {margin}: take 1 or more of a depth no smaller, margin in [0, 1)"
         )
+    require("miner", miner, (str, list, tuple), "give bm25, or a model's folder or hub id, or a list of these")
     miners = [miner] if isinstance(miner, str) else list(dict.fromkeys(miner))
     if not miners:
         raise OptionError("no miner; name bm25 or a model")

@@ -29,6 +29,7 @@ from sentence_transformers.base.sampler import BatchSamplers
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
+from anysplade._common.arguments import require
 from anysplade._common.files import (
     damaged_file,
     digests,
@@ -139,6 +140,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         ModelError, DataError, OptionError: as ``load_encoder`` and ``read_pairs`` do, before the first step.
         CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
+    require("config", config, TrainingConfig, "give anysplade.TrainingConfig(backbone, data, output=folder)")
     check_trackers(config.report_to)
     output = Path(config.output).expanduser()
     with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():

@@ -2,4 +2,6 @@
 
 from pathlib import Path
 
-BUNDLED = {name: Path(__file__).parent / name for name in ("bert-tiny", "modernbert-tiny")}
+from anysplade.data.sources import BACKBONES
+
+BUNDLED = {name: Path(__file__).parent / name for name in BACKBONES}

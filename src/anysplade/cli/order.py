@@ -1,0 +1,38 @@
+"""Arguments in the wrong order, told before a command runs, with the command as it was meant."""
+
+import shlex
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from anysplade.data.names import DATA, INDEX, held
+from anysplade.errors import OptionError
+
+_MODEL_FIRST = ("evaluate", "index", "train", "adapt")  # and then a collection, a corpus or training data
+
+
+def check_order(arguments: Sequence[str]) -> None:
+    """Raise OptionError if data stand where the command takes a model, and the model after them, or a query before its index."""
+    command, *others = arguments or [""]
+    given = list(takewhile(lambda argument: not argument.startswith("-"), others))
+    if command in _MODEL_FIRST and len(given) > 1:
+        kinds = [held(name) for name in given]
+        # Of several models and collections any order will do, if the last one is a collection.
+        known = kinds[-1] is not None or kinds[0] in DATA
+        wrong = kinds[0] in DATA and kinds[1] not in DATA
+        if command == "evaluate":
+            wrong = kinds[-1] not in DATA and known and any(kind in DATA for kind in kinds)
+        meant = sorted(given, key=lambda name: held(name) in DATA)
+        said = ", ".join(f"{name} is {kind}" for name, kind in zip(given, kinds, strict=True) if kind)
+        first = "models come first"
+    elif command == "search" and len(given) == 2:
+        wrong, meant = _is_index(given[1]) and not _is_index(given[0]), given[::-1]
+        said, first = f"{given[1]} is {INDEX}", "the index comes first"
+    else:
+        return
+    if wrong:
+        raise OptionError(f"{said}; {first}: {shlex.join(['anysplade', command, *meant, *others[len(given) :]])}")
+
+
+def _is_index(name: str) -> bool:
+    return "://" in name or (Path(name).expanduser() / "index.json").is_file()
