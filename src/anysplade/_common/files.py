@@ -246,11 +246,12 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         code = _error_code(error)
-        named = Path(getattr(error, "filename", None) or path)
-        if _is_part(named, path):
-            refused = isinstance(error, OSError) or code is not None or "null byte" in str(error)
+        named = getattr(error, "filename", None)
+        known = code in (*READ_ONLY, *_FULL, *_TAKEN) or "null byte" in str(error)
+        if named is None:  # of a library in Rust, or of a network
+            refused = known
         else:
-            refused = code in (*READ_ONLY, *_FULL, *_TAKEN) and not os.path.isfile(named)  # noqa: PTH113 - it never raises
+            refused = _is_part(Path(named), path) or (known and not os.path.isfile(named))  # noqa: PTH113 - it never raises
         if not refused:
             raise
         why = os.strerror(code) if code else error
