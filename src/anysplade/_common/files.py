@@ -248,11 +248,9 @@ def writing(path: Path) -> Iterator[None]:
         code = _error_code(error)
         named = getattr(error, "filename", None)
         known = code in (*READ_ONLY, *_FULL, *_TAKEN) or "null byte" in str(error)
-        if named is None:  # of a library in Rust, or of a network
-            refused = known
-        else:
-            refused = _is_part(Path(named), path) or (known and not os.path.isfile(named))  # noqa: PTH113 - it never raises
-        if not refused:
+        ours = named is not None and _is_part(Path(named), path)  # None: of a library in Rust, or of a network
+        elsewhere = named is not None and os.path.isfile(named)  # noqa: PTH113 - it never raises
+        if not ours and (elsewhere or not known):
             raise
         why = os.strerror(code) if code else error
         fix = "make room, or name another place" if code in _FULL else "name another place, or make this one writable"
