@@ -247,8 +247,9 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         code = _error_code(error)
         named = getattr(error, "filename", None)
+        named = named if isinstance(named, str | os.PathLike) else None  # None: of a library in Rust, or of a network
         known = code in (*READ_ONLY, *_FULL, *_TAKEN) or "null byte" in str(error)
-        ours = named is not None and _is_part(Path(named), path)  # None: of a library in Rust, or of a network
+        ours = named is not None and _is_part(Path(named), path)
         elsewhere = named is not None and os.path.isfile(named)  # noqa: PTH113 - it never raises
         if not ours and (elsewhere or not known):
             raise
