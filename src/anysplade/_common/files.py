@@ -27,6 +27,19 @@ _TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+
 _TAKEN = (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as a person gives it: ~ and ~user are home folders, unless there is a file or folder of that very name."""
+    path = Path(name)
+    if not path.name:  # "." and "": beside them nothing could be written
+        return path.absolute()
+    if not str(path).startswith("~") or path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, or no home folder: what needs the path says that it is not there
+        return path
+
+
 @contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``target`` when the block ends without an error.
@@ -34,7 +47,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: ``target`` exists and is not an empty folder, or cannot be written, also for want of room.
     """
-    target = Path(target).expanduser()
+    target = user_path(target)
     require_empty(target)
     work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     with writing(target), _without_empty(target.parent):
@@ -105,11 +118,11 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: ``target`` is a folder or a device, or cannot be written, also for want of room.
     """
-    target = Path(target).expanduser()
-    work = target.with_name(f".{target.name}.{os.getpid()}")
+    target = user_path(target)
     with writing(target), _without_empty(target.parent):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
+        work = target.with_name(f".{target.name}.{os.getpid()}")
         if target.exists() and not target.is_file():  # it would be replaced: for root, /dev/null too
             raise OutputError(f"{target}: is a device or a pipe; name a file")
         target.parent.mkdir(parents=True, exist_ok=True)

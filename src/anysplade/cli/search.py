@@ -150,6 +150,8 @@ def search(
     from anysplade.search.documents import query_words
     from anysplade.search.remote import open_index
 
+    if filter is not None and not filter:
+        raise OptionError("filter: give name=value after it, such as lang=en")
     wanted: dict[str, list[Any]] = {}
     for condition in filter or []:
         name, equals, value = condition.partition("=")

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import only_process, write_whole
+from anysplade._common.files import only_process, user_path, write_whole
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
@@ -31,6 +31,7 @@ from anysplade.search.documents import (
     Hits,
     TermMatch,
     check_documents,
+    check_encoding,
     check_hits,
     check_query,
     explain_filter,
@@ -113,9 +114,10 @@ class Index:
         from anysplade.model.runtimes import resolve_precision
         from anysplade.search.build import corpus_name
 
-        output = Path(output).expanduser()
+        output = user_path(output)
         if not isinstance(corpus, str | Path):
             check_documents(corpus)
+        top_k, max_length, workers = check_encoding(top_k, max_length, workers)
         source = resolve_model(model)
         on_disk = isinstance(corpus, str | Path)
         wanted = describe_model(source, output) | {
@@ -264,7 +266,7 @@ class Index:
             DataError: no index there, an unfinished one, a damaged one, or one of another format.
         """
         require("folder", folder, (str, Path), "give an index's folder")
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         about = _read_about(folder)
         if about.get("format") != FORMAT:
             raise DataError(f"{folder}: an index of format {about.get('format')}, this version reads {FORMAT}; build it again")
@@ -339,7 +341,7 @@ class Index:
         Raises:
             OutputError: the folder is not empty.
         """
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         self.store.snapshot(folder)
         about = dict(self.about)
         if "model_beside" in about:

@@ -39,6 +39,7 @@ from anysplade._common.files import (
     only_process,
     read_record,
     require_empty,
+    user_path,
     whole_folder,
     write_whole,
     writing,
@@ -129,7 +130,7 @@ def train_head(
     """
     for argument, given in (("encoder", encoder), ("text", text)):
         require(argument, given, (str, Path), "give its path, or its name on the hub")
-    encoder, text, output = str(encoder), str(text), Path(output).expanduser()
+    encoder, text, output = str(encoder), str(text), user_path(output)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a head is trained by one process; start it without torchrun")
     lowest = {
