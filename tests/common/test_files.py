@@ -224,3 +224,8 @@ def test_an_error_of_something_else_stays_what_it_is(tmp_path):
     for error in (TimeoutError("timed out"), ConnectionResetError(104, "reset"), FileNotFoundError(2, "gone", "/elsewhere/x")):
         with pytest.raises(type(error)), files.writing(tmp_path / "out"):
             raise error
+
+
+def test_nothing_lies_beside_the_root():
+    with pytest.raises(OutputError, match="/: is the root of a file system; name a file or folder in it"):
+        files.beside(files.user_path("/"), "{}.parts")

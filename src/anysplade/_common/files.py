@@ -40,6 +40,17 @@ def user_path(name: str | Path) -> Path:
         return path
 
 
+def beside(path: Path, name: str) -> Path:
+    """A path in the same folder, whose name has the path's own for ``{}``.
+
+    Raises:
+        OutputError: the path is the root of a file system.
+    """
+    if not path.name:
+        raise OutputError(f"{path}: is the root of a file system; name a file or folder in it")
+    return path.with_name(name.format(path.name))
+
+
 @contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``target`` when the block ends without an error.
@@ -49,7 +60,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """
     target = user_path(target)
     require_empty(target)
-    work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    work = beside(target, f".{{}}-{secrets.token_hex(4)}")
     with writing(target), _without_empty(target.parent):
         try:
             work.mkdir(parents=True)
@@ -210,7 +221,7 @@ def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
 
 def record_path(output: Path) -> Path:
     """Where the record of a file of data is: ``OUTPUT.json`` beside it."""
-    return output.with_name(f"{output.name}.json")
+    return beside(output, "{}.json")
 
 
 def finished_record(output: Path, about: dict[str, Any], parts: Path | None = None) -> dict[str, Any] | None:

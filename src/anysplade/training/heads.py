@@ -34,6 +34,7 @@ from transformers import (
 
 from anysplade._common.arguments import require
 from anysplade._common.files import (
+    beside,
     damaged_file,
     digests,
     only_process,
@@ -164,7 +165,7 @@ def train_head(
     }
     data_hash = DataHash(pieces).hexdigest()
     about = {"fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
-    parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
+    parts = beside(output, "{}.parts")  # checkpoints, until the folder is whole
     with only_process(parts):
         finished = _claim(output, parts, about)
         if finished is not None:

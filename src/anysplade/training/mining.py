@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import file_digest, finished_record, only_process, record_path, user_path, write_whole
+from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
@@ -315,7 +315,7 @@ def _judge(teacher: str, documents: list[str], max_length: int | None, batch_siz
 
 def _parts_of(output: Path) -> Path:
     """Where the blocks lie until the output is whole."""
-    return output.with_name(f"{output.name}.parts")
+    return beside(output, "{}.parts")
 
 
 def _in_blocks(
