@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import beside, only_process, user_path, write_whole
+from anysplade._common.files import beside, only_process, require_empty, user_path, write_whole
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
@@ -425,7 +425,9 @@ def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not (output / "index.json").is_file():
         inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
         unfinished = {name for name in inside if name in ("shards", "engine") or name.startswith("documents.sqlite")}
-        if (output.exists() and not output.is_dir()) or inside - unfinished:
+        if output.exists() and not output.is_dir():
+            require_empty(output)
+        if inside - unfinished:
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
     about = _read_about(output)
