@@ -132,7 +132,7 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("index ~nosuchuser/x cranfield --out new", "~nosuchuser/x: no home folder of that name"),
         ("index splade cranfield --out ~nosuchuser/x", "~nosuchuser/x: no home folder of that name"),
         ("evaluate splade cranfield --out run.trec/x", "run.trec/x: cannot be written"),
-        ("index splade cranfield --out deep/new --top-k 0", "both are at least 1"),
+        ("index splade cranfield --out deep/new --top-k 0", "--top-k is 0: it is at least 1"),
         ("rescale splade --out deep/new --k 0", "k is 0"),
         ("head splade --text cranfield --out deep/new", "has an MLM head already"),
         ("head dense --text cranfeild --out deep/new", "did you mean cranfield?"),

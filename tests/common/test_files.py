@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from anysplade import OutputError
+from anysplade._common import files
 from anysplade._common.files import (
     damaged_file,
     digests,
@@ -200,3 +201,31 @@ def test_a_damaged_record_is_said_and_not_used(content, tmp_path, caplog):
     assert "record.json: is damaged, and is not used" in caplog.text
     (tmp_path / "record.json").write_text('{"a": 1}')
     assert read_record(tmp_path / "record.json", "a") == {"a": 1}
+
+
+def test_a_path_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert files.user_path("~/x") == tmp_path / "home" / "x"
+    assert str(files.user_path("~nosuchuser9/x")) == "~nosuchuser9/x"
+    (tmp_path / "~x.jsonl").touch()
+    assert files.user_path("~x.jsonl").is_file()
+    assert files.user_path(".").name == tmp_path.name
+
+
+@pytest.mark.parametrize("target", [".", "/", ""])
+def test_a_file_needs_a_name(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is a folder; name a file in it"):
+        files.write_whole(target, "x")
+
+
+def test_an_error_of_something_else_stays_what_it_is(tmp_path):
+    for error in (TimeoutError("timed out"), ConnectionResetError(104, "reset"), FileNotFoundError(2, "gone", "/elsewhere/x")):
+        with pytest.raises(type(error)), files.writing(tmp_path / "out"):
+            raise error
+
+
+def test_nothing_lies_beside_the_root():
+    with pytest.raises(OutputError, match="/: is the root of a file system; name a file or folder in it"):
+        files.beside(files.user_path("/"), "{}.parts")

@@ -32,18 +32,20 @@ def test_where_nobody_watches_a_line_comes_now_and_then(monkeypatch, caplog):
             now[0] += 2
             bar.update(20)
     assert caplog.messages[0] == "encoding documents: 1,000 documents"
-    assert caplog.messages[1] == "encoding documents: 60 of 1,000 documents, about 2 minutes left"
-    assert len(caplog.messages) == 5  # after 0, 6, 36, 66 and 96 s
+    assert caplog.messages[1] == "encoding documents: 80 of 1,000 documents, about 2 minutes left"
+    assert len(caplog.messages) == 5  # at once, and 6, 36, 66 and 96 s after the first documents
     caplog.clear()
     with progress.bar("reading", "file", show=True) as bar:
-        now[0] += 10
-        bar.update(3)
-    assert caplog.messages == ["reading: 3 files"]
+        for _ in range(2):
+            now[0] += 10
+            bar.update(3)
+    assert caplog.messages == ["reading: 6 files"]
     caplog.clear()
     with progress.bar("encoding queries", "query", 12, show=True) as bar:
-        now[0] += 10
-        bar.update(6)
-    assert caplog.messages == ["encoding queries: 6 of 12 queries, about 10 seconds left"]
+        for _ in range(2):
+            now[0] += 10
+            bar.update(3)
+    assert caplog.messages == ["encoding queries: 6 of 12 queries, about 20 seconds left"]
 
 
 def test_nothing_is_said_unless_asked_for(monkeypatch, caplog, capsys):

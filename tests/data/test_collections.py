@@ -16,6 +16,7 @@ from anysplade import (
     evaluate,
     load_collection,
     load_pairs,
+    load_queries,
     read_corpus,
     write_collection,
 )
@@ -481,3 +482,19 @@ def test_python_docs_of_the_environment():
 def test_python_docs_of_a_package_that_is_not_there():
     with pytest.raises(DataError, match="package 'no-such-package' is not installed"):
         load_python_docs(("no-such-package",))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            '<topics><topic number="1"><query>one</query></topic><topic number="2"><query>tw',
+            "2 topics begin and 1 end; the file is cut",
+        ),
+        ('<!DOCTYPE t [<!ENTITY f "b">]><t><topic number="1"><query>&f;</query></topic></t>', "declares entities of its own"),
+    ],
+)
+def test_topics_that_would_be_misread_are_refused(content, message, tmp_path):
+    (tmp_path / "topics.xml").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_queries(tmp_path / "topics.xml")

@@ -217,6 +217,13 @@ def test_ids_with_their_texts_elsewhere(folder, tmp_path):
         load_pairs(path, texts=str(folder))
 
 
+@pytest.mark.parametrize("positive", ["D1000", "MED-1000", "ug7v899j"])
+def test_single_words_with_a_digit_are_worth_a_warning(positive, tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", *({"query": f"what is it {i}", "positive": f"{positive}{i}"} for i in range(3)))
+    assert len(load_pairs(path)) == 3
+    assert f"the first texts of positive are single words such as '{positive}0'; if they are ids, name the column" in caplog.text
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

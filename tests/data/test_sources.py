@@ -137,6 +137,12 @@ def test_a_tsv_without_names_is_read_as_trec_has_it(tmp_path):
     assert list(rows(path, ["id"])) == [(1, {"_id": "1", "url": "https://a", "title": "A title", "text": "the body"})]
     path.write_text("ID\ttext\n1\tb\n")
     assert list(rows(path, ["id"])) == [(2, {"ID": "1", "text": "b"})]
+    for header in ("pmid\tabstract", "cord_uid\ttitle", "#id\ttext", "nr\tpassage", "node_id\tvalue", "topic\ttitle"):
+        path.write_text(f"{header}\n1\tb\n")
+        assert list(rows(path, ["id"])) == [(2, dict(zip(header.split("\t"), ("1", "b"), strict=True)))]
+    for first in ("7\ttext", "a\tthe text of it", "d1\tid"):  # no names of columns
+        path.write_text(f"{first}\n1\tb\n")
+        assert len(list(rows(path, ["doc"]))) == 2
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,16 @@ def test_a_filter_that_nothing_can_match_is_explained(here, filtered, monkeypatc
             filtered(False, {"v": 7, name: "x"})
     assert filtered(False, {"v": ["8", 9]}) == []
     assert explain_filter(filtered.store, {"v": ["8", 9]}) == "no document has v=8 or v=9"
-    assert explain_filter(filtered.store, {"v": [8, 7], "deep.v.w": "x"}) is None
+    assert explain_filter(filtered.store, {}) is None
+    matched = [hit for hit in ({"v": 7}, {"deep.v.w": "x"}) if filtered(False, hit)]
+    assert len(matched) == 2
+    together = {"v": [8, 7], "deep.v.w": "x"}
+    said = explain_filter(filtered.store, together)
+    if filtered(False, together):
+        assert said == "no document with v=8 or v=7 and deep.v.w=x shares a term with the query"
+    else:
+        assert said == "no document has v=8 or v=7 and deep.v.w=x together"
+    assert explain_filter(filtered.store, {"v": 7}) == "no document with v=7 shares a term with the query"
     for wrong in ({"v": None}, {"v": []}, {"v": {"a": 1}}, {"v": [["a"]]}, {"": 1}):
         with pytest.raises(OptionError, match="each a text, a number or a bool"):
             filtered(False, wrong)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anysplade import OutputError, TrainingConfig, train
+from anysplade import OptionError, OutputError, TrainingConfig, train
 from anysplade._common.files import digests, only_process
 from anysplade.training.callbacks import last_checkpoint
 from processes import room_for
@@ -139,7 +139,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(damaged, from_step, config):
         (spoil, "model/model.safetensors", True),
         (remove, "model/tokenizer.json", True),
         (empty, "training.json", True),
-        (cut, "run.json", False),  # the result has the same
+        (cut, "run.json", True),  # it had the digests by which a model is known to be whole
         (remove, "model/README.md", False),  # for people
     ],
 )
@@ -152,6 +152,15 @@ def test_a_damaged_finished_run_is_finished_again(damage, name, done_again, conf
     with caplog.at_level("INFO", "anysplade"):
         train(config)
     assert "holds this run's result already" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["flyte", "kubeflow", "azure_ml"])
+def test_a_tracker_that_says_itself_what_it_lacks(name, config, tmp_path):
+    other = dataclasses.replace(config, report_to=(name,), output=str(tmp_path / "other"))
+    with pytest.raises(OptionError, match=f"`report_to={name}`: .*requires") as caught:
+        train(other)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
 
 
 def test_patience_outlives_an_interruption(config, collection_folder, tmp_path):

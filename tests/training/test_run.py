@@ -256,7 +256,15 @@ def test_a_run_inside_its_data_and_one_of_an_earlier_version(config, inputs, tmp
     "options",
     [
         *({"steps": 0}, {"batch_size": 1}, {"learning_rate": float("nan")}, {"epochs": -1}),
-        *({"steps": 2.5}, {"negatives": 0.4}, {"seed": "7"}, {"batch_size": True}, {"checkpoint_steps": float("inf")}),
+        *(
+            {"steps": 2.5},
+            {"negatives": 0.4},
+            {"seed": "7"},
+            {"batch_size": True},
+            {"checkpoint_steps": float("inf")},
+            {"seed": -1},
+            {"seed": 2**32},
+        ),
         *({"learning_rate": "1e-3"}, {"learning_rate": True}, {"k": "automatic"}, {"mute": "yes"}, {"mute": 1}),
         *({"precision": "float16"}, {"fold": None}, {"query_prompt": 7}, {"dev": ["a"]}, {"report_to": [1]}),
     ],

@@ -27,6 +27,30 @@ _TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+
 _TAKEN = (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as a person gives it: ~ and ~user are home folders, unless there is a file or folder of that very name."""
+    path = Path(name)
+    if not path.name:  # "." and "": beside them nothing could be written
+        return path.absolute()
+    if not str(path).startswith("~") or path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, or no home folder: what needs the path says that it is not there
+        return path
+
+
+def beside(path: Path, name: str) -> Path:
+    """A path in the same folder, whose name has the path's own for ``{}``.
+
+    Raises:
+        OutputError: the path is the root of a file system.
+    """
+    if not path.name:
+        raise OutputError(f"{path}: is the root of a file system; name a file or folder in it")
+    return path.with_name(name.format(path.name))
+
+
 @contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``target`` when the block ends without an error.
@@ -34,9 +58,9 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: ``target`` exists and is not an empty folder, or cannot be written, also for want of room.
     """
-    target = Path(target).expanduser()
+    target = user_path(target)
     require_empty(target)
-    work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    work = beside(target, f".{{}}-{secrets.token_hex(4)}")
     with writing(target), _without_empty(target.parent):
         try:
             work.mkdir(parents=True)
@@ -105,11 +129,11 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: ``target`` is a folder or a device, or cannot be written, also for want of room.
     """
-    target = Path(target).expanduser()
-    work = target.with_name(f".{target.name}.{os.getpid()}")
+    target = user_path(target)
     with writing(target), _without_empty(target.parent):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
+        work = target.with_name(f".{target.name}.{os.getpid()}")
         if target.exists() and not target.is_file():  # it would be replaced: for root, /dev/null too
             raise OutputError(f"{target}: is a device or a pipe; name a file")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +221,7 @@ def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
 
 def record_path(output: Path) -> Path:
     """Where the record of a file of data is: ``OUTPUT.json`` beside it."""
-    return output.with_name(f"{output.name}.json")
+    return beside(output, "{}.json")
 
 
 def finished_record(output: Path, about: dict[str, Any], parts: Path | None = None) -> dict[str, Any] | None:

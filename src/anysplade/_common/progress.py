@@ -56,13 +56,17 @@ class _Lines:
     def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
         self.what, self.unit, self.total = what, unit, total
         self.n = self._before = done
-        self._start = self._last = time.monotonic()
+        self._start: float | None = None
+        self._last = 0.0
         self._wait = _FIRST
         begin(f"{what}: {total or 0:,} {unit}s", True, (total or 0) - done)
 
     def update(self, n: int = 1) -> None:
         self.n += n
         now = time.monotonic()
+        if self._start is None:  # what comes before the first units, such as opening a model, says nothing about the others
+            self._start = self._last = now
+            self._before = self.n
         if now - self._last < self._wait or self.n == self.total:
             return
         self._last, self._wait = now, max(_EVERY, _SHARE * (now - self._start))

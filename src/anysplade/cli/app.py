@@ -133,14 +133,7 @@ class _Formatter(logging.Formatter):
 
 
 def _quiet_libraries() -> None:
-    """Keep standard error for anysplade's own progress and for warnings that ask for something.
-
-    The libraries read the variables when they are imported, which takes seconds and is left to the commands that need them.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")  # other libraries' bars; anysplade's own decide for themselves
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Keep standard error for anysplade's own progress and for warnings that ask for something; see ``anysplade.cli`` too."""
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; users can do nothing about them
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)

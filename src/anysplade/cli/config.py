@@ -11,6 +11,7 @@ from cyclopts import CycloptsError, convert
 from cyclopts.config import Dict
 
 from anysplade._common.arguments import did_you_mean
+from anysplade._common.files import user_path
 from anysplade.errors import OptionError
 from anysplade.model.options import checked_option
 from anysplade.training.config import TrainingConfig
@@ -43,7 +44,7 @@ def config_file(arguments: Sequence[str]) -> list[Dict]:
     if list(arguments[:1]) != ["train"] or not named:
         return []
     argument, following = arguments[named[-1]], arguments[named[-1] + 1 : named[-1] + 2]
-    path = Path(argument.partition("=")[2] if "=" in argument else "".join(following)).expanduser()
+    path = user_path(argument.partition("=")[2] if "=" in argument else "".join(following))
     options = {
         "out" if name == "output" else name.replace("_", "-"): value for name, value in read_options(path, "--config").items()
     }

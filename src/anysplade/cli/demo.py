@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import user_path, write_whole
 from anysplade.data.collections import load_collection, load_python_docs, write_collection
 from anysplade.data.pairs import load_pairs
 from anysplade.data.python_docs import PACKAGES
@@ -82,7 +82,7 @@ def run_demo(
         OutputError: the folder holds something else.
     """
     start = time.perf_counter()
-    output = Path(output).expanduser()
+    output = user_path(output)
     runs = {name: run | ({"steps": steps} if steps else {}) for name, run in RUNS.items()}
     settings = SETTINGS | {"runs": runs}
     made = output / "settings.json"

@@ -7,13 +7,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anysplade.cli.app import Json, Result, command, shows_progress
-from anysplade.data.collections import is_collection
 from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
 
 
 def _split(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The models and the collections among these names, of which the last one is a collection."""
+    from anysplade.data.collections import is_collection
+
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
     models = [name for name in names if name not in collections]
     if not models:

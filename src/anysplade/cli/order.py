@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path
 
+from anysplade._common.files import user_path
 from anysplade.data.names import DATA, INDEX, held
 from anysplade.errors import OptionError
 
@@ -35,4 +35,4 @@ def check_order(arguments: Sequence[str]) -> None:
 
 
 def _is_index(name: str) -> bool:
-    return "://" in name or (Path(name).expanduser() / "index.json").is_file()
+    return "://" in name or (user_path(name) / "index.json").is_file()

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import RenderableType
 
+from anysplade._common.files import beside
 from anysplade._common.progress import counted
 from anysplade.cli.app import Json, Out, Result, command, shows_progress
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
-from anysplade.model.queries import log_cut
 
 
 @command
@@ -39,6 +39,7 @@ def encode(
     """
     from anysplade.cli import rendering as report
     from anysplade.model import encoder, encoding, runtimes, terms
+    from anysplade.model.queries import log_cut
 
     if not texts:
         raise OptionError('no text given; for example: anysplade encode MODEL "how to invert a matrix"')
@@ -147,9 +148,12 @@ def search(
         precision: of encoding the query; see index.
     """
     from anysplade.cli import rendering as report
+    from anysplade.model.queries import log_cut
     from anysplade.search.documents import query_words
     from anysplade.search.remote import open_index
 
+    if filter is not None and not filter:
+        raise OptionError("filter: give name=value after it, such as lang=en")
     wanted: dict[str, list[Any]] = {}
     for condition in filter or []:
         name, equals, value = condition.partition("=")
@@ -255,7 +259,7 @@ def export(
     from anysplade.search.index import Index
 
     asked = {} if queries is None else load_queries(queries)
-    written = out.with_name(f"{out.name}.queries.tsv")
+    written = beside(out, "{}.queries.tsv")
     with Index.load(index, model) as opened:
         names = opened.queries.term_names
         if asked:  # first: they are few, and an error in them comes before the documents

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anysplade._common.arguments import require
-from anysplade._common.files import whole_folder
+from anysplade._common.files import user_path, whole_folder
 from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
@@ -92,7 +92,7 @@ class Collection(Tabular):
 # The names that a column can have, as ``column_name`` has them; the first that is there is used.
 ID_NAMES = (
     *("_id", "id", "doc_id", "docid", "document_id", "docno", "doc_no", "pid", "passage_id", "corpus_id"),
-    *("query_id", "queryid", "qid", "topic_id", "did", "doc"),
+    *("query_id", "queryid", "qid", "topic_id", "did", "doc", "uid", "pmid", "cord_uid", "paper_id", "article_id", "chunk_id"),
 )
 TEXT_NAMES = ("text", "contents", "content", "body", "passage", "abstract")
 QUERY_NAMES = ("text", "query", "question", "contents", "body")
@@ -102,7 +102,7 @@ def is_collection(name: str) -> bool:
     """Whether a name stands for a collection, and not for a model or a run file."""
     is_built_in(name, *BM25_NAMES, PYTHON_DOCS)  # which warns of a folder of that name
     kind = held(name.lower() if name.lower() == NANO_BEIR else name)
-    return kind == DATA[0] or (kind is None and Path(name).expanduser().is_dir())
+    return kind == DATA[0] or (kind is None and user_path(name).is_dir())
 
 
 def collection_names(source: str) -> list[str]:
@@ -154,7 +154,7 @@ def load_collection(source: str | Path | zipfile.Path, split: str = "test", prog
     if resolved.kind == "file":
         raise DataError(f"{resolved.at}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
     corpus, queries = read_corpus(resolved.at), read_queries(resolved.at)
-    name = Path(resolved.name).expanduser().resolve().name.removesuffix(".zip")
+    name = user_path(resolved.name).resolve().name.removesuffix(".zip")
     return _judged_collection(name, corpus, queries, _read_qrels(resolved.at, split))
 
 
@@ -234,7 +234,7 @@ def read_texts(source: str | Path) -> Iterator[str]:
     Raises:
         DataError: as ``iter_corpus`` does.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if plain_name(path).endswith(".txt") and path.is_file():
         with lines(path) as numbered:
             yield from (whole_characters(line) for _, line in numbered if line.strip())
@@ -336,6 +336,11 @@ def _topics(text: str, path: Place) -> Iterator[Row]:
     """Numbers and queries of TREC topics, in SGML, whose tags are often not closed, or in XML."""
     text = re.sub(r"<!\[CDATA\[(.*?)\]\]>", lambda found: html.escape(found[1]), text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    if "<!ENTITY" in text:
+        raise DataError(f"{path}: declares entities of its own, which are not read; write their text in the topics")
+    begun, ended = (len(re.findall(rf"<{end}(?:top|topic)\b", text, re.IGNORECASE)) for end in ("", "/"))
+    if begun > ended:
+        raise DataError(f"{path}: {begun} topics begin and {ended} end; the file is cut off, or an end tag is missing")
     for topic in re.finditer(r"<(top|topic)\b([^>]*)>(.*?)</\1\s*>", text, re.DOTALL | re.IGNORECASE):
         _, attributes, content = topic.groups()
         number = re.search(r"\b(?:number|num|id)\s*=\s*[\"']?\s*([^\s\"'>]+)", attributes, re.IGNORECASE) or re.search(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from anysplade._common.files import file_digest, finished_record, record_path, whole_file, write_whole
+from anysplade._common.files import file_digest, finished_record, record_path, user_path, whole_file, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
@@ -101,7 +101,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
     if not kinds or not set(kinds) <= set(KINDS):
         unknown = ", ".join(repr(kind) for kind in kinds if kind not in KINDS) or "none"
         raise OptionError(f"`kinds`: {unknown}; choose of {', '.join(KINDS)}")
-    output = Path(output).expanduser()
+    output = user_path(output)
     options: dict[str, Any] = {"corpus": str(corpus), "kinds": [kind for kind in KINDS if kind in kinds]}
     digest = DataHash()
     watched = _hashed(iter_corpus(corpus, progress=progress), digest, progress)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from anysplade._common.arguments import did_you_mean, nearest
+from anysplade._common.files import user_path
 from anysplade.data.sources import (
     BACKBONES,
     BM25_NAMES,
@@ -31,7 +32,7 @@ def held(name: str | Path) -> str | None:
     for kind, built_in in ((MODELS[0], BACKBONES), (BM25, BM25_NAMES), (DATA[0], (PYTHON_DOCS, NANO_BEIR))):
         if text in built_in:
             return kind
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return _held_in(path)
     if path.is_file():
@@ -75,7 +76,7 @@ def near(name: str | Path, *built_in: str) -> str:
     X is one of the built-in names, or what lies where the path ends to exist.
     """
     text = str(name)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not text or path.exists():
         return ""
     if hint := did_you_mean(text.rstrip("/"), (known for known in built_in if known != text)):

@@ -158,7 +158,7 @@ def _say_columns(source: str, described: str) -> None:
 def _require_texts(source: str | Path, pairs: Sequence[Pair], lookup: "_Lookup") -> None:
     """Raise DataError if the texts of examples are ids: documents that are only numbers, or ids of the collection beside them.
 
-    Queries that are only numbers may be meant, such as numbers of parts; they get a warning.
+    Queries that are only numbers may be meant, such as numbers of parts, and so may single words with a digit: a warning.
     """
     columns = {
         "query": [pair.query for pair in pairs],
@@ -166,7 +166,7 @@ def _require_texts(source: str | Path, pairs: Sequence[Pair], lookup: "_Lookup")
         "negative": [text for pair in pairs for text in pair.negatives],
     }
     for role, texts in columns.items():
-        numbers = bool(texts) and all(text.strip().isdecimal() for text in texts)
+        numbers = _most(texts, str.isdecimal)
         if (numbers and role != "query") or lookup.are_ids(role, texts):
             raise DataError(
                 f"{source}: {role} has ids, such as {texts[0][:80]!r}, and no texts; name columns of ids query_id, positive_id and "
@@ -174,6 +174,19 @@ def _require_texts(source: str | Path, pairs: Sequence[Pair], lookup: "_Lookup")
             )
         if numbers:
             logger.warning("%s: the first queries are only numbers; if they are ids, name the column query_id", source)
+        elif _most(texts, lambda text: not re.search(r"\s", text) and re.search(r"\d", text) is not None):
+            logger.warning(
+                "%s: the first texts of %s are single words such as %r; if they are ids, name the column %s_id",
+                source,
+                role,
+                texts[0][:80],
+                role,
+            )
+
+
+def _most(texts: Sequence[str], matches: Callable[[str], bool]) -> bool:
+    """Whether nine in ten of the texts are of a kind."""
+    return bool(texts) and sum(matches(text.strip()) for text in texts) >= 0.9 * len(texts)
 
 
 def _by_selection(row: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub.constants import HF_HOME
 
 from anysplade._common.arguments import require
-from anysplade._common.files import warn_once, whole_folder
+from anysplade._common.files import user_path, warn_once, whole_folder
 from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,9 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
     quotation marks in them have no meaning.
 
     Args:
-        ids: names that a column of ids can have, as ``column_name`` has them. A TSV whose first line has none of them is one of
-            TREC's, with the columns id and text; id, title and text; or id, URL, title and text. Empty: every TSV has column
-            names.
+        ids: names that a column of ids can have, as ``column_name`` has them. A TSV whose first line has no name of a column is one
+            of TREC's, with the columns id and text; id, title and text; or id, URL, title and text. Empty: every TSV has
+            column names.
 
     Raises:
         DataError: a row cannot be read.
@@ -112,10 +112,17 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
     elif name.endswith(".tsv"):
         with lines(path) as numbered:
             first = next((line for _, line in numbered if line.strip()), "")
-        has_header = not ids or any(column_name(cell.strip(' "')) in ids for cell in first.split("\t"))
+        names = [column_name(cell.strip(' "')) for cell in first.split("\t")]
+        known = any(name in ids for name in names)
+        has_header = not ids or known or (any(map(_COLUMN.fullmatch, names)) and not any(map(str.isdecimal, first)))
         yield from _table_rows(path, "\t") if has_header else _trec_rows(path)
     else:
         yield from _json_rows(path)
+
+
+_COLUMN = re.compile(  # names of columns, of which one is enough: the text of a document is longer than that
+    "texts?|titles?|abstract|body|passages?|contents?|documents?|sentences?|chunks?|quer(y|ies)|questions?|article|#?[a-z]*_?id"
+)
 
 
 def column_name(name: str) -> str:
@@ -267,7 +274,7 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
         return Source("python-docs", text)
     if text == NANO_BEIR:
         raise DataError(f"{text}: stands for thirteen collections, which only evaluate takes; name one, such as nano-beir/scifact")
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.exists() and (kind := held(path)) not in (None, *DATA) and find_file(path, ["pairs.jsonl"]) is None:
         raise DataError(f"{text}: {kind}, not {'' if wanted in ('training data', 'texts') else 'a '}{wanted}; {fix}")
     if path.is_file():
@@ -280,8 +287,8 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
         judged = (dataset for dataset in known if wanted in ("corpus", "texts") or _is_judged(dataset))
         return Source("ir_datasets", text, next(judged, known[0]))
     hub_name, _, config = text.partition(":")
-    if config and Path(hub_name).expanduser().is_dir():
-        return Source("hub", text, Path(hub_name).expanduser(), config)
+    if config and user_path(hub_name).is_dir():
+        return Source("hub", text, user_path(hub_name), config)
     hint = near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())
     if _HUB_ID.fullmatch(hub_name) and not (hint and plain_name(path).endswith((".json", *FORMS))):
         return Source("hub", text, hub_name, config or None)

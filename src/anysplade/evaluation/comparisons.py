@@ -13,7 +13,7 @@ from scipy import stats
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.arguments import require
-from anysplade._common.files import write_whole
+from anysplade._common.files import user_path, write_whole
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, load_collection
 from anysplade.data.sources import PYTHON_DOCS
@@ -132,7 +132,7 @@ def evaluate_all(
     parse_metrics(metrics)  # a wrong one is an error before the collections are read
     loaded = _load(collections, split, progress)
     single = len(models) * len(loaded) == 1
-    folder = None if output is None else Path(output).expanduser()
+    folder = None if output is None else user_path(output)
     places = [as_name(collection.name) for collection in loaded]
     if len({place.lower() for place in places}) < len(places):
         places = [f"{i}-{place}" for i, place in enumerate(places, 1)]
@@ -181,7 +181,7 @@ def _load(sources: Sequence[str | Path | Collection], split: str, progress: bool
                 found.setdefault(id(one), one)
                 continue
             require("collections", one, (str, Path), "give names, paths or what load_collection returned")
-            path = Path(one).expanduser()
+            path = user_path(one)
             found.setdefault(path.resolve() if path.exists() and one != PYTHON_DOCS else str(one), one)
     loaded = [one if isinstance(one, Collection) else load_collection(one, split, progress=progress) for one in found.values()]
     names = distinct_names([collection.name for collection in loaded], [at if isinstance(at, Path) else None for at in found])

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
-from anysplade._common.files import require_folder, write_whole
+from anysplade._common.files import require_folder, user_path, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
@@ -27,7 +27,7 @@ from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids
 from anysplade.model.dense import encode_dense, is_dense, open_dense
 from anysplade.model.encoder import open_encoder, term_names
 from anysplade.model.encoding import count_cut, encode, prune
-from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.options import Precision, Role, Runtime, checked_option, runtime_for
 from anysplade.model.queries import log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
@@ -125,10 +125,11 @@ def evaluate(
         ModelError, DataError: as ``open_encoder`` and ``load_collection`` raise them.
     """
     measures = parse_metrics(metrics)
+    depth, max_length = checked_option("depth", depth, int), checked_option("max_length", max_length, int | None)
     if depth < 1:
         raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
     if output is not None:
-        require_folder(Path(output).expanduser())
+        require_folder(user_path(output))
     if not isinstance(collection, Collection):
         collection = load_collection(collection, split, progress=progress)
     if not collection.corpus or not collection.queries or not collection.qrels:
@@ -139,7 +140,7 @@ def evaluate(
     options = _Options(depth, self_matches, runtime, precision, max_length, cache, progress)
     if is_built_in(model, *BM25_NAMES):
         ranked = _by_bm25(str(model), collection, options)
-    elif isinstance(model, str | Path) and Path(model).expanduser().is_file():
+    elif isinstance(model, str | Path) and user_path(model).is_file():
         ranked = _Ranked("run", read_run(model))
         check_run(model, ranked.run, collection)
         self_matches = set()
@@ -176,7 +177,7 @@ def evaluate(
         terms=ranked.terms,
     )
     if output is not None:
-        folder = Path(output).expanduser()
+        folder = user_path(output)
         write_run(folder / "run.trec", ranked.run, str(model))
         write_whole(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
         write_whole(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
@@ -438,7 +439,7 @@ def _cache_folders(
     known = None if options.cache is None or not isinstance(model, str | Path) else fingerprint(resolve_model(model))
     if options.cache is None or known is None:
         return dict.fromkeys(texts), False
-    folder = Path(options.cache).expanduser() / "vectors"
+    folder = user_path(options.cache) / "vectors"
     about = [known, precision, options.max_length]
     keys = {role: json.dumps([*about, role, DataHash(parts).hexdigest()]) for role, parts in texts.items()}
     folders = {role: folder / hashlib.sha256(key.encode()).hexdigest()[:32] for role, key in keys.items()}

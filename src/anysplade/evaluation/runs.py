@@ -7,7 +7,7 @@ import re
 from collections.abc import Set
 from pathlib import Path
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import user_path, write_whole
 from anysplade.data.collections import Collection
 from anysplade.data.sources import lines, trec_columns, whole_characters
 from anysplade.errors import DataError, OutputError
@@ -27,7 +27,7 @@ def read_run(path: str | Path) -> Run:
     Raises:
         DataError: a malformed line, whose number the message has, or no line at all.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     keys: dict[str, dict[str, tuple[float, float]]] = {}  # (-score, rank) by query id and document id
     with lines(path) as numbered:
         for number, line in numbered:

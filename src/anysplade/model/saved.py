@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from anysplade._common.files import user_path
 from anysplade.data.names import has_checkpoint, held, near
 from anysplade.data.sources import BM25_NAMES, hub_advice, is_built_in
 from anysplade.errors import ModelError
@@ -25,7 +26,7 @@ def resolve_model(name: str | Path) -> str:
     text = str(name).strip()
     if is_built_in(text, *BUNDLED):
         return str(BUNDLED[text])
-    path = Path(text).expanduser()
+    path = user_path(text)
     if text and path.is_dir():
         for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
             if has_checkpoint(folder):

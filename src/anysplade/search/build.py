@@ -24,18 +24,18 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.extras import extra
-from anysplade._common.files import write_whole
+from anysplade._common.files import user_path, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar, begin
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document
-from anysplade.errors import OptionError, worker_died
+from anysplade.errors import worker_died
 from anysplade.model.encoder import cut_within, open_encoder
 from anysplade.model.encoding import count_cut, encode
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference
-from anysplade.search.documents import EncodedDocument
+from anysplade.search.documents import EncodedDocument, check_encoding
 
 PART = 1024  # documents that are encoded together, and written to an index in one transaction
 _AHEAD = 2  # parts that wait for each worker
@@ -95,12 +95,11 @@ def encode_documents(
             file a part, which counts while it holds the same documents.
 
     Raises:
-        OptionError: workers or top_k is below 1.
+        OptionError: as ``check_encoding`` does.
         ModelError: as ``open_encoder`` and ``encode`` raise it.
         AnyspladeError: a worker died.
     """
-    if workers < 1 or (options.top_k is not None and options.top_k < 1):
-        raise OptionError(f"workers {workers}, top_k {options.top_k}: both are at least 1")
+    check_encoding(options.top_k, options.max_length, workers)
     run = _on_ray if ray else _in_processes if workers > 1 else _here
 
     def kept(number: int, part: Part) -> _Rows | None:
@@ -123,7 +122,7 @@ def encode_documents(
 
 def corpus_name(corpus: str | Path) -> str:
     """A corpus as it is recorded: the absolute path of one on disk, which is the same wherever the next call is made."""
-    path = Path(corpus).expanduser()
+    path = user_path(corpus)
     return str(path.resolve()) if path.exists() else str(corpus)
 
 

@@ -104,6 +104,23 @@ def check_hits(k: object) -> int:
     return count
 
 
+def check_encoding(top_k: Any, max_length: Any, workers: Any) -> tuple[int | None, int | None, int]:
+    """Options of encoding documents as whole numbers.
+
+    Raises:
+        OptionError: one is none, or is below 1.
+    """
+    checked = (
+        checked_option("top_k", top_k, int | None),
+        checked_option("max_length", max_length, int | None),
+        checked_option("workers", workers, int),
+    )
+    for name, value in zip(("top_k", "max_length", "workers"), checked, strict=True):
+        if value is not None and value < 1:
+            raise OptionError(f"`{name}` is {value}: it is at least 1")
+    return checked
+
+
 # ----------------------------------------------------------------------------------------- filters
 
 
@@ -168,20 +185,21 @@ def check_filter(filter: Filter | None) -> list[Tags]:
 class Tagged(Protocol):
     """What holds documents with their tags."""
 
-    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
-        """Whether a document has one of these."""
+    def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
+        """Whether a document has, for each condition, one of its tags."""
 
     def names(self, limit: int) -> list[str]:
         """Names that documents have, the most frequent first."""
 
 
 def explain_filter(held: Tagged, filter: Filter | None) -> str | None:
-    """Which value of a filter no document has, in one line; None if each is there.
+    """Why a search with a filter found nothing, in one line; None without a filter.
 
     Raises:
         OptionError: a name that no document has.
     """
-    for names, values in check_filter(filter):
+    conditions = check_filter(filter)
+    for names, values in conditions:
         if not held.has("names", names):
             known = ", ".join(held.names(_SHOWN_NAMES))
             raise OptionError(
@@ -190,7 +208,10 @@ def explain_filter(held: Tagged, filter: Filter | None) -> str | None:
             )
         if not held.has("values", values):
             return f"no document has {' or '.join(values)[:200]}"
-    return None
+    wanted = " and ".join(" or ".join(values) for _, values in conditions)[:200]
+    if not held.has("values", *(values for _, values in conditions)):
+        return f"no document has {wanted} together"
+    return f"no document with {wanted} shares a term with the query" if conditions else None
 
 
 # -------------------------------------------------------------------------------------------- hits

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import only_process, write_whole
+from anysplade._common.files import beside, only_process, require_empty, user_path, write_whole
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
@@ -31,6 +31,7 @@ from anysplade.search.documents import (
     Hits,
     TermMatch,
     check_documents,
+    check_encoding,
     check_hits,
     check_query,
     explain_filter,
@@ -113,9 +114,10 @@ class Index:
         from anysplade.model.runtimes import resolve_precision
         from anysplade.search.build import corpus_name
 
-        output = Path(output).expanduser()
+        output = user_path(output)
         if not isinstance(corpus, str | Path):
             check_documents(corpus)
+        top_k, max_length, workers = check_encoding(top_k, max_length, workers)
         source = resolve_model(model)
         on_disk = isinstance(corpus, str | Path)
         wanted = describe_model(source, output) | {
@@ -125,7 +127,7 @@ class Index:
             "max_length": max_length,
         }
         # Beside the folder: in it, the lock is that of the index's engine.
-        with only_process(output.with_name(f"{output.name}.parts")):
+        with only_process(beside(output, "{}.parts")):
             about = _claim(output, wanted)
             wanted["precision"] = resolve_precision(precision) if about is None else about["precision"]
             encoding: dict[str, Any] = {"workers": workers, "ray": ray, "progress": progress}
@@ -264,7 +266,7 @@ class Index:
             DataError: no index there, an unfinished one, a damaged one, or one of another format.
         """
         require("folder", folder, (str, Path), "give an index's folder")
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         about = _read_about(folder)
         if about.get("format") != FORMAT:
             raise DataError(f"{folder}: an index of format {about.get('format')}, this version reads {FORMAT}; build it again")
@@ -339,7 +341,7 @@ class Index:
         Raises:
             OutputError: the folder is not empty.
         """
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         self.store.snapshot(folder)
         about = dict(self.about)
         if "model_beside" in about:
@@ -423,7 +425,9 @@ def _claim(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not (output / "index.json").is_file():
         inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
         unfinished = {name for name in inside if name in ("shards", "engine") or name.startswith("documents.sqlite")}
-        if output.is_file() or inside - unfinished:
+        if output.exists() and not output.is_dir():
+            require_empty(output)
+        if inside - unfinished:
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
     about = _read_about(output)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anysplade._common.arguments import require
+from anysplade._common.files import user_path
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, check_hits, check_query, explain_filter
+from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, check_encoding, check_hits, check_query, explain_filter
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, explain_score
@@ -102,6 +103,7 @@ class RemoteIndex:
         known = None if stored is None else stored.get("precision")
         # Not "auto", which can mean something else where the index is searched.
         used = known if precision == "auto" and known is not None else resolve_precision(precision)
+        top_k, max_length, workers = check_encoding(top_k, max_length, workers)
         encoding = {"precision": used, "top_k": top_k, "max_length": max_length}
         about = describe_model(source) | encoding
         if stored is not None:
@@ -115,7 +117,7 @@ class RemoteIndex:
             workers=workers,
             ray=ray,
             encoder=lambda: index._model.documents,
-            shards=Path(work).expanduser() / "shards" / key,
+            shards=user_path(work) / "shards" / key,
             progress=progress,
         )
         first = next(batches, None)

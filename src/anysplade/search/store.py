@@ -341,12 +341,13 @@ class Store:
         rows = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
         return ((position, _tags(metadata)) for position, metadata in rows)
 
-    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
-        """Whether a document has one of these tags."""
+    def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
+        """Whether a document has, for each condition, one of its tags."""
         with self.reading():
             if self._engine is None:
-                return any(not set(tags).isdisjoint(getattr(held, kind)) for _, held in self._tagged())
-            filter = edge.Filter(must=[_any_of(kind, tags)])
+                documents = (set(getattr(held, kind)) for _, held in self._tagged())
+                return any(all(not has.isdisjoint(tags) for tags in conditions) for has in documents)
+            filter = edge.Filter(must=[_any_of(kind, tags) for tags in conditions])
             return bool(self._engine.count(edge.CountRequest(filter=filter, exact=True)))
 
     def names(self, limit: int) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from scipy import sparse
 
+from anysplade._common.files import user_path
 from anysplade.data.sources import is_built_in
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoding import encode
@@ -85,7 +86,7 @@ class Searcher:
         Raises:
             DataError, ModelError: as ``Index.load`` and loading the model raise them.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.beside = beside
         self._model = model
         self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from anysplade._common.arguments import require
-from anysplade._common.files import only_process, write_whole
+from anysplade._common.files import only_process, user_path, write_whole
 from anysplade._common.progress import bar, counted, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
@@ -68,7 +68,7 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
         UsageError: as ``train`` and ``evaluate`` do, before the first cell.
     """
     require("config", config, StudyConfig, 'give anysplade.StudyConfig("main", output=folder)')
-    out = Path(config.output).expanduser()
+    out = user_path(config.output)
     new = not out.exists()
     with only_process(out):
         try:
@@ -113,7 +113,7 @@ def plan_study(config: StudyConfig) -> StudyPlan:
     Raises:
         UsageError: a backbone, the data or a collection cannot be read.
     """
-    out = Path(config.output).expanduser()
+    out = user_path(config.output)
     clear_caches()
     config = _with_python_docs(config, out) if (out / "python-docs").exists() else config
     for name in config.collections:

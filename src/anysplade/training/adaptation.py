@@ -27,6 +27,7 @@ from anysplade._common.files import (
     only_process,
     read_record,
     require_empty,
+    user_path,
     whole_folder,
     write_whole,
 )
@@ -131,7 +132,7 @@ def adapt(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a model is adapted by one process; start it without torchrun")
-    output = Path(output).expanduser()
+    output = user_path(output)
     source = resolve_model(model)
     guide = resolve_model(teacher)
     teacher_kind(guide)

@@ -18,6 +18,7 @@ from anysplade._common.files import damaged_file, digests, read_record, write_wh
 from anysplade._common.progress import bar, counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
+from anysplade.model.saved import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,11 @@ def check_trackers(names: Sequence[str]) -> None:
             )
         if name not in usable:
             raise OptionError(f"`report_to={name}`: it is not installed; pip install {name.replace('_', '-')}, or leave it out")
+        if name in _OWN_CHECK:
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except (ImportError, RuntimeError) as error:
+                raise OptionError(f"`report_to={name}`: {first_line(error)}") from error
 
 
 def step_of(checkpoint: Path) -> int:

@@ -144,7 +144,7 @@ class TrainingConfig:
     fused: bool = True
 
     def __post_init__(self) -> None:
-        trackers = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
+        trackers = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to or ())
         object.__setattr__(self, "report_to", tuple(checked_option("report_to", name, str) for name in trackers))
         for name, kind in get_type_hints(TrainingConfig).items():
             if name not in ("_", "report_to"):
@@ -167,10 +167,13 @@ class TrainingConfig:
             ("document_active_dims", 1),
             ("checkpoint_steps", 1),
             ("patience", 1),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):
                 raise OptionError(f"{name} is {value}: it must be a finite number of at least {low}")
+        if self.seed >= 2**32:
+            raise OptionError(f"seed is {self.seed}: it must be below 2**32")
         if not 0 <= self.warmup_ratio < 1:
             raise OptionError(f"warmup_ratio is {self.warmup_ratio}: it is a share of the steps, at least 0 and below 1")
         if self.objective == "auto":

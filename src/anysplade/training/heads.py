@@ -34,11 +34,13 @@ from transformers import (
 
 from anysplade._common.arguments import require
 from anysplade._common.files import (
+    beside,
     damaged_file,
     digests,
     only_process,
     read_record,
     require_empty,
+    user_path,
     whole_folder,
     write_whole,
     writing,
@@ -129,7 +131,7 @@ def train_head(
     """
     for argument, given in (("encoder", encoder), ("text", text)):
         require(argument, given, (str, Path), "give its path, or its name on the hub")
-    encoder, text, output = str(encoder), str(text), Path(output).expanduser()
+    encoder, text, output = str(encoder), str(text), user_path(output)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a head is trained by one process; start it without torchrun")
     lowest = {
@@ -163,7 +165,7 @@ def train_head(
     }
     data_hash = DataHash(pieces).hexdigest()
     about = {"fingerprint": fingerprint(source), "data_hash": data_hash, "options": options}
-    parts = output.with_name(f"{output.name}.parts")  # checkpoints, until the folder is whole
+    parts = beside(output, "{}.parts")  # checkpoints, until the folder is whole
     with only_process(parts):
         finished = _claim(output, parts, about)
         if finished is not None:

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import file_digest, finished_record, only_process, record_path, write_whole
+from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_whole
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
@@ -113,7 +113,7 @@ def mine(
     given = {"teacher": teacher, "max_length": max_length, "precision": None if precision == "float32" else precision}
     options |= {name: value for name, value in given.items() if value is not None}
     opened = functools.partial(open_teacher, max_length=max_length, precision=precision)
-    output = Path(output).expanduser()
+    output = user_path(output)
 
     # A finished output needs none of these.
     @functools.cache
@@ -201,7 +201,7 @@ def score(
         raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
     documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
     options = {"data": data, "teacher": teacher, "max_length": max_length}
-    output = Path(output).expanduser()
+    output = user_path(output)
     judge = functools.cache(lambda: _judge(teacher, documents, max_length, batch_size, _parts_of(output) / "teacher"))
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
@@ -315,7 +315,7 @@ def _judge(teacher: str, documents: list[str], max_length: int | None, batch_siz
 
 def _parts_of(output: Path) -> Path:
     """Where the blocks lie until the output is whole."""
-    return output.with_name(f"{output.name}.parts")
+    return beside(output, "{}.parts")
 
 
 def _in_blocks(

@@ -37,6 +37,7 @@ from anysplade._common.files import (
     only_process,
     read_record,
     record_path,
+    user_path,
     whole_folder,
     write_whole,
     writing,
@@ -142,7 +143,7 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
     """
     require("config", config, TrainingConfig, "give anysplade.TrainingConfig(backbone, data, output=folder)")
     check_trackers(config.report_to)
-    output = Path(config.output).expanduser()
+    output = user_path(config.output)
     with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():
         return _train(config, output, progress)
 
@@ -467,6 +468,7 @@ def _claim(output: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], Trainin
         return {}, None
     result = _recorded_result(output)
     run = read_record(output / "run.json", "config", "calibration")
+    digests_known = None if run is None else run.get("model", {})  # a run of an earlier version has none
     if run is None and result is not None:  # the result has the same
         run = {name: getattr(result, name) for name in ("config", "calibration", "restarts", "data_hash")}
     if run is None:
@@ -480,7 +482,10 @@ def _claim(output: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], Trainin
         raise CollapseError(f"{output}: this run collapsed before; change the options and choose another `output`")
     if result is None:
         return run, None
-    damaged = damaged_file(output / "model", run.get("model", {})) if (output / "model").is_dir() else "the folder"
+    if digests_known is None:
+        damaged: str | None = "its description in run.json"
+    else:
+        damaged = damaged_file(output / "model", digests_known) if (output / "model").is_dir() else "the folder"
     if damaged is not None:
         logger.warning("%s: %s is missing or damaged; it is made again", output / "model", damaged)
     return run, result if damaged is None else None
@@ -494,7 +499,7 @@ def _files(config: TrainingConfig, output: Path) -> dict[str, list[Any]]:
     """
     found: dict[str, list[Any]] = {}
     for source in (config.data, config.texts, config.dev, config.backbone, config.teacher):
-        path = Path(source or "").expanduser().resolve()
+        path = user_path(source or "").resolve()
         if source == PYTHON_DOCS:
             found |= {d.name: [d.version] for package in PACKAGES for d in importlib.metadata.distributions(name=package)}
         if source is None or not path.exists():

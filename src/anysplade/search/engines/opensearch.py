@@ -142,9 +142,9 @@ class OpenSearchEngine:
             for source in (hit["_source"],)
         ]
 
-    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
-        """Whether a document has one of these tags."""
-        body = {"query": {"terms": {kind: list(tags)}}}
+    def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
+        """Whether a document has, for each condition, one of its tags."""
+        body = {"query": {"bool": {"filter": [{"terms": {kind: list(tags)}} for tags in conditions]}}}
         return bool(self._ask(self.client.count, index=self.name, body=body)["count"])
 
     def names(self, limit: int) -> list[str]:

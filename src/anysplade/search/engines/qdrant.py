@@ -125,9 +125,10 @@ class QdrantEngine:
             if (payload := point.payload) is not None
         ]
 
-    def has(self, kind: Literal["names", "values"], tags: Sequence[str]) -> bool:
-        """Whether a document has one of these tags."""
-        return bool(self._ask(self.client.count, self.name, models.Filter(must=[_any_of(kind, tags)]), exact=True).count)
+    def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
+        """Whether a document has, for each condition, one of its tags."""
+        filter = models.Filter(must=[_any_of(kind, tags) for tags in conditions])
+        return bool(self._ask(self.client.count, self.name, filter, exact=True).count)
 
     def names(self, limit: int) -> list[str]:
         """Names of metadata that documents have, the most frequent first."""
