@@ -320,7 +320,7 @@ def test_help_is_quick_and_on_standard_output(call):
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "toml"])
-def test_options_from_a_file_and_flags_that_win(suffix, backbone, collection_folder, call_json, caplog, tmp_path):
+def test_options_from_a_file_and_flags_that_win(suffix, backbone, collection_folder, call_json, tmp_path):
     options = {"backbone": backbone, "data": str(collection_folder), "output": str(tmp_path / "run"), "steps": 3, "batch_size": 4}
     lines = [
         f"{name}: {json.dumps(value)}" if suffix == "yaml" else f"{name} = {json.dumps(value)}" for name, value in options.items()
@@ -328,10 +328,8 @@ def test_options_from_a_file_and_flags_that_win(suffix, backbone, collection_fol
     (tmp_path / f"options.{suffix}").write_text("\n".join([*lines, "fused: false" if suffix == "yaml" else "fused = false"]))
     result = call_json("train", "--config", tmp_path / f"options.{suffix}", "--steps", 2, "--max-length", 16)
     assert (result["config"]["steps"], result["config"]["batch_size"], result["config"]["fused"]) == (2, 4, False)
-    # What a run prints at its start is a file for the next one.
-    printed = next(message for message in caplog.messages if message.startswith("backbone:"))
-    (tmp_path / "printed.yaml").write_text(printed)
-    again = call_json("train", "--config", tmp_path / "printed.yaml", "--out", tmp_path / "again")
+    # What a run leaves beside its model is a file for the next one.
+    again = call_json("train", "--config", tmp_path / "run" / "options.yaml", "--out", tmp_path / "again")
     assert again["config"] == result["config"] | {"output": str(tmp_path / "again")}
 
 

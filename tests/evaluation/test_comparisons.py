@@ -89,7 +89,7 @@ def test_the_first_metric_is_corrected_over_models_and_collections(metrics, coll
         ranked = {q: dict(sorted(run[q].items(), key=lambda item: -item[1])) for run in runs for q in run}
         write_run(tmp_path / f"{name}.trec", ranked, name)
     runs = [str(tmp_path / f"{name}.trec") for name in ("a", "b")]
-    found = evaluate_all(["bm25", *runs, str(collection_folder), str(other)], metrics).comparisons
+    found = evaluate_all(["bm25", *runs], [collection_folder, other], metrics).comparisons
     primary = [c for c in found if c.metric == metrics[0]]
     assert len(primary) == 4
     assert [c.p_corrected for c in primary] == holm([c.p for c in primary])

@@ -523,7 +523,7 @@ def test_a_dense_model_is_evaluated_by_exact_nearest_neighbours(teachers, collec
 
 
 def test_a_dense_model_beside_others(teachers, collection_folder):
-    found = evaluate_all([teachers["dense"], "bm25", str(collection_folder)], ["nDCG@10"], curves=True)
+    found = evaluate_all([teachers["dense"], "bm25"], collection_folder, "nDCG@10", curves=True)
     assert [one.kind for one in found.evaluations] == ["dense", "bm25"]
     assert len(found.comparisons) == 1
     assert found.curves == []

@@ -222,7 +222,6 @@ def test_a_sparse_head_in_a_plain_folder_stays_as_it_is(tmp_path, caplog):
     assert not hasattr(masked_lm(encoder).config, "anysplade")
     torch.testing.assert_close(dense(encoder), dense(open_encoder(folder)))
     assert "already sparse: use it as it is" in caplog.text
-    assert "k=1.4" in caplog.text  # what changes it all the same
     assert masked_lm(load_encoder(folder, k=2, shift=0.5)).config.anysplade["k"] == 2
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_vector_of_the_encoder_is_refused(encoder):
         terms(vectors, encoder)
     with pytest.raises(OptionError, match="`vector` has 5 terms and the encoder 8,192"):
         terms(np.ones(5), encoder)
-    with pytest.raises(OptionError, match="`encoder` is a str; open it with anysplade"):
+    with pytest.raises(OptionError, match="`encoder` is a str; give a SparseEncoder"):
         terms(vectors[0], "bert-tiny")
 
 

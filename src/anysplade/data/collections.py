@@ -243,7 +243,10 @@ def read_texts(source: str | Path) -> Iterator[str]:
 
 
 def load_queries(source: str | Path) -> dict[str, str]:
-    """Queries by id, judged or not: of a file (JSONL, TSV, CSV, Parquet, TREC topics), a folder, a zip or an ir_datasets id.
+    """Queries by id, judged or not.
+
+    Args:
+        source: a file (JSONL, TSV, CSV, Parquet, TREC topics), a folder or zip with one, or an ir_datasets id.
 
     Raises:
         DataError: there are none, or a row is malformed.

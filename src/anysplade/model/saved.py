@@ -31,9 +31,9 @@ def resolve_model(name: str | Path) -> str:
         for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
             if has_checkpoint(folder):
                 return str(folder)
-    if (kind := held(text)) is not None:
+    if text and (kind := held(text)) is not None:
         raise ModelError(f"{text}: {kind}, not a model; give a checkpoint's folder or a hub id like org/name")
-    if path.is_dir():
+    if text and path.is_dir():
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
     hint = near(text, *BUNDLED, *BM25_NAMES)
     if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
