@@ -264,6 +264,8 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         OutputError: for whatever reason: no permission or room, a file in the place of a folder, a name that is too long, ...
     """
+    if str(path).startswith("~"):  # ``user_path`` found no such user
+        raise OutputError(f"{path}: no home folder of that name here; write the path in full, or ./{path} for one here")
     try:
         yield
     except AnyspladeError:

@@ -166,12 +166,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (CycloptsError, UsageError) as error:
         _report(error)
         return 2
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # what expanduser says of ~name
-            raise
-        named = next((argument for argument in arguments if "~" in argument), "~")
-        _report(OptionError(f"{named}: no home folder of that name here; write the path in full"))
-        return 2
     except (AnyspladeError, OSError, MemoryError) as error:
         _report(error)
         return 1
