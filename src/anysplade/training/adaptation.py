@@ -31,6 +31,7 @@ from anysplade._common.files import (
     whole_folder,
     write_whole,
 )
+from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Document, Pair, data_hash, load_collection, read_corpus
@@ -44,7 +45,7 @@ from anysplade.model.encoder import has_static_queries, open_encoder
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops
-from anysplade.training.run import train
+from anysplade.training.run import train_as
 from anysplade.training.teachers import open_sparse, teacher_kind
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
             open_sparse(source).save_pretrained(str(folder))
         original, pairs = open_encoder(output / "original"), load_pairs(data)
         queries, documents = _targets(original, pairs)
-        trained = train(replace(config, query_active_dims=queries, document_active_dims=documents), progress=progress)
+        config = replace(config, query_active_dims=queries, document_active_dims=documents)
+        trained = train_as(config, progress, f"training {counted(config.steps, 'step')} on {counted(len(pairs), 'pair')}")
     except AnyspladeError:
         if not (begun or (output / "training" / "run.json").exists()):  # what cannot be adapted leaves the folder to the next call
             shutil.rmtree(output)

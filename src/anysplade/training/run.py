@@ -142,13 +142,18 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
     require("config", config, TrainingConfig, "give anysplade.TrainingConfig(backbone, data, output=folder)")
+    return train_as(config, progress, _said(config))
+
+
+def train_as(config: TrainingConfig, progress: bool, said: str) -> TrainingResult:
+    """``train``, with the line that says what begins."""
     check_trackers(config.report_to)
     output = user_path(config.output)
     with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():
-        return _train(config, output, progress)
+        return _train(config, output, progress, said)
 
 
-def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResult:
+def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> TrainingResult:
     """``train``, in a folder that no other run writes to."""
     if config.dev is not None:  # imported here, since it needs the extra; a missing one is told before hours of training
         from anysplade.evaluation.evaluations import evaluate
@@ -192,7 +197,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
             return finished
 
         teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, not recorded, progress)
-    logger.info("%s", _said(config, output))
+    logger.info("%s", said)
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
         begin(f"probing the head of {config.backbone}", progress and not is_saved_encoder(backbone))
@@ -264,12 +269,12 @@ def _train(config: TrainingConfig, output: Path, progress: bool) -> TrainingResu
     return recorded_result
 
 
-def _said(config: TrainingConfig, output: Path) -> str:
+def _said(config: TrainingConfig) -> str:
     """What is trained, and the options that differ from the defaults."""
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.default is not MISSING}
     chosen = [f"{f.name} {given[f.name]}" for f in fields(config) if f.name in given and given[f.name] != f.default]
     options = f" with {', '.join(chosen)}" if chosen else ""
-    return f"training {config.backbone} on {config.data}{options}; {output / _OPTIONS} has all options"
+    return f"training {config.backbone} on {config.data}{options}; {user_path(config.output) / _OPTIONS} has all options"
 
 
 def _examples(config: TrainingConfig, output: Path, arguments: SparseEncoderTrainingArguments, progress: bool) -> StoredPairs:
