@@ -184,7 +184,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         original, pairs = open_encoder(output / "original"), load_pairs(data)
         queries, documents = _targets(original, pairs)
         config = replace(config, query_active_dims=queries, document_active_dims=documents)
-        trained = train_as(config, progress, f"training {counted(config.steps, 'step')} on {counted(len(pairs), 'pair')}")
+        trained = train_as(config, progress, f"training {counted(options['steps'], 'step')} on {counted(len(pairs), 'pair')}")
     except AnyspladeError:
         if not (begun or (output / "training" / "run.json").exists()):  # what cannot be adapted leaves the folder to the next call
             shutil.rmtree(output)
