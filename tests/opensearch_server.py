@@ -143,7 +143,8 @@ class Server(ThreadingHTTPServer):
                 return index.search(json.loads(body))
             case (("POST" | "GET"), "_count"):
                 asked = json.loads(body)["query"] if body else None
-                return {"count": sum(asked is None or index.has(source, asked) for source in index.visible.values())}
+                conditions = [] if asked is None else asked["bool"]["filter"]
+                return {"count": sum(all(index.has(source, one) for one in conditions) for source in index.visible.values())}
         raise RefusedError(405, "method_not_allowed", f"{method} {path}")
 
     def bulk(self, index, body, fault):

@@ -135,7 +135,7 @@ def test_faults(backbone, corpus, tmp_path):
     for wrong in ({"workers": 0}, {"workers": -1}):
         with pytest.raises(OptionError, match="workers"):
             batches(corpus, options(backbone), **wrong)
-    with pytest.raises(OptionError, match="top_k 0"):
+    with pytest.raises(OptionError, match="`top_k` is 0: it is at least 1"):
         batches(corpus, options(backbone, top_k=0))
     with pytest.raises(ModelError):
         batches(corpus, options(tmp_path / "nowhere"))

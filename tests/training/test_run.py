@@ -325,6 +325,7 @@ def test_batches_that_run_out_are_an_error(config, monkeypatch, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow  # two processes once more; test_two_processes_train_as_one has the usual case
 def test_two_processes_on_few_documents(backbone, repeated, tmp_path):
     options = {
         "backbone": backbone,
@@ -561,7 +562,8 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("wanted", [3, pytest.param(10, marks=pytest.mark.slow)])  # most of a minute
+@pytest.mark.slow  # half a minute and more; test_callbacks has what damage does, without chance
+@pytest.mark.parametrize("wanted", [3, 10])
 def test_killed_at_random_moments(config, tmp_path, wanted):
     """Each time the run goes on from its last checkpoint, and it ends with the very weights of the uninterrupted one."""
     whole = train(config(output=str(tmp_path / "whole"), **KILLED))
