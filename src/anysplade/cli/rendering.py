@@ -65,11 +65,14 @@ def head_tables(report: "HeadReport", suggested: "Calibration", texts: str) -> l
         values = [getattr(side, name) for side in sides.values()]
         rows.append([label, *("–" if value is None else format(value, form) for value in values)])
     for percentile in first.logit_percentiles:
-        rows.append([f"logits, percentile {percentile}", *(f"{side.logit_percentiles[percentile]:.2f}" for side in sides.values())])
+        values = [round(side.logit_percentiles[percentile], 2) + 0 for side in sides.values()]  # no -0.00
+        rows.append([f"logits, percentile {percentile}", *(f"{value:.2f}" for value in values)])
     table = _table((f"on {texts}", *sides), rows)
     if suggested.explanation:
         return [about, table, Text(suggested.explanation, style="bold")]
     raw, calibrated = suggested.verdicts or ("", "")
+    if len(sides) == 1:
+        return [about, table, Text(f"calibrated already, so nothing changes: SPLADE training from it {calibrated}", style="bold")]
     verdict = f"SPLADE training from the raw head {raw}; from k={suggested.k:g}, shift={suggested.shift:g} it {calibrated}"
     return [about, table, Text(verdict, style="bold")]
 
@@ -86,7 +89,9 @@ def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) 
     tied = "tied, the size unchanged" if report.tied else "not tied"
     return [
         *([_folded(report)] if report.folding else []),
-        f"{calibration.formula} (bias: {calibration.bias}), in the head of {report.architecture}",
+        f"the head of {report.architecture} stays as it is"
+        if (calibration.k, calibration.shift) == (1, 0)
+        else f"{calibration.formula} (bias: {calibration.bias}), in the head of {report.architecture}",
         f"decoder {tied}",
         f"written to {out}; load it with AutoModelForMaskedLM.from_pretrained({str(out)!r})",
     ]
@@ -229,7 +234,7 @@ def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> lis
 
 
 def _changed_line(change: dict[str, Any], comparison: "Comparison") -> str:
-    line = f"{change['before']:.3f} → {change['after']:.3f}  {change.get('query', change['query_id'])[:_SNIPPET]}"
+    line = f"{change['before']:.3f} → {change['after']:.3f}  {_snippet(change.get('query', change['query_id']))}"
     for side, model in (("before", comparison.baseline), ("after", comparison.model)):
         if f"rank_{side}" not in change:
             continue

@@ -359,7 +359,7 @@ def _in_blocks(
     write_whole(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
     shutil.rmtree(parts)
     if mined.left_out:
-        logger.info("%s: %d of %d examples left out for want of enough negatives", output, mined.left_out, len(pairs))
+        logger.info("%d of %d examples left out for want of enough negatives", mined.left_out, len(pairs))
     return mined
 
 
