@@ -61,7 +61,7 @@ def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monk
     def fail(*_, **__):
         raise AssertionError("done again")
 
-    monkeypatch.setattr(module, "train", fail)
+    monkeypatch.setattr(module, "train_as", fail)
     assert adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS) == result
     Path(corpus).write_text("\n".join(Path(corpus).read_text().splitlines()[:-1]))
     with pytest.raises(OutputError, match="not made from the same data"):

@@ -170,6 +170,8 @@ def check_filter(filter: Filter | None) -> list[Tags]:
     Raises:
         OptionError: a name that is empty, or a value that is no text, number or truth value.
     """
+    if filter is not None and not isinstance(filter, Mapping):
+        raise OptionError(f'filter is a {type(filter).__name__}; give {{"name": value}}, such as {{"lang": "en"}}')
     conditions = []
     for name, value in (filter or {}).items():
         values = list(value) if isinstance(value, list | tuple) else [value]

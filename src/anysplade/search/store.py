@@ -414,10 +414,10 @@ class Store:
             cursor.execute("BEGIN IMMEDIATE")
             rows: list[_Row] = []
             try:
-                if by_hand:
-                    cursor.execute("PRAGMA user_version = 1")
                 cursor.execute("INSERT INTO writes VALUES (1, 1) ON CONFLICT (one) DO UPDATE SET count = count + 1")
                 yield cursor, rows
+                if by_hand and rows:  # where nothing was deleted, nothing was changed
+                    cursor.execute("PRAGMA user_version = 1")
                 positions = json.dumps([row[0] for row in rows])
                 cursor.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))
                 cursor.execute("COMMIT")
