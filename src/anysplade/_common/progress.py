@@ -59,7 +59,7 @@ class _Lines:
         self._start: float | None = None
         self._last = 0.0
         self._wait = _FIRST
-        begin(f"{what}: {total or 0:,} {unit}s", True, (total or 0) - done)
+        begin(f"{what}: {counted(total or 0, unit)}", True, (total or 0) - done)
 
     def update(self, n: int = 1) -> None:
         self.n += n

@@ -59,7 +59,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         with contextlib.redirect_stdout(sys.stderr):
             _quiet_libraries()
             result = function(*args, json=json, **kwargs)
-        if not _first_process():
+        if not is_first_process():
             return
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # lone surrogates, and characters that the terminal's encoding lacks
@@ -67,9 +67,8 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
             _print(_as_json(result.data) + "\n")
         else:
             width = None if sys.stdout.isatty() else _UNLIMITED  # where nobody looks, a table has the width that it needs
-            console = Console(
-                width=width, soft_wrap=True, markup=False, emoji=False
-            )  # names and texts can have brackets and colons
+            # Names and texts can have brackets and colons.
+            console = Console(width=width, soft_wrap=True, markup=False, emoji=False)
             with console.capture() as captured:
                 for part in result.text:
                     console.print(part)
@@ -101,14 +100,9 @@ def _as_json(data: dict[str, Any]) -> str:
     return text
 
 
-def _first_process() -> bool:
-    """Whether this process prints: of those that torchrun started, the first."""
+def is_first_process() -> bool:
+    """Whether this process prints and shows progress: of those that torchrun started, the first."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def shows_progress() -> bool:
-    """Of several processes the first shows it: as a bar on a terminal, and as lines elsewhere."""
-    return _first_process()
 
 
 _ARGUMENTS = {"backbone", "collection", "data", "index", "query", "runs"}  # they have no flag
@@ -136,7 +130,7 @@ def _quiet_libraries() -> None:
     """Keep standard error for anysplade's own progress and for warnings that ask for something; see ``anysplade.cli`` too."""
     warnings.simplefilter("ignore", FutureWarning)  # between libraries; users can do nothing about them
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("anysplade").setLevel(logging.INFO if _first_process() else logging.ERROR)
+    logging.getLogger("anysplade").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Formatter("%(message)s"))
     for library in ("sentence_transformers", "huggingface_hub", "httpx", "httpx2", "opensearch", "urllib3"):

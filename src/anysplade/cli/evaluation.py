@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from anysplade.cli.app import Json, Result, command, shows_progress
+from anysplade.cli.app import Json, Result, command, is_first_process
 from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
 
@@ -71,7 +71,7 @@ def evaluate(
         max_length=max_length,
         output=out,
         cache=cache or default_cache(),
-        progress=shows_progress(),
+        progress=is_first_process(),
     )
     if out is not None and found.curves:
         files.write_whole(out / "curve.svg", report.curve_figure(found.curves, measured[0]))
@@ -102,5 +102,5 @@ def compare(
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=shows_progress())
+    found = comparison.evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
     return Result(found.to_dict(), report.evaluations_parts(found, measured))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from anysplade.cli.app import Json, Out, Result, command, shows_progress
+from anysplade.cli.app import Json, Out, Result, command, is_first_process
 from anysplade.model.options import BiasPolicy, Choice, Fold
 
 
@@ -23,7 +23,7 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     from anysplade.model import calibration, encoder, head
 
     loaded, tokenizer, trained = encoder.open_masked_lm(model)
-    queries, documents = calibration.probe_texts(data, progress=shows_progress())
+    queries, documents = calibration.probe_texts(data, progress=is_first_process())
     probe = head.measure_logits(loaded, tokenizer, queries, documents)
     measured = head.describe_head(loaded, probe, model)
     suggested = calibration.choose(probe, trained=trained)
@@ -72,7 +72,7 @@ def rescale(
     files.require_empty(out)
     loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
     tokenizer = folding.fold_head(loaded, tokenizer, fold, mute)
-    texts = calibration.probe_texts(data, progress=shows_progress()) if "auto" in (k, shift) else ((), ())
+    texts = calibration.probe_texts(data, progress=is_first_process()) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
     head.rescale_head(loaded, chosen.k, chosen.shift, bias)
     with files.whole_folder(out) as folder:

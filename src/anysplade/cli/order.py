@@ -16,13 +16,13 @@ def check_order(arguments: Sequence[str]) -> None:
     command, *others = arguments or [""]
     given = list(takewhile(lambda argument: not argument.startswith("-"), others))
     if command in _MODEL_FIRST and len(given) > 1:
+        if held(given[-1 if command == "evaluate" else 1]) in DATA:
+            return  # the data stand where they belong, so the models need no look, which takes a while for a hub id
         kinds = [held(name) for name in given]
         # Of several models and collections any order will do, if the last one is a collection.
         known = kinds[-1] is not None or kinds[0] in DATA
-        wrong = kinds[0] in DATA and kinds[1] not in DATA
-        if command == "evaluate":
-            wrong = kinds[-1] not in DATA and known and any(kind in DATA for kind in kinds)
-        meant = sorted(given, key=lambda name: held(name) in DATA)
+        wrong = known and any(kind in DATA for kind in kinds) if command == "evaluate" else kinds[0] in DATA
+        meant = [name for name, _ in sorted(zip(given, kinds, strict=True), key=lambda pair: pair[1] in DATA)]
         said = ", ".join(f"{name} is {kind}" for name, kind in zip(given, kinds, strict=True) if kind)
         first = "models come first"
     elif command == "search" and len(given) == 2:

@@ -90,7 +90,7 @@ def rescaled_lines(report: "HeadReport", calibration: "Calibration", out: Path) 
     return [
         *([_folded(report)] if report.folding else []),
         f"the head of {report.architecture} stays as it is"
-        if (calibration.k, calibration.shift) == (1, 0)
+        if calibration.is_unchanged
         else f"{calibration.formula} (bias: {calibration.bias}), in the head of {report.architecture}",
         f"decoder {tied}",
         f"written to {out}; load it with AutoModelForMaskedLM.from_pretrained({str(out)!r})",

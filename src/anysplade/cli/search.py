@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from anysplade._common.files import beside
 from anysplade._common.progress import counted
-from anysplade.cli.app import Json, Out, Result, command, shows_progress
+from anysplade.cli.app import Json, Out, Result, command, is_first_process
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
 
@@ -94,7 +94,7 @@ def index(
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
     options: dict[str, Any] = {"runtime": runtime, "precision": precision, "top_k": top_k, "max_length": max_length}
-    options |= {"workers": workers, "ray": ray, "progress": shows_progress()}
+    options |= {"workers": workers, "ray": ray, "progress": is_first_process()}
     if to is not None:
         work = default_cache()
         if work is None:
@@ -227,7 +227,7 @@ def size(
     from anysplade.cli import rendering as report
     from anysplade.search import sizing
 
-    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": shows_progress()}
+    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": is_first_process()}
     found = sizing.size(model, sizing.parse_count(documents), **options)
     return Result(found.to_dict(), report.size_lines(found))
 

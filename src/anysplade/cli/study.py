@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from anysplade.cli.app import Json, Out, Result, command, shows_progress
+from anysplade.cli.app import Json, Out, Result, command, is_first_process
 from anysplade.cli.config import read_options
 
 
@@ -56,7 +56,7 @@ def study(
     if plan:
         planned = plan_study(config)
         return Result(planned.to_dict(), report.plan_lines(planned))
-    result = run_study(config, progress=shows_progress())
+    result = run_study(config, progress=is_first_process())
     return Result(result.to_dict(), report.study_lines(result))
 
 
@@ -72,5 +72,5 @@ def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> Result:
 
     for told in ("training.run", "data.pairs", "model.encoding"):  # six runs' options, columns and cut texts; warnings stay
         logging.getLogger(f"anysplade.{told}").setLevel(logging.WARNING)
-    result = run_demo(out, progress=shows_progress())
+    result = run_demo(out, progress=is_first_process())
     return Result(result.to_dict(), report.demo_parts(result))

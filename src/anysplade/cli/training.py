@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anysplade._common.progress import counted
-from anysplade.cli.app import Json, Out, Result, command, shows_progress
+from anysplade.cli.app import Json, Out, Result, command, is_first_process
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 
 
@@ -34,7 +34,7 @@ def train(
     from anysplade.cli import rendering as report
     from anysplade.training import run as training
 
-    result = training.train(options, progress=shows_progress())
+    result = training.train(options, progress=is_first_process())
     return Result(result.to_dict(), report.training_lines(result))
 
 
@@ -82,7 +82,7 @@ def head(
         encoder_learning_rate=encoder_learning_rate,
         layer_decay=layer_decay,
         seed=seed,
-        progress=shows_progress(),
+        progress=is_first_process(),
     )
     return Result(result.to_dict(), report.head_training_lines(result))
 
@@ -140,7 +140,7 @@ def adapt(
         max_length=max_length,
         precision=precision,
         seed=seed,
-        progress=shows_progress(),
+        progress=is_first_process(),
     )
     return Result(result.to_dict(), report.adaptation_lines(result, corpus))
 
@@ -164,7 +164,7 @@ def pairs(
     from anysplade.cli import rendering as report
     from anysplade.data.document_pairs import make_pairs
 
-    made = make_pairs(corpus, out, kinds=kinds, progress=shows_progress())
+    made = make_pairs(corpus, out, kinds=kinds, progress=is_first_process())
     return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, out))
 
 
@@ -208,7 +208,7 @@ def mine(
         negatives=negatives,
         depth=depth,
         margin=margin,
-        progress=shows_progress(),
+        progress=is_first_process(),
     )
     return Result(
         mined.to_dict() | {"out": str(out)},
@@ -229,5 +229,5 @@ def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max
     """
     from anysplade.training import mining
 
-    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=shows_progress())
+    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=is_first_process())
     return Result(scored.to_dict() | {"out": str(out)}, [f"{counted(scored.examples, 'example')} scored by {teacher}, in {out}"])

@@ -22,7 +22,7 @@ from anysplade._common.files import user_path, whole_folder
 from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
-from anysplade.data.names import DATA, held
+from anysplade.data.names import COLLECTION, held
 from anysplade.data.sources import (
     BM25_NAMES,
     CORPUS_FILES,
@@ -102,7 +102,7 @@ def is_collection(name: str) -> bool:
     """Whether a name stands for a collection, and not for a model or a run file."""
     is_built_in(name, *BM25_NAMES, PYTHON_DOCS)  # which warns of a folder of that name
     kind = held(name.lower() if name.lower() == NANO_BEIR else name)
-    return kind == DATA[0] or (kind is None and user_path(name).is_dir())
+    return kind == COLLECTION or (kind is None and user_path(name).is_dir())
 
 
 def collection_names(source: str) -> list[str]:

@@ -21,15 +21,16 @@ from anysplade.data.sources import (
 )
 from anysplade.errors import DataError
 
-MODELS = ("a model", "a dense model", "a training run")  # what has a checkpoint
-DATA = ("a collection", "a corpus file")
+MODEL, DENSE_MODEL, TRAINING_RUN = "a model", "a dense model", "a training run"
+COLLECTION, CORPUS_FILE = "a collection", "a corpus file"
+DATA = (COLLECTION, CORPUS_FILE)
 INDEX, RUN, BM25 = "an index", "a run file", "a ranking by words"
 
 
 def held(name: str | Path) -> str | None:
     """What a path or a name holds, with its article; None if that is nothing, or not known here, as what is on the hub."""
     text = str(name)
-    for kind, built_in in ((MODELS[0], BACKBONES), (BM25, BM25_NAMES), (DATA[0], (PYTHON_DOCS, NANO_BEIR))):
+    for kind, built_in in ((MODEL, BACKBONES), (BM25, BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
         if text in built_in:
             return kind
     path = user_path(text)
@@ -37,25 +38,25 @@ def held(name: str | Path) -> str | None:
         return _held_in(path)
     if path.is_file():
         if path.suffix.lower() == ".zip":
-            return DATA[0]
-        return DATA[1] if plain_name(path).endswith(FORMS) else RUN if _is_run(path) else None
-    return DATA[0] if any(ir_dataset(id_) is not None for id_ in (text, f"{text}/test")) else None
+            return COLLECTION
+        return CORPUS_FILE if plain_name(path).endswith(FORMS) else RUN if _is_run(path) else None
+    return COLLECTION if any(ir_dataset(id_) is not None for id_ in (text, f"{text}/test")) else None
 
 
 def _held_in(folder: Path) -> str | None:
     if find_file(folder, CORPUS_FILES) is not None:
-        return DATA[0]
+        return COLLECTION
     if (folder / "index.json").is_file():
         return INDEX
     inside = next((at for at in (folder, folder / "model") if has_checkpoint(at)), None)
     if inside is None:
         return "the results of an evaluation" if (folder / "evaluation.json").is_file() else None
     if inside != folder:
-        return MODELS[2]
+        return TRAINING_RUN
     with contextlib.suppress(OSError, ValueError, AttributeError):  # absent or damaged
         about = json.loads((folder / "config_sentence_transformers.json").read_bytes())
-        return MODELS[1] if about.get("model_type", "SentenceTransformer") == "SentenceTransformer" else MODELS[0]
-    return MODELS[0]
+        return DENSE_MODEL if about.get("model_type", "SentenceTransformer") == "SentenceTransformer" else MODEL
+    return MODEL
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -289,8 +289,10 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
     hub_name, _, config = text.partition(":")
     if config and user_path(hub_name).is_dir():
         return Source("hub", text, user_path(hub_name), config)
-    hint = near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())
-    if _HUB_ID.fullmatch(hub_name) and not (hint and plain_name(path).endswith((".json", *FORMS))):
+    is_hub_id = _HUB_ID.fullmatch(hub_name)
+    is_certain = is_hub_id and not plain_name(path).endswith((".json", *FORMS))
+    hint = "" if is_certain else near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())  # of thousands of names, which takes a while
+    if is_hub_id and not hint:
         return Source("hub", text, hub_name, config or None)
     missing = "" if _has_ir_datasets() else '; ir_datasets ids need: pip install "anysplade[evaluation]"'
     raise DataError(f"{text or 'an empty name'}: no such {wanted}; {fix}{missing}{hint}")

@@ -62,7 +62,7 @@ class Comparison(Tabular):
         """All but the queries."""
         low, high = self.interval or (None, None)
         values = {name: value for name, value in vars(self).items() if name not in ("interval", "changed")}
-        return [values | {"difference": self.difference, "95 % from": low, "95 % to": high}]
+        return [values | {"95 % from": low, "95 % to": high}]
 
 
 @dataclass(frozen=True, repr=False)

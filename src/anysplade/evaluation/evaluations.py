@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -242,17 +243,7 @@ def _by_sparse(model: str | Path | SparseEncoder, collection: Collection, option
     key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
     folders, cached = _cache_folders(model, options, key, texts)
     start = time.perf_counter()
-    vectors = {
-        role: encode(
-            encoder,
-            texts[role],
-            role,
-            cache=folders[role],
-            progress=options.progress,
-            what=f"encoding {plural} with {name}",
-        )
-        for role, plural in _ROLES.items()
-    }
+    vectors = _both_roles(partial(encode, encoder), texts, folders, options, name)
     queries, documents = vectors["query"], vectors["document"]
     seconds["encoding"] = time.perf_counter() - start
     cut: dict[str, Any] = {}
@@ -286,18 +277,7 @@ def _by_dense(model: str | Path | SentenceTransformer, collection: Collection, o
     folders, cached = _cache_folders(model, options, f"dense {precision}", texts)
     start = time.perf_counter()
     name = model if isinstance(model, str | Path) else "the loaded model"
-    vectors = {
-        role: encode_dense(
-            encoder,
-            texts[role],
-            role,
-            precision=precision,
-            cache=folders[role],
-            progress=options.progress,
-            what=f"encoding {plural} with {name}",
-        )
-        for role, plural in _ROLES.items()
-    }
+    vectors = _both_roles(partial(encode_dense, encoder, precision=precision), texts, folders, options, name)
     seconds = {"encoding": time.perf_counter() - start}
     start = time.perf_counter()
     run = _as_run(nearest(vectors["query"], vectors["document"], options.found), collection, options)
@@ -319,6 +299,20 @@ def _texts(collection: Collection) -> dict[Role, list[str]]:
     return {
         "document": [document.full_text for document in collection.corpus.values()],
         "query": list(collection.queries.values()),
+    }
+
+
+def _both_roles(
+    encode: Callable[..., Any],
+    texts: dict[Role, list[str]],
+    folders: dict[Role, Path | None],
+    options: _Options,
+    name: str | Path,
+) -> dict[Role, Any]:
+    """By role the vectors of a model, which ``encode`` makes."""
+    return {
+        role: encode(texts[role], role, cache=folders[role], progress=options.progress, what=f"encoding {plural} with {name}")
+        for role, plural in _ROLES.items()
     }
 
 

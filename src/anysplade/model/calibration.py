@@ -55,11 +55,16 @@ class Calibration(Tabular):
         return formula(self.k, self.shift)
 
     @property
+    def is_unchanged(self) -> bool:
+        """Whether the head stays as it is."""
+        return (self.k, self.shift) == (1, 0)
+
+    @property
     def sides(self) -> "dict[str, ProbeReport]":
         """What the probe texts show, by the head's name: raw and calibrated, or as it is; empty without texts."""
         if self.before is None or self.after is None:
             return {}
-        if (self.k, self.shift) == (1, 0):
+        if self.is_unchanged:
             return {"as it is": self.before}
         return {"raw": self.before, f"k={self.k:g}, shift={self.shift:g}": self.after}
 

@@ -17,17 +17,14 @@ from anysplade.data.sources import whole_characters
 from anysplade.errors import ModelError
 from anysplade.model.head import check_tokens, usable_positions
 from anysplade.model.options import Role
-from anysplade.model.saved import first_line, saved_json
+from anysplade.model.saved import first_line, saved_kind
 
 _PART = 1024  # texts that are encoded together, and kept in one file
 
 
 def is_dense(source: str) -> bool:
     """Whether a model's folder or hub id was saved as a dense model of sentence-transformers."""
-    if saved_json(source, "modules.json") is None:
-        return False
-    about = saved_json(source, "config_sentence_transformers.json") or {}
-    return bool(about.get("model_type", "SentenceTransformer") == "SentenceTransformer")
+    return saved_kind(source) == "SentenceTransformer"
 
 
 def open_dense(source: str, max_length: int | None = None) -> SentenceTransformer:

@@ -42,7 +42,7 @@ from anysplade.model.head import (
 from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder, Role
 from anysplade.model.pooling import splade_pool
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
-from anysplade.model.saved import first_line, resolve_model, saved_file, saved_json
+from anysplade.model.saved import first_line, resolve_model, saved_json, saved_kind
 
 logger = logging.getLogger(__name__)
 
@@ -234,9 +234,9 @@ def is_saved_encoder(source: str) -> bool:
     Raises:
         ModelError: it was saved as another of its models, such as a dense one.
     """
-    if saved_file(source, "modules.json") is None:
+    kind = saved_kind(source)
+    if kind is None:
         return False
-    kind = (saved_json(source, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
     if kind != "SparseEncoder":
         # SparseEncoder(name) takes it too, and puts an untrained autoencoder on top.
         if kind == "SentenceTransformer":

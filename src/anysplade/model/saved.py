@@ -87,6 +87,14 @@ def saved_json(source: str, name: str) -> Any:
     return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
+def saved_kind(source: str) -> str | None:
+    """The class of sentence-transformers that saved a model, such as "SparseEncoder"; None if none of them did."""
+    if saved_file(source, "modules.json") is None:
+        return None
+    about = saved_json(source, "config_sentence_transformers.json") or {}
+    return str(about.get("model_type", "SentenceTransformer"))
+
+
 def fingerprint(source: str) -> str | None:
     """Of a model's content: every byte of a folder's weights, configuration and tokenizer, or a hub snapshot's commit.
 

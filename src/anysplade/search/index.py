@@ -385,7 +385,7 @@ class Index:
         return hits
 
     def explain_filter(self, filter: Filter | None) -> str | None:
-        """Which value of a ``filter`` no document has, in one line; None if each is there.
+        """Why a search with a ``filter`` found nothing, in one line; None without a filter.
 
         Raises:
             OptionError: no document has a name of the filter.

@@ -208,7 +208,7 @@ class RemoteIndex:
         return explained
 
     def explain_filter(self, filter: Filter | None) -> str | None:
-        """Which value of a ``filter`` no document has, as ``Index.explain_filter`` has it.
+        """Why a search with a ``filter`` found nothing, as ``Index.explain_filter`` says it.
 
         Raises:
             OptionError: no document has a name of the filter.

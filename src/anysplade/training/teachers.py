@@ -34,7 +34,7 @@ from anysplade.model.encoder import build_encoder, cut_within, is_saved_encoder,
 from anysplade.model.encoding import encode
 from anysplade.model.head import check_weights
 from anysplade.model.options import Role
-from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json
+from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json, saved_kind
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +108,10 @@ def teacher_kind(source: str) -> Kind:
     Raises:
         ModelError: none of the three.
     """
-    if saved_json(source, "modules.json") is not None:
-        saved = (saved_json(source, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
-        kinds: dict[str, Kind] = {"SentenceTransformer": "dense", "SparseEncoder": "sparse", "CrossEncoder": "cross-encoder"}
-        if saved in kinds:
-            return kinds[saved]
+    kinds: dict[str | None, Kind] = {"SentenceTransformer": "dense", "SparseEncoder": "sparse", "CrossEncoder": "cross-encoder"}
+    saved = saved_kind(source)
+    if saved in kinds:
+        return kinds[saved]
     architectures = (saved_json(source, "config.json") or {}).get("architectures") or [""]
     if architectures[0].endswith("ForSequenceClassification"):
         return "cross-encoder"
