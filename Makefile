@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/anysplade demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu and not network and not models"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not network and not models"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

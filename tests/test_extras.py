@@ -25,13 +25,35 @@ MODULES = {
 }
 
 
-def run_core(*arguments):
-    """The command line in a process where no library of an extra can be imported."""
-    missing = [module for modules in MODULES.values() for module in modules]
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({missing!r})); from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+# Runs one command per line of its standard input, and answers with its exit code and what it wrote to standard error.
+LOOP = f"""
+import json, os, sys, tempfile
+sys.modules.update(dict.fromkeys({[module for modules in MODULES.values() for module in modules]!r}))
+from anysplade.cli import main
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as errors:
+        os.dup2(errors.fileno(), 2)
+        code = main(json.loads(line))
+        sys.stderr.flush()
+        errors.seek(0)
+        print(json.dumps([code, errors.read()]), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_core():
+    """The command line in a process where no library of an extra can be imported: exit code and standard error."""
+    with subprocess.Popen([sys.executable, "-c", LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run(*arguments):
+            process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
 
 
 def test_every_extra_is_in_all():
@@ -41,7 +63,7 @@ def test_every_extra_is_in_all():
     assert named == extras.keys() - {"all", "dev", "docs"}
 
 
-def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(backbone, tmp_path):
+def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(run_core, backbone, tmp_path):
     rows = [json.dumps({"query": a, "positive": f"{a} {b}"}) for a, b in pairwise(WORDS)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     for arguments in (
@@ -49,11 +71,13 @@ def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(backb
         ["rescale", backbone, "--out", tmp_path / "rescaled", "--k", "auto", "--shift", "auto"],
         ["train", backbone, tmp_path / "pairs.jsonl", "--out", tmp_path / "run", "--steps", 2, "--batch-size", 4],
     ):
-        done = run_core(*arguments)
-        assert done.returncode == 0, done.stderr
+        code, errors = run_core(*arguments)
+        assert code == 0, errors
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
-    done = run_core("mine", tmp_path / "pairs.jsonl", "--miner", tmp_path / "run", "--out", tmp_path / "mined.jsonl", "--margin", 0)
-    assert done.returncode == 0, done.stderr
+    code, errors = run_core(
+        "mine", tmp_path / "pairs.jsonl", "--miner", tmp_path / "run", "--out", tmp_path / "mined.jsonl", "--margin", 0
+    )
+    assert code == 0, errors
 
 
 @pytest.mark.parametrize(
@@ -72,8 +96,10 @@ def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(backb
         ("demo --out {tmp}/demo", "(evaluation|search)"),
     ],
 )
-def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(arguments, extra, backbone, collection_folder, tmp_path):
-    done = run_core(*arguments.format(model=backbone, data=collection_folder, tmp=tmp_path).split())
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(rf'anysplade: \w+ is not installed: pip install "anysplade\[{extra}\]"\n', done.stderr)
+def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(
+    run_core, arguments, extra, backbone, collection_folder, tmp_path
+):
+    code, errors = run_core(*arguments.format(model=backbone, data=collection_folder, tmp=tmp_path).split())
+    assert code == 2, errors
+    assert re.fullmatch(rf'anysplade: \w+ is not installed: pip install "anysplade\[{extra}\]"\n', errors)
     assert not any((tmp_path / name).exists() for name in ("run", "index", "study"))

@@ -9,12 +9,12 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from anysplade import DataError, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
+from anysplade.cli import main
 from anysplade.model.encoder import term_names
 from anysplade.model.runtimes import resolve_precision
 from anysplade.search import remote
 from anysplade.search.engines.qdrant import QdrantEngine
 from anysplade.search.remote import RemoteIndex, open_index
-from processes import run_command
 from tiny import no_encoder
 
 ADDRESS = "qdrant://localhost:6333/tiny"
@@ -109,15 +109,16 @@ def test_a_model_that_was_moved(server, model, collection_folder, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["qdrant", "opensearch"])
-def test_a_server_that_is_not_there(engine, model, collection_folder, tmp_path):
+def test_a_server_that_is_not_there(engine, model, collection_folder, capsys):
     """Said in one line, and before anything is encoded."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
-        said = run_command("index", model, collection_folder, "--to", f"{engine}://127.0.0.1:{taken.getsockname()[1]}/tiny")
-    assert said.returncode == 1
-    assert said.stderr.startswith("anysplade: ")
-    assert "refused" in said.stderr
-    assert said.stderr.count("\n") == 1
+        address = f"{engine}://127.0.0.1:{taken.getsockname()[1]}/tiny"
+        assert main(["index", str(model), str(collection_folder), "--to", address]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("anysplade: ")
+    assert "refused" in errors
+    assert errors.count("\n") == 1
     assert not (Path(os.environ["ANYSPLADE_CACHE"]) / "shards").exists()
 
 
