@@ -19,7 +19,7 @@ import torch
 from scipy.stats import spearmanr
 
 from anysplade import load_pairs, write_collection
-from anysplade._common.files import whole_folder
+from anysplade._common.files import atomic_folder
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_python_docs
 from anysplade.model.calibration import mean_excess, sample_pairs
@@ -111,7 +111,7 @@ def per_term(folder: str, probe: Probe, out: Path) -> str:
         with torch.no_grad():
             for bias in find_head(model).biases:
                 bias -= torch.from_numpy(high - high.mean()).to(bias.dtype).reshape(bias.shape)
-        with whole_folder(target) as work:
+        with atomic_folder(target) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
     return str(target)
@@ -215,9 +215,9 @@ def alarms(rows: Sequence[Row], records: Records, top: float, vocabulary: int) -
 
 def targets(rows: Sequence[Row], records: Records) -> list[dict[str, Any]]:
     """The runs with a target beside what weights set by hand reach at the same document active dims."""
-    by_hand = [spread(row.records(records)) for row in rows if row.mode == "lambda"]
-    by_hand.sort(key=lambda line: line["document_active_dims"])
-    costs, ndcg = ([line[name] for line in by_hand] for name in ("document_active_dims", "nDCG@10"))
+    manual = [spread(row.records(records)) for row in rows if row.mode == "lambda"]
+    manual.sort(key=lambda line: line["document_active_dims"])
+    costs, ndcg = ([line[name] for line in manual] for name in ("document_active_dims", "nDCG@10"))
     lines = []
     for row in (row for row in rows if row.mode == "target"):
         line = {"target": dict(row.changes)} | spread(row.records(records))
@@ -227,7 +227,7 @@ def targets(rows: Sequence[Row], records: Records) -> list[dict[str, Any]]:
         }
         line["nDCG@10 by hand at this cost"] = float(np.interp(np.log(line["document_active_dims"]), np.log(costs), ndcg))
         lines.append(line)
-    return [*lines, *({"lambda by hand": True} | line for line in by_hand)]
+    return [*lines, *({"lambda by hand": True} | line for line in manual)]
 
 
 def show(summary: dict[str, Any]) -> None:

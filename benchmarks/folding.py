@@ -34,14 +34,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import TrainingConfig, evaluate, load_pairs, train
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_atomic
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_collection
 from anysplade.evaluation.comparisons import holm, paired_p
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.model.calibration import choose, sample_pairs
-from anysplade.model.encoder import hidden_states
 from anysplade.model.folding import fold_head, plan_folding
+from anysplade.model.fused import hidden_states
 from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
 from anysplade.model.pooling import splade_pool
 from anysplade.search.exact import Postings
@@ -329,7 +329,7 @@ def main() -> None:
     found = {"rows": rows, "pooling": pooling, "words": words, "merge": merge, "compare": compare}[options.what](options)
     print(json.dumps(found, indent=1))
     if options.json:
-        write_whole(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
+        write_atomic(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

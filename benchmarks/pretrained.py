@@ -32,11 +32,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM
 
 from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pairs, mine, train, train_head
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_atomic
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.model.pooling import native_bfloat16
-from anysplade.training import heads as head_module
+from anysplade.training import head_training as head_module
 from anysplade.training.teachers import kept_vectors, open_teacher
 
 METRIC = "nDCG@10"
@@ -82,7 +82,7 @@ def examples(options: argparse.Namespace) -> str:
     if not path.exists():
         pairs = [pair for name in TRAINING for pair in load_pairs(options.data / name / "pairs.jsonl")]
         sample = random.Random(0).sample(pairs, EXAMPLES)
-        write_whole(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in sample))
+        write_atomic(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in sample))
     return str(path)
 
 
@@ -122,7 +122,7 @@ def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, le
             found = evaluate(Path(config.output) / "model", path, [METRIC], depth=100, max_length=length, precision=PRECISION)
             costs = {name: getattr(found, name) for name in COSTS}
             known["results"][Path(path).name] = found.metrics | costs
-            write_whole(record, json.dumps(known, indent=1) + "\n")
+            write_atomic(record, json.dumps(known, indent=1) + "\n")
     return known
 
 
@@ -291,7 +291,7 @@ def main() -> None:
     rows = EXPERIMENTS[options.experiment](options)
     print(json.dumps(rows, indent=1))
     if options.json:
-        write_whole(
+        write_atomic(
             options.json, json.dumps({"experiment": options.experiment, "rows": rows, "provenance": provenance()}, indent=1) + "\n"
         )
 

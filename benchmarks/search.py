@@ -39,7 +39,7 @@ from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.evaluations import _cache_folders
 from anysplade.model.encoding import encode
 from anysplade.search.documents import EncodedDocument
-from anysplade.search.models import describe_model
+from anysplade.search.index_model import describe_model
 from anysplade.search.store import Store
 from anysplade.serving.batching import Searcher
 from harness import alternate, bandwidth, finish, parser, summary

@@ -14,8 +14,9 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-from anysplade.model.encoder import fuse_pooling, unfuse_pooling
+from anysplade.model.fused import fuse_pooling, unfuse_pooling
 from anysplade.training.monitoring import Monitor
+from anysplade.training.observers import ObservedLoss
 from backbones import GEOMETRIES, save_backbone
 from harness import alternate, finish, parser, peak_extra_bytes, ratio
 
@@ -48,7 +49,8 @@ def main() -> None:
 
     batch = [features(), features()]
 
-    monitor = Monitor(ranking, vocabulary)
+    monitor = Monitor(vocabulary)
+    loss.loss = ObservedLoss(ranking, monitor.see)
     state = SimpleNamespace(global_step=0, max_steps=1, stateful_callbacks={})
     monitor.on_train_begin(None, state, None)
 

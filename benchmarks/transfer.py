@@ -26,7 +26,7 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from anysplade import evaluate, load_pairs, mine, score
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_atomic
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.comparisons import distinct_names
 from anysplade.study.cells import METRIC, METRICS, Cell, CellRecord
@@ -62,7 +62,7 @@ def examples(data: Path, out: Path, most: int | None = None) -> str:
     if not path.exists():
         pairs = [pair for name in TRAINING for pair in load_pairs(data / name)]
         pairs = random.Random(0).sample(pairs, most or len(pairs))
-        write_whole(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in pairs))
+        write_atomic(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in pairs))
     return str(path)
 
 
@@ -188,7 +188,7 @@ def main() -> None:
         rows, settings = distillation(options.backbones[0], options.data, options.out, options.workers), DISTILLATION
     show(rows)
     if options.json:
-        write_whole(options.json, json.dumps({"settings": settings, "rows": rows, "provenance": provenance()}, indent=1) + "\n")
+        write_atomic(options.json, json.dumps({"settings": settings, "rows": rows, "provenance": provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ from .study.run import run_study as run_study
 from .training.adaptation import Adaptation as Adaptation
 from .training.adaptation import adapt as adapt
 from .training.config import TrainingConfig as TrainingConfig
-from .training.heads import HeadTraining as HeadTraining
-from .training.heads import train_head as train_head
+from .training.head_training import HeadTraining as HeadTraining
+from .training.head_training import train_head as train_head
 from .training.mining import Mined as Mined
 from .training.mining import mine as mine
 from .training.mining import score as score

@@ -9,21 +9,21 @@ from safetensors.torch import save_file
 from anysplade import OutputError
 from anysplade._common import files
 from anysplade._common.files import (
+    atomic_folder,
     damaged_file,
     digests,
     make_folder,
     only_process,
     read_record,
     whole_file,
-    whole_folder,
-    write_whole,
+    write_atomic,
 )
 from processes import drop_privileges, room_for, run_python
 from tiny import make_tokenizer
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path):
-    with whole_folder(tmp_path / "out") as work:
+    with atomic_folder(tmp_path / "out") as work:
         (work / "a").write_text("1")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
@@ -32,7 +32,7 @@ def test_a_folder_appears_when_all_is_written(tmp_path):
 
 def test_a_failure_leaves_nothing(tmp_path):
     def fail():
-        with whole_folder(tmp_path / "out") as work:
+        with atomic_folder(tmp_path / "out") as work:
             (work / "a").write_text("1")
             raise RuntimeError
 
@@ -44,20 +44,20 @@ def test_a_failure_leaves_nothing(tmp_path):
 def test_a_full_folder_and_a_file_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for target, message in ((tmp_path, "not empty"), (tmp_path / "file", "is a file")):
-        with pytest.raises(OutputError, match=message), whole_folder(target):
+        with pytest.raises(OutputError, match=message), atomic_folder(target):
             pass
 
 
 def test_a_file_is_replaced_whole(tmp_path):
-    write_whole(tmp_path / "new" / "a", "one")
-    write_whole(tmp_path / "new" / "a", "two")
+    write_atomic(tmp_path / "new" / "a", "one")
+    write_atomic(tmp_path / "new" / "a", "two")
     assert (tmp_path / "new" / "a").read_text() == "two"
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
 def test_a_folder_is_not_written_over(tmp_path):
     with pytest.raises(OutputError, match="is a folder; name a file in it"):
-        write_whole(tmp_path, "text")
+        write_atomic(tmp_path, "text")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,7 +66,7 @@ def test_a_folder_has_the_permissions_that_the_system_gives(tmp_path, monkeypatc
     try:
         with monkeypatch.context() as patched:
             patched.delattr(os, "umask")  # it is the whole process's: other threads would make files that everybody may write
-            with whole_folder(tmp_path / "out"):
+            with atomic_folder(tmp_path / "out"):
                 pass
         assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
     finally:
@@ -76,10 +76,10 @@ def test_a_folder_has_the_permissions_that_the_system_gives(tmp_path, monkeypatc
 def test_where_nothing_can_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "out"):
-        with pytest.raises(OutputError, match=r"cannot be written: .*name another place"), whole_folder(place):
+        with pytest.raises(OutputError, match=r"cannot be written: .*name another place"), atomic_folder(place):
             pass
         with pytest.raises(OutputError, match=r"cannot be written: .*name another place"):
-            write_whole(place, "text")
+            write_atomic(place, "text")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_where_nothing_can_be_made(tmp_path):
 def test_a_place_where_the_system_makes_nothing(place, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("gone/too")
-    for make in (lambda path: write_whole(path, "text"), lambda path: whole_folder(path).__enter__(), make_folder):
+    for make in (lambda path: write_atomic(path, "text"), lambda path: atomic_folder(path).__enter__(), make_folder):
         with pytest.raises(
             OutputError, match=f"^{re.escape(str(tmp_path / place))}: cannot be written: .+; name another place, or "
         ):
@@ -109,7 +109,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for device in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(OutputError, match="is a device or a pipe; name a file"):
-            write_whole(device, "text")
+            write_atomic(device, "text")
     assert (tmp_path / "pipe").is_fifo()
     assert not list(tmp_path.glob(".*"))
 
@@ -164,7 +164,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_library_finds_no_room_says_so_in_one_line(way, tmp_path):
     def fill():
-        with whole_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             WAYS[way](folder)
 
     with pytest.raises(OutputError, match=r"out: cannot be written: .*; make room, or name another place$"), room_for(1000):
@@ -217,7 +217,7 @@ def test_a_path_with_a_tilde(tmp_path, monkeypatch):
 def test_a_file_needs_a_name(target, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="is a folder; name a file in it"):
-        files.write_whole(target, "x")
+        files.write_atomic(target, "x")
 
 
 def test_an_error_of_something_else_stays_what_it_is(tmp_path):

@@ -9,16 +9,9 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, Spla
 from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from anysplade import ModelError, OptionError, load_encoder
-from anysplade.model.encoder import (
-    build_encoder,
-    fuse_pooling,
-    is_splade,
-    masked_lm,
-    open_encoder,
-    open_masked_lm,
-    term_names,
-    unfuse_pooling,
-)
+from anysplade.model.encoder import build_encoder, open_encoder, open_masked_lm
+from anysplade.model.fused import fuse_pooling, is_fused, unfuse_pooling
+from anysplade.model.modules import is_splade, masked_lm, term_names
 from architectures import ARCHITECTURES
 from tiny import SPECIAL, WORDS, make_backbone, make_lexical
 
@@ -53,7 +46,7 @@ def test_calibration_is_on_by_default(backbone):
 def test_fused_is_the_same_and_leaves_the_model_stock(architecture, tmp_path):
     assert architecture in ARCHITECTURES
     encoder = load_encoder(make_backbone(architecture, tmp_path / "in"), k=2, shift=0.5)
-    assert "forward" in encoder[0].__dict__
+    assert is_fused(encoder)
     fused = dense(encoder)
     logits = masked_lm(encoder)(input_ids=torch.arange(8).reshape(1, 8)).logits
     assert logits.shape[-1] == encoder.get_embedding_dimension()
@@ -132,7 +125,7 @@ def test_a_head_that_cannot_be_fused_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     encoder = load_encoder(make_backbone("esm", tmp_path, token_dropout=False), k=1, shift=0)
     assert "not fused" in caplog.text
-    assert "forward" not in encoder[0].__dict__
+    assert not is_fused(encoder)
 
 
 def test_a_saved_encoder_keeps_its_calibration(backbone, tmp_path):

@@ -9,8 +9,9 @@ from sentence_transformers import SparseEncoder
 
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
-from anysplade.model.encoder import build_encoder, masked_lm
-from anysplade.model.encoding import count_cut, encode
+from anysplade.model.encoder import build_encoder
+from anysplade.model.encoding import count_truncated, encode
+from anysplade.model.modules import masked_lm
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision
 from tiny import WORDS, counted_copy
@@ -99,14 +100,14 @@ def test_texts_that_are_cut_are_counted(query_encoder, backbone):
     encoder, _ = build_encoder(backbone, query_encoder=query_encoder, idf_texts=["kabel lodan"], max_length=6)
     encoder.prompts["document"] = "kabel "
     texts = ["kabel", "kabel lodan mifil", "kabel lodan mifil nugor", "kabel lodan mifil nugor pehan", "\ud800 " * 100]
-    assert count_cut(encoder, texts, "document") == Cut(3, 6, 64)  # six tokens: the prompt, two special ones and three words
-    assert count_cut(encoder, texts, "query") == (Cut(2, 6, 64) if query_encoder == "mlm" else Cut(1, 6, 6))  # no special ones
-    assert count_cut(encoder, [], "document") == Cut(0, 6, 64)
+    assert count_truncated(encoder, texts, "document") == Cut(3, 6, 64)  # six tokens: the prompt, two special ones and three words
+    assert count_truncated(encoder, texts, "query") == (Cut(2, 6, 64) if query_encoder == "mlm" else Cut(1, 6, 6))
+    assert count_truncated(encoder, [], "document") == Cut(0, 6, 64)
 
 
 @pytest.mark.parametrize("max_length, advice", [(6, "`max_length` raises the limit, up to 64"), (64, "the model reads no more")])
 def test_the_models_own_limit_is_told_apart_from_one_that_can_be_raised(max_length, advice, backbone, caplog):
     caplog.set_level("INFO", "anysplade")
     encoder = load_encoder(backbone, max_length=max_length)
-    log_cut(count_cut(encoder, ["kabel " * 100], "document"), 1, "documents")
+    log_cut(count_truncated(encoder, ["kabel " * 100], "document"), 1, "documents")
     assert f"cut at {max_length} tokens, and what follows cannot be found; {advice}" in caplog.text

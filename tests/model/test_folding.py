@@ -13,10 +13,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from anysplade import ModelError, OptionError, TrainingConfig, inspect_head, load_encoder, rescale_head, train
 from anysplade.model.calibration import calibrate
-from anysplade.model.encoder import build_encoder, open_encoder, term_names
+from anysplade.model.encoder import build_encoder, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.head import DEAD, find_head, live_terms, load_masked_lm
+from anysplade.model.modules import term_names
 from tiny import make_backbone
 from vocabularies import byte_level, make_cased, sentence_pieces, word_pieces
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, BertTokenizer, DistilBertTokenizer, Robe
 
 from anysplade import ModelError, load_encoder, open_encoder
 from anysplade.model.backbones import BUNDLED
-from anysplade.model.encoder import term_names
 from anysplade.model.encoding import ModelQueries, encode
+from anysplade.model.modules import term_names
 from anysplade.model.queries import StaticQueries
 from processes import run_python
 from tiny import WORDS, make_static, make_tokenizer
@@ -93,7 +93,7 @@ def test_vectors_are_those_of_the_model_to_the_bit(name, query_encoder, prompt, 
     assert queries.encode(TEXTS).nnz > 10
     assert queries.term_names == term_names(encoder)
     reference = ModelQueries(encoder)
-    assert queries.count_cut(TEXTS) == reference.count_cut(TEXTS)
+    assert queries.count_truncated(TEXTS) == reference.count_truncated(TEXTS)
     for text in TEXTS:
         for special in (True, False):
             assert queries.tokens(text, special) == reference.tokens(text, special)

@@ -16,8 +16,10 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, Spla
 import anysplade.model.runtimes as runtimes
 from anysplade import Index, ModelError, OptionError, evaluate, load_encoder
 from anysplade.cli import main
-from anysplade.model.encoder import build_encoder, fuse_pooling, masked_lm
+from anysplade.model.encoder import build_encoder
 from anysplade.model.encoding import ModelQueries, encode
+from anysplade.model.fused import fuse_pooling
+from anysplade.model.modules import masked_lm
 from anysplade.model.runtimes import for_inference, runtime_of
 from tiny import WORDS, make_backbone
 
@@ -64,7 +66,7 @@ def test_threads_encode_with_one_model(runtime, encoder, cache_folder):
         queries = ModelQueries(made)
         with torch.inference_mode():
             logits = masked_lm(encoder)(**inputs).logits  # the model's own, while others pool without them
-        return encode(made, part, "document").toarray(), logits, queries.count_cut(part), queries.tokens(part[0])
+        return encode(made, part, "document").toarray(), logits, queries.count_truncated(part), queries.tokens(part[0])
 
     alone = [use(part) for part in parts]
     with ThreadPoolExecutor(16) as threads:

@@ -7,8 +7,9 @@ from sentence_transformers import SparseEncoder
 
 from anysplade import AnyspladeError, Document, Index, ModelError, OptionError, OutputError, UsageError, load_collection
 from anysplade._common.files import only_process
-from anysplade.model.encoder import masked_lm, open_encoder
+from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode
+from anysplade.model.modules import masked_lm
 from anysplade.search import build
 from anysplade.search.build import Options, encode_documents
 from tiny import counted_copy

@@ -16,7 +16,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 import anysplade.model.encoder
-import anysplade.search.models
+import anysplade.search.index_model
 import anysplade.search.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
 from anysplade.evaluation.evaluations import evaluate
@@ -536,7 +536,7 @@ def test_an_encoder_is_loaded_once(built, tmp_path, monkeypatch):
     """And its files are compared once."""
     built.close()
     calls = []
-    for module, name in ((anysplade.search.models, "fingerprint"), (anysplade.model.encoder, "open_encoder")):
+    for module, name in ((anysplade.search.index_model, "fingerprint"), (anysplade.model.encoder, "open_encoder")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, **k: calls.append(f.__name__) or f(*a, **k))
     with Index.load(tmp_path / "index") as index:

@@ -10,7 +10,7 @@ from qdrant_client import QdrantClient, models
 
 from anysplade import DataError, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
 from anysplade.cli import main
-from anysplade.model.encoder import term_names
+from anysplade.model.modules import term_names
 from anysplade.model.runtimes import resolve_precision
 from anysplade.search import remote
 from anysplade.search.engines.qdrant import QdrantEngine

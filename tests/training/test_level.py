@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from anysplade import Pair, load_encoder
-from anysplade.model.encoder import cut_at, masked_lm
 from anysplade.model.head import find_head
+from anysplade.model.modules import cut_at, masked_lm
 from anysplade.training import level
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops, warn_of_missed_targets

@@ -8,6 +8,7 @@ from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesR
 
 from anysplade import load_encoder
 from anysplade.training.monitoring import Monitor, Observation, diagnose, observe
+from anysplade.training.observers import ObservedLoss
 
 
 @settings(max_examples=50, deadline=None)
@@ -71,24 +72,18 @@ def run(count=20, **odd):
 
 
 def test_terms_that_no_text_can_have_are_not_counted():
-    class Ranking(torch.nn.Module):
-        def compute_loss_from_embeddings(self, embeddings):
-            return embeddings[0].sum()
-
-    ranking = Ranking()
-    monitor = Monitor(ranking, 8, live=torch.tensor([0, 1, 2, 5]))
+    monitor = Monitor(8, live=torch.tensor([0, 1, 2, 5]))
     for _ in range(60):
         monitor._due = True
-        ranking.compute_loss_from_embeddings([torch.eye(2, 8), torch.eye(2, 8)])
+        monitor.see([torch.eye(2, 8), torch.eye(2, 8)], torch.tensor(2.0))
     assert monitor.vocabulary == 4
     assert monitor.observations[-1].dead_share == 0.5
     assert monitor.observations[-1].document_active_dims == 1
 
 
 @pytest.mark.parametrize("steps, observed", [(10, range(10)), (399, range(399)), (1000, range(0, 1000, 5))])
-def test_a_run_is_observed_at_most_so_often(steps, observed, backbone):
-    ranking = SparseMultipleNegativesRankingLoss(load_encoder(backbone))
-    monitor = Monitor(ranking, 3)
+def test_a_run_is_observed_at_most_so_often(steps, observed):
+    monitor = Monitor(3)
 
     class State:
         max_steps, stateful_callbacks = steps, {}
@@ -97,7 +92,7 @@ def test_a_run_is_observed_at_most_so_often(steps, observed, backbone):
         if State.global_step == 0:
             monitor.on_train_begin(None, State, None)
         monitor.on_step_begin(None, State, None)
-        ranking.compute_loss_from_embeddings([torch.eye(2, 3), torch.eye(2, 3)], None)
+        monitor.see([torch.eye(2, 3), torch.eye(2, 3)], torch.tensor(1.0))
     assert [seen.step for seen in monitor.observations] == list(observed)
 
 
@@ -124,15 +119,15 @@ def test_what_is_wrong_is_named_with_evidence_and_mend(odd, name, collapse):
     assert (finding.name, finding.collapse) == (name, collapse)
     assert finding.step <= 15
     assert any(character.isdigit() for character in finding.evidence) or "nan" in finding.evidence
-    assert finding.mend
+    assert finding.fix
 
 
-@pytest.mark.parametrize("first, mend", [(0.0, "lower `shift`"), (40.0, "lower the regularizer weights")])
-def test_vectors_of_zeros_are_blamed_on_the_head_where_they_were_so_from_the_start(first, mend):
+@pytest.mark.parametrize("first, fix", [(0.0, "lower `shift`"), (40.0, "lower the regularizer weights")])
+def test_vectors_of_zeros_are_blamed_on_the_head_where_they_were_so_from_the_start(first, fix):
     seen = run(document_active_dims=0.0)
     seen[0] = Observation(**HEALTHY | {"document_active_dims": first})
     (finding,) = diagnose(seen, vocabulary=1000)
-    assert mend in finding.mend
+    assert fix in finding.fix
 
 
 def test_one_odd_batch_is_no_finding():
@@ -154,9 +149,10 @@ def test_the_loss_is_as_before_and_may_be_a_dictionary(backbone):
     ranking = SparseMultipleNegativesRankingLoss(encoder)
     columns = [torch.rand(4, 149), torch.rand(4, 149)]
     expected = ranking.compute_loss_from_embeddings(columns, None)
-    monitor = Monitor(ranking, 149)
+    monitor = Monitor(149)
     monitor._due = True
-    assert torch.equal(ranking.compute_loss_from_embeddings(columns, None), expected)
-    ranking.compute_loss_from_embeddings(columns, None)
+    observed = ObservedLoss(ranking, monitor.see)
+    assert torch.equal(observed.compute_loss_from_embeddings(columns, None), expected)
+    observed.compute_loss_from_embeddings(columns, None)
     assert len(monitor.observations) == 1  # one a step, however many batches are accumulated
     assert monitor.observations[0].loss == pytest.approx(expected.item())

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from anysplade import TrainingConfig, adapt, encode, evaluate, load_encoder, open_encoder, train, train_head
-from anysplade.model.encoder import term_names
+from anysplade.model.modules import term_names
 from anysplade.training.teachers import open_teacher
 
 pytestmark = [pytest.mark.models, pytest.mark.slow]

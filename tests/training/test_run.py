@@ -38,11 +38,12 @@ from anysplade.cli.rendering import training_lines
 from anysplade.data.collections import load_python_docs
 from anysplade.data.pairs import read_pairs
 from anysplade.errors import AnyspladeError
-from anysplade.model.encoder import build_encoder, cut_at, open_encoder, reader
-from anysplade.model.encoding import count_cut
+from anysplade.model.encoder import build_encoder, open_encoder
+from anysplade.model.encoding import count_truncated
+from anysplade.model.modules import cut_at, reader
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.queries import StaticQueries
-from anysplade.training import heads, run
+from anysplade.training import head_training, run
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
 from anysplade.training.run import _arguments, _encoder, _ranking_loss, _trainer
@@ -87,7 +88,7 @@ def test_one_process_uses_one_gpu(trained, several, config, tmp_path, monkeypatc
         arguments = _arguments(config(), tmp_path)
     else:
         options = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "seed": 0}
-        arguments = heads._arguments(tmp_path, options, 1)
+        arguments = head_training._arguments(tmp_path, options, 1)
     assert arguments.parallel_mode == ParallelMode.NOT_PARALLEL
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
     assert ("torchrun --nproc-per-node 4" in caplog.text) == (trained == "encoder" and several > 1)
@@ -471,7 +472,7 @@ def test_a_sparse_encoder_reads_as_far_as_before(own, reads, queries, config, tm
     result = train(config(backbone=str(tmp_path / "saved"), steps=1))
     trained = open_encoder(result.model)
     assert result.max_seq_length == reader(trained, "document").max_seq_length == reads
-    assert count_cut(trained, ["kabel " * 700], "query").limit == (reads if queries == "mlm" else own)
+    assert count_truncated(trained, ["kabel " * 700], "query").limit == (reads if queries == "mlm" else own)
     assert trained.prompts["query"] == "kabel "
 
 
@@ -480,8 +481,8 @@ def test_queries_by_token_are_read_as_far_as_documents(queries, config, tmp_path
     result = train(config(query_encoder=queries, steps=1))
     trained = open_encoder(result.model)
     assert SparseEncoder(result.model).max_seq_length == 64
-    assert {count_cut(trained, ["kabel " * 700], role).limit for role in ("query", "document")} == {64}
-    assert StaticQueries.open(result.model).count_cut(["kabel " * 700]).limit == 64
+    assert {count_truncated(trained, ["kabel " * 700], role).limit for role in ("query", "document")} == {64}
+    assert StaticQueries.open(result.model).count_truncated(["kabel " * 700]).limit == 64
 
 
 def test_the_finished_model_is_measured_at_the_length_that_an_index_reads(config, collection_folder, tmp_path):

@@ -18,7 +18,7 @@ from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesR
 from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
 from anysplade.training import mining
 from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
-from anysplade.training.teachers import Kept, open_teacher, prepare_teacher
+from anysplade.training.teachers import VectorCache, open_teacher, prepare_teacher
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone, make_tokenizer
 
@@ -121,23 +121,23 @@ def test_without_a_likely_answer_the_loss_is_the_stock_one(batch, backbone):
 def test_nothing_is_computed_twice(kind, teachers, tmp_path, monkeypatch):
     teacher = open_teacher(teachers[kind])
     pairs = [(pair.query, pair.positive) for pair in PAIRS]
-    before = Kept(teacher, tmp_path).scores(pairs)
+    before = VectorCache(teacher, tmp_path).scores(pairs)
 
     def fail(*_):
         raise AssertionError("computed again")
 
-    again = Kept(teacher, tmp_path)
+    again = VectorCache(teacher, tmp_path)
     for name in ("encode", "rate"):
         monkeypatch.setattr(type(teacher), name, fail)
     assert np.array_equal(again.scores(pairs[::-1]), before[::-1])
     monkeypatch.undo()
     for file in (tmp_path / teacher.key).iterdir():  # damaged: computed again
         file.write_bytes(file.read_bytes()[:90])
-    np.testing.assert_array_equal(Kept(teacher, tmp_path).scores(pairs), before)
+    np.testing.assert_array_equal(VectorCache(teacher, tmp_path).scores(pairs), before)
     for file in (tmp_path / teacher.key).iterdir():
         if ".keys" not in file.name:
             file.write_bytes(file.read_bytes()[:150])
-    np.testing.assert_array_equal(Kept(teacher, tmp_path).scores(pairs), before)
+    np.testing.assert_array_equal(VectorCache(teacher, tmp_path).scores(pairs), before)
 
 
 def test_a_killed_run_goes_on_after_its_last_shard(teachers, tmp_path, monkeypatch):
@@ -154,9 +154,9 @@ def test_a_killed_run_goes_on_after_its_last_shard(teachers, tmp_path, monkeypat
     texts = [pair.positive for pair in PAIRS]
     monkeypatch.setattr(type(teacher), "encode", dies)
     with pytest.raises(KeyboardInterrupt):
-        Kept(teacher, tmp_path).vectors(texts, "document")
+        VectorCache(teacher, tmp_path).vectors(texts, "document")
     seen.clear()
-    vectors = Kept(teacher, tmp_path).vectors(texts, "document")
+    vectors = VectorCache(teacher, tmp_path).vectors(texts, "document")
     assert [len(part) for part in seen] == [len(texts) - 20]
     monkeypatch.undo()
     np.testing.assert_allclose(vectors.astype(np.float32), teacher.encode(texts, "document").astype(np.float32), atol=1e-3)
@@ -277,7 +277,7 @@ def test_mining_by_several_models_with_a_teacher(teachers, collection_folder, tm
         mine(str(collection_folder), tmp_path / f"{name}.jsonl", miner=miner, teacher=teachers["sparse"], **options)
         alone[name] = {row["query"]: row["negatives"] for row in map(json.loads, (tmp_path / f"{name}.jsonl").open())}
     mine(str(collection_folder), tmp_path / "both.jsonl", miner=["bm25", teachers["dense"]], teacher=teachers["sparse"], **options)
-    judge = Kept(open_teacher(teachers["sparse"]), tmp_path / "kept")
+    judge = VectorCache(open_teacher(teachers["sparse"]), tmp_path / "kept")
     both = load_pairs(tmp_path / "both.jsonl")
     assert both
     for pair in both:

@@ -52,7 +52,7 @@ def beside(path: Path, name: str) -> Path:
 
 
 @contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
+def atomic_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``target`` when the block ends without an error.
 
     Raises:
@@ -112,7 +112,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write_whole(target: str | Path, content: str | bytes) -> None:
+def write_atomic(target: str | Path, content: str | bytes) -> None:
     """Write a file of text or bytes under a temporary name and rename it to ``target``.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anysplade._common.files import user_path, write_whole
+from anysplade._common.files import user_path, write_atomic
 from anysplade.data.collections import load_collection, load_python_docs, write_collection
 from anysplade.data.pairs import load_pairs
 from anysplade.data.python_docs import PACKAGES
@@ -91,7 +91,7 @@ def run_demo(
     asked = {"settings": settings, "packages": list(packages)}
     if made.exists() and json.loads(made.read_text()) != asked:
         raise OutputError(f"{output}: holds a demo with other settings; choose another --out or remove it")
-    write_whole(made, json.dumps(asked, indent=2) + "\n")
+    write_atomic(made, json.dumps(asked, indent=2) + "\n")
 
     folder = output / "collection"
     if not folder.exists():
@@ -147,5 +147,5 @@ def run_demo(
         command="anysplade" if on_path and Path(on_path).resolve() == command.resolve() else str(command),
         seconds=time.perf_counter() - start,
     )
-    write_whole(output / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    write_atomic(output / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result

@@ -74,7 +74,7 @@ def evaluate(
         progress=is_first_process(),
     )
     if out is not None and found.curves:
-        files.write_whole(out / "curve.svg", report.curve_figure(found.curves, measured[0]))
+        files.write_atomic(out / "curve.svg", report.curve_figure(found.curves, measured[0]))
     return Result(found.to_dict(), report.evaluations_parts(found, measured))
 
 

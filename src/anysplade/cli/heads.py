@@ -29,7 +29,7 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     suggested = calibration.choose(probe, trained=trained)
     verdict = dict(zip(("raw", "calibrated"), suggested.verdicts or (None, None), strict=True))
     if svg is not None:
-        files.write_whole(svg, calibration.logit_figure(suggested))
+        files.write_atomic(svg, calibration.logit_figure(suggested))
     return Result(
         measured.to_dict() | {"suggested": suggested.to_dict(), "verdict": verdict},
         report.head_tables(measured, suggested, data or "built-in texts, before training"),
@@ -75,7 +75,7 @@ def rescale(
     texts = calibration.probe_texts(data, progress=is_first_process()) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
     head.rescale_head(loaded, chosen.k, chosen.shift, bias)
-    with files.whole_folder(out) as folder:
+    with files.atomic_folder(out) as folder:
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     written = head.describe_head(loaded, None, str(out))

@@ -23,15 +23,15 @@ def check_order(arguments: Sequence[str]) -> None:
         known = kinds[-1] is not None or kinds[0] in DATA
         wrong = known and any(kind in DATA for kind in kinds) if command == "evaluate" else kinds[0] in DATA
         meant = [name for name, _ in sorted(zip(given, kinds, strict=True), key=lambda pair: pair[1] in DATA)]
-        said = ", ".join(f"{name} is {kind}" for name, kind in zip(given, kinds, strict=True) if kind)
+        label = ", ".join(f"{name} is {kind}" for name, kind in zip(given, kinds, strict=True) if kind)
         first = "models come first"
     elif command == "search" and len(given) == 2:
         wrong, meant = _is_index(given[1]) and not _is_index(given[0]), given[::-1]
-        said, first = f"{given[1]} is {INDEX}", "the index comes first"
+        label, first = f"{given[1]} is {INDEX}", "the index comes first"
     else:
         return
     if wrong:
-        raise OptionError(f"{said}; {first}: {shlex.join(['anysplade', command, *meant, *others[len(given) :]])}")
+        raise OptionError(f"{label}; {first}: {shlex.join(['anysplade', command, *meant, *others[len(given) :]])}")
 
 
 def _is_index(name: str) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from anysplade.study.results import StudyResult
     from anysplade.study.run import StudyPlan
     from anysplade.training.adaptation import Adaptation
-    from anysplade.training.heads import HeadTraining
+    from anysplade.training.head_training import HeadTraining
     from anysplade.training.run import TrainingResult
 
 _SNIPPET = 160  # characters of a hit's text

@@ -47,7 +47,7 @@ def encode(
     resolved = runtimes.resolve_precision(precision, opened.device)
     opened = runtimes.for_inference(opened, runtime_for(len(texts), runtime, precision), resolved)
     vectors = encoding.encode(opened, texts, role)
-    log_cut(encoding.count_cut(opened, texts, role), len(texts), f"{role} texts")
+    log_cut(encoding.count_truncated(opened, texts, role), len(texts), f"{role} texts")
     found = [
         {"text": text, "active_dims": vector.nnz, "terms": [term._asdict() for term in terms.terms(vector, opened)]}
         for text, vector in zip(texts, vectors, strict=True)
@@ -161,7 +161,7 @@ def search(
             raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
         wanted.setdefault(name, []).append(value)
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
-    log_cut(opened.queries.count_cut([query]), 1, "queries")
+    log_cut(opened.queries.count_truncated([query]), 1, "queries")
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
     note = None if hits else opened.explain_filter(wanted)

@@ -69,9 +69,9 @@ def head(
         seed: of everything random.
     """
     from anysplade.cli import rendering as report
-    from anysplade.training import heads
+    from anysplade.training import head_training
 
-    result = heads.train_head(
+    result = head_training.train_head(
         encoder,
         text,
         out,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anysplade._common.arguments import require
-from anysplade._common.files import user_path, whole_folder
+from anysplade._common.files import atomic_folder, user_path
 from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
@@ -39,10 +39,10 @@ from anysplade.data.sources import (
     is_built_in,
     lines,
     plain_name,
+    replace_surrogates,
     resolve,
     rows,
     trec_columns,
-    whole_characters,
 )
 from anysplade.errors import DataError, OutputError
 
@@ -237,9 +237,9 @@ def read_texts(source: str | Path) -> Iterator[str]:
     path = user_path(source)
     if plain_name(path).endswith(".txt") and path.is_file():
         with lines(path) as numbered:
-            yield from (whole_characters(line) for _, line in numbered if line.strip())
+            yield from (replace_surrogates(line) for _, line in numbered if line.strip())
     else:
-        yield from (whole_characters(document.full_text) for _, document in iter_corpus(source) if document.full_text)
+        yield from (replace_surrogates(document.full_text) for _, document in iter_corpus(source) if document.full_text)
 
 
 def load_queries(source: str | Path) -> dict[str, str]:
@@ -489,7 +489,7 @@ def write_collection(folder: str | Path, collection: Collection, pairs: Iterable
     """
     require("folder", folder, (str, Path), "the folder comes first")
     require("collection", collection, Collection, "give an anysplade.Collection")
-    with whole_folder(folder) as work:
+    with atomic_folder(folder) as work:
         _write_jsonl(
             work / "corpus.jsonl",
             (
@@ -504,7 +504,7 @@ def write_collection(folder: str | Path, collection: Collection, pairs: Iterable
             for query_id, grades in collection.qrels.items():
                 for document_id, grade in grades.items():
                     joined = query_id + document_id
-                    if {"\t", "\n", "\r"} & set(joined) or joined != whole_characters(joined):
+                    if {"\t", "\n", "\r"} & set(joined) or joined != replace_surrogates(joined):
                         reason = "qrels cannot contain a tab, line break or lone surrogate"
                         raise OutputError(f"ids {query_id!r}, {document_id!r}: {reason}; rename them")
                     file.write(f"{query_id}\t{document_id}\t{grade}\n")

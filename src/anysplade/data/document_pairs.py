@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from anysplade._common.files import file_digest, finished_record, record_path, user_path, whole_file, write_whole
+from anysplade._common.files import file_digest, finished_record, record_path, user_path, whole_file, write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
-from anysplade.data.sources import whole_characters
+from anysplade.data.sources import replace_surrogates
 from anysplade.errors import DataError, OptionError
 
 KINDS: tuple[str, ...] = ("title", "heading", "sentence")
@@ -119,13 +119,13 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
         read = with_text = 0
         for id_, document in watched:
             read += 1
-            title, text = (whole_characters(part) for part in document[:2])
+            title, text = (replace_surrogates(part) for part in document[:2])
             if not _size(text):
                 left_out["document"]["without_text"] += 1
                 continue
             for kind, query, positive in _pairs(id_, Document(title, text), options["kinds"], left_out):
                 row = {"query": query, "positive": positive, "kind": kind, "document_id": id_}
-                candidates.write(whole_characters(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
+                candidates.write(replace_surrogates(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
                 numbers.append(with_text)
                 queries.append(_hash(_normal(query)))
                 kind_of.append(KINDS.index(kind))
@@ -163,7 +163,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
             [examples[i] for i in shown],
             options | {"data_hash": digest.hexdigest(), "sha256": file_digest(Path(file.name)), "provenance": provenance()},
         )
-        write_whole(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")  # before the output: alone it says nothing
+        write_atomic(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")  # before the output: alone it says nothing
     return made
 
 
@@ -190,7 +190,7 @@ def _cut(text: str) -> str:
 
 def _hash(text: str) -> int:
     """64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(whole_characters(text).encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(replace_surrogates(text).encode(), digest_size=8).digest())
 
 
 # ---------------------------------------------------------------------------------- words and lengths

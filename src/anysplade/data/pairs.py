@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from anysplade._common.files import write_whole, writing
+from anysplade._common.files import write_atomic, writing
 from anysplade._common.hashing import DataHash
 from anysplade.data.collections import (
     ID_NAMES,
@@ -51,9 +51,9 @@ from anysplade.data.sources import (
     as_data_error,
     find_file,
     hub_dataset,
+    replace_surrogates,
     resolve,
     rows,
-    whole_characters,
 )
 from anysplade.errors import DataError
 
@@ -239,7 +239,7 @@ class StoredPairs(Sequence[Pair]):
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        write_whole(folder / "examples.json", json.dumps({"data_hash": data_hash}) + "\n")
+        write_atomic(folder / "examples.json", json.dumps({"data_hash": data_hash}) + "\n")
         return cls(folder)
 
     @staticmethod
@@ -411,7 +411,7 @@ def _text(value: Any, role: str, name: str, lookup: "_Lookup", place: str) -> st
         raise DataError(f'{place}: "{name}" is empty; give it a text or remove the row')
     if lookup.given and lookup.has(role, value):
         raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of `texts`; name the column "{_NAMES[f"{role} id"][0]}"')
-    return whole_characters(value)
+    return replace_surrogates(value)
 
 
 def _scores(row: dict[str, Any], name: str, place: str) -> list[float]:
@@ -459,7 +459,7 @@ class _Lookup:
             raise DataError(f"{place}: the {kind} {str(id_)!r} is not in {texts.name}; add it there or remove the row") from None
         if not text.strip():
             raise DataError(f"{place}: the {kind} {str(id_)!r} has an empty text in {texts.name}; remove the row")
-        return whole_characters(text)
+        return replace_surrogates(text)
 
     def are_ids(self, role: str, texts: Sequence[str]) -> bool:
         """Whether all of these are ids of the collection, which is opened only if each looks like one."""

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub.constants import HF_HOME
 
 from anysplade._common.arguments import require
-from anysplade._common.files import user_path, warn_once, whole_folder
+from anysplade._common.files import atomic_folder, user_path, warn_once
 from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _json_rows(path: Place) -> Iterator[Row]:
                 raise DataError(f"{path}:{number}: not a JSON object; each line must be one")
             if "\\u" in line:
                 content = json.dumps(row, ensure_ascii=False)
-                if content != (whole := whole_characters(content)):
+                if content != (whole := replace_surrogates(content)):
                     row = json.loads(whole)
                     with_surrogates.append(number)
             yield number, row
@@ -214,7 +214,7 @@ def _json_rows(path: Place) -> Iterator[Row]:
         )
 
 
-def whole_characters(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace each lone surrogate by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
@@ -404,7 +404,7 @@ def hub_dataset(name: str, config: str | None, split: str | None = "train", stre
             if re.search(r"[*?[]|::", str(folder)):  # the library takes them for a pattern, or a chain of file systems
                 name = f"{cache}/files"
                 if not Path(name).exists():
-                    with whole_folder(name) as links:
+                    with atomic_folder(name) as links:
                         shutil.copytree(folder, links, copy_function=os.symlink, dirs_exist_ok=True)
         return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache)
 

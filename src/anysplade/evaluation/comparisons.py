@@ -13,7 +13,7 @@ from scipy import stats
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.arguments import require
-from anysplade._common.files import user_path, write_whole
+from anysplade._common.files import user_path, write_atomic
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, load_collection
 from anysplade.data.sources import PYTHON_DOCS
@@ -163,7 +163,7 @@ def evaluate_all(
         means += [_over_collections(evaluations[i :: len(models)], metrics) for i in range(len(models))]
     result = Evaluations(evaluations, comparisons, means, drawn)
     if folder is not None and (not single or curves):
-        write_whole(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        write_atomic(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 

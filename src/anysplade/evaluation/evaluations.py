@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
-from anysplade._common.files import require_folder, user_path, write_whole
+from anysplade._common.files import require_folder, user_path, write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
@@ -26,8 +26,9 @@ from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.dense import encode_dense, is_dense, open_dense
-from anysplade.model.encoder import open_encoder, term_names
-from anysplade.model.encoding import count_cut, encode, prune
+from anysplade.model.encoder import open_encoder
+from anysplade.model.encoding import count_truncated, encode, prune
+from anysplade.model.modules import term_names
 from anysplade.model.options import Precision, Role, Runtime, checked_option, runtime_for
 from anysplade.model.queries import log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
@@ -180,8 +181,8 @@ def evaluate(
     if output is not None:
         folder = user_path(output)
         write_run(folder / "run.trec", ranked.run, str(model))
-        write_whole(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
-        write_whole(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+        write_atomic(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
+        write_atomic(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
 
 
@@ -248,7 +249,7 @@ def _by_sparse(model: str | Path | SparseEncoder, collection: Collection, option
     seconds["encoding"] = time.perf_counter() - start
     cut: dict[str, Any] = {}
     for role, plural in _ROLES.items():
-        counted = count_cut(encoder, texts[role], role)
+        counted = count_truncated(encoder, texts[role], role)
         log_cut(counted, len(texts[role]), plural)
         cut[role] = {"count": counted.texts, "max_length": counted.limit}
     start = time.perf_counter()

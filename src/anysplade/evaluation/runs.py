@@ -7,9 +7,9 @@ import re
 from collections.abc import Set
 from pathlib import Path
 
-from anysplade._common.files import user_path, write_whole
+from anysplade._common.files import user_path, write_atomic
 from anysplade.data.collections import Collection
-from anysplade.data.sources import lines, trec_columns, whole_characters
+from anysplade.data.sources import lines, replace_surrogates, trec_columns
 from anysplade.errors import DataError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def write_run(path: str | Path, run: Run, model: str) -> None:
         for query_id, ranking in run.items()
         for rank, (document_id, score) in enumerate(ranking.items(), 1)
     ]
-    write_whole(path, "".join(rows))
+    write_atomic(path, "".join(rows))
 
 
 def check_run(place: str | Path, run: Run, collection: Collection) -> None:
@@ -107,7 +107,7 @@ def require_trec_ids(collection: Collection) -> None:
     """Raise OutputError if a run file cannot hold an id of the collection: one with white space or half a character."""
     for role, ids in (("query", collection.queries), ("document", collection.corpus)):
         for id_ in ids:
-            if id_.split() != [id_] or id_ != whole_characters(id_):
+            if id_.split() != [id_] or id_ != replace_surrogates(id_):
                 fault = "white space" if id_.split() != [id_] else "a lone surrogate"
                 raise OutputError(
                     f"{role} id {id_[:80]!r}: {fault} is not possible in a run file; rename the id, or give no `output`"

@@ -11,9 +11,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_atomic
 from anysplade._common.progress import bar
-from anysplade.data.sources import whole_characters
+from anysplade.data.sources import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.head import check_tokens, usable_positions
 from anysplade.model.options import Role
@@ -92,7 +92,7 @@ def encode_dense(
             if vectors is None:
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                     vectors = of_role(
-                        [whole_characters(text) for text in part],
+                        [replace_surrogates(text) for text in part],
                         batch_size=batch_size,
                         normalize_embeddings=model.similarity_fn_name == "cosine",
                         show_progress_bar=False,
@@ -105,7 +105,7 @@ def encode_dense(
                 if kept is not None:
                     file = io.BytesIO()
                     np.save(file, vectors)
-                    write_whole(kept, file.getvalue())
+                    write_atomic(kept, file.getvalue())
             parts.append(vectors)
             shown.update(len(part))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)

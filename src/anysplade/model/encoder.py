@@ -1,31 +1,24 @@
-"""Stock sparse encoders: from a backbone, calibrated, or as they were saved; fused while they run."""
+"""Open sparse encoders: from a backbone, calibrated, or as they were saved."""
 
 import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
-from torch import Tensor, nn
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade.errors import ModelError, OptionError
-from anysplade.model import vocabulary
 from anysplade.model.calibration import Calibration, calibrate
 from anysplade.model.folding import fold_head, plan_folding
+from anysplade.model.fused import fuse_pooling
 from anysplade.model.head import (
-    check_length,
     check_masked_lm,
     check_weights,
     describe_encoder,
@@ -33,14 +26,12 @@ from anysplade.model.head import (
     finish_loading,
     give_head,
     has_remote_code,
-    live_terms,
     load_masked_lm,
     masked_lm_class,
     rescale_head,
-    usable_positions,
 )
-from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder, Role
-from anysplade.model.pooling import splade_pool
+from anysplade.model.modules import cut_at, is_splade, masked_lm, splade_modules, transformer_modules
+from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.saved import first_line, resolve_model, saved_json, saved_kind
 
@@ -158,63 +149,6 @@ def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = 
     return encoder
 
 
-def cut_at(encoder: SparseEncoder, max_length: int) -> None:
-    """Have every text cut to so many tokens.
-
-    Raises:
-        OptionError: fewer than 3, or more than the model has positions for.
-    """
-    if max_length < 3:
-        raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
-    for module in _transformers(encoder):
-        check_length(module.model, max_length)
-        module.max_seq_length = max_length
-
-
-def cut_within(encoder: SparseEncoder, max_length: int | None) -> SparseEncoder:
-    """Have every text cut to a length that was meant for another model, or to what this one has positions for; the encoder."""
-    for module in _transformers(encoder):
-        if max_length is not None:
-            module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
-    return encoder
-
-
-def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool) -> list[int]:
-    """``cut_within``, for the time of a training, whose length is no limit of the finished model.
-
-    Args:
-        saved: it was a sparse encoder before, which was made to read as far as it does.
-
-    Returns:
-        How far each of its transformers reads after the training, for ``read_to``: as far as before, a backbone up to 512
-        tokens, and never less than in training.
-    """
-    before = [module.max_seq_length or LARGE_INTEGER for module in _transformers(encoder)]
-    cut_within(encoder, max_length)
-    most = LARGE_INTEGER if saved else _LONGEST
-    return [max(min(own, most), module.max_seq_length or 0) for own, module in zip(before, _transformers(encoder), strict=True)]
-
-
-def read_to(encoder: SparseEncoder, lengths: Sequence[int]) -> list[int]:
-    """Have each transformer of an encoder cut texts at its length; returns where it cut them before."""
-    before = [module.max_seq_length or LARGE_INTEGER for module in _transformers(encoder)]
-    for module, length in zip(_transformers(encoder), lengths, strict=True):
-        module.max_seq_length = length
-    return before
-
-
-def _transformers(encoder: SparseEncoder) -> list[Transformer]:
-    return [module for module in encoder.modules() if isinstance(module, Transformer)]
-
-
-def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
-    """What reads the texts of a role, up to so many tokens; None if it is a module of another kind."""
-    module: Any = encoder[0]
-    if isinstance(module, Router):
-        module = next(iter(module.sub_modules[role].children()))
-    return module if isinstance(module, Transformer | SparseStaticEmbedding) else None
-
-
 def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """The masked LM and tokenizer of a checkpoint or of a saved SPLADE encoder, and whether it was the latter.
 
@@ -288,23 +222,6 @@ def _auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice
     return (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
 
 
-def is_splade(encoder: SparseEncoder) -> bool:
-    """Whether documents go through an MLM head, so that a dimension is a term of its vocabulary."""
-    first, last = splade_modules(encoder)
-    return isinstance(first, Transformer) and first.transformer_task == "fill-mask" and isinstance(last, SpladePooling)
-
-
-def is_routed(encoder: SparseEncoder) -> bool:
-    """Whether queries and documents go through modules of their own."""
-    return isinstance(encoder[0], Router)
-
-
-def has_static_queries(encoder: SparseEncoder) -> bool:
-    """Whether queries have a weight a token, without a model (inference-free)."""
-    router: Any = encoder[0]
-    return is_routed(encoder) and isinstance(router.sub_modules["query"][-1], SparseStaticEmbedding)
-
-
 def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
     """A saved SparseEncoder of any kind in float32, its weights and tokenizer checked.
 
@@ -316,7 +233,7 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
         raise ModelError(
             has_remote_code(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
         ) from error
-    for module, folder in zip(_transformers(encoder), _transformer_folders(source), strict=True):
+    for module, folder in zip(transformer_modules(encoder), _transformer_folders(source), strict=True):
         model: Any = module.model
         tokenizer: Any = module.tokenizer
         if getattr(model, "peft_config", None) is None:  # an adapter's folder has no weights but its own
@@ -335,48 +252,6 @@ def _transformer_folders(source: str) -> list[str]:
         elif entry["type"].endswith("Transformer"):
             folders.append(entry["path"])
     return folders
-
-
-def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
-    """First and last module of what encodes documents; with an MLM on both sides, queries go through them too."""
-    first: Any = encoder[0]
-    modules: Any = first.sub_modules["document"] if isinstance(first, Router) else encoder
-    return modules[0], modules[-1]
-
-
-def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
-    """The masked LM inside a SPLADE encoder.
-
-    Raises:
-        ModelError: the encoder is of another kind, without an MLM head.
-    """
-    first = splade_modules(encoder)[0]
-    if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
-        modules = ", ".join(type(module).__name__ for module in encoder.children())
-        raise ModelError(f"a SparseEncoder of another kind ({modules}): only SPLADE has an MLM head")
-    return first.model
-
-
-_term_names: WeakKeyDictionary[SparseEncoder, list[str]] = WeakKeyDictionary()
-
-
-def term_names(encoder: SparseEncoder) -> list[str]:
-    """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` has it; made once for each encoder.
-
-    An autoencoder's terms are no tokens. A tokenizer that is written in Python does not say what its marks are: its tokens are
-    the names.
-    """
-    if encoder not in _term_names:
-        size, tokenizer = encoder.get_embedding_dimension() or 0, encoder.tokenizer
-        if isinstance(encoder[-1], SparseAutoEncoder):
-            names = vocabulary.name_terms([None] * size)
-        elif tokenizer.is_fast:
-            names = vocabulary.term_names(tokenizer.backend_tokenizer, size)
-        else:
-            ids = {id_: token for token, id_ in tokenizer.get_vocab().items()}
-            names = vocabulary.name_terms([ids.get(term) for term in range(size)])
-        _term_names[encoder] = names
-    return _term_names[encoder]
 
 
 def _with_splade_pooling(
@@ -425,128 +300,3 @@ def _batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
     iterator = iter(items)
     while batch := tuple(islice(iterator, size)):
         yield batch
-
-
-# ----------------------------------------------------------------------------------- fused pooling
-
-
-def fuse_pooling(encoder: SparseEncoder) -> bool:
-    """Switch a SPLADE encoder to fused pooling, for training and encoding; ``unfuse_pooling`` undoes it.
-
-    Only the two modules' ``forward`` is replaced, on these instances: weights, configuration and all
-    that is saved stay stock, and the masked LM called by itself still gives logits. Where the head
-    is not one projection with its bias, nothing changes and a line is logged.
-
-    Returns:
-        Whether the pooling is fused now.
-    """
-    transformer, pooling = splade_modules(encoder)
-    model = masked_lm(encoder)
-    head = find_head(model)
-    if not isinstance(pooling, SpladePooling):
-        return _not_fused(f"its last module is {type(pooling).__name__}")
-    unfuse_pooling(encoder)
-    if reason := after_decoder(model):
-        return _not_fused(reason)
-    if pooling.embedding_dimension is None:  # the module's own forward would set it
-        pooling.embedding_dimension = len(head.decoder.weight)
-    transformer.__dict__["forward"] = partial(_hidden_forward, transformer, head.decoder)
-    pooling.__dict__["forward"] = partial(_fused_forward, pooling, head.decoder)
-    pooling.register_buffer("live", live_terms(model), persistent=False)  # goes where the model goes, and is not saved
-    return True
-
-
-def unfuse_pooling(encoder: SparseEncoder) -> None:
-    """Back to the modules' own forward."""
-    for module in splade_modules(encoder):
-        module.__dict__.pop("forward", None)
-        module._buffers.pop("live", None)
-
-
-def after_decoder(model: PreTrainedModel) -> str | None:
-    """What a masked LM does after its decoder, for a message; None if its logits are what the decoder returns."""
-    head = find_head(model)
-    if not isinstance(head.decoder, nn.Linear) or (head.decoder.bias is None and head.biases):
-        return f"{type(model).__name__} adds a bias outside its decoder"
-    if not _logits_are_the_decoders(model, head.decoder):
-        return f"{type(model).__name__} changes its logits after the decoder"
-    return None
-
-
-@torch.no_grad()
-def _logits_are_the_decoders(model: PreTrainedModel, decoder: nn.Module) -> bool:
-    """Whether nothing follows the decoder, to the last bit, so that the type of the weights does not matter."""
-    seen: list[Tensor] = []
-    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    was_training = model.training
-    try:
-        ids = torch.arange(16, device=model.device).reshape(2, 8)
-        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    finally:
-        hook.remove()
-        model.train(was_training)
-    return (
-        len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape).to(logits.dtype), logits)
-    )
-
-
-def _not_fused(reason: str) -> bool:
-    logger.info("pooling is not fused, which is slower and gives the same: %s", reason)
-    return False
-
-
-def is_fused(encoder: SparseEncoder) -> bool:
-    """Whether ``fuse_pooling`` switched it."""
-    return "forward" in splade_modules(encoder)[1].__dict__
-
-
-def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """The hidden states before a masked LM's decoder, (batch, length, width)."""
-    with _without(find_head(model).decoder):
-        hidden: Tensor = model(**inputs).logits
-        return hidden
-
-
-_left_out = threading.local()  # its decoder returns hidden states in this thread
-
-
-@contextmanager
-def _without(decoder: nn.Module) -> Iterator[None]:
-    """The decoder returns its input, so that the model returns hidden states and no logits are built.
-
-    In this thread alone: others may encode with the model, save it or read its logits at the same time.
-    """
-    forward = decoder.forward
-    if not (isinstance(forward, partial) and forward.func is _decode):
-        decoder.__dict__["forward"] = partial(_decode, decoder, forward)
-    before, _left_out.decoder = getattr(_left_out, "decoder", None), decoder
-    try:
-        yield
-    finally:
-        _left_out.decoder = before
-
-
-def _decode(decoder: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    return hidden if getattr(_left_out, "decoder", None) is decoder else forward(hidden)
-
-
-def _hidden_forward(transformer: nn.Module, decoder: nn.Linear, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """The transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width)."""
-    with _without(decoder):
-        return type(transformer).forward(transformer, features, **kwargs)
-
-
-def _fused_forward(pooling: Any, decoder: nn.Linear, features: dict[str, Any]) -> dict[str, Any]:
-    hidden = features["token_embeddings"]
-    if "cu_seq_lens_q" in features:  # unpadded input, (1, tokens, width): padding it again is cheap at this width
-        lengths = features["cu_seq_lens_q"].diff().tolist()
-        hidden = nn.utils.rnn.pad_sequence(hidden[0].split(lengths), batch_first=True)
-        mask = torch.arange(hidden.shape[1]) < torch.tensor(lengths).unsqueeze(1)
-        mask = mask.to(hidden.device)
-    else:
-        mask = features["attention_mask"]
-    double_log = pooling.activation_function == "log1p_relu"
-    features["sentence_embedding"] = splade_pool(
-        hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, pooling.live
-    )
-    return features

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.arguments import require
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_atomic
 from anysplade._common.progress import bar
-from anysplade.data.sources import whole_characters
+from anysplade.data.sources import replace_surrogates
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.encoder import reader, term_names
 from anysplade.model.head import usable_positions
+from anysplade.model.modules import reader, term_names
 from anysplade.model.options import OPEN_ENCODER, Role
 from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
@@ -82,7 +82,7 @@ def encode(
     size = _CHUNK if cache is None else _SHARD
     with bar(what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         for start in range(0, len(texts), size):
-            chunk = [whole_characters(text) for text in texts[start : start + size]]  # tokenizers take no others
+            chunk = [replace_surrogates(text) for text in texts[start : start + size]]  # tokenizers take no others
             kept = cache and cache / f"{start:012}.npz"
             block = kept and _read_block(kept)
             if block is not None:
@@ -126,7 +126,7 @@ def require_texts(texts: Iterable[str]) -> list[str]:
     return listed
 
 
-def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> Cut:
+def count_truncated(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> Cut:
     """How many of the texts are longer than what the model reads of them.
 
     Time: that of tokenizing, a hundredth of encoding.
@@ -139,7 +139,7 @@ def count_cut(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> Cut:
     options = {"add_special_tokens": isinstance(module, Transformer), "verbose": False, "return_attention_mask": False}
     prompt, count = _prompt(encoder, role) or "", 0
     for start in range(0, len(texts), _CHUNK):
-        chunk = [prompt + whole_characters(text) for text in texts[start : start + _CHUNK]]
+        chunk = [prompt + replace_surrogates(text) for text in texts[start : start + _CHUNK]]
         with _TOKENIZING:
             count += sum(len(ids) > limit for ids in tokenizer(chunk, **options)["input_ids"])
     # A static embedding's limit was saved with its tokenizer, and no option changes it.
@@ -164,7 +164,7 @@ def _read_block(path: Path) -> sparse.csr_matrix | None:
 def _write_block(path: Path, block: sparse.csr_matrix) -> None:
     file = io.BytesIO()
     sparse.save_npz(file, block, compressed=False)
-    write_whole(path, file.getvalue())
+    write_atomic(path, file.getvalue())
 
 
 def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
@@ -257,13 +257,13 @@ class ModelQueries:
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         return encode(self.encoder, texts, "query")
 
-    def count_cut(self, texts: Sequence[str]) -> Cut:
-        return count_cut(self.encoder, texts, "query")
+    def count_truncated(self, texts: Sequence[str]) -> Cut:
+        return count_truncated(self.encoder, texts, "query")
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         read: Any = self.encoder.tokenizer
         with _TOKENIZING:
-            found = read(whole_characters(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
+            found = read(replace_surrogates(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
     @property

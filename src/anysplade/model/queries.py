@@ -17,7 +17,7 @@ from safetensors import deserialize
 from scipy import sparse
 from tokenizers import Tokenizer
 
-from anysplade.data.sources import whole_characters
+from anysplade.data.sources import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.saved import first_line, saved_file, saved_json
 from anysplade.model.vocabulary import term_names
@@ -60,7 +60,7 @@ class Queries(Protocol):
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary)."""
 
-    def count_cut(self, texts: Sequence[str]) -> Cut:
+    def count_truncated(self, texts: Sequence[str]) -> Cut:
         """How many of the queries are longer than what is read of them."""
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
@@ -156,13 +156,13 @@ class StaticQueries:
             terms, weights = terms[kept], weights[kept]
         return sparse.csr_matrix((weights, terms, starts), shape=(len(rows), len(self._weights)))
 
-    def count_cut(self, texts: Sequence[str]) -> Cut:
+    def count_truncated(self, texts: Sequence[str]) -> Cut:
         """How many of the queries are longer than what is read of them."""
         return Cut(sum(bool(encoding.overflowing) for encoding in self._encode(texts)), self._limit, self._limit)
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         """The tokens of a text: the id, and the characters from where to where."""
-        encoding = self._tokenizer.encode(whole_characters(text), add_special_tokens=special_tokens)
+        encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     @cached_property
@@ -171,7 +171,7 @@ class StaticQueries:
         return term_names(self._tokenizer, len(self._weights))
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        return self._tokenizer.encode_batch([self._prompt + whole_characters(text) for text in texts], add_special_tokens=False)
+        return self._tokenizer.encode_batch([self._prompt + replace_surrogates(text) for text in texts], add_special_tokens=False)
 
 
 def _query_folder(source: str) -> str | None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -29,10 +29,11 @@ from transformers import PreTrainedModel
 
 from anysplade._common.arguments import require
 from anysplade._common.extras import extra
-from anysplade._common.files import default_cache, whole_folder
+from anysplade._common.files import atomic_folder, default_cache
 from anysplade.errors import ModelError, OptionError, OutputError
-from anysplade.model.encoder import hidden_states, is_fused, splade_modules
+from anysplade.model.fused import FusedEncoder, hidden_states, is_fused
 from anysplade.model.head import find_head
+from anysplade.model.modules import splade_modules
 from anysplade.model.options import OPEN_ENCODER, Precision, Runtime
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import first_line
@@ -86,7 +87,7 @@ def for_inference(
 
 def runtime_of(encoder: SparseEncoder) -> str:
     """``"openvino"`` for what ``for_inference`` made for it, else ``"torch"``."""
-    return "openvino" if getattr(splade_modules(encoder)[0], "_openvino", False) else "torch"
+    return "openvino" if isinstance(encoder, OpenVINOEncoder) else "torch"
 
 
 def resolve_precision(precision: Precision, device: torch.device | None = None) -> Precision:
@@ -141,10 +142,9 @@ def _on_openvino(encoder: SparseEncoder, precision: Precision, cache_folder: Pat
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _INT8_GROUP
     compiled = openvino.Core().compile_model(model, "CPU", options)
     tensors: list[Tensor] = [*encoder.parameters(), *encoder.buffers()]
-    result = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
-    transformer = splade_modules(result)[0]
-    transformer.__dict__["forward"] = partial(_forward, _Requests(compiled), [i.any_name for i in compiled.inputs])
-    transformer.__dict__["_openvino"] = True
+    result: Any = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
+    result.__class__ = OpenVINOEncoder
+    result.requests = _Requests(compiled)
     return result
 
 
@@ -153,13 +153,18 @@ class _Requests(threading.local):
 
     def __init__(self, compiled: Any) -> None:
         self.request = compiled.create_infer_request()
+        self.inputs = [given.any_name for given in compiled.inputs]
 
 
-def _forward(requests: _Requests, names: Sequence[str], features: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """A transformer's forward up to the decoder: ``token_embeddings`` is (batch, length, width), float32."""
-    outputs = requests.request.infer({name: features[name].numpy() for name in names}, share_inputs=True)
-    features["token_embeddings"] = torch.from_numpy(outputs[0])
-    return features
+class OpenVINOEncoder(FusedEncoder):
+    """A fused encoder whose hidden states OpenVINO computes, in float32."""
+
+    requests: _Requests
+
+    def _hidden_states(self, transformer: Any, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        inputs = {name: features[name].numpy() for name in self.requests.inputs}
+        outputs = self.requests.request.infer(inputs, share_inputs=True)
+        return torch.from_numpy(outputs[0]), features["attention_mask"]
 
 
 def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) -> Any:
@@ -179,7 +184,7 @@ def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) ->
             shutil.rmtree(folder, ignore_errors=True)
     model = _convert(encoder, int8)
     try:
-        with whole_folder(folder) as work:
+        with atomic_folder(folder) as work:
             openvino.save_model(model, work / "model.xml", compress_to_fp16=False)
     except OutputError as error:  # another process made it meanwhile, or the cache cannot be written
         logger.debug("%s", error)

@@ -11,8 +11,8 @@ from torch import Tensor
 from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.errors import OptionError
-from anysplade.model.encoder import term_names
 from anysplade.model.encoding import ModelQueries
+from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER
 from anysplade.model.vocabulary import split_words
 

@@ -24,14 +24,15 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.extras import extra
-from anysplade._common.files import user_path, write_whole
+from anysplade._common.files import user_path, write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar, begin
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Document
 from anysplade.errors import worker_died
-from anysplade.model.encoder import cut_within, open_encoder
-from anysplade.model.encoding import count_cut, encode
+from anysplade.model.encoder import open_encoder
+from anysplade.model.encoding import count_truncated, encode
+from anysplade.model.modules import cut_within
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference
@@ -113,7 +114,7 @@ def encode_documents(
     with bar("encoding documents", "document", show=progress) as shown:
         for number, (part, rows, is_new) in enumerate(run(parts, options, kept, workers, encoder or options.open)):
             if shards is not None and is_new:
-                write_whole(shards / f"{number:06}.npz", _to_bytes(rows, part))
+                write_atomic(shards / f"{number:06}.npz", _to_bytes(rows, part))
             cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
             shown.update(len(part.ids))
             yield _with_vectors(part, rows.matrix)
@@ -134,7 +135,7 @@ def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[Part]:
 
 def _encode(encoder: SparseEncoder, part: Part, top_k: int | None) -> _Rows:
     matrix = encode(encoder, part.texts, "document", ids=part.ids, top_k=top_k)
-    return _Rows(matrix, count_cut(encoder, part.texts, "document"))
+    return _Rows(matrix, count_truncated(encoder, part.texts, "document"))
 
 
 def _with_vectors(part: Part, matrix: sparse.csr_matrix) -> list[EncodedDocument]:

@@ -29,7 +29,7 @@ class EncodedDocument(NamedTuple):
     weights: np.ndarray  # (active dims,) float32, finite and above 0
 
 
-def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
+def check_vector(label: str, terms: np.ndarray, weights: np.ndarray, vocabulary: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
     """The same as int32 and float32, each (active dims,).
 
     Engines accept more than they can search: Qdrant takes NaN, and doubled terms change scores after a reload.
@@ -40,17 +40,17 @@ def check_vector(said: str, terms: np.ndarray, weights: np.ndarray, vocabulary: 
     """
     terms, weights = np.asarray(terms), np.asarray(weights)
     if terms.ndim != 1 or terms.shape != weights.shape:
-        raise DataError(f"{said}: terms {terms.shape} and weights {weights.shape}; a vector has one weight for each term")
+        raise DataError(f"{label}: terms {terms.shape} and weights {weights.shape}; a vector has one weight for each term")
     if not len(terms):
         return terms.astype(np.int32), weights.astype(np.float32)
     if terms.dtype.kind not in "iu" or terms[0] < 0 or not (terms[1:] > terms[:-1]).all():
-        raise DataError(f"{said}: its terms must be int32, 0 or more, rising and each once; sort them and add up duplicates")
+        raise DataError(f"{label}: its terms must be int32, 0 or more, rising and each once; sort them and add up duplicates")
     if terms[-1] >= vocabulary:
-        raise DataError(f"{said}: a term id outside of the vocabulary of {vocabulary:,}; the vector is of another model")
+        raise DataError(f"{label}: a term id outside of the vocabulary of {vocabulary:,}; the vector is of another model")
     with np.errstate(over="ignore"):
         weights = weights.astype(np.float32, copy=False)
     if not (weights.min() > 0 and weights.max() < np.inf):  # false for NaN
-        raise DataError(f"{said}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
+        raise DataError(f"{label}: its weights must be finite and above 0; drop zeros, and look for NaN in the model")
     return terms.astype(np.int32, copy=False), weights
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import beside, only_process, require_empty, user_path, write_whole
+from anysplade._common.files import beside, only_process, require_empty, user_path, write_atomic
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
@@ -36,7 +36,7 @@ from anysplade.search.documents import (
     check_query,
     explain_filter,
 )
-from anysplade.search.models import FORMAT, IndexModel, describe_model
+from anysplade.search.index_model import FORMAT, IndexModel, describe_model
 from anysplade.search.store import BATCH, Store
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Index:
         encoder = open_encoder(source, max_length=about["max_length"])
         about = about | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
         Store.create(output)
-        write_whole(output / "index.json", json.dumps(about, indent=2) + "\n")
+        write_atomic(output / "index.json", json.dumps(about, indent=2) + "\n")
         index = cls(output, about, source, runtime)
         index._model.source, index._model.encoder = source, encoder
         return index
@@ -243,7 +243,7 @@ class Index:
 
     def _write(self, about: dict[str, Any]) -> None:
         self.about = about
-        write_whole(self.folder / "index.json", json.dumps(about, indent=2) + "\n")
+        write_atomic(self.folder / "index.json", json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def load(
@@ -325,7 +325,7 @@ class Index:
         """
         check_documents(documents)
         for batch in self._encode(documents.items(), progress=progress):
-            self.store.put(batch, by_hand=True)
+            self.store.put(batch, manual=True)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove the documents with these ``ids``, and return how many there were. ``build`` no longer updates the index then.
@@ -333,7 +333,7 @@ class Index:
         Raises:
             OutputError: another process holds the index, or it is read-only.
         """
-        return self.store.delete(ids, by_hand=True)
+        return self.store.delete(ids, manual=True)
 
     def snapshot(self, folder: str | Path) -> None:
         """Copy the index to a new ``folder``, consistently even while it is written to. The engine is built at the first opening.
@@ -346,7 +346,7 @@ class Index:
         about = dict(self.about)
         if "model_beside" in about:
             about["model_beside"] = os.path.relpath(self.folder.resolve() / about["model_beside"], folder.resolve())
-        write_whole(folder / "index.json", json.dumps(about, indent=2) + "\n")
+        write_atomic(folder / "index.json", json.dumps(about, indent=2) + "\n")
 
     def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
         """Find the ``k`` documents of the highest score above 0 for a ``query``; ties keep the order in which they were added.

@@ -20,7 +20,7 @@ from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, check
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
 from anysplade.search.index import Index, explain_score
-from anysplade.search.models import IndexModel, describe_model
+from anysplade.search.index_model import IndexModel, describe_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder

@@ -174,7 +174,7 @@ class Store:
 
     @property
     def edited(self) -> bool:
-        """Whether documents were changed ``by_hand``."""
+        """Whether documents were changed ``manual``."""
         return bool(self._one("PRAGMA user_version"))
 
     def _one(self, query: str) -> Any:
@@ -183,11 +183,11 @@ class Store:
 
     # -------------------------------------------------------------------------------------- change
 
-    def put(self, documents: Iterable[EncodedDocument], by_hand: bool = False) -> None:
+    def put(self, documents: Iterable[EncodedDocument], manual: bool = False) -> None:
         """Add documents, or replace those whose id is there, a transaction for each ``BATCH`` of them.
 
         Args:
-            by_hand: note that the store is no longer what its corpus says.
+            manual: note that the store is no longer what its corpus says.
 
         Raises:
             DataError: a vector that cannot be indexed; its transaction stays out.
@@ -197,20 +197,20 @@ class Store:
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
             check_vectors(batch, self.vocabulary)
-            with self._writing(by_hand) as (cursor, rows):
+            with self._writing(manual) as (cursor, rows):
                 rows += _put(cursor, batch)
 
-    def delete(self, ids: Iterable[str], by_hand: bool = False) -> int:
+    def delete(self, ids: Iterable[str], manual: bool = False) -> int:
         """Remove documents; how many of them there were.
 
         Args:
-            by_hand: as ``put`` has it.
+            manual: as ``put`` has it.
 
         Raises:
             OutputError: another process holds the store, or it is read-only.
             AnyspladeError: the disk is full.
         """
-        with self._writing(by_hand) as (cursor, rows):
+        with self._writing(manual) as (cursor, rows):
             for id_ in ids:
                 row = cursor.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
                 if row is not None:
@@ -405,7 +405,7 @@ class Store:
     # ---------------------------------------------------------------------------- database and engine
 
     @contextlib.contextmanager
-    def _writing(self, by_hand: bool = False) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
+    def _writing(self, manual: bool = False) -> Iterator[tuple[sqlite3.Cursor, list[_Row]]]:
         """Change the database in one transaction, and then the engine: it gets the rows that are put into the list."""
         with self._lock, _explained(self.folder):
             self.require_writable()
@@ -416,7 +416,7 @@ class Store:
             try:
                 cursor.execute("INSERT INTO writes VALUES (1, 1) ON CONFLICT (one) DO UPDATE SET count = count + 1")
                 yield cursor, rows
-                if by_hand and rows:  # where nothing was deleted, nothing was changed
+                if manual and rows:  # where nothing was deleted, nothing was changed
                     cursor.execute("PRAGMA user_version = 1")
                 positions = json.dumps([row[0] for row in rows])
                 cursor.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))

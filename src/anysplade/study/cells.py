@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from anysplade._common.files import make_folder, whole_folder, write_whole
+from anysplade._common.files import atomic_folder, make_folder, write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
@@ -260,7 +260,7 @@ def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:
         provenance=provenance(),
         training_active_dims=(trained.query_active_dims, trained.document_active_dims),
     )
-    write_whole(cell_file(out, cell), json.dumps(_RECORD.dump_python(record, mode="json", by_alias=True)) + "\n")
+    write_atomic(cell_file(out, cell), json.dumps(_RECORD.dump_python(record, mode="json", by_alias=True)) + "\n")
     shutil.rmtree(work)
 
 
@@ -333,7 +333,7 @@ def edited(backbone: str, edits: tuple[tuple[Edit, float], ...], out: str | Path
             model, tokenizer = load_masked_lm(backbone)
             for edit, value in edits:
                 _edit(model, edit, value)
-            with whole_folder(target) as folder:
+            with atomic_folder(target) as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
     return str(target)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from anysplade._common.figures import INK
-from anysplade._common.files import write_whole
+from anysplade._common.files import write_atomic
 from anysplade._common.progress import counted, duration
 from anysplade.study.cells import METRIC, METRICS
 from anysplade.study.figures import study_figures
@@ -35,9 +35,9 @@ def write_report(result: StudyResult, out: Path) -> None:
     environment = Environment(loader=PackageLoader("anysplade.study"), autoescape=select_autoescape(["html"]), trim_blocks=False)
     environment.filters |= {"short": _short, "duration": duration}
     for template, name in (("study.html", "report.html"), ("study.md", "report.md")):
-        write_whole(out / name, environment.get_template(template).render(content) + "\n")
+        write_atomic(out / name, environment.get_template(template).render(content) + "\n")
     for figure in (figure for part in parts for figure in part["figures"]):
-        write_whole(out / "figures" / f"{figure['name']}.svg", figure["file"])
+        write_atomic(out / "figures" / f"{figure['name']}.svg", figure["file"])
 
 
 def _part(name: str, result: StudyResult) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from anysplade._common.arguments import require
-from anysplade._common.files import only_process, user_path, write_whole
+from anysplade._common.files import only_process, user_path, write_atomic
 from anysplade._common.progress import bar, counted, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
@@ -186,7 +186,7 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
         failed=failed,
         report=str(out / "report.html"),
     )
-    write_whole(out / "study.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    write_atomic(out / "study.json", json.dumps(result.to_dict(), indent=1) + "\n")
     write_report(result, out)
     return result
 

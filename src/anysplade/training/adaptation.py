@@ -21,6 +21,7 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.files import (
+    atomic_folder,
     damaged_file,
     default_cache,
     digests,
@@ -28,8 +29,7 @@ from anysplade._common.files import (
     read_record,
     require_empty,
     user_path,
-    whole_folder,
-    write_whole,
+    write_atomic,
 )
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
@@ -41,7 +41,8 @@ from anysplade.data.sources import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.evaluations import Evaluation, evaluate
-from anysplade.model.encoder import has_static_queries, open_encoder
+from anysplade.model.encoder import open_encoder
+from anysplade.model.modules import has_static_queries
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops
@@ -174,12 +175,12 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     )
     collection = None if judged is None else load_collection(judged, split, progress=progress)
     begun = (output / "options.json").exists()
-    write_whole(output / "options.json", json.dumps(about, indent=2) + "\n")
+    write_atomic(output / "options.json", json.dumps(about, indent=2) + "\n")
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
         held_out = _write_training(corpus, output, judged is None, progress)
         shutil.rmtree(output / "original", ignore_errors=True)  # of a call that was interrupted
-        with whole_folder(output / "original") as folder:
+        with atomic_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
         original, pairs = open_encoder(output / "original"), load_pairs(data)
         queries, documents = _targets(original, pairs)
@@ -200,7 +201,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
     shutil.rmtree(output / "model", ignore_errors=True)
-    with whole_folder(output / "model") as folder:
+    with atomic_folder(output / "model") as folder:
         shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
     result = Adaptation(
         model=str(output / "model"),
@@ -217,7 +218,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         provenance=provenance(),
     )
     record = about | result.to_dict() | {"files": digests(output / "model", without=("README.md", "training.svg"))}
-    write_whole(output / "adaptation.json", json.dumps(record, indent=2) + "\n")
+    write_atomic(output / "adaptation.json", json.dumps(record, indent=2) + "\n")
     return result
 
 
@@ -237,7 +238,7 @@ def _write_adapted(trained: Path, output: Path, pairs: Sequence[Pair], most: np.
         for before, after in zip(original.parameters(), encoder.parameters(), strict=True):
             after.lerp_(before, 1 - _TRAINED)
     trim_flops(encoder, pairs, most)
-    with whole_folder(output / "adapted") as folder:
+    with atomic_folder(output / "adapted") as folder:
         encoder.save_pretrained(str(folder))
         for name in ("README.md", "training.svg"):
             if (trained / name).exists():
@@ -292,7 +293,7 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
         for row in rows
         if row["document_id"] not in held
     )
-    write_whole(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
+    write_atomic(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
     if not hold_out:
         return None
     queries: dict[str, str] = {}

@@ -14,7 +14,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from anysplade._common.files import damaged_file, digests, read_record, write_whole
+from anysplade._common.files import damaged_file, digests, read_record, write_atomic
 from anysplade._common.progress import bar, counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
@@ -53,7 +53,7 @@ class MarkComplete(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_whole(checkpoint / _COMPLETE, json.dumps(digests(checkpoint)) + "\n")
+            write_atomic(checkpoint / _COMPLETE, json.dumps(digests(checkpoint)) + "\n")
 
 
 class Patience(EarlyStoppingCallback):

@@ -9,9 +9,9 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade.data.collections import Pair
-from anysplade.model.encoder import masked_lm, read_to
-from anysplade.model.encoding import count_cut, encode
+from anysplade.model.encoding import count_truncated, encode
 from anysplade.model.head import find_head
+from anysplade.model.modules import masked_lm, set_lengths
 from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_QUERIES
 from anysplade.training.config import TrainingConfig
@@ -57,12 +57,12 @@ def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequenc
     give the whole texts ``target`` active dims. What it is wrong by, ``trim_level`` corrects.
     """
     texts = [pair.query if role == "query" else pair.positive for pair in _sample(pairs, _BEFORE)]
-    if not count_cut(encoder, texts, role).texts:
+    if not count_truncated(encoder, texts, role).texts:
         return target
     cut = encode(encoder, texts, role).data
-    before = read_to(encoder, lengths)
+    before = set_lengths(encoder, lengths)
     whole = np.sort(encode(encoder, texts, role).data)[::-1]
-    read_to(encoder, before)
+    set_lengths(encoder, before)
     most = min(len(whole), round(target * len(texts)))
     return target * max(1, int((cut >= whole[most - 1]).sum())) / most if most else target
 

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_whole
+from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
@@ -31,7 +31,7 @@ from anysplade.data.sources import is_built_in
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
 from anysplade.model.options import Role, checked_option
 from anysplade.search.exact import Postings
-from anysplade.training.teachers import Kept, Rows, Teacher, kept_vectors, open_teacher
+from anysplade.training.teachers import Rows, Teacher, VectorCache, kept_vectors, open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +117,12 @@ def mine(
 
     # A finished output needs none of these.
     @functools.cache
-    def kept() -> Kept | None:
+    def kept() -> VectorCache | None:
         if teacher is None:
             return None
         known = kept_vectors(opened(teacher), _parts_of(output) / "teacher", progress)
-        known.learn(documents, "document")
-        known.learn([pair.query for pair in pairs], "query")
+        known.ensure_cached(documents, "document")
+        known.ensure_cached([pair.query for pair in pairs], "query")
         return known
 
     @functools.cache
@@ -222,7 +222,7 @@ def _bound(positive: float, margin: float) -> float:
 
 
 def _below_the_positive(
-    part: list[Pair], candidates: list[list[int]], documents: list[str], judge: Kept, negatives: int, margin: float
+    part: list[Pair], candidates: list[list[int]], documents: list[str], judge: VectorCache, negatives: int, margin: float
 ) -> list[list[int]]:
     """The first candidates of each pair that the teacher scores below its positive; it reads no more than it must."""
     own = judge.scores([(pair.query, pair.positive) for pair in part])
@@ -256,7 +256,7 @@ def _require_extra(name: str) -> None:
 
 
 def _searcher(
-    miner: str, opened: Callable[[str], Teacher], documents: list[str], depth: int, kept: Kept | None, progress: bool
+    miner: str, opened: Callable[[str], Teacher], documents: list[str], depth: int, kept: VectorCache | None, progress: bool
 ) -> Search:
     """
     Args:
@@ -332,7 +332,7 @@ def _in_blocks(
     about = options | {"data_hash": DataHash(chain(pairs, documents)).hexdigest()}
     if (before := finished_record(output, about, parts)) is not None:
         return Mined(before.pop("examples"), before.pop("left_out"), before)
-    write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
+    write_atomic(parts / "about.json", json.dumps(about, indent=2) + "\n")
     blocks = []
     with bar(task, "example", len(pairs), progress) as shown:
         for start in range(0, len(pairs), _BLOCK):
@@ -346,17 +346,17 @@ def _in_blocks(
                         shutil.rmtree(parts)
                     raise
                 written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-                write_whole(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
+                write_atomic(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
             blocks.append(written)
             shown.update(len(part))
     count = sum(written.count(b"\n") for written in blocks)
     if not count:
         shutil.rmtree(parts)
         return None
-    write_whole(output, b"".join(blocks))
+    write_atomic(output, b"".join(blocks))
     about |= {"sha256": file_digest(output), "provenance": provenance()}
     mined = Mined(count, len(pairs) - count, about)
-    write_whole(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
+    write_atomic(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
     shutil.rmtree(parts)
     if mined.left_out:
         logger.info("%d of %d examples left out for want of enough negatives", mined.left_out, len(pairs))

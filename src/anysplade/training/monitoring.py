@@ -1,8 +1,7 @@
 """Watch a training run for collapse: what each batch's vectors look like, and what is wrong with them.
 
-The monitor sees the vectors where the ranking loss does (``compute_loss_from_embeddings``), so any
-loss of sentence-transformers that has this method can be watched. ``diagnose`` is a function of what
-was seen alone: a recorded run gives the findings that the running one gave.
+``ObservedLoss`` gives the monitor the vectors of the ranking loss. ``diagnose`` is a function of the
+observations alone: a recorded run gives the findings that the running one gave.
 """
 
 import logging
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers.util.distributed import all_gather, get_world_size
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -93,12 +92,12 @@ Name = Literal["constant vectors", "all zero", "all dense", "divergence", "dead 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem of a run: the step at which it appeared, the evidence, and a fix (``mend``)."""
+    """A problem of a run: the step at which it appeared, the evidence, and a fix (``fix``)."""
 
     name: Name
     step: int
     evidence: str
-    mend: str
+    fix: str
     collapse: bool  # whether the run is lost; otherwise it continues, worse than it could be
 
 
@@ -144,13 +143,13 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     alike = all_of("query_similarity", low=_ALIKE) and all_of("document_similarity", low=_ALIKE)
     found: list[Finding] = []
 
-    def add(name: Name, evidence: str, mend: str, collapse: bool) -> None:
-        found.append(Finding(name, now.step, evidence, mend, collapse))
+    def add(name: Name, evidence: str, fix: str, collapse: bool) -> None:
+        found.append(Finding(name, now.step, evidence, fix, collapse))
 
     for role in ("query", "document"):
         if all_of(f"{role}_active_dims", high=_EMPTY):
-            mend = _RAISE if getattr(observations[0], f"{role}_active_dims") <= _EMPTY else _LIGHTER
-            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", mend, True)
+            fix = _RAISE if getattr(observations[0], f"{role}_active_dims") <= _EMPTY else _LIGHTER
+            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", fix, True)
     if not found and alike and all(seen.score_std < _FLAT * seen.score_mean for seen in window):
         evidence = (
             f"cosine {now.query_similarity:.2f} between queries and {now.document_similarity:.2f} between documents of a batch; "
@@ -175,37 +174,27 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
 class Monitor(TrainerCallback, ExportableState):
     """Observe a run's batches, name what is wrong, and stop it on collapse if that is asked for.
 
+    ``see`` is the observer of the ranking loss, for ``ObservedLoss``.
+
     Args:
-        ranking: the loss that gets the vectors; sentence-transformers' losses have the method
-            ``compute_loss_from_embeddings``, which is wrapped on this instance.
+        vocabulary: length of the vectors.
         stop: end the training when a finding says that the run is lost.
         contrastive: the ranking loss is a softmax over the batch, so that the loss of guessing is known.
+        live: ids of the terms that are looked at; all if None.
 
     In several processes each of them observes the batch of all, and so all come to the same findings.
     """
 
-    def __init__(
-        self, ranking: nn.Module, vocabulary: int, stop: bool = False, contrastive: bool = True, live: Tensor | None = None
-    ) -> None:
+    def __init__(self, vocabulary: int, stop: bool = False, contrastive: bool = True, live: Tensor | None = None) -> None:
         self.observations: list[Observation] = []
         self.findings: list[Finding] = []
-        self.live = live  # the terms that are looked at; all if None
+        self.live = live
         self.vocabulary = vocabulary if live is None else len(live)
         self.stop = stop
         self.contrastive = contrastive
         self._last_used: Tensor | None = None
         self._due = False
         self._step = 0
-        compute: Any = ranking.compute_loss_from_embeddings
-
-        def watched(embeddings: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-            loss = compute(embeddings, *args, **kwargs)
-            if self._due:
-                self._due = False
-                self._observe(embeddings, torch.stack(list(loss.values())).sum() if isinstance(loss, dict) else loss)
-            return loss
-
-        ranking.__dict__["compute_loss_from_embeddings"] = watched
 
     @property
     def collapsed(self) -> bool:
@@ -221,7 +210,12 @@ class Monitor(TrainerCallback, ExportableState):
         """For the trainer's checkpoints."""
         return self.to_dict() | {"last_used": None if self._last_used is None else self._last_used.tolist()}
 
-    def _observe(self, embeddings: list[Tensor], loss: Tensor) -> None:
+    def see(self, embeddings: list[Tensor], loss: Tensor | dict[str, Tensor]) -> None:
+        """Observe a batch, once per step and not at every step."""
+        if not self._due:
+            return
+        self._due = False
+        loss = torch.stack(list(loss.values())).sum() if isinstance(loss, dict) else loss
         if get_world_size() > 1:
             embeddings = [all_gather(embedding.detach().contiguous()) for embedding in embeddings]
             loss = all_gather(loss.detach().reshape(1)).mean()
@@ -250,7 +244,7 @@ class Monitor(TrainerCallback, ExportableState):
             if finding.name not in known:
                 known.add(finding.name)
                 self.findings.append(finding)
-                logger.warning("step %d: %s (%s); %s", finding.step, finding.name, finding.evidence, finding.mend)
+                logger.warning("step %d: %s (%s); %s", finding.step, finding.name, finding.evidence, finding.fix)
         if self.stop and self.collapsed:
             control.should_training_stop = True
 

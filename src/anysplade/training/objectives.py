@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anysplade.data.collections import Pair
 from anysplade.errors import DataError
-from anysplade.model.encoder import has_static_queries
+from anysplade.model.modules import has_static_queries
 from anysplade.training.config import TrainingConfig, parse_objective
 from anysplade.training.regularization import make_regularizer
 from anysplade.training.teachers import BatchTeacher, batch_scores

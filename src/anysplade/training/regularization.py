@@ -6,8 +6,8 @@ the batch is that of all of them, so that the same weight gives the same sparsit
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from anysplade.training.config import Regularizer
+from anysplade.training.observers import ObservedLoss
 
 
 def _over_processes(mean: Tensor) -> Tensor:
@@ -133,30 +134,24 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
             for role, target in (("query", query_active_dims), ("document", document_active_dims))
             if target is not None
         }
+        self._regularizers: dict[str, Any] = {role: getattr(loss, f"{role}_regularizer") for role in ("query", "document")}
         for role in self.sides:
-            regularizer = getattr(loss, f"{role}_regularizer")
-            regularizer.__dict__["compute_loss_from_embeddings"] = self._measured(role, regularizer.compute_loss_from_embeddings)
+            setattr(loss, f"{role}_regularizer", ObservedLoss(self._regularizers[role], partial(self._measure, role)))
 
-    def _measured(self, role: str, compute: Any) -> Any:
-        def measured(embeddings: Tensor) -> Tensor:
-            value: Tensor = compute(embeddings)
-            if torch.is_grad_enabled():
-                texts = len(embeddings) * get_world_size()
-                self.sides[role].measure(embeddings.detach(), float(value.detach()), math.log(max(2, texts)))
-            return value
-
-        return measured
+    def _measure(self, role: str, vectors: Tensor, value: Tensor) -> None:
+        if torch.is_grad_enabled():
+            texts = len(vectors) * get_world_size()
+            self.sides[role].measure(vectors.detach(), float(value.detach()), math.log(max(2, texts)))
 
     def state(self) -> dict[str, Any]:
         """For the trainer's checkpoints."""
         sides = {role: asdict(side) for role, side in self.sides.items()}
-        return {"sides": sides, "frequency": dict(self._frequencies())}
-
-    def _frequencies(self) -> Iterator[tuple[str, list[float]]]:
-        for role in ("query", "document"):
-            regularizer = getattr(self.loss, f"{role}_regularizer")
-            if isinstance(regularizer, DFFlopsLoss) and regularizer.frequency is not None:
-                yield role, regularizer.frequency.tolist()
+        frequencies = {
+            role: regularizer.frequency.tolist()
+            for role, regularizer in self._regularizers.items()
+            if isinstance(regularizer, DFFlopsLoss) and regularizer.frequency is not None
+        }
+        return {"sides": sides, "frequency": frequencies}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -164,7 +159,7 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
         if state.global_step and saved:
             self.sides = {role: _Side(**side) for role, side in saved["sides"].items()}
             for role, frequency in saved["frequency"].items():
-                getattr(self.loss, f"{role}_regularizer").frequency = torch.tensor(frequency, device=args.device)
+                self._regularizers[role].frequency = torch.tensor(frequency, device=args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)

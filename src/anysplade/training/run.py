@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 
 from anysplade._common.arguments import require
 from anysplade._common.files import (
+    atomic_folder,
     damaged_file,
     digests,
     file_digest,
@@ -38,8 +39,7 @@ from anysplade._common.files import (
     read_record,
     record_path,
     user_path,
-    whole_folder,
-    write_whole,
+    write_atomic,
     writing,
 )
 from anysplade._common.progress import begin
@@ -51,19 +51,9 @@ from anysplade.data.python_docs import PACKAGES
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.model.calibration import Calibration, sample_pairs
-from anysplade.model.encoder import (
-    build_encoder,
-    check_foldable,
-    cut_in_training,
-    has_static_queries,
-    is_routed,
-    is_saved_encoder,
-    masked_lm,
-    open_encoder,
-    read_to,
-    splade_modules,
-)
+from anysplade.model.encoder import build_encoder, check_foldable, is_saved_encoder, open_encoder
 from anysplade.model.head import find_head, live_terms
+from anysplade.model.modules import cut_in_training, has_static_queries, is_routed, masked_lm, set_lengths, splade_modules
 from anysplade.model.options import Role
 from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
@@ -85,6 +75,7 @@ from anysplade.training.level import active_dims, batch_target, trim_level, warn
 from anysplade.training.mining import mine
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import check_examples, make_loss
+from anysplade.training.observers import ObservedLoss
 from anysplade.training.regularization import ActiveDimsController
 from anysplade.training.teachers import BatchTeacher, prepare_teacher, teacher_kind
 
@@ -142,18 +133,18 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         CollapseError: with ``on_collapse="stop"``, or when the restarts collapsed too.
     """
     require("config", config, TrainingConfig, "give anysplade.TrainingConfig(backbone, data, output=folder)")
-    return train_as(config, progress, _said(config))
+    return train_as(config, progress, _label(config))
 
 
-def train_as(config: TrainingConfig, progress: bool, said: str) -> TrainingResult:
+def train_as(config: TrainingConfig, progress: bool, label: str) -> TrainingResult:
     """``train``, with the line that says what begins."""
     check_trackers(config.report_to)
     output = user_path(config.output)
     with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():
-        return _train(config, output, progress, said)
+        return _train(config, output, progress, label)
 
 
-def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> TrainingResult:
+def _train(config: TrainingConfig, output: Path, progress: bool, label: str) -> TrainingResult:
     """``train``, in a folder that no other run writes to."""
     if config.dev is not None:  # imported here, since it needs the extra; a missing one is told before hours of training
         from anysplade.evaluation.evaluations import evaluate
@@ -192,12 +183,12 @@ def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> T
             )
         if finished is not None:
             if arguments.process_index == 0:
-                write_whole(output / "run.json", json.dumps(recorded | {"files": files, "hashes": hashes}, indent=2) + "\n")
+                write_atomic(output / "run.json", json.dumps(recorded | {"files": files, "hashes": hashes}, indent=2) + "\n")
             logger.info("%s holds this run's result already", output)
             return finished
 
         teacher = None if config.teacher is None else _teacher(config, output, arguments, pairs, not recorded, progress)
-    logger.info("%s", said)
+    logger.info("%s", label)
     restarts: list[dict[str, Any]] = recorded.get("restarts", [])
     while True:
         begin(f"probing the head of {config.backbone}", progress and not is_saved_encoder(backbone))
@@ -207,8 +198,8 @@ def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> T
             if arguments.process_index == 0:
                 if not recorded:
                     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-                write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
-                write_whole(output / _OPTIONS, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+                write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
+                write_atomic(output / _OPTIONS, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
             checkpoint = last_checkpoint(output / "checkpoints")
         trainer, monitor = _trainer(config, encoder, lengths, pairs, arguments, dev, teacher, progress)
         start = time.perf_counter()
@@ -226,7 +217,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> T
     if done < asked_for and config.patience is None:  # the trainer ends so when the batches run out, and says nothing
         raise AnyspladeError(f"{output}: the training ended at step {done} of {asked_for}; no model was written")
     if arguments.process_index == 0:
-        read_to(encoder, lengths)  # from here on all is measured as an index will have it
+        set_lengths(encoder, lengths)  # from here on all is measured as an index will have it
         begin("measuring the trained model on training texts", progress, len(pairs))
         trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
         dims = active_dims(encoder, pairs)
@@ -255,12 +246,12 @@ def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> T
             max_seq_length=splade_modules(encoder)[0].max_seq_length,
         )
         shutil.rmtree(output / "model", ignore_errors=True)  # of a run that ended between this line and the record
-        with whole_folder(output / "model") as folder:
+        with atomic_folder(output / "model") as folder:
             encoder.save_pretrained(str(folder))
             write_card(folder, result.to_dict())
         run["model"] = digests(output / "model", without=("README.md", "training.svg"))
-        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
-        write_whole(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
+        write_atomic(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
         shutil.rmtree(output / _DATA)
     if arguments.world_size > 1:
         torch.distributed.barrier()
@@ -269,7 +260,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool, said: str) -> T
     return recorded_result
 
 
-def _said(config: TrainingConfig) -> str:
+def _label(config: TrainingConfig) -> str:
     """What is trained, and the options that differ from the defaults."""
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.default is not MISSING}
     chosen = [f"{f.name} {given[f.name]}" for f in fields(config) if f.name in given and given[f.name] != f.default]
@@ -422,11 +413,11 @@ def _give_up_or_restart(config: TrainingConfig, output: Path, run: dict[str, Any
     evidence = f"{worst.name} at step {worst.step} ({worst.evidence})"
     if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
         if write:
-            write_whole(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
-        raise CollapseError(f"{output}: the training collapsed: {evidence}; {worst.mend}")
+            write_atomic(output / "run.json", json.dumps(run | {"collapsed": findings}, indent=2) + "\n")
+        raise CollapseError(f"{output}: the training collapsed: {evidence}; {worst.fix}")
     run["restarts"].append({"k": run["calibration"]["k"], "shift": run["calibration"]["shift"], "findings": findings})
     if write:
-        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")
+        write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     logger.warning("%s; starting again from the beginning, calibrated more strongly", evidence)
 
@@ -606,12 +597,12 @@ def _trainer(
     if config.head_learning_rate is not None:
         arguments.learning_rate_mapping = {_head_parameters(loss, masked_lm(encoder)): config.head_learning_rate}
     monitor = Monitor(
-        loss.loss,
         encoder.get_embedding_dimension() or 0,
         stop=config.on_collapse != "warn",
         contrastive=list(parse_objective(config.objective)) == ["contrastive"],
         live=live_terms(masked_lm(encoder)),
     )
+    loss.loss = ObservedLoss(loss.loss, monitor.see)
     roles: tuple[tuple[Role, float | None], ...] = (("query", config.query_active_dims), ("document", config.document_active_dims))
     targets = [target and batch_target(encoder, pairs, lengths, role, target) for role, target in roles]
     main = arguments.process_index == 0

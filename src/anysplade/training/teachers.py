@@ -23,16 +23,17 @@ from scipy import sparse
 from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import Tensor, nn
 
-from anysplade._common.files import damaged_file, default_cache, digests, make_folder, read_record, whole_folder, write_whole
+from anysplade._common.files import atomic_folder, damaged_file, default_cache, digests, make_folder, read_record, write_atomic
 from anysplade._common.progress import bar
 from anysplade.data.collections import Pair
-from anysplade.data.sources import whole_characters
+from anysplade.data.sources import replace_surrogates
 from anysplade.errors import DataError, ModelError
 from anysplade.model.calibration import is_sparse
 from anysplade.model.dense import cut_reading, encode_dense, open_dense
-from anysplade.model.encoder import build_encoder, cut_within, is_saved_encoder, open_encoder
+from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.head import check_weights
+from anysplade.model.modules import cut_within
 from anysplade.model.options import Role
 from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json, saved_kind
 
@@ -90,7 +91,7 @@ class Teacher:
         Raises:
             ModelError: NaN or infinity among them.
         """
-        whole = [(whole_characters(query), whole_characters(document)) for query, document in pairs]
+        whole = [(replace_surrogates(query), replace_surrogates(document)) for query, document in pairs]
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             # Logits: a sigmoid would leave MarginMSE nothing to match and KL nothing to tell apart.
             scores = self.model.predict(whole, batch_size=self.batch_size, activation_fn=nn.Identity(), show_progress_bar=False)
@@ -176,7 +177,7 @@ def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
 # ---------------------------------------------------------------------------- vectors, kept by content
 
 
-class Kept:
+class VectorCache:
     """A teacher's vectors of texts, or scores of pairs of texts, on disk: nothing is computed twice.
 
     They lie in shards that are written whole, each with its texts' hashes, so that a process that was killed has lost one
@@ -200,7 +201,7 @@ class Kept:
                 logger.info("%s: is damaged; it is made again", file)
         self._shard = lru_cache(_OPEN)(self._read)
 
-    def learn(self, texts: Sequence[str], role: Role) -> None:
+    def ensure_cached(self, texts: Sequence[str], role: Role) -> None:
         """Compute the vectors that are not known yet; many at once take less time than a few again and again."""
         if self.teacher.kind != "cross-encoder":
             keys = [_hash(role, text) for text in texts]
@@ -254,10 +255,10 @@ class Kept:
             sparse.save_npz(file, rows, compressed=False)
         else:
             np.save(file, rows)
-        write_whole(self.folder / f"{name}.{'npz' if sparse.issparse(rows) else 'npy'}", file.getvalue())
+        write_atomic(self.folder / f"{name}.{'npz' if sparse.issparse(rows) else 'npy'}", file.getvalue())
         listed = io.BytesIO()
         np.save(listed, keys)
-        write_whole(self.folder / f"{name}.keys.npy", listed.getvalue())  # last: it says that the shard is whole
+        write_atomic(self.folder / f"{name}.keys.npy", listed.getvalue())  # last: it says that the shard is whole
         self._add(name, keys)
 
     def _add(self, name: str, keys: np.ndarray) -> None:
@@ -283,10 +284,10 @@ def _hash(*parts: str) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
-def kept_vectors(teacher: Teacher, beside: Path, progress: bool = False) -> Kept:
+def kept_vectors(teacher: Teacher, beside: Path, progress: bool = False) -> VectorCache:
     """What a teacher computed before: in the user's cache, or ``beside`` if there is none."""
     cache = default_cache()
-    return Kept(teacher, beside if cache is None else cache / "teachers", progress)
+    return VectorCache(teacher, beside if cache is None else cache / "teachers", progress)
 
 
 # ------------------------------------------------------------------------------- the scores of a batch
@@ -312,7 +313,7 @@ class BatchTeacher:
             self._vectors = sparse.load_npz(folder / "vectors.npz")
 
     @staticmethod
-    def write(teacher: Teacher, pairs: Sequence[Pair], folder: Path, kept: Kept) -> None:
+    def write(teacher: Teacher, pairs: Sequence[Pair], folder: Path, kept: VectorCache) -> None:
         """Compute what a run needs of its teacher.
 
         Args:
@@ -322,7 +323,7 @@ class BatchTeacher:
             DataError: a cross-encoder, and the examples have no negatives.
             ModelError: NaN or infinity in a score.
         """
-        with whole_folder(folder) as work:
+        with atomic_folder(folder) as work:
             if teacher.kind == "cross-encoder":
                 if not pairs[0].negatives:
                     raise DataError(
@@ -336,7 +337,7 @@ class BatchTeacher:
             else:
                 _write_vectors(pairs, work, kept)
             about = {"name": teacher.name, "kind": teacher.kind, "temperature": teacher.temperature, "precision": teacher.precision}
-            write_whole(work / "teacher.json", json.dumps(about | {"files": digests(work)}, indent=2) + "\n")
+            write_atomic(work / "teacher.json", json.dumps(about | {"files": digests(work)}, indent=2) + "\n")
 
     def scores(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Of each query and each document of a batch; NaN where the teacher has none.
@@ -359,7 +360,7 @@ class BatchTeacher:
         return of_queries.astype(np.float32) @ of_documents.astype(np.float32).T
 
 
-def _write_vectors(pairs: Sequence[Pair], folder: Path, kept: Kept) -> None:
+def _write_vectors(pairs: Sequence[Pair], folder: Path, kept: VectorCache) -> None:
     """``rows.npy`` and the vectors: each text of each role once."""
     numbers: dict[bytes, int] = {}
     columns = 2 + len(pairs[0].negatives)

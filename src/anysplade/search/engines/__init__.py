@@ -36,19 +36,19 @@ def open_engine(address: str) -> "QdrantEngine | OpenSearchEngine":
         ExtraError: the engine's library is not installed.
     """
     # No message repeats a password, nor a part of the address alone, which can be one where it is not percent-encoded.
-    said = without_credentials(address) if "://" in address else "without ://"
+    label = without_credentials(address) if "://" in address else "without ://"
     try:
         parts = urlsplit(address)
         port = parts.port
     except ValueError:
-        raise OptionError(f"{said}: no address of an engine; such as {_EXAMPLES}; percent-encode the password") from None
+        raise OptionError(f"{label}: no address of an engine; such as {_EXAMPLES}; percent-encode the password") from None
     kind, secure, name = parts.scheme.removesuffix("s"), parts.scheme.endswith("s"), parts.path.removeprefix("/")
     if kind not in _NAME or not parts.hostname or parts.query or parts.fragment:
-        raise OptionError(f"{said}: no address of an engine; such as {_EXAMPLES}")
+        raise OptionError(f"{label}: no address of an engine; such as {_EXAMPLES}")
     if not re.fullmatch(_NAME[kind], name, re.ASCII):
-        raise OptionError(f"{said}: not the name of a collection at its end; letters (OpenSearch: small), digits and _ . - can")
+        raise OptionError(f"{label}: not the name of a collection at its end; letters (OpenSearch: small), digits and _ . - can")
     if kind == "qdrant" and parts.username is not None:
-        raise OptionError(f"{said}: Qdrant has no users; put its key into the environment as QDRANT_API_KEY")
+        raise OptionError(f"{label}: Qdrant has no users; put its key into the environment as QDRANT_API_KEY")
     with extra(kind):
         if kind == "qdrant":
             from anysplade.search.engines.qdrant import QdrantEngine

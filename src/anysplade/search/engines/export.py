@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.files import whole_file, whole_folder
+from anysplade._common.files import atomic_folder, whole_file
 from anysplade.data.collections import Document
 from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError, OptionError
@@ -42,7 +42,7 @@ def export_anserini(
         DataError: a vector is malformed, or an id is a duplicate, is empty or holds white space, which run files cannot.
     """
     names, count = name_terms(tokens), 0
-    with whole_folder(folder) as work, ExitStack() as files:
+    with atomic_folder(folder) as work, ExitStack() as files:
         for document, terms, impacts in _quantized(documents, len(names), quantization):
             if count % _DOCUMENTS_A_FILE == 0:
                 files.close()
@@ -87,8 +87,8 @@ def export_ciff(
     with whole_file(path) as file:
         counts = [(1, 1), (2, len(used)), (3, len(ids)), (4, len(used)), (5, len(ids)), (6, total)]
         mean = b"\x39" + struct.pack("<d", total / max(1, len(ids)))  # field 7, a double
-        said = f"anysplade; impacts are weights times {quantization}"
-        file.write(_delimited(b"".join(_number(*count) for count in counts) + mean + _bytes(8, said.encode())))
+        label = f"anysplade; impacts are weights times {quantization}"
+        file.write(_delimited(b"".join(_number(*count) for count in counts) + mean + _bytes(8, label.encode())))
         for term in used:
             span = slice(columns.indptr[term], columns.indptr[term + 1])
             numbers, impacts = columns.indices[span].astype(np.int64), columns.data[span].astype(np.int64)
@@ -138,18 +138,18 @@ def _quantized(
         raise OptionError(f"quantization {quantization}: give 1 or more")
     seen: set[str] = set()
     for document in documents:
-        said = f"{kind} {document.id[:80]!r}"
+        label = f"{kind} {document.id[:80]!r}"
         if document.id.split() != [document.id] or not is_utf8(document.id):
-            raise DataError(f"{said}: an empty id, or one with white space, cannot stand in a run file; rename it")
+            raise DataError(f"{label}: an empty id, or one with white space, cannot stand in a run file; rename it")
         if document.id in seen:
-            raise DataError(f"{said}: duplicate id; ids must be unique")
+            raise DataError(f"{label}: duplicate id; ids must be unique")
         seen.add(document.id)
-        terms, weights = check_vector(said, document.terms, document.weights)
+        terms, weights = check_vector(label, document.terms, document.weights)
         if len(terms) and terms[-1] >= vocabulary:
-            raise DataError(f"{said}: term {terms[-1]} of a vocabulary of {vocabulary}; give the tokens of the same model")
+            raise DataError(f"{label}: term {terms[-1]} of a vocabulary of {vocabulary}; give the tokens of the same model")
         impacts = np.rint(weights.astype(np.float64) * quantization)
         if len(impacts) and impacts.max() > _INT32:
-            raise DataError(f"{said}: a weight of {weights.max()} times {quantization} is no int32; quantize with less")
+            raise DataError(f"{label}: a weight of {weights.max()} times {quantization} is no int32; quantize with less")
         kept = impacts > 0
         yield document, terms[kept], impacts[kept].astype(np.int64)
 

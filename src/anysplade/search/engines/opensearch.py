@@ -44,7 +44,7 @@ class OpenSearchEngine:
     def __init__(self, client: OpenSearch, name: str) -> None:
         self.client = client
         self.name = name
-        self._said = f"OpenSearch index {name!r}"
+        self._label = f"OpenSearch index {name!r}"
 
     @classmethod
     def at(cls, host: str, port: int, name: str, secure: bool = False, login: tuple[str, str] | None = None) -> "OpenSearchEngine":
@@ -62,7 +62,7 @@ class OpenSearchEngine:
         """
         about = check_about(about)
         if self._ask(self.client.indices.exists, index=self.name):
-            same_model(self._said, self.about(), about)
+            same_model(self._label, self.about(), about)
             return
         mappings = {"_meta": about, "dynamic": "strict", "properties": _FIELDS}
         self._ask(self.client.indices.create, index=self.name, body={"mappings": mappings})
@@ -74,7 +74,7 @@ class OpenSearchEngine:
             DataError: there is no such index.
         """
         if not self._ask(self.client.indices.exists, index=self.name):
-            raise DataError(f"{self._said}: does not exist; create it first")
+            raise DataError(f"{self._label}: does not exist; create it first")
         answer = self._ask(self.client.indices.get_mapping, index=self.name)
         # By the index's own name, which differs if ours is an alias.
         return dict(next(iter(answer.values()))["mappings"].get("_meta", {}))
@@ -134,7 +134,7 @@ class OpenSearchEngine:
         body = {"size": k, "query": query, "_source": ["id", "title", "text", "metadata"], "track_total_hits": False}
         answer = self._ask(self.client.search, index=self.name, body=body)
         if conditions and not answer["hits"]["hits"]:
-            require_tags(self._said, self.about())
+            require_tags(self._label, self.about())
             explain_filter(self, filter)
         return [
             Hit(source["id"], hit["_score"], source["title"], source["text"], source.get("metadata"))
@@ -193,7 +193,7 @@ class OpenSearchEngine:
             why, fix = f"{error.status_code} {error.error}: {_reason(error)}", "its log may say more"
             if error.status_code in (401, 403):
                 fix = "give a user and password that may: opensearch://user:password@host:9200/name"
-        raise AnyspladeError(f"{self._said}: {one_line(why)}; {fix}") from None
+        raise AnyspladeError(f"{self._label}: {one_line(why)}; {fix}") from None
 
 
 def _lines(document: EncodedDocument, digest: str) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class QdrantEngine:
     def __init__(self, client: QdrantClient, name: str) -> None:
         self.client = client
         self.name = name
-        self._said = f"Qdrant collection {name!r}"
+        self._label = f"Qdrant collection {name!r}"
 
     @classmethod
     def at(cls, host: str, port: int, name: str, secure: bool = False, api_key: str | None = None) -> "QdrantEngine":
@@ -46,13 +46,13 @@ class QdrantEngine:
         """
         about = check_about(about)
         if self._ask(self.client.collection_exists, self.name):
-            same_model(self._said, self.about(), about)
+            same_model(self._label, self.about(), about)
             return
         vectors = {_VECTOR: models.SparseVectorParams()}
         self._ask(self.client.create_collection, self.name, vectors_config={}, sparse_vectors_config=vectors, metadata=about)
         if not self.about():
             self._ask(self.client.delete_collection, self.name)
-            raise OutputError(f"{self._said}: this server keeps no metadata of a collection; update Qdrant to 1.16 or later")
+            raise OutputError(f"{self._label}: this server keeps no metadata of a collection; update Qdrant to 1.16 or later")
         for field in Tags._fields:
             self._ask(self.client.create_payload_index, self.name, field, models.PayloadSchemaType.KEYWORD)
 
@@ -63,7 +63,7 @@ class QdrantEngine:
             DataError: there is no such collection.
         """
         if not self._ask(self.client.collection_exists, self.name):
-            raise DataError(f"{self._said}: does not exist; create it first")
+            raise DataError(f"{self._label}: does not exist; create it first")
         return dict(self._ask(self.client.get_collection, self.name).config.metadata or {})
 
     def upload(self, documents: Iterable[EncodedDocument], batch: int = 256, progress: bool = False) -> int:
@@ -117,7 +117,7 @@ class QdrantEngine:
             with_payload=["id", "title", "text", "metadata"],
         )
         if conditions and not found.points:
-            require_tags(self._said, self.about())
+            require_tags(self._label, self.about())
             explain_filter(self, filter)
         return [
             Hit(payload["id"], point.score, payload["title"], payload["text"], payload.get("metadata"))
@@ -160,7 +160,7 @@ class QdrantEngine:
                 fix = "put the key into the environment as QDRANT_API_KEY"
         except ResourceExhaustedResponse as error:
             why, fix = str(error), "the server is busy; try again later"
-        raise AnyspladeError(f"{self._said}: {one_line(why)}; {fix}") from None
+        raise AnyspladeError(f"{self._label}: {one_line(why)}; {fix}") from None
 
 
 def _point(document: EncodedDocument, digest: str) -> models.PointStruct:

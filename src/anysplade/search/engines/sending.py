@@ -37,12 +37,12 @@ def hashed_batches(documents: Iterable[EncodedDocument], size: int, progress: bo
 
 
 def _hashed(document: EncodedDocument) -> tuple[EncodedDocument, str]:
-    said = f"document {document.id[:80]!r}"
-    terms, weights = check_vector(said, document.terms, document.weights)
+    label = f"document {document.id[:80]!r}"
+    terms, weights = check_vector(label, document.terms, document.weights)
     try:
         content = json.dumps([document.id, *document.content], sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # a lone surrogate is a ValueError too
-        raise DataError(f"{said}: cannot be sent as JSON ({error}); fix its text or metadata") from None
+        raise DataError(f"{label}: cannot be sent as JSON ({error}); fix its text or metadata") from None
     digest = hashlib.sha256(content + b"\0" + terms.tobytes() + weights.tobytes()).hexdigest()  # JSON has no zero byte
     return document._replace(terms=terms, weights=weights), digest
 
@@ -58,23 +58,23 @@ def check_about(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, "tagged": True}
 
 
-def require_tags(said: str, about: Mapping[str, Any]) -> None:
+def require_tags(label: str, about: Mapping[str, Any]) -> None:
     """Raise DataError if the documents have no tags."""
     if not about.get("tagged"):
-        raise DataError(f"{said}: was made by an earlier version, where filters find nothing; build it again under another name")
+        raise DataError(f"{label}: was made by an earlier version, where filters find nothing; build it again under another name")
 
 
-def same_model(said: str, stored: Mapping[str, Any] | None, about: Mapping[str, Any]) -> None:
+def same_model(label: str, stored: Mapping[str, Any] | None, about: Mapping[str, Any]) -> None:
     """Raise OutputError unless what the server holds was made as ``about`` says, by all that changes a vector, and has tags."""
     if not stored or stored.get("model_fingerprint") != about["model_fingerprint"]:
         model = (stored or {}).get("model", "unknown")
-        raise OutputError(f"{said}: exists and holds vectors of another model ({model}); choose another name, or delete it first")
+        raise OutputError(f"{label}: exists and holds vectors of another model ({model}); choose another name, or delete it first")
     if not stored.get("tagged"):
-        raise OutputError(f"{said}: exists and was made by an earlier version; choose another name, or delete it first")
+        raise OutputError(f"{label}: exists and was made by an earlier version; choose another name, or delete it first")
     different = [name for name in ("precision", "top_k", "max_length") if stored.get(name) != about.get(name)]
     if different:
         raise OutputError(
-            f"{said}: exists and was made with another {', '.join(different)} "
+            f"{label}: exists and was made with another {', '.join(different)} "
             f"({', '.join(str(stored.get(name)) for name in different)}); choose another name, or delete it first"
         )
 

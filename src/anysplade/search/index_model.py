@@ -87,7 +87,8 @@ class IndexModel:
     @cached_property
     def encoder(self) -> "SparseEncoder":
         """The whole model as it was saved; it reads texts up to the index's length."""
-        from anysplade.model.encoder import cut_within, open_encoder
+        from anysplade.model.encoder import open_encoder
+        from anysplade.model.modules import cut_within
 
         return cut_within(open_encoder(self.source), self._about.get("max_length"))  # earlier versions recorded any length
 

@@ -28,10 +28,11 @@ from anysplade import (
 from anysplade._common.files import only_process
 from anysplade.cli import main
 from anysplade.cli.rendering import head_training_lines
-from anysplade.model.encoder import hidden_states, masked_lm
+from anysplade.model.fused import hidden_states
 from anysplade.model.head import find_head
-from anysplade.training import heads
-from anysplade.training.heads import layer_rates, sample_pieces, start_biases, with_new_head
+from anysplade.model.modules import masked_lm
+from anysplade.training import head_training
+from anysplade.training.head_training import layer_rates, sample_pieces, start_biases, with_new_head
 from architectures import small_model
 from processes import room_for
 from tiny import SPECIAL, WORDS, make_tokenizer
@@ -113,21 +114,23 @@ def test_a_head_makes_a_stock_backbone(kind, body, dense, text, collection_folde
 
 @pytest.mark.parametrize("masked", [0.0, 1.0])
 def test_the_loss_is_that_of_all_logits(masked, body, text, monkeypatch):
-    monkeypatch.setitem(heads._WEIGHTS, "masked", masked)
+    monkeypatch.setitem(head_training._WEIGHTS, "masked", masked)
     model, tokenizer = with_new_head(body)
     model.eval()
     pieces = sample_pieces(text, 100, 100, 0)
-    counts = heads._token_counts(model, tokenizer, pieces, 16)
+    counts = head_training._token_counts(model, tokenizer, pieces, 16)
     start_biases(model, counts)
     batch = tokenizer([*pieces[:4], WORDS[0], f"{WORDS[5]} {WORDS[5]}"], padding=True, return_tensors="pt")
     ids, attention = batch["input_ids"], batch["attention_mask"]
     rarity = -(counts / counts.sum()).log()
     rarity[: len(SPECIAL)] = 0
     seen = []
-    monkeypatch.setattr(heads, "hidden_states", lambda model, **inputs: seen.append(inputs) or hidden_states(model, **inputs))
+    monkeypatch.setattr(
+        head_training, "hidden_states", lambda model, **inputs: seen.append(inputs) or hidden_states(model, **inputs)
+    )
     trainer = SimpleNamespace(special=torch.arange(len(SPECIAL)), mask_token=tokenizer.mask_token_id, rarity=rarity)
     torch.manual_seed(3)
-    parts = heads._HeadTrainer.loss_parts(trainer, model, ids, attention)
+    parts = head_training._HeadTrainer.loss_parts(trainer, model, ids, attention)
     assert list(parts) == [*(["masked"] if masked else []), "named", "bag"]
 
     torch.manual_seed(3)
@@ -154,7 +157,7 @@ def test_the_loss_is_that_of_all_logits(masked, body, text, monkeypatch):
 
 
 def test_a_trained_encoder_learns_to_guess(body, text, tmp_path, monkeypatch):
-    monkeypatch.setitem(heads._WEIGHTS, "masked", 1.0)
+    monkeypatch.setitem(head_training._WEIGHTS, "masked", 1.0)
     result = train_head(body, text, tmp_path / "out", **OPTIONS | {"steps": 40}, encoder_learning_rate=1e-3, layer_decay=0.1)
     assert list(result.losses) == ["masked", "named", "bag"]
     before, after = with_new_head(body)[0].state_dict(), weights(tmp_path / "out")
@@ -170,7 +173,7 @@ def test_a_trained_encoder_learns_to_guess(body, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
 def test_a_killed_training_ends_as_an_uninterrupted_one(rate, body, text, tmp_path, monkeypatch):
     whole = train_head(body, text, tmp_path / "whole", **OPTIONS, encoder_learning_rate=rate)
-    stock, steps = heads._HeadTrainer.compute_loss, []
+    stock, steps = head_training._HeadTrainer.compute_loss, []
 
     def killed(*args, **kwargs):
         if len(steps) == 6:
@@ -179,7 +182,7 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(rate, body, text, tmp_pa
         return stock(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(heads._HeadTrainer, "compute_loss", killed)
+        patch.setattr(head_training._HeadTrainer, "compute_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             train_head(body, text, tmp_path / "out", **OPTIONS, encoder_learning_rate=rate)
     assert not (tmp_path / "out").exists()
@@ -199,7 +202,7 @@ def test_a_training_killed_before_its_last_step_was_written(body, text, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(heads, "whole_folder", killed)
+        patch.setattr(head_training, "atomic_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             train_head(body, text, tmp_path / "out", **OPTIONS)
     assert train_head(body, text, tmp_path / "out", **OPTIONS).losses.keys() == whole.losses.keys()
@@ -209,11 +212,11 @@ def test_a_training_killed_before_its_last_step_was_written(body, text, tmp_path
 
 def test_a_training_that_diverges_is_an_error(body, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        heads._HeadTrainer,
+        head_training._HeadTrainer,
         "loss_parts",
         lambda self, model, *batch: {"named": model.get_output_embeddings().bias.sum() * torch.nan},
     )
-    monkeypatch.setattr(heads, "_WEIGHTS", {"named": 1.0})
+    monkeypatch.setattr(head_training, "_WEIGHTS", {"named": 1.0})
     with pytest.raises(AnyspladeError, match="the training diverged"):
         train_head(body, text, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
@@ -260,7 +263,7 @@ def test_a_head_goes_on_when_there_is_room_again_and_nobody_else_is_there(body, 
 
 def test_checkpoints_of_a_finished_head_are_removed(body, text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(heads.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(head_training.shutil, "rmtree", lambda *args, **kwargs: None)
         first = train_head(Path(body), Path(text), tmp_path / "out", **OPTIONS)
     assert (tmp_path / "out.parts" / "checkpoint-8").exists()
     assert train_head(body, text, tmp_path / "out", **OPTIONS) == first
@@ -409,7 +412,7 @@ def test_impossible_options(options, body, text, tmp_path):
 @example("a" * 100, 8)
 @example("aaaaaaaa bbbbbbbb", 8)
 def test_pieces_are_the_text(text, characters):
-    pieces = list(heads._pieces(text, characters))
+    pieces = list(head_training._pieces(text, characters))
     assert all(0 < len(piece) <= characters and piece == piece.strip() for piece in pieces)
     assert "".join(pieces).replace(" ", "") == "".join(text.split())
     if all(len(word) <= characters // 2 for word in text.split()):

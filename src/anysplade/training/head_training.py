@@ -34,6 +34,7 @@ from transformers import (
 
 from anysplade._common.arguments import require
 from anysplade._common.files import (
+    atomic_folder,
     beside,
     damaged_file,
     digests,
@@ -41,8 +42,7 @@ from anysplade._common.files import (
     read_record,
     require_empty,
     user_path,
-    whole_folder,
-    write_whole,
+    write_atomic,
     writing,
 )
 from anysplade._common.hashing import DataHash
@@ -50,7 +50,8 @@ from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
-from anysplade.model.encoder import after_decoder, encoder_folder, hidden_states
+from anysplade.model.encoder import encoder_folder
+from anysplade.model.fused import hidden_states, why_not_fused
 from anysplade.model.head import check_length, find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
 from anysplade.model.options import checked_option
 from anysplade.model.pooling import max_logits, native_bfloat16
@@ -175,7 +176,7 @@ def train_head(
         set_seed(seed)
         model, tokenizer = with_new_head(source, folder)
         check_length(model, max_length)
-        write_whole(parts / "about.json", json.dumps(about, indent=2) + "\n")
+        write_atomic(parts / "about.json", json.dumps(about, indent=2) + "\n")
         counts = _token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
         start_biases(model, counts)
         trainer = _HeadTrainer(
@@ -213,11 +214,11 @@ def train_head(
             raise AnyspladeError(
                 f"{output}: the training diverged (losses {result.losses}); lower `learning_rate`, and remove {parts}"
             )
-        with whole_folder(output) as whole:
+        with atomic_folder(output) as whole:
             model.eval().save_pretrained(whole)
             tokenizer.save_pretrained(whole)
             record = about | result.to_dict() | {"files": digests(whole)}
-            write_whole(whole / "head.json", json.dumps(record, indent=2) + "\n")
+            write_atomic(whole / "head.json", json.dumps(record, indent=2) + "\n")
         shutil.rmtree(parts)
         return result
 
@@ -261,7 +262,7 @@ def with_new_head(source: str, folder: str = "") -> tuple[PreTrainedModel, PreTr
         raise ModelError(f"{source}: its tokenizer has no mask token, so a head cannot be trained on its text; use another encoder")
     if find_head(model).decoder.weight is not model.get_input_embeddings().weight:
         raise ModelError(f"{source}: {type(model).__name__} does not tie its decoder to the input embeddings; use another encoder")
-    if reason := after_decoder(model):
+    if reason := why_not_fused(model):
         raise ModelError(f"{source}: {reason}, so a head cannot be trained; use another encoder")
     with torch.no_grad():
         for key, weight in model.named_parameters():

@@ -1,0 +1,172 @@
+"""Fused pooling: a SPLADE encoder that pools its hidden states without building the (batch, length, vocabulary) logits.
+
+``FusedEncoder.forward`` is the whole way of a batch: the masked LM without its decoder, then ``pooling.splade_pool``, which has
+the decoder's product in it. The modules inside stay sentence-transformers' own, and so does all that is saved.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anysplade.model.head import find_head, live_terms
+from anysplade.model.modules import masked_lm, splade_modules
+from anysplade.model.pooling import splade_pool
+
+logger = logging.getLogger(__name__)
+
+
+class FusedEncoder(SparseEncoder):
+    """A ``SparseEncoder`` with fused pooling, in memory alone; saved, it is a stock one. Made by ``fuse_pooling``."""
+
+    live: Tensor | None  # ids of the terms that are not switched off; None: all. A buffer, so that it moves with the model.
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Adds ``sentence_embedding``, (batch, vocabulary), to the features of a batch of tokenized texts."""
+        transformer, pooling = splade_modules(self)
+        decoder = _decoder(transformer.model)
+        if self._module_of(input, kwargs) is not transformer:
+            return super().forward(input, **kwargs)  # queries with a module of their own
+        hidden, mask = self._hidden_states(transformer, input)
+        double_log = pooling.activation_function == "log1p_relu"
+        input["sentence_embedding"] = splade_pool(
+            hidden, decoder.weight, decoder.bias, mask, pooling.pooling_strategy, double_log, self.live
+        )
+        return input
+
+    def _module_of(self, features: dict[str, Any], options: dict[str, Any]) -> Any:
+        """The first module that a batch goes through."""
+        first: Any = self[0]
+        if not isinstance(first, Router):
+            return first
+        chosen = {name: options.get(name) or features.get(name) for name in ("task", "modality")}
+        modules: Any = first.sub_modules[first._resolve_route(**chosen) or ""]
+        return modules[0]
+
+    def _hidden_states(self, transformer: Any, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The decoder's inputs, (batch, length, width), and which of them are tokens, (batch, length)."""
+        with _without(_decoder(transformer.model)):
+            hidden = transformer(features)["token_embeddings"]
+        if "cu_seq_lens_q" not in features:
+            return hidden, features["attention_mask"]
+        # Unpadded, (1, tokens, width): padding again is cheap at this width.
+        lengths = features["cu_seq_lens_q"].diff()
+        hidden = nn.utils.rnn.pad_sequence(hidden[0].split(lengths.tolist()), batch_first=True)
+        return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
+
+    def _get_name(self) -> str:
+        return SparseEncoder.__name__  # in the card of a saved model, which is stock
+
+
+def fuse_pooling(encoder: SparseEncoder) -> bool:
+    """Switch a SPLADE encoder to fused pooling, in place, for training and encoding; ``unfuse_pooling`` undoes it.
+
+    Weights, configuration and all that is saved stay stock, and the masked LM called by itself still gives logits. If the head
+    is not one projection with its bias, nothing changes and a line is logged.
+
+    Returns:
+        Whether the pooling is fused now.
+    """
+    pooling = splade_modules(encoder)[1]
+    model = masked_lm(encoder)
+    unfuse_pooling(encoder)
+    if not isinstance(pooling, SpladePooling):
+        reason: str | None = f"its last module is {type(pooling).__name__}"
+    elif type(encoder) is not SparseEncoder:
+        reason = f"{type(encoder).__name__} may have a forward of its own"
+    else:
+        reason = why_not_fused(model)
+    if reason:
+        logger.info("pooling is not fused, which is slower and gives the same: %s", reason)
+        return False
+    decoder = _decoder(model)
+    if pooling.embedding_dimension is None:  # the module's own forward would set it
+        pooling.embedding_dimension = len(decoder.weight)
+    decoder.__class__ = Decoder
+    encoder.__class__ = FusedEncoder
+    encoder.register_buffer("live", live_terms(model), persistent=False)
+    return True
+
+
+def unfuse_pooling(encoder: SparseEncoder) -> None:
+    """Back to sentence-transformers' own forward."""
+    if is_fused(encoder):
+        encoder.__class__ = SparseEncoder
+        del encoder.live
+
+
+def is_fused(encoder: SparseEncoder) -> bool:
+    """Whether ``fuse_pooling`` switched it."""
+    return isinstance(encoder, FusedEncoder)
+
+
+def why_not_fused(model: PreTrainedModel) -> str | None:
+    """Why a masked LM's pooling cannot be fused; None if its logits are ``hidden @ weight.T + bias`` and nothing else."""
+    head, name = find_head(model), type(model).__name__
+    if type(head.decoder).forward not in (nn.Linear.forward, Decoder.forward) or (head.decoder.bias is None and head.biases):
+        return f"{name} adds a bias outside its decoder"
+    if not _logits_are_the_decoders(model, head.decoder):
+        return f"{name} changes its logits after the decoder"
+    return None
+
+
+@torch.no_grad()
+def _logits_are_the_decoders(model: PreTrainedModel, decoder: nn.Module) -> bool:
+    """Whether nothing follows the decoder, to the last bit, so that the type of the weights does not matter."""
+    seen: list[Tensor] = []
+    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    was_training = model.training
+    try:
+        ids = torch.arange(16, device=model.device).reshape(2, 8)
+        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return (
+        len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape).to(logits.dtype), logits)
+    )
+
+
+# --------------------------------------------------------------------------------- hidden states
+
+
+class Decoder(nn.Linear):
+    """The decoder of a masked LM, which a thread can leave out."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden if getattr(_left_out, "decoder", None) is self else super().forward(hidden)
+
+
+_left_out = threading.local()  # its ``decoder`` returns its input in this thread
+
+
+@contextmanager
+def _without(decoder: nn.Linear) -> Iterator[None]:
+    """Leave a decoder out, in this thread alone: others may read the model's logits at the same time."""
+    before, _left_out.decoder = getattr(_left_out, "decoder", None), decoder
+    try:
+        yield
+    finally:
+        _left_out.decoder = before
+
+
+def _decoder(model: PreTrainedModel) -> Decoder:
+    decoder: Any = model.get_output_embeddings()
+    return decoder
+
+
+def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """The hidden states before a masked LM's decoder, (batch, length, width), where ``why_not_fused`` has no reason."""
+    decoder = _decoder(model)
+    decoder.__class__ = Decoder
+    with _without(decoder):
+        hidden: Tensor = model(**inputs).logits
+        return hidden

@@ -1,0 +1,143 @@
+"""The modules of a sparse encoder: which one reads a text, up to which length, and whose MLM head gives the terms."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import LARGE_INTEGER
+
+from anysplade.errors import ModelError, OptionError
+from anysplade.model import vocabulary
+from anysplade.model.head import check_length, usable_positions
+from anysplade.model.options import Role
+
+# Tokens that a trained backbone reads, unless it was trained on more: 8,192 would make every index at least eight times as dear.
+_LONGEST = 512
+
+
+def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
+    """The first and the last module of those that encode documents; an encoder with one MLM for both roles has no others."""
+    first: Any = encoder[0]
+    modules: Any = first.sub_modules["document"] if isinstance(first, Router) else encoder
+    return modules[0], modules[-1]
+
+
+def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
+    """The masked LM inside a SPLADE encoder.
+
+    Raises:
+        ModelError: the encoder is of another kind, without an MLM head.
+    """
+    first = splade_modules(encoder)[0]
+    if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
+        modules = ", ".join(type(module).__name__ for module in encoder.children())
+        raise ModelError(f"a SparseEncoder of another kind ({modules}): only SPLADE has an MLM head")
+    return first.model
+
+
+def is_splade(encoder: SparseEncoder) -> bool:
+    """Whether documents go through an MLM head, so that a dimension is a term of its vocabulary."""
+    first, last = splade_modules(encoder)
+    return isinstance(first, Transformer) and first.transformer_task == "fill-mask" and isinstance(last, SpladePooling)
+
+
+def is_routed(encoder: SparseEncoder) -> bool:
+    """Whether queries and documents go through different modules."""
+    return isinstance(encoder[0], Router)
+
+
+def has_static_queries(encoder: SparseEncoder) -> bool:
+    """Whether queries are encoded without a model, by one weight per token (inference-free)."""
+    router: Any = encoder[0]
+    return is_routed(encoder) and isinstance(router.sub_modules["query"][-1], SparseStaticEmbedding)
+
+
+def transformer_modules(encoder: SparseEncoder) -> list[Transformer]:
+    """All transformers of an encoder, of both roles."""
+    return [module for module in encoder.modules() if isinstance(module, Transformer)]
+
+
+def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
+    """The module that tokenizes the texts of a role and truncates them; None if it is of another kind."""
+    module: Any = encoder[0]
+    if isinstance(module, Router):
+        module = next(iter(module.sub_modules[role].children()))
+    return module if isinstance(module, Transformer | SparseStaticEmbedding) else None
+
+
+# -------------------------------------------------------------------------------------- lengths
+
+
+def cut_at(encoder: SparseEncoder, max_length: int) -> None:
+    """Truncate every text to ``max_length`` tokens.
+
+    Raises:
+        OptionError: fewer than 3, or more than the model has positions for.
+    """
+    if max_length < 3:
+        raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
+    for module in transformer_modules(encoder):
+        check_length(module.model, max_length)
+        module.max_seq_length = max_length
+
+
+def cut_within(encoder: SparseEncoder, max_length: int | None) -> SparseEncoder:
+    """Truncate every text to ``max_length`` tokens, or to the model's positions if they are fewer; returns the encoder."""
+    for module in transformer_modules(encoder):
+        if max_length is not None:
+            module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
+    return encoder
+
+
+def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool) -> list[int]:
+    """``cut_within`` for a training, whose length does not limit the finished model.
+
+    Args:
+        saved: the encoder was opened from a saved one, whose length stays as it is.
+
+    Returns:
+        For each transformer the length after the training, for ``set_lengths``: its own before it, at most 512 for a backbone,
+        and at least the training's.
+    """
+    before = [module.max_seq_length or LARGE_INTEGER for module in transformer_modules(encoder)]
+    cut_within(encoder, max_length)
+    most = LARGE_INTEGER if saved else _LONGEST
+    return [
+        max(min(own, most), module.max_seq_length or 0) for own, module in zip(before, transformer_modules(encoder), strict=True)
+    ]
+
+
+def set_lengths(encoder: SparseEncoder, lengths: Sequence[int]) -> list[int]:
+    """Truncate texts to one length for each transformer; returns the lengths before."""
+    before = [module.max_seq_length or LARGE_INTEGER for module in transformer_modules(encoder)]
+    for module, length in zip(transformer_modules(encoder), lengths, strict=True):
+        module.max_seq_length = length
+    return before
+
+
+# ---------------------------------------------------------------------------------------- terms
+
+_term_names: WeakKeyDictionary[SparseEncoder, list[str]] = WeakKeyDictionary()
+
+
+def term_names(encoder: SparseEncoder) -> list[str]:
+    """The name of each term, (vocabulary,) by id, computed once per encoder.
+
+    Names are those of ``vocabulary.term_names``. A slow tokenizer does not tell its word marks, so there the tokens are the
+    names; the terms of an autoencoder are numbers.
+    """
+    if encoder not in _term_names:
+        size, tokenizer = encoder.get_embedding_dimension() or 0, encoder.tokenizer
+        if isinstance(encoder[-1], SparseAutoEncoder):
+            names = vocabulary.name_terms([None] * size)
+        elif tokenizer.is_fast:
+            names = vocabulary.term_names(tokenizer.backend_tokenizer, size)
+        else:
+            ids = {id_: token for token, id_ in tokenizer.get_vocab().items()}
+            names = vocabulary.name_terms([ids.get(term) for term in range(size)])
+        _term_names[encoder] = names
+    return _term_names[encoder]
