@@ -22,7 +22,8 @@ from anysplade import load_pairs, write_collection
 from anysplade._common.files import atomic_folder
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_python_docs
-from anysplade.model.calibration import mean_excess, sample_pairs
+from anysplade.data.pairs import sample_pairs
+from anysplade.model.calibration import mean_excess
 from anysplade.model.head import Probe, find_head, load_masked_lm, measure_logits
 from anysplade.study.cells import Cell, CellRecord, QueryScores
 from anysplade.study.plan import SMALL

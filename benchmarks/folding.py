@@ -37,9 +37,10 @@ from anysplade import TrainingConfig, evaluate, load_pairs, train
 from anysplade._common.files import write_atomic
 from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_collection
+from anysplade.data.pairs import sample_pairs
 from anysplade.evaluation.comparisons import holm, paired_p
 from anysplade.evaluation.measures import measure, parse_metrics
-from anysplade.model.calibration import choose, sample_pairs
+from anysplade.model.calibration import choose
 from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.fused import hidden_states
 from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head

@@ -35,9 +35,9 @@ from scipy import sparse
 from anysplade import for_inference, open_encoder
 from anysplade.data.collections import Document
 from anysplade.data.sources import rows
-from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.evaluations import _cache_folders
 from anysplade.model.encoding import encode
+from anysplade.search.bm25 import BM25
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.index_model import describe_model
 from anysplade.search.store import Store

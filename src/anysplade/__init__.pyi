@@ -40,6 +40,7 @@ from .model.runtimes import for_inference as for_inference
 from .model.terms import Terms as Terms
 from .model.terms import WeightedTerm as WeightedTerm
 from .model.terms import terms as terms
+from .search import open_index as open_index
 from .search.documents import EncodedDocument as EncodedDocument
 from .search.documents import Hit as Hit
 from .search.documents import Hits as Hits
@@ -50,7 +51,6 @@ from .search.engines.export import export_ciff as export_ciff
 from .search.engines.export import export_queries as export_queries
 from .search.index import Index as Index
 from .search.remote import RemoteIndex as RemoteIndex
-from .search.remote import open_index as open_index
 from .study.plan import StudyConfig as StudyConfig
 from .study.results import StudyResult as StudyResult
 from .study.run import run_study as run_study

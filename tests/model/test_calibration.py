@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anysplade import ModelError, OptionError, Pair, calibrate, rescale_head
+from anysplade.data.pairs import sample_pairs
 from anysplade.model.calibration import (
     ACTIVE_SHARE,
     MEAN_EXCESS,
@@ -15,7 +16,6 @@ from anysplade.model.calibration import (
     choose,
     is_sparse,
     mean_excess,
-    sample_pairs,
 )
 from anysplade.model.head import Probe, load_masked_lm, measure_logits, summarize_probe
 

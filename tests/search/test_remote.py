@@ -12,9 +12,9 @@ from anysplade import DataError, Index, ModelError, OptionError, OutputError, lo
 from anysplade.cli import main
 from anysplade.model.modules import term_names
 from anysplade.model.runtimes import resolve_precision
-from anysplade.search import remote
+from anysplade.search import open_index, remote
 from anysplade.search.engines.qdrant import QdrantEngine
-from anysplade.search.remote import RemoteIndex, open_index
+from anysplade.search.remote import RemoteIndex
 from tiny import no_encoder
 
 ADDRESS = "qdrant://localhost:6333/tiny"

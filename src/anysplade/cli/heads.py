@@ -1,5 +1,6 @@
 """Commands on a masked LM's head: inspect, rescale."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     from anysplade.model import calibration, encoder, head
 
     loaded, tokenizer, trained = encoder.open_masked_lm(model)
-    queries, documents = calibration.probe_texts(data, progress=is_first_process())
+    queries, documents = _probe_texts(data)
     probe = head.measure_logits(loaded, tokenizer, queries, documents)
     measured = head.describe_head(loaded, probe, model)
     suggested = calibration.choose(probe, trained=trained)
@@ -72,7 +73,7 @@ def rescale(
     files.require_empty(out)
     loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
     tokenizer = folding.fold_head(loaded, tokenizer, fold, mute)
-    texts = calibration.probe_texts(data, progress=is_first_process()) if "auto" in (k, shift) else ((), ())
+    texts = _probe_texts(data) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
     head.rescale_head(loaded, chosen.k, chosen.shift, bias)
     with files.atomic_folder(out) as folder:
@@ -83,3 +84,13 @@ def rescale(
         written.to_dict() | {"k": chosen.k, "shift": chosen.shift, "bias_policy": bias, "out": str(out)},
         report.rescaled_lines(written, chosen, out),
     )
+
+
+def _probe_texts(data: str | None) -> tuple[Sequence[str], Sequence[str]]:
+    """Queries and documents to probe with: of the training data, or everyday ones."""
+    from anysplade.data.pairs import load_pairs, sample_pairs
+    from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+
+    if data is None:
+        return PROBE_QUERIES, PROBE_DOCUMENTS
+    return sample_pairs(load_pairs(data, progress=is_first_process()))

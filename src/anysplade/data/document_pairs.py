@@ -27,6 +27,7 @@ from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
+from anysplade.data.scripts import UNSPACED
 from anysplade.data.sources import replace_surrogates
 from anysplade.errors import DataError, OptionError
 
@@ -195,12 +196,8 @@ def _hash(text: str) -> int:
 
 # ---------------------------------------------------------------------------------- words and lengths
 
-# Han, kana, Thai, Lao, Myanmar, Khmer: scripts that put no spaces between words.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-)
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
-_UNSPACED_CHARACTER = re.compile(rf"[{_UNSPACED}]")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+_UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
 _MARKS = " \t\n.,:;!?…。、！？：；()[]\"'“”‘’「」"  # around a word or a query, without meaning
 
 

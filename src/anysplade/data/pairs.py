@@ -19,6 +19,7 @@ import functools
 import json
 import logging
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ _NAMES = {
 _PLAIN = {"query", "positive", "negative", "negatives", "scores", "kind", "document_id"}
 _ROLES = {name for names in _NAMES.values() for name in names}
 _NUMBERED = re.compile(r"(negative|neg)_\d+")
+_SAMPLED = 64  # examples, to calibrate a head on
 _LOOKED_AT = 20  # examples, to tell whether they are ids
 
 _Row = tuple[str, dict[str, Any]]  # its place (source and number), and its columns
@@ -588,3 +590,9 @@ def _ir_rows(source: str, dataset: Any) -> Iterator[_Row]:
             yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id, "label": judged.relevance}
     else:
         raise DataError(f"{source}: this ir_datasets id has no triples or judgements; name one that has, such as its /train")
+
+
+def sample_pairs(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[str], list[str]]:
+    """Up to 64 queries and documents of the training pairs."""
+    sampled = random.Random(seed).sample(pairs, min(_SAMPLED, len(pairs)))
+    return [pair.query for pair in sampled], [pair.positive for pair in sampled]

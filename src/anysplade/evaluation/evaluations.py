@@ -22,7 +22,6 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
 from anysplade.data.sources import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
-from anysplade.evaluation.bm25 import BM25
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.dense import encode_dense, is_dense, open_dense
@@ -33,6 +32,7 @@ from anysplade.model.options import Precision, Role, Runtime, checked_option, ru
 from anysplade.model.queries import log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
+from anysplade.search.bm25 import BM25
 from anysplade.search.exact import Postings, highest, nearest
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,8 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade._common.figures import draw
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Pair
-from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, require_masked_lm, summarize_probe
 from anysplade.model.options import BiasPolicy, Choice
@@ -22,7 +19,6 @@ from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
 logger = logging.getLogger(__name__)
 
-_PROBE_PAIRS = 64
 # The rule, and what it rests on, stand in docs/calibration.md.
 ACTIVE_SHARE = 0.001  # of the token logits are above zero at the start: the level
 MEAN_EXCESS = 2.0  # and lie this far above it on average: the scale
@@ -256,20 +252,3 @@ def logit_figure(calibration: Calibration) -> str:
 
 def _round(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def probe_texts(data: str | None, progress: bool = False) -> tuple[list[str], list[str]]:
-    """Queries and documents to probe with: of the training data, or everyday ones if it is None.
-
-    Raises:
-        DataError: as ``load_pairs`` does.
-    """
-    if data is None:
-        return list(PROBE_QUERIES), list(PROBE_DOCUMENTS)
-    return sample_pairs(load_pairs(data, progress=progress))
-
-
-def sample_pairs(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[str], list[str]]:
-    """Up to 64 queries and documents of the training pairs."""
-    sampled = random.Random(seed).sample(pairs, min(_PROBE_PAIRS, len(pairs)))
-    return [pair.query for pair in sampled], [pair.positive for pair in sampled]

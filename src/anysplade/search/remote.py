@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anysplade._common.arguments import require
 from anysplade._common.files import user_path
 from anysplade.data.collections import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
@@ -19,7 +18,7 @@ from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, check_encoding, check_hits, check_query, explain_filter
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.sending import same_model
-from anysplade.search.index import Index, explain_score
+from anysplade.search.index import explain_score
 from anysplade.search.index_model import IndexModel, describe_model
 
 if TYPE_CHECKING:
@@ -214,20 +213,3 @@ class RemoteIndex:
             OptionError: no document has a name of the filter.
         """
         return explain_filter(self.engine, filter)
-
-
-def open_index(
-    place: str | Path, model: str | Path | None = None, *, runtime: Runtime = "auto", precision: Precision = "float32"
-) -> Index | RemoteIndex:
-    """Open an index at a ``place``: its folder, or its address on a server.
-
-    ``model``, ``runtime`` and ``precision`` are as in ``Index.load``.
-
-    Raises:
-        DataError: no index there, or a damaged one.
-        OptionError: no place, or a malformed address.
-    """
-    require("place", place, (str, Path), "give an index's folder or address")
-    if "://" in str(place):
-        return RemoteIndex(str(place), model, runtime, precision)
-    return Index.load(place, model, runtime=runtime, precision=precision)

@@ -23,7 +23,7 @@ from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
 from anysplade.search.index import Index, explain_score
 
 if TYPE_CHECKING:
-    from anysplade.evaluation.bm25 import BM25
+    from anysplade.search.bm25 import BM25
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Searcher:
         return await self.run(work)
 
     async def _build_bm25(self, index: Index) -> "tuple[BM25, list[str]]":
-        from anysplade.evaluation.bm25 import BM25  # here, since serving without the comparison needs no bm25s
+        from anysplade.search.bm25 import BM25  # here, since serving without the comparison needs no bm25s
 
         def work() -> tuple[BM25, list[str]]:
             documents = [(document.id, document.content.full_text) for document in self.read_documents(index)]

@@ -1,5 +1,6 @@
-"""The heads that a study trains: an arm has a key for code and files, and a label for people."""
+"""The heads that a study trains: an arm has a key for code and files, a label for people, and a point on the varied axis."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -36,3 +37,12 @@ class Arm(StrEnum):
     def label(self, k: float, level: float | None = None) -> str:
         """The label of the arm with numbers for k and the level."""
         return self._template.format(k=k, level=level)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The quantities that a study varies between rows of one arm; None: not varied."""
+
+    k: float | None = None
+    level: float | None = None
+    weight: float | None = None

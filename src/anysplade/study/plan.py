@@ -13,9 +13,8 @@ from typing import Any, Literal
 from anysplade._common.arguments import did_you_mean
 from anysplade.errors import OptionError
 from anysplade.model.backbones import BUNDLED
-from anysplade.study.arms import Arm
+from anysplade.study.arms import Arm, Axis
 from anysplade.study.cells import Cell
-from anysplade.study.results import Axis
 from anysplade.training.config import TrainingConfig
 
 Name = Literal["norm", "tradeoff", "dynamics", "sensitivity", "controls", "main", "folding"]

@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, TypeAdapter, Validati
 from anysplade._common.tables import Tabular
 from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import Evaluation
-from anysplade.study.arms import Arm
+from anysplade.study.arms import Arm, Axis
 from anysplade.study.cells import METRICS, CellRecord, Scores, Start
 
 
@@ -19,15 +19,6 @@ def _without_none(value: Any, write: SerializerFunctionWrapHandler) -> dict[str,
 
 
 _WITHOUT_NONE = WrapSerializer(_without_none)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The quantities that a study varies between rows of one arm; None: not varied."""
-
-    k: float | None = None
-    level: float | None = None
-    weight: float | None = None
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ _DOCUMENTS = 2**16  # scored at once by a dense model
 def _require_extra(name: str) -> None:
     """Raise ExtraError before the data are read if BM25 is asked for and its library is missing; models need no extra."""
     if is_built_in(name, "bm25"):
-        import_module("anysplade.evaluation.bm25")
+        import_module("anysplade.search.bm25")
 
 
 def _searcher(
@@ -264,7 +264,7 @@ def _searcher(
         kept: the miner's vectors, if it is the teacher too.
     """
     if miner == "bm25":
-        from anysplade.evaluation.bm25 import BM25
+        from anysplade.search.bm25 import BM25
 
         bm25 = BM25(documents)
         return lambda queries: bm25.top(queries, depth)
@@ -299,7 +299,7 @@ def _nearest(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Fou
 def _judge(teacher: str, documents: list[str], max_length: int | None, batch_size: int, beside: Path) -> Judge:
     if teacher != "bm25":
         return kept_vectors(open_teacher(teacher, max_length=max_length, batch_size=batch_size), beside).scores
-    from anysplade.evaluation.bm25 import BM25
+    from anysplade.search.bm25 import BM25
 
     bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
 

@@ -46,11 +46,11 @@ from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
-from anysplade.data.pairs import StoredPairs, read_pairs
+from anysplade.data.pairs import StoredPairs, read_pairs, sample_pairs
 from anysplade.data.python_docs import PACKAGES
 from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
-from anysplade.model.calibration import Calibration, sample_pairs
+from anysplade.model.calibration import Calibration
 from anysplade.model.encoder import build_encoder, check_foldable, is_saved_encoder, open_encoder
 from anysplade.model.head import find_head, live_terms
 from anysplade.model.modules import cut_in_training, has_static_queries, is_routed, masked_lm, set_lengths, splade_modules

@@ -8,7 +8,7 @@ import pytest
 import Stemmer
 
 from anysplade import Collection, Document, evaluate
-from anysplade.evaluation import bm25 as module
+from anysplade.search import bm25 as module
 
 
 def tokens(text):

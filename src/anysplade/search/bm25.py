@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from anysplade._common.extras import extra
+from anysplade.data.scripts import HANGUL, UNSPACED
 
 with extra("evaluation"):
     import bm25s
@@ -20,17 +21,7 @@ with extra("evaluation"):
 
 bm25s.logger.setLevel(logging.ERROR)  # importing it sets DEBUG
 
-# Letters and marks of these scripts, without their digits and punctuation, which end a run as they end a word.
-_UNSPACED = (
-    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
-    "\u0e81-\u0ece"  # Lao
-    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa76\uaa7a-\uaa7f"  # Myanmar
-    "\u1780-\u17d3\u17dc\u17dd"  # Khmer
-    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
-    "\u3041-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Hiragana, Katakana
-    "\u3105-\u312f\u31a0-\u31bf"  # Bopomofo
-    "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb\uffa0-\uffdc"  # Hangul
-)
+_UNSPACED = UNSPACED + HANGUL
 _CHARACTER = rf"[{_UNSPACED}](?<=\w)(?:[{_UNSPACED}](?<!\w))*"  # a letter with its marks, which are not in \w
 _CHARACTERS = re.compile(_CHARACTER)
 _RUN = re.compile(rf"{_CHARACTER}(?:\u200b?{_CHARACTER})*")  # some texts mark words by spaces of no width, most do not
