@@ -141,14 +141,8 @@ def choose(
     ``shift`` to a thousandth of the scale, because probe texts cannot tell smaller differences. For a small vocabulary more than
     0.1 % stay above zero, so that the median text keeps four terms.
 
-    A head that is sparse already (``is_sparse``) would lose what it learned, so "auto" does not change it.
-
-    Args:
-        trained: the head is known to be that of a trained SPLADE, whatever the probe shows.
-
-    Raises:
-        ModelError: the logits are all equal or not finite.
-        OptionError: an impossible k or shift.
+    A head that is sparse already (``is_sparse``, or ``trained`` says so) would lose what it learned, so "auto" does not change it.
+    Raises the errors of ``calibrate``.
     """
     wanted = _choose(probe, k, shift, bias, strength)
     if "auto" not in (k, shift) or strength or not (trained or is_sparse(wanted)):
@@ -224,11 +218,7 @@ def _foresee(start: ProbeReport) -> Verdict:
 
 
 def logit_figure(calibration: Calibration) -> str:
-    """Histograms of the token logits before and after calibration on a common axis, as SVG; only one if the head stays as it is.
-
-    Raises:
-        OptionError: the calibration was made without probe texts.
-    """
+    """Histograms of the token logits before and after calibration as SVG; raises OptionError without probe texts."""
     sides = calibration.sides
     if not sides:
         raise OptionError("there is no figure without probe texts")

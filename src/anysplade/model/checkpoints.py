@@ -40,7 +40,7 @@ def load_masked_lm(
         ModelError: not found, not a masked LM, or weights or a tokenizer that are missing or do not match.
     """
     source = resolve_model(name)
-    check_masked_lm(source)
+    check_weights(masked_lm_class(source), source)
     try:
         model = AutoModelForMaskedLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -51,11 +51,7 @@ def load_masked_lm(
 
 
 def finish_loading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Check a loaded model against its tokenizer and its config, and prepare both.
-
-    Raises:
-        ModelError: weights, config and tokenizer do not match.
-    """
+    """Prepare a loaded model and its tokenizer; raises ModelError if weights, config and tokenizer do not match."""
     fit_tokenizer(tokenizer, model, source)
     _check_folding(model, source)
     share_tied(model)
@@ -78,23 +74,11 @@ def _check_folding(model: PreTrainedModel, source: str) -> None:
 # ------------------------------------------------------------------------------------ before loading
 
 
-def check_masked_lm(source: str) -> None:
-    """Reject a checkpoint that is not a complete masked LM. Reads names and shapes, not the weights.
-
-    Raises:
-        ModelError: the config is not readable or belongs to another kind of model, or weights are missing.
-    """
-    check_weights(masked_lm_class(source), source)
-
-
 def masked_lm_class(source: str, folder: str = "") -> Any:
     """The masked LM class of transformers for a checkpoint's architecture, whether or not the checkpoint has an MLM head.
 
-    Args:
-        folder: of the checkpoint inside the source.
-
-    Raises:
-        ModelError: the config is not readable, or its architecture has no such class or brings its own code.
+    Raises ModelError if the config is not readable, or its architecture has no such class or brings its own code. ``folder`` is the
+    checkpoint's folder inside the source.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, subfolder=folder)
@@ -111,15 +95,10 @@ def masked_lm_class(source: str, folder: str = "") -> Any:
 
 
 def check_weights(model_class: Any, source: str, folder: str = "", head: str = "MLM head") -> None:
-    """Reject a checkpoint that lacks weights: transformers would only warn, and fill them with new random numbers at every load.
+    """Raise ModelError if a checkpoint lacks weights for a class of transformers, or has weights of other shapes.
 
-    Args:
-        model_class: of transformers.
-        folder: of the checkpoint inside the source.
-        head: the part of the class outside its body, for the message.
-
-    Raises:
-        ModelError: weights are missing or have other shapes than the config says. Reads names and shapes, not the weights.
+    transformers would only warn, and fill them with new random numbers at every load. ``head`` names the part of the class outside
+    its body, for the message.
     """
     missing = missing_weights(model_class, source, folder)
     if not missing:
@@ -133,10 +112,9 @@ def check_weights(model_class: Any, source: str, folder: str = "", head: str = "
 
 
 def missing_weights(model_class: Any, source: str, folder: str = "") -> list[str]:
-    """Names of the weights that a checkpoint lacks for a class of transformers. Reads names and shapes, not the weights.
+    """Names of the weights that a checkpoint lacks for a class of transformers; reads names and shapes, not the weights.
 
-    Raises:
-        ModelError: a weight has another shape than the config says, or the file cannot be read.
+    Raises ModelError if a weight has another shape than the config says, or if the file cannot be read.
     """
     options = {"device_map": "meta", "output_loading_info": True, "trust_remote_code": False, "subfolder": folder}
     try:
@@ -195,11 +173,7 @@ def remote_code_message(source: str) -> str | None:
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
-    """Set truncation and padding of a tokenizer; reject a mismatched one.
-
-    Raises:
-        ModelError: there are no tokenizer files, or they do not match the model's vocabulary.
-    """
+    """Set truncation and padding of a tokenizer; raises ModelError if its files are missing or do not match the vocabulary."""
     embeddings: Any = model.get_input_embeddings()
     rows, known = embeddings.weight.shape[0], len(tokenizer)
     if known <= len({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):

@@ -46,12 +46,9 @@ def open_dense(source: str, max_length: int | None = None) -> SentenceTransforme
 
 
 def cut_reading(model: nn.Module, max_length: int | None, source: str) -> None:
-    """Check the tokenizers of a dense model or cross-encoder, and truncate texts to at most what the model reads.
+    """``cut_within`` for a dense model or cross-encoder, up to the length that was saved with it.
 
-    Static embeddings read every text whole.
-
-    Raises:
-        ModelError: a tokenizer has added tokens without embeddings in the model.
+    Raises ModelError if a tokenizer has added tokens without embeddings. Static embeddings read every text whole.
     """
     for module in transformer_modules(model):
         tokenizer: Any = module.tokenizer

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.calibration import Calibration, calibrate
 from anysplade.model.checkpoints import (
-    check_masked_lm,
     check_weights,
     describe_encoder,
     finish_loading,
@@ -150,11 +149,7 @@ def _finished(encoder: SparseEncoder, fused: bool, max_length: int | None) -> Sp
 
 
 def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The masked LM and tokenizer of a checkpoint or of a saved SPLADE encoder, and whether it was a saved encoder.
-
-    Raises:
-        ModelError: neither of the two.
-    """
+    """The masked LM and tokenizer of a checkpoint or of a saved SPLADE encoder, and whether it was a saved encoder."""
     source = resolve_model(path)
     if not is_saved_encoder(source):
         return *load_masked_lm(source), False
@@ -163,11 +158,7 @@ def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def is_saved_encoder(source: str) -> bool:
-    """Whether a folder or hub id was saved as a ``SparseEncoder`` of sentence-transformers.
-
-    Raises:
-        ModelError: it was saved as another model of sentence-transformers, such as a dense one.
-    """
+    """Whether a folder or hub id was saved as a ``SparseEncoder``; raises ModelError for other models of sentence-transformers."""
     kind = saved_kind(source)
     if kind is None or kind == "SparseEncoder":
         return kind is not None
@@ -183,11 +174,7 @@ def is_saved_encoder(source: str) -> bool:
 
 
 def encoder_folder(source: str) -> str:
-    """The folder of the transformer inside a model's folder or hub id; "" if it is not saved by sentence-transformers.
-
-    Raises:
-        ModelError: there is no transformer, or several.
-    """
+    """The folder of the transformer in a model of sentence-transformers, which must have exactly one; "" for other models."""
     modules = saved_json(source, "modules.json")
     if modules is None:
         return ""
@@ -200,11 +187,7 @@ def encoder_folder(source: str) -> str:
 
 
 def check_foldable(source: str, fold: Fold, mute: bool) -> None:
-    """Reject what cannot be folded, as far as it can be known without reading weights.
-
-    Raises:
-        OptionError, ModelError: a sparse encoder, or an error of ``fold_head``.
-    """
+    """Raise the errors of ``fold_head`` that can be found without reading weights."""
     if fold == "none" and not mute:
         return
     if is_saved_encoder(source):
@@ -248,7 +231,7 @@ def _transformer_folders(source: str) -> list[str]:
 def _with_splade_pooling(
     source: str, pooling: Pooling = "max", double_log: bool = False, attention: str | None = None
 ) -> SparseEncoder:
-    check_masked_lm(source)
+    check_weights(masked_lm_class(source), source)
     # float32 whatever type the checkpoint is stored in: half-precision weights do not train.
     options = {"dtype": torch.float32} | ({"attn_implementation": attention} if attention else {})
     try:

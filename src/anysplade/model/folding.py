@@ -106,12 +106,7 @@ def fold_head(
 
 
 def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: bool) -> tuple[PreTrainedTokenizerBase, np.ndarray]:
-    """The tokenizer of a folded model, and the id of the term whose dimension each term uses, (size,); -1 for no dimension.
-
-    Raises:
-        OptionError: there is nothing to fold.
-        ModelError: the tokenizer does not say what its tokens are.
-    """
+    """The tokenizer of a folded model, and the id of the term whose dimension each term uses, (size,); -1 for no dimension."""
     if not tokenizer.is_fast:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"

@@ -17,7 +17,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anysplade.model.head import find_head, live_terms
+from anysplade.model.head import find_head, live_terms, sample_logits
 from anysplade.model.modules import masked_lm, splade_modules
 from anysplade.model.pooling import splade_pool
 
@@ -118,21 +118,15 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     return None
 
 
-@torch.no_grad()
 def _logits_are_the_decoders(model: PreTrainedModel, decoder: nn.Module) -> bool:
     """Whether the logits are the decoder's output, to the last bit, so that the type of the weights does not matter."""
     seen: list[Tensor] = []
-    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    was_training = model.training
+    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.float()))
     try:
-        ids = torch.arange(16, device=model.device).reshape(2, 8)
-        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = sample_logits(model)
     finally:
         hook.remove()
-        model.train(was_training)
-    return (
-        len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape).to(logits.dtype), logits)
-    )
+    return len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape), logits)
 
 
 # --------------------------------------------------------------------------------- hidden states

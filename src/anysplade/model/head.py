@@ -32,11 +32,7 @@ class Head:
 
 
 def find_head(model: PreTrainedModel) -> Head:
-    """Find the decoder of a masked LM and its bias, wherever the architecture stores it.
-
-    Raises:
-        ModelError: the model has no projection onto its vocabulary.
-    """
+    """The decoder of a masked LM and its bias, wherever the architecture stores them; raises ModelError if there is none."""
     decoder = model.get_output_embeddings()
     weight = getattr(decoder, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -107,10 +103,9 @@ def untie_head(model: PreTrainedModel) -> Callable[[], None]:
 def share_tied(model: PreTrainedModel) -> None:
     """Make all names of a tensor refer to that one tensor, in memory and in saved files, even without ``tie_word_embeddings``.
 
-    Most heads register their bias under two names, such as ``cls.predictions.bias`` and ``cls.predictions.decoder.bias``.
-    transformers ties everything or nothing: without the flag, it loads two separate biases. Training then changes only the one
-    that makes the logits, and other software may read the other one. Only the decoder's weight is meant to be separate in that
-    case. Where two biases differ already, the one that makes the logits is right.
+    Most heads register their bias under two names, such as ``cls.predictions.bias`` and ``cls.predictions.decoder.bias``. Without
+    the flag, transformers loads two separate biases; training then changes only the one that makes the logits, and other software
+    may read the other one. If the two differ already, the one that makes the logits is right.
     """
     decoder, tie = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", False)
     weight: Any = getattr(decoder, "weight", None)

@@ -150,13 +150,9 @@ def describe_head(model: PreTrainedModel, probe: Probe | None, name: str) -> Hea
 def measure_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: Sequence[str], documents: Sequence[str]
 ) -> Probe:
-    """Run the probe texts through the model.
+    """Run the probe texts through the model once; raises OptionError if there are no queries or no documents.
 
-    Time: one forward pass over the texts. Memory: about 64 MB of sampled token logits, and the pooled logits, (texts x vocabulary)
-    in float32.
-
-    Raises:
-        OptionError: there are no queries or no documents.
+    Memory: about 64 MB of sampled token logits, and the pooled logits, (texts x vocabulary) in float32.
     """
     if not queries or not documents:
         raise OptionError("calibration needs probe texts: at least one query and one document")

@@ -31,11 +31,7 @@ def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
 
 
 def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
-    """The masked LM inside a SPLADE encoder.
-
-    Raises:
-        ModelError: the encoder is of another kind, without an MLM head.
-    """
+    """The masked LM inside a SPLADE encoder; raises ModelError for other encoders."""
     first = splade_modules(encoder)[0]
     if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
         modules = ", ".join(type(module).__name__ for module in encoder.children())
@@ -77,11 +73,7 @@ def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbe
 
 
 def cut_at(encoder: SparseEncoder, max_length: int) -> None:
-    """Truncate every text to ``max_length`` tokens.
-
-    Raises:
-        OptionError: fewer than 3, or more than the model has positions for.
-    """
+    """Truncate every text to ``max_length`` tokens; raises OptionError below 3 or above the model's positions."""
     if max_length < 3:
         raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
     for module in transformer_modules(encoder):
@@ -92,9 +84,7 @@ def cut_at(encoder: SparseEncoder, max_length: int) -> None:
 def cut_within(encoder: Encoder, max_length: int | None, *, lengthen: bool = True) -> Encoder:
     """Truncate every text to ``max_length`` tokens, or to the model's positions if there are fewer; returns the encoder.
 
-    Args:
-        max_length: None keeps the current length.
-        lengthen: whether ``max_length`` may exceed the current length.
+    None keeps the current length. ``lengthen`` says whether ``max_length`` may exceed it.
     """
     for module in transformer_modules(encoder):
         limits = [max_length, usable_positions(module.model)]
@@ -105,14 +95,9 @@ def cut_within(encoder: Encoder, max_length: int | None, *, lengthen: bool = Tru
 
 
 def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool) -> list[int]:
-    """``cut_within`` for a training, whose length does not limit the finished model.
+    """``cut_within`` for a training; returns the length of each transformer after the training, for ``set_lengths``.
 
-    Args:
-        saved: the encoder was opened from a saved one, whose length stays as it is.
-
-    Returns:
-        The length after the training for each transformer, to be given to ``set_lengths``: the length before, but at most 512 for a
-        backbone, and at least the length in training.
+    That is the length before, at most 512 unless the encoder was a ``saved`` one, and at least the length in training.
     """
     before = _lengths(encoder)
     cut_within(encoder, max_length)

@@ -22,18 +22,14 @@ _FEW_TEXTS = 100  # OpenVINO saves time from about 250 texts with a model of 22 
 
 
 def runtime_for(texts: int, runtime: Runtime, precision: Precision) -> Runtime:
-    """Resolve ``"auto"`` for a number of texts: ``"torch"`` below 100, because preparing a model for OpenVINO takes seconds.
-
-    int8 needs OpenVINO in any case.
-    """
+    """Resolve ``"auto"`` for a number of texts: preparing a model for OpenVINO takes seconds, but int8 needs it in any case."""
     return "torch" if runtime == "auto" and precision != "int8" and texts < _FEW_TEXTS else runtime
 
 
 def checked_option(name: str, value: Any, kind: Any) -> Any:
     """The value of an option, converted to its type: a whole number may be written 2.0, and a text may be a path.
 
-    Raises:
-        OptionError: a value of another type, such as a fraction for a whole number, or none of the choices.
+    Raises OptionError for a value of another type, such as a fraction for a whole number, or a value that is not among the choices.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]

@@ -1,18 +1,11 @@
 """SPLADE pooling fused with the vocabulary projection.
 
-``max (or sum) over tokens of log1p(relu(W h + b))``, without the (batch, length, vocabulary) logits: the projection runs in tiles
-of the vocabulary, and only what pooling needs is kept of each tile.
-
-Max pooling needs the maximum over the tokens, because the activation is monotone. In the backward pass, only the token with the
-maximum gets a gradient from a (sequence, term), so both gradients are sparse products with at most batch x vocabulary entries,
-instead of dense ones with batch x length x vocabulary. Sum pooling needs every token, and computes each tile's logits a second time
-in the backward pass.
-
-Outputs and gradients are exact: they equal those of the unfused modules up to the order of float additions. Under autocast, the
-products run in autocast's type and everything after them in float32.
+``max (or sum) over tokens of log1p(relu(W h + b))`` is computed in tiles of the vocabulary, without the (batch, length, vocabulary)
+logits. Outputs and gradients equal those of the unfused modules up to the order of float additions. Under autocast, the products
+run in autocast's type and everything after them in float32.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,20 +48,14 @@ def splade_pool(
     """
     device = hidden.device.type
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    dtype = torch.float32 if torch.is_autocast_enabled(device) else hidden.dtype
-    logs = 2 if double_log else 1
-    with torch.autocast(device, enabled=False):
-        if keep:
-            drop_screen(weight)  # the weight is about to change
-        elif pooling == "max" and device == "cpu" and torch.float64 not in (hidden.dtype, weight.dtype) and native_int8():
+    if keep:
+        drop_screen(weight)  # the weight is about to change
+    elif pooling == "max" and device == "cpu" and torch.float64 not in (hidden.dtype, weight.dtype) and native_int8():
+        with torch.autocast(device, enabled=False):
             screened = screened_max(hidden, weight, bias, mask, double_log, live)
-            if screened is not None:
-                return screened.to(dtype)
-    hidden, weight = _operands(hidden, weight)
-    with torch.autocast(device, enabled=False):
-        if pooling == "sum":
-            return _SumPool.apply(hidden, weight, bias, mask, logs, dtype, live)
-        return _MaxPool.apply(hidden, weight, bias, mask, logs, dtype, keep, live)
+        if screened is not None:
+            return screened if torch.is_autocast_enabled(device) else screened.to(hidden.dtype)
+    return _apply(_SumPool if pooling == "sum" else _MaxPool, hidden, weight, bias, mask, 2 if double_log else 1, keep, live)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -78,35 +65,44 @@ def max_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor
     Returns:
         (batch, vocabulary); a row without tokens has the logits of its first padding.
     """
-    device = hidden.device.type
-    dtype = torch.float32 if torch.is_autocast_enabled(device) else hidden.dtype
-    hidden, weight = _operands(hidden, weight)
+    return _apply(_MaxPool, hidden, weight, bias, mask, logs=0)
+
+
+class _Options(NamedTuple):
+    logs: int  # log1p is applied this many times after relu; 0 leaves the logits as they are
+    dtype: torch.dtype  # of the result
+    keep: bool  # what the backward pass needs
+    live: Tensor | None  # ids of the terms that are computed; None for all
+
+
+def _apply(
+    function: type[torch.autograd.Function],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    logs: int,
+    keep: bool = True,
+    live: Tensor | None = None,
+) -> Tensor:
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device)
+        hidden, weight, dtype = hidden.to(half), weight.to(half), torch.float32
     with torch.autocast(device, enabled=False):
-        return _MaxPool.apply(hidden, weight, bias, mask, 0, dtype, True, None)
-
-
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The operands of the product, under autocast in its type."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight
-    half = torch.get_autocast_dtype(device)
-    return hidden.to(half), weight.to(half)
+        return function.apply(hidden, weight, bias, mask, _Options(logs, dtype, keep, live))
 
 
 class _MaxPool(torch.autograd.Function):
+    """Pools the largest logits, because the activation is monotone.
+
+    Only the token with the maximum gets a gradient from a (sequence, term), so both gradients are sparse products with at most
+    batch x vocabulary entries.
+    """
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor,
-        logs: int,  # log1p is applied this many times after relu; 0 leaves the logits as they are
-        dtype: torch.dtype,
-        keep: bool,
-        live: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, options: _Options) -> Tensor:
+        logs, dtype, keep, live = options
         batch, length, _ = hidden.shape
         terms = count_terms(weight, live)
         tokens, source = fill_padding(hidden, mask)
@@ -127,18 +123,19 @@ class _MaxPool(torch.autograd.Function):
             pooled.log1p_()
         result = pooled.T.contiguous()  # (batch, terms)
         if keep:
-            ctx.save_for_backward(tokens, weight, bias, source, chosen, result, live)
-            ctx.logs = logs
+            ctx.save_for_backward(tokens, weight, bias, source, chosen, result)
+            ctx.options = options
         return spread_terms(result, live, len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight, bias, source, chosen, result, live = ctx.saved_tensors
+        tokens, weight, bias, source, chosen, result = ctx.saved_tensors
+        logs, _, _, live = ctx.options
         batch, length = source.shape
         gradient = gradient if live is None else gradient[:, live]
-        if ctx.logs:
-            gradient = gradient * _slope(result, ctx.logs) * (result > 0)
+        if logs:
+            gradient = gradient * _slope(result, logs) * (result > 0)
         through = gradient.T  # (terms, batch)
         term, row = through.nonzero(as_tuple=True)  # sorted by term
         token = source[row, chosen[term, row].long()] + row * length
@@ -153,51 +150,46 @@ class _MaxPool(torch.autograd.Function):
             to_weight = _sparse_product(term, token, values, tokens, len(weight)).to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
             to_bias = spread_terms(through.sum(dim=1), live, len(weight)).to(bias.dtype)
-        return to_hidden, to_weight, to_bias, None, None, None, None, None
+        return to_hidden, to_weight, to_bias, None, None
 
 
 class _SumPool(torch.autograd.Function):
+    """Pools all tokens; the backward pass computes the logits of each tile again."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor,
-        logs: int,
-        dtype: torch.dtype,
-        live: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, options: _Options) -> Tensor:
+        logs, dtype, _, live = options
         batch, length, width = hidden.shape
         tokens = hidden.reshape(-1, width)
         pooled = hidden.new_empty(count_terms(weight, live), batch, dtype=dtype)
         for start, end, logits in products(weight, tokens, live):
             activation = _activation(logits, None if bias is None else bias[index_terms(live, start, end)], dtype, logs)
             pooled[start:end] = activation.view(-1, batch, length).mul_(mask.to(dtype)).sum(dim=2)
-        ctx.save_for_backward(tokens, weight, bias, mask, live)
-        ctx.logs, ctx.dtype = logs, dtype
+        ctx.save_for_backward(tokens, weight, bias, mask)
+        ctx.options = options
         return spread_terms(pooled.T.contiguous(), live, len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight, bias, mask, live = ctx.saved_tensors
+        tokens, weight, bias, mask = ctx.saved_tensors
+        logs, dtype, _, live = ctx.options
         batch, length = mask.shape
         gradient = gradient if live is None else gradient[:, live]
-        to_hidden = tokens.new_zeros(tokens.shape, dtype=ctx.dtype)
+        to_hidden = tokens.new_zeros(tokens.shape, dtype=dtype)
         to_weight = torch.zeros_like(weight)
         to_bias = None if bias is None else torch.zeros_like(bias)
         for start, end, logits in products(weight, tokens, live):
             terms = index_terms(live, start, end)
-            activation = _activation(logits, None if bias is None else bias[terms], ctx.dtype, ctx.logs)
-            through = (_slope(activation, ctx.logs) * (activation > 0)).view(-1, batch, length)
-            through = (through * gradient.T[start:end].unsqueeze(2) * mask.to(ctx.dtype)).view(end - start, -1)
+            activation = _activation(logits, None if bias is None else bias[terms], dtype, logs)
+            through = (_slope(activation, logs) * (activation > 0)).view(-1, batch, length)
+            through = (through * gradient.T[start:end].unsqueeze(2) * mask.to(dtype)).view(end - start, -1)
             if to_bias is not None:
                 to_bias[terms] = through.sum(dim=1).to(to_bias.dtype)
             through = through.to(tokens.dtype)
             to_hidden += through.T @ weight[terms].to(tokens.dtype)
             to_weight[terms] = (through @ tokens).to(to_weight.dtype)
-        return to_hidden.to(tokens.dtype).view(batch, length, -1), to_weight, to_bias, None, None, None, None
+        return to_hidden.to(tokens.dtype).view(batch, length, -1), to_weight, to_bias, None, None
 
 
 def _activation(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, logs: int) -> Tensor:

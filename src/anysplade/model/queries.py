@@ -72,13 +72,7 @@ class StaticQueries:
     precision = "float32"
 
     def __init__(self, weights: np.ndarray, tokenizer: Tokenizer, prompt: str = "") -> None:
-        """Store the parts of the query side.
-
-        Args:
-            weights: float32, (vocabulary,) by token id.
-            tokenizer: truncates queries at the model's limit, and does not pad them.
-            prompt: precedes every query.
-        """
+        """Take weights, (vocabulary,) by token id, a tokenizer that truncates and does not pad, and a prompt for every query."""
         self._weights = weights
         self._tokenizer = tokenizer
         self._prompt = prompt
@@ -86,17 +80,10 @@ class StaticQueries:
 
     @classmethod
     def open(cls, source: str) -> "StaticQueries | None":
-        """Read the query side of a saved model.
+        """Read the query side of a saved model; raises ModelError if its weights or tokenizer are damaged or do not match.
 
-        Args:
-            source: its folder or hub id.
-
-        Returns:
-            None if the model has no such query side, or one that only sentence-transformers can read: with its own code, weights
-            in another format than safetensors, or a tokenizer in Python.
-
-        Raises:
-            ModelError: weights or tokenizer are missing or damaged, or do not match.
+        Returns None if the model has no such query side, or one that only sentence-transformers can read: with its own code,
+        weights in another format than safetensors, or a tokenizer in Python.
         """
         folder = _query_folder(source)
         config = saved_json(source, "config_sentence_transformers.json") or {}
@@ -120,12 +107,9 @@ class StaticQueries:
         return cls(weights, tokenizer, (config.get("prompts") or {}).get("query") or "")
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
-        """Sparse vectors of queries, in their order: float32, (texts, vocabulary). The same as those of ``model.encoding.encode``.
+        """The vectors of ``model.encoding.encode``; raises ModelError if a weight is NaN or infinite.
 
-        The one exception are queries with the padding token in their text: there they lose it in a batch with a longer query.
-
-        Raises:
-            ModelError: a weight is NaN or infinite.
+        They differ only for queries with the padding token in their text, which lose it there in a batch with a longer query.
         """
         if texts and not self._finite:  # one such weight is enough, because zero times NaN is NaN
             raise ModelError("the model gives NaN or infinity for query text 1; its training diverged")
@@ -140,18 +124,15 @@ class StaticQueries:
         return sparse.csr_matrix((weights, terms, starts), shape=(len(rows), len(self._weights)))
 
     def count_truncated(self, texts: Sequence[str]) -> Cut:
-        """Count the queries that are longer than what is read of them."""
         limit = (self._tokenizer.truncation or {}).get("max_length")
         return Cut(sum(bool(encoding.overflowing) for encoding in self._encode(texts)), limit, limit)
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
-        """The tokens of a text: id, and first and last character (exclusive)."""
         encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     @cached_property
     def term_names(self) -> list[str]:
-        """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` defines it."""
         return term_names(self._tokenizer, len(self._weights))
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
@@ -211,10 +192,9 @@ def _read_tokenizer(source: str, folder: str) -> Tokenizer | None:
 
 
 def _loads_unchanged(source: str, folder: str, config: dict[str, Any]) -> bool:
-    """Whether transformers loads tokenizer.json unchanged: it rebuilds many tokenizers from their vocabulary alone.
+    """Whether transformers loads tokenizer.json unchanged, given the content of tokenizer_config.json.
 
-    Args:
-        config: content of tokenizer_config.json.
+    It rebuilds many tokenizers from their vocabulary alone.
     """
     saved = saved_json(source, f"{folder}/tokenizer.json")
     if any(config.get(key) for key in ("auto_map", "split_special_tokens", "fast_tokenizer_files")):

@@ -91,11 +91,7 @@ def runtime_of(encoder: SparseEncoder) -> str:
 
 
 def resolve_precision(precision: Precision, device: torch.device | None = None) -> Precision:
-    """Resolve ``"auto"`` for a device: bfloat16 if it has native bfloat16 products, otherwise float32.
-
-    Args:
-        device: None is the device on which models are loaded.
-    """
+    """Resolve ``"auto"``: bfloat16 if the device (by default the one for new models) has native products, otherwise float32."""
     if precision != "auto":
         return precision
     return "bfloat16" if native_bfloat16((device or torch.device(get_device_name())).type) else "float32"
@@ -169,11 +165,7 @@ OpenVINOEncoder.__name__ = SparseEncoder.__name__
 
 
 def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) -> Any:
-    """The masked LM up to the decoder, converted for OpenVINO or read from the cache.
-
-    Raises:
-        ModelError: it cannot be converted, or gives other hidden states than torch.
-    """
+    """The masked LM up to the decoder, converted for OpenVINO or read from the cache."""
     openvino = _import("openvino")
     if cache_folder is None:
         return _convert(encoder, int8)

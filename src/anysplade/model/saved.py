@@ -15,10 +15,9 @@ _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
 def resolve_model(name: str | Path) -> str:
-    """A checkpoint folder or a hub id for ``from_pretrained``; the names of bundled backbones become their folders.
+    """A checkpoint folder or a hub id for ``from_pretrained``; raises ModelError if there is no such model.
 
-    Raises:
-        ModelError: a folder that does not exist or has no checkpoint in it, no such model on the hub, or no name at all.
+    The names of bundled backbones become their folders.
     """
     if not isinstance(name, str | Path):
         kind = type(name).__name__
@@ -44,11 +43,7 @@ def resolve_model(name: str | Path) -> str:
 
 
 def _require_on_hub(name: str, hint: str) -> None:
-    """Ask the hub once, because from_pretrained would retry for half a minute; a cached model needs no hub.
-
-    Args:
-        hint: a similar known name, for the message.
-    """
+    """Ask the hub once, because from_pretrained would retry for half a minute; ``hint`` names a similar model for the message."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -94,10 +89,7 @@ def saved_kind(source: str) -> str | None:
 
 
 def fingerprint(source: str) -> str | None:
-    """Identify the content of a model: a hash of a folder's weights, configuration and tokenizer, or the commit on the hub.
-
-    None if neither is known.
-    """
+    """Hash of a folder's weights, configuration and tokenizer, or the commit of a model on the hub; None if neither is known."""
     folder = Path(source)
     if not folder.is_dir():
         found = saved_file(source, "modules.json") or saved_file(source, "config.json")

@@ -1,7 +1,7 @@
 """Show a sparse vector as words with weights; pieces of a word are joined."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -15,9 +15,6 @@ from anysplade.model.encoding import ModelQueries
 from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER
 from anysplade.model.vocabulary import split_words
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class WeightedTerm(NamedTuple):
@@ -38,7 +35,7 @@ class Terms(list[WeightedTerm], Tabular):
 
 
 def terms(
-    vector: "sparse.spmatrix | NDArray[Any] | Tensor", encoder: SparseEncoder, text: str | None = None, k: int | None = None
+    vector: sparse.spmatrix | np.ndarray | Tensor, encoder: SparseEncoder, text: str | None = None, k: int | None = None
 ) -> Terms:
     """The words of a sparse vector with their weights, the largest first.
 

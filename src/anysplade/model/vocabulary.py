@@ -40,10 +40,10 @@ def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry]:
     Special tokens, white space, incomplete characters and ids without a token are left out.
     """
     kinds = set(_kinds(tokenizer.decoder))
-    known = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     entries = []
-    for id_, token in enumerate(read_tokens(tokenizer, size)):
-        text, begins = token or "", True
+    for id_ in range(size):
+        text, begins = tokenizer.id_to_token(id_) or "", True  # a head can be wider than the vocabulary
         if "ByteLevel" in kinds:
             text = _from_bytes([text])
             begins, text = text.startswith(" "), text.removeprefix(" ")
@@ -51,14 +51,9 @@ def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry]:
             begins, text = text.startswith(_SPACE), text.removeprefix(_SPACE)
         elif isinstance(tokenizer.model, WordPiece) and text != _PIECE:
             begins, text = not text.startswith(_PIECE), text.removeprefix(_PIECE)
-        if id_ not in known and _is_text(text):
+        if id_ not in special and _is_text(text):
             entries.append(Entry(text, begins, id_))
     return entries
-
-
-def read_tokens(tokenizer: Tokenizer, size: int) -> list[str | None]:
-    """The token of each id below ``size``; None for ids without one, because a head can be wider than its vocabulary."""
-    return [tokenizer.id_to_token(id_) for id_ in range(size)]
 
 
 def marks_spaces(tokenizer: Tokenizer) -> bool:
@@ -93,12 +88,12 @@ def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
         return token if form in fixed else form
 
     forms = {token: lowered(token) for token in ids}
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}  # ids by form, ascending
     for token, id_ in sorted(ids.items(), key=lambda item: item[1]):
         groups.setdefault(forms[token], []).append(id_)
     terms = np.arange(max(ids.values(), default=-1) + 1)
-    named = {form: group[0] for form, group in groups.items()}
-    spare = [token for token in ids if token not in named]
+    named = {form: group[0] for form, group in groups.items()}  # ids by new name
+    spare = [token for token in ids if token not in named]  # old names that are not lower-case
     for group in groups.values():
         terms[group] = group[0]
         named |= {spare.pop(): id_ for id_ in group[1:]}
@@ -107,7 +102,8 @@ def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
         for piece, score in pieces:
             scores[forms[piece]] = max(scores.get(forms[piece], score), score)
         names = {id_: token for token, id_ in named.items()}  # a duplicate piece keeps its first place
-        model["vocab"] = [[name := names.get(id_, piece), scores[name]] for id_, (piece, _) in enumerate(pieces)]
+        renamed = [names.get(id_, piece) for id_, (piece, _) in enumerate(pieces)]
+        model["vocab"] = [[piece, scores[piece]] for piece in renamed]
     else:
         model["vocab"] = dict(sorted(named.items(), key=lambda item: item[1]))
     if "merges" in model:
@@ -136,7 +132,7 @@ def term_names(tokenizer: Tokenizer, size: int) -> list[str]:
     text keep their token; see ``name_terms``.
     """
     spaces = marks_spaces(tokenizer)
-    tokens = read_tokens(tokenizer, size)
+    tokens = [tokenizer.id_to_token(term) for term in range(size)]
     for entry in read_entries(tokenizer, size):
         if spaces and not any(map(str.isalnum, entry.text)):  # punctuation mostly follows a word, without a space
             tokens[entry.id] = _SPACE * entry.begins + entry.text
@@ -149,10 +145,7 @@ def name_terms(tokens: Sequence[str | None]) -> list[str]:
     """A unique name for each term, (vocabulary,) by id: its token, or ``[term:ID]``.
 
     ``[term:ID]`` names a term whose token is missing, empty, a duplicate or no UTF-8, or contains white space: files and JSON
-    objects would lose such a token or merge it with another.
-
-    Raises:
-        DataError: a token has such a name itself.
+    objects would lose such a token or merge it with another. Raises DataError if a token has such a name itself.
     """
     count = Counter(tokens)
     names = [
@@ -167,11 +160,8 @@ def name_terms(tokens: Sequence[str | None]) -> list[str]:
 def split_words(text: str, tokens: Sequence[tuple[int, int, int]], names: Sequence[str]) -> dict[int, str]:
     """The words of a text that its tokenizer split, by the id of each piece; the first word if a piece is in several.
 
-    Scripts without case are not joined: some have no spaces between words, so that the whole text would be one word.
-
-    Args:
-        tokens: of the text: id, and first and last character (exclusive).
-        names: of the terms; see ``term_names``.
+    Scripts without case are not joined: some have no spaces between words, so that the whole text would be one word. ``tokens`` has
+    the id, and the first and last character (exclusive) of each token; ``names`` are those of ``term_names``.
     """
     words: dict[int, str] = {}
     group: list[tuple[int, int, int]] = []
