@@ -24,7 +24,9 @@ from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_python_docs
 from anysplade.data.pairs import sample_pairs
 from anysplade.model.calibration import mean_excess
-from anysplade.model.head import Probe, find_head, load_masked_lm, measure_logits
+from anysplade.model.checkpoints import load_masked_lm
+from anysplade.model.head import find_head
+from anysplade.model.measuring import Probe, measure_logits
 from anysplade.study.cells import Cell, CellRecord, QueryScores
 from anysplade.study.plan import SMALL
 from anysplade.study.run import run_cells

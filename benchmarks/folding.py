@@ -41,9 +41,11 @@ from anysplade.data.pairs import sample_pairs
 from anysplade.evaluation.comparisons import holm, paired_p
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.model.calibration import choose
+from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.folding import fold_head, plan_folding
 from anysplade.model.fused import hidden_states
-from anysplade.model.head import find_head, live_terms, load_masked_lm, measure_logits, untie_head
+from anysplade.model.head import find_head, live_terms, untie_head
+from anysplade.model.measuring import measure_logits
 from anysplade.model.pooling import splade_pool
 from anysplade.search.exact import Postings
 from anysplade.study.cells import Cell, QueryScores

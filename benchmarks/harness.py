@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from anysplade._common.provenance import provenance
-from anysplade.model.pooling import native_bfloat16
+from anysplade.model.hardware import native_bfloat16
 
 
 def alternate(variants: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, dict[str, float]]:

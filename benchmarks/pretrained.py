@@ -35,7 +35,7 @@ from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pai
 from anysplade._common.files import write_atomic
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.measures import measure, parse_metrics
-from anysplade.model.pooling import native_bfloat16
+from anysplade.model.hardware import native_bfloat16
 from anysplade.training import head_training as head_module
 from anysplade.training.teachers import kept_vectors, open_teacher
 

@@ -1,6 +1,8 @@
 """Small random masked LMs of the architectures that transformers ships."""
 
 import torch
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 VOCABULARY = 99
@@ -95,3 +97,16 @@ def small_model(architecture: str, **overrides: object) -> PreTrainedModel:
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()
     return model
+
+
+def run(model, ids):
+    """The logits of a masked LM, and its hidden states."""
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    hidden = out.hidden_states if out.get("hidden_states") is not None else out.encoder_hidden_states
+    return out.logits.detach(), [h.detach() for h in hidden]
+
+
+def stock_pooling(hidden, weight, bias, mask, pooling="max", double_log=False):
+    """The logits, and sentence-transformers' own module on them."""
+    module = SpladePooling(pooling, activation_function="log1p_relu" if double_log else "relu").train()
+    return module({"token_embeddings": linear(hidden, weight, bias), "attention_mask": mask})["sentence_embedding"]

@@ -1,6 +1,7 @@
 """Small parts that tests run on: a backbone with its tokenizer, and a collection."""
 
 import copy
+import json
 import random
 from contextlib import contextmanager
 
@@ -30,6 +31,19 @@ def make_tokenizer():
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+def make_tokenizer_of(size, **names):
+    """A tokenizer with this many tokens; names replace its special tokens."""
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = list(state["model"]["vocab"])[:size]
+    words += [f"word{i}" for i in range(size - len(words))]
+    state["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    known = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)} | names
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **{name: token for name, token in known.items() if token}
+    )
 
 
 def make_backbone(architecture, folder, **overrides):

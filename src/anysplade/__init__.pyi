@@ -33,9 +33,9 @@ from .model.encoder import open_encoder as open_encoder
 from .model.encoding import encode as encode
 from .model.folding import Folding as Folding
 from .model.folding import fold_head as fold_head
-from .model.head import HeadReport as HeadReport
-from .model.head import inspect_head as inspect_head
-from .model.head import rescale_head as rescale_head
+from .model.measuring import HeadReport as HeadReport
+from .model.measuring import inspect_head as inspect_head
+from .model.rescaling import rescale_head as rescale_head
 from .model.runtimes import for_inference as for_inference
 from .model.terms import Terms as Terms
 from .model.terms import WeightedTerm as WeightedTerm

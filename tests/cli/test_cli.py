@@ -275,7 +275,7 @@ def broken(collection_folder, tmp_path):
     "command, message",
     [
         ("inspect ./nowhere", "no such model folder"),
-        ("inspect nobody/no-such-model", "not to be had from the hub"),
+        ("inspect nobody/no-such-model", "not found on the hub"),
         ("inspect {data}", "a collection, not a model"),
         ("rescale {model} --out {data}", "not empty"),
         ("rescale {model} --out {tmp}/new --k 0", "k is 0"),

@@ -17,7 +17,8 @@ from anysplade.model.calibration import (
     is_sparse,
     mean_excess,
 )
-from anysplade.model.head import Probe, load_masked_lm, measure_logits, summarize_probe
+from anysplade.model.checkpoints import load_masked_lm
+from anysplade.model.measuring import Probe, measure_logits, summarize_probe
 
 TEXTS = ["kabel lodan", "mifil nugor pehan"], ["rajim sobel tucor", "kadan lofil"]
 
@@ -234,7 +235,7 @@ def test_a_head_without_bias_gets_k_alone(caplog):
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_dead_head_is_refused(value):
     logits = np.full((20, 50), value, np.float32)
-    with pytest.raises(ModelError, match="all alike or not finite"):
+    with pytest.raises(ModelError, match="all equal or not finite"):
         choose(Probe(logits, logits, logits, np.zeros(50, np.float32)))
 
 

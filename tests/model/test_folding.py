@@ -13,10 +13,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from anysplade import ModelError, OptionError, TrainingConfig, inspect_head, load_encoder, rescale_head, train
 from anysplade.model.calibration import calibrate
+from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.encoder import build_encoder, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.folding import fold_head, plan_folding
-from anysplade.model.head import DEAD, find_head, live_terms, load_masked_lm
+from anysplade.model.head import DEAD, find_head, live_terms
 from anysplade.model.modules import term_names
 from tiny import make_backbone
 from vocabularies import byte_level, make_cased, sentence_pieces, word_pieces
@@ -228,7 +229,7 @@ def test_refusals(cased, backbone, tmp_path):
 
 def test_a_head_without_a_bias_cannot_be_folded(tmp_path):
     folder = make_cased("modernbert", tmp_path / "model", byte_level(), decoder_bias=False)
-    with pytest.raises(ModelError, match="no bias, so no term of it can be switched off"):
+    with pytest.raises(ModelError, match="no bias, so none of its terms can be switched off"):
         fold_head(*load_masked_lm(folder))
 
 

@@ -202,7 +202,7 @@ def test_what_is_damaged_is_said(tmp_path):
     with pytest.raises(ModelError, match="its queries have 148 weights and their tokenizer has 149 tokens"):
         StaticQueries.open(model)
     path.write_bytes(b"torn")
-    with pytest.raises(ModelError, match="what encodes its queries cannot be loaded"):
+    with pytest.raises(ModelError, match="the encoder of its queries cannot be loaded"):
         StaticQueries.open(model)
 
 

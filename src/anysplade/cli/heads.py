@@ -21,12 +21,12 @@ def inspect(model: str, /, *, data: str | None = None, svg: Path | None = None, 
     """
     from anysplade._common import files
     from anysplade.cli import rendering as report
-    from anysplade.model import calibration, encoder, head
+    from anysplade.model import calibration, encoder, measuring
 
     loaded, tokenizer, trained = encoder.open_masked_lm(model)
     queries, documents = _probe_texts(data)
-    probe = head.measure_logits(loaded, tokenizer, queries, documents)
-    measured = head.describe_head(loaded, probe, model)
+    probe = measuring.measure_logits(loaded, tokenizer, queries, documents)
+    measured = measuring.describe_head(loaded, probe, model)
     suggested = calibration.choose(probe, trained=trained)
     verdict = dict(zip(("raw", "calibrated"), suggested.verdicts or (None, None), strict=True))
     if svg is not None:
@@ -66,20 +66,20 @@ def rescale(
     """
     from anysplade._common import files
     from anysplade.cli import rendering as report
-    from anysplade.model import calibration, folding, head
+    from anysplade.model import calibration, checkpoints, folding, measuring, rescaling
 
     if k is None:
         k = 8.0 if fold == "none" and not mute else 1.0
     files.require_empty(out)
-    loaded, tokenizer = head.load_masked_lm(model, dtype="auto")
+    loaded, tokenizer = checkpoints.load_masked_lm(model, dtype="auto")
     tokenizer = folding.fold_head(loaded, tokenizer, fold, mute)
     texts = _probe_texts(data) if "auto" in (k, shift) else ((), ())
     chosen = calibration.calibrate(loaded, tokenizer, *texts, k=k, shift=shift, bias=bias)
-    head.rescale_head(loaded, chosen.k, chosen.shift, bias)
+    rescaling.rescale_head(loaded, chosen.k, chosen.shift, bias)
     with files.atomic_folder(out) as folder:
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    written = head.describe_head(loaded, None, str(out))
+    written = measuring.describe_head(loaded, None, str(out))
     return Result(
         written.to_dict() | {"k": chosen.k, "shift": chosen.shift, "bias_policy": bias, "out": str(out)},
         report.rescaled_lines(written, chosen, out),

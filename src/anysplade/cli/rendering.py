@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anysplade.data.document_pairs import MadePairs
     from anysplade.evaluation.comparisons import Comparison, Evaluations
     from anysplade.model.calibration import Calibration
-    from anysplade.model.head import HeadReport
+    from anysplade.model.measuring import HeadReport
     from anysplade.model.terms import Terms
     from anysplade.search.documents import Hit, WordMatch
     from anysplade.search.sizing import Size

@@ -13,24 +13,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from anysplade._common.figures import draw
 from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.head import Probe, ProbeReport, check_rescaling, formula, measure_logits, require_masked_lm, summarize_probe
+from anysplade.model.head import require_masked_lm
+from anysplade.model.measuring import Probe, ProbeReport, measure_logits, summarize_probe
 from anysplade.model.options import BiasPolicy, Choice
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.rescaling import check_rescaling, formula
 
 logger = logging.getLogger(__name__)
 
-# The rule, and what it rests on, stand in docs/calibration.md.
-ACTIVE_SHARE = 0.001  # of the token logits are above zero at the start: the level
-MEAN_EXCESS = 2.0  # and lie this far above it on average: the scale
-MEAN_EXCESS_SCALE_ONLY = 0.4  # the scale where the level may not change: more terms are active, so each must weigh less
-FEWEST_TERMS = 4  # active in the median text, whatever the level: 0.1 % of a small vocabulary is less than one term
-_RESOLUTION = 1e-3  # of k, and of shift as a part of the mean excess: below it probe texts say nothing
-# A raw head starts above guessing, and so does a calibrated one; a trained SPLADE starts below it with few logits above zero.
-_RETRIEVES = 0.9  # times the loss of guessing
-# Where the runs behind docs/calibration.md went wrong: documents alike, and a softmax that is sure of the wrong one.
+# docs/calibration.md explains the rule and the evidence for it.
+ACTIVE_SHARE = 0.001  # share of the token logits that is above zero at the start: the level
+MEAN_EXCESS = 2.0  # mean of these logits: the scale
+MEAN_EXCESS_SCALE_ONLY = 0.4  # the scale if the level may not change: more terms are active, so each must weigh less
+FEWEST_TERMS = 4  # active in the median text at least: 0.1 % of a small vocabulary is less than one term
+_RESOLUTION = 1e-3  # of k, and of shift relative to the mean excess: probe texts cannot tell smaller differences
+_RETRIEVES = 0.9  # times the loss of guessing: only a trained SPLADE starts below it; raw and calibrated heads start above guessing
+# Signs of failure in the runs behind docs/calibration.md: documents are alike, or the softmax is sure of the wrong one.
 _ALIKE = 0.65  # cosine between documents
 _SATURATED = 10.0  # times the loss of guessing
-_EMPTY = 0.5  # active dims of a text
+_EMPTY = 0.5  # active dims of a text: fewer are none
 
 Verdict = Literal["collapses", "degrades", "trains"]
 
@@ -40,11 +41,11 @@ class Calibration(Tabular):
     """The affine map ``logits / k - shift`` for a head, and its effect on probe texts. Dividing by k is arXiv 2606.18811."""
 
     k: float  # divides the logits
-    shift: float  # subtracted after that, in units of the divided logits
+    shift: float  # subtracted from the divided logits
     bias: BiasPolicy  # whether k divides the decoder's bias too
     before: ProbeReport | None  # the raw head on the probe texts; None without probe texts
-    after: ProbeReport | None  # the calibrated head, likewise
-    declined: tuple[float, float] | None = None  # the k and shift of a raw head like this one, where it is sparse already
+    after: ProbeReport | None  # the calibrated head on the probe texts; None without probe texts
+    declined: tuple[float, float] | None = None  # k and shift that were not applied because the head is sparse already
 
     @property
     def formula(self) -> str:
@@ -56,8 +57,8 @@ class Calibration(Tabular):
         return (self.k, self.shift) == (1, 0)
 
     @property
-    def sides(self) -> "dict[str, ProbeReport]":
-        """What the probe texts show, by the head's name: raw and calibrated, or as it is; empty without texts."""
+    def sides(self) -> dict[str, ProbeReport]:
+        """Reports by the name of the head: raw and calibrated, or as it is; empty without probe texts."""
         if self.before is None or self.after is None:
             return {}
         if self.is_unchanged:
@@ -66,7 +67,7 @@ class Calibration(Tabular):
 
     @property
     def explanation(self) -> str | None:
-        """Why the head stays as it is, and what changes it all the same; None if it was calibrated."""
+        """Why the head stays as it is, and how to change it nevertheless; None if it was calibrated."""
         if self.declined is None or self.before is None:
             return None
         return (
@@ -76,14 +77,14 @@ class Calibration(Tabular):
 
     @property
     def verdicts(self) -> tuple[Verdict, Verdict] | None:
-        """What SPLADE training will do with the head raw and calibrated; None without probe texts."""
+        """Predicted outcome of SPLADE training for the raw and the calibrated head; None without probe texts."""
         return None if self.before is None or self.after is None else (_foresee(self.before), _foresee(self.after))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The raw head and the calibrated one, with what the probe texts show of each."""
+        """One row for each of ``sides``, or a row of k and shift."""
         return [{"head": name} | probe._rows()[0] for name, probe in self.sides.items()] or [{"k": self.k, "shift": self.shift}]
 
 
@@ -105,14 +106,14 @@ def calibrate(
     Args:
         tokenizer: of the model.
         queries: probe texts; everyday ones by default.
-        documents: likewise; document i answers query i.
+        documents: probe texts; document i answers query i.
         k: a number, or "auto".
-        shift: likewise.
+        shift: a number, or "auto".
         bias: whether k divides the decoder's bias too ("scale") or not ("keep").
-        strength: how often training collapsed before; each time leaves a third as many token logits above zero.
+        strength: number of collapsed trainings before; each leaves a third as many token logits above zero.
 
     Raises:
-        ModelError: the logits are all alike or not finite.
+        ModelError: the logits are all equal or not finite.
         OptionError: an impossible k or shift.
     """
     require_masked_lm(model)
@@ -133,21 +134,15 @@ def choose(
     strength: int = 0,
     trained: bool = False,
 ) -> Calibration:
-    """The calibration that a measured head wants.
+    """Choose the calibration of a measured head.
 
-    The scale of a head is the mean excess of its highest 0.1 % of token logits over the lowest of
-    them. ``k`` brings that to a fixed value; ``shift`` then lowers the logits until those 0.1 % alone
-    are above zero. Both are rounded to a thousandth, ``shift`` to one of that scale: below it probe texts say nothing. Of a
-    small vocabulary more than 0.1 % stay above zero, so that the median text keeps four terms.
+    The scale of a head is the mean excess of its highest 0.1 % of token logits over the lowest of them. ``k`` brings the scale to a
+    fixed value; ``shift`` then lowers the logits until only those 0.1 % are above zero. ``k`` is rounded to four digits, and
+    ``shift`` to a thousandth of the scale, because probe texts cannot tell smaller differences. For a small vocabulary more than
+    0.1 % stay above zero, so that the median text keeps four terms.
 
-    A head that is sparse already (``is_sparse``) would lose what it learned: there "auto" means no change.
-
-    Args:
-        trained: the head is known to be a trained SPLADE's, whatever the probe shows.
-
-    Raises:
-        ModelError: the logits have no spread, or are not finite.
-        OptionError: an impossible k or shift.
+    A head that is sparse already (``is_sparse``, or ``trained`` says so) would lose what it learned, so "auto" does not change it.
+    Raises the errors of ``calibrate``.
     """
     wanted = _choose(probe, k, shift, bias, strength)
     if "auto" not in (k, shift) or strength or not (trained or is_sparse(wanted)):
@@ -165,19 +160,21 @@ def _choose(probe: Probe, k: Choice, shift: Choice, bias: BiasPolicy, strength: 
     free = k == "auto"
     if k == "auto":
         if not (np.isfinite(excess) and excess > 0):
-            raise ModelError("the head's logits are all alike or not finite on the probe texts; was the checkpoint saved whole?")
-        k = _round(excess / (MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY))
+            raise ModelError("the head's logits are all equal or not finite on the probe texts; was the checkpoint saved whole?")
+        scale = MEAN_EXCESS if shift == "auto" else MEAN_EXCESS_SCALE_ONLY
+        k = float(f"{excess / scale:.4g}")
     check_rescaling(k, 0.0 if shift == "auto" else shift, bias)
     if shift == "auto":
         digits = 3 - math.floor(math.log10(excess / k)) if excess > 0 else 3
-        shift = float(np.round(float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share)), digits))  # in float64
+        level = float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share))
+        shift = float(np.round(level, digits))
         if free and abs(k - 1) <= _RESOLUTION and abs(shift) <= _RESOLUTION * excess:
-            k, shift = 1.0, 0.0  # calibrated already: untying a head for nothing would grow its checkpoint
+            k, shift = 1.0, 0.0  # calibrated already; untying the head would only make its checkpoint larger
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
 
 
 def _share(probe: Probe, strength: int) -> float:
-    """Of the token logits that are to be above zero."""
+    """The share of the token logits that should be above zero."""
     share = ACTIVE_SHARE / 3**strength
     fewest = max(1, round(FEWEST_TERMS / 3**strength))
     for pooled in (probe.query_logits, probe.document_logits):  # (texts, vocabulary)
@@ -188,10 +185,10 @@ def _share(probe: Probe, strength: int) -> float:
 
 
 def is_sparse(calibration: Calibration) -> bool:
-    """Whether a head is a trained SPLADE's: few token logits are above zero, and queries find their documents.
+    """Whether a head is that of a trained SPLADE: few token logits are above zero, and queries find their documents.
 
-    That is: at most as many as ``auto`` leaves there, and a loss below 0.9 times that of guessing. Raw heads start far above
-    guessing, calibrated ones above it. Needs probe texts in which query i goes with document i.
+    At most as many logits as ``auto`` would leave are above zero, and the loss is below 0.9 times the loss of guessing. Raw heads
+    start far above guessing, calibrated ones above it. Needs probe texts in which document i answers query i.
     """
     before, after = calibration.before, calibration.after
     if before is None or after is None or before.start_loss is None:
@@ -201,17 +198,17 @@ def is_sparse(calibration: Calibration) -> bool:
 
 
 def mean_excess(logits: np.ndarray, share: float) -> float:
-    """How far the highest ``share`` of the logits lies above the lowest of them, on average; 0 if they are all alike."""
+    """Mean of the highest ``share`` of the logits minus the lowest of them; 0 if they are all equal."""
     level = np.quantile(logits, 1 - share)
     above = logits[logits > level]
     return float(above.mean(dtype=np.float64) - level) if above.size else 0.0
 
 
 def _foresee(start: ProbeReport) -> Verdict:
-    """What SPLADE training will do from where a head starts: an estimate, made before the first step.
+    """Predict the outcome of SPLADE training from the start of a head.
 
-    Documents that are alike (cosine above 0.65) and a loss that begins more than ten times above guessing
-    together mean collapse, one of the two a weak model. Texts without an active term give no gradient: collapse too.
+    Documents that are alike (cosine above 0.65) together with a loss above ten times that of guessing mean collapse; one of the two
+    means a weak model. Texts without an active term give no gradient and mean collapse too.
     """
     if min(start.query_active_dims, start.document_active_dims) < _EMPTY:
         return "collapses"
@@ -221,11 +218,7 @@ def _foresee(start: ProbeReport) -> Verdict:
 
 
 def logit_figure(calibration: Calibration) -> str:
-    """The token logits before and after calibration over one axis, with relu's threshold, as SVG; once if the head stays as it is.
-
-    Raises:
-        OptionError: the calibration was made without probe texts.
-    """
+    """Histograms of the token logits before and after calibration as SVG; raises OptionError without probe texts."""
     sides = calibration.sides
     if not sides:
         raise OptionError("there is no figure without probe texts")
@@ -248,7 +241,3 @@ def logit_figure(calibration: Calibration) -> str:
         rows[-1].set_xlabel("logit; SPLADE keeps those right of the line")
 
     return draw(paint, 7, 2.2 * len(sides))
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")

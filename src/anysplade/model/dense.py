@@ -1,7 +1,5 @@
-"""Dense embedding models of sentence-transformers, which teach sparse ones and are measured beside them."""
+"""Dense embedding models of sentence-transformers, which teach sparse ones and are compared with them."""
 
-import contextlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from torch import nn
 
-from anysplade._common.files import write_atomic
+from anysplade._common.parts import encode_in_parts
 from anysplade._common.progress import bar
 from anysplade.data.sources import replace_surrogates
 from anysplade.errors import ModelError
-from anysplade.model.head import check_tokens, usable_positions
+from anysplade.model.checkpoints import check_tokens
+from anysplade.model.modules import cut_within, transformer_modules
 from anysplade.model.options import Role
 from anysplade.model.saved import first_line, saved_kind
 
-_PART = 1024  # texts that are encoded together, and kept in one file
+_PART = 1024  # texts per call of the model and per stored file
 
 
 def is_dense(source: str) -> bool:
@@ -28,13 +27,13 @@ def is_dense(source: str) -> bool:
 
 
 def open_dense(source: str, max_length: int | None = None) -> SentenceTransformer:
-    """A dense model in float32.
+    """Open a dense model in float32.
 
     Args:
-        max_length: tokens that a text is cut to, up to what the model reads.
+        max_length: tokens per text, the rest is cut; at most what the model reads.
 
     Raises:
-        ModelError: it cannot be loaded, or scores by something else than a cosine or a dot product.
+        ModelError: it cannot be loaded, or its score is neither a cosine nor a dot product.
     """
     try:
         model = SentenceTransformer(source)
@@ -46,17 +45,15 @@ def open_dense(source: str, max_length: int | None = None) -> SentenceTransforme
     return model.eval().float()
 
 
-def cut_reading(model: Any, max_length: int | None, source: str) -> None:
-    """Limit what a model of sentence-transformers reads; one with a static embedding reads any text whole.
+def cut_reading(model: nn.Module, max_length: int | None, source: str) -> None:
+    """``cut_within`` for a dense model or cross-encoder, up to the length that was saved with it.
 
-    Raises:
-        ModelError: its tokenizer has tokens that it has no embeddings for.
+    Raises ModelError if a tokenizer has added tokens without embeddings. Static embeddings read every text whole.
     """
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            check_tokens(module.tokenizer, module.model, source)
-            limits = (module.max_seq_length, max_length, usable_positions(module.model))
-            module.max_seq_length = min(filter(None, limits), default=None)
+    for module in transformer_modules(model):
+        tokenizer: Any = module.tokenizer
+        check_tokens(tokenizer, module.model, source)
+    cut_within(model, max_length, lengthen=False)
 
 
 def encode_dense(
@@ -70,48 +67,35 @@ def encode_dense(
     progress: bool = False,
     what: str | None = None,
 ) -> np.ndarray:
-    """Vectors whose dot products are the model's scores: float32, (texts, width), in their order.
+    """Vectors whose dot products are the model's scores: float32, (texts, width), in the order of the texts.
 
     Args:
         texts: without the prompt of their role, which the model adds.
         precision: of the products, float32 or bfloat16.
-        cache: a folder for these texts' vectors by this model; what is in it is not encoded again.
+        cache: a folder where the vectors of these texts by this model are stored; stored ones are not encoded again.
         progress: show progress.
-        what: the words for it.
+        what: label of the progress.
 
     Raises:
         ModelError: NaN or infinity in a vector.
     """
-    of_role = model.encode_query if role == "query" else model.encode_document
-    parts = []
+    encode = model.encode_query if role == "query" else model.encode_document
+
+    def encode_part(_: int, part: Sequence[str]) -> np.ndarray:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            vectors = encode(
+                [replace_surrogates(text) for text in part],
+                batch_size=batch_size,
+                normalize_embeddings=model.similarity_fn_name == "cosine",
+                show_progress_bar=False,
+            )
+        vectors = np.asarray(vectors, dtype=np.float32)
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise ModelError(f"the model gives NaN or infinity for the {role} {part[int(finite.argmin())][:60]!r}")
+        shown.update(len(part))
+        return vectors
+
     with bar(what or f"encoding {role} texts", "text", len(texts), progress) as shown:
-        for start in range(0, len(texts), _PART):
-            part = texts[start : start + _PART]
-            kept = None if cache is None else cache / f"{start:012}.npy"
-            vectors = None if kept is None else _read(kept)
-            if vectors is None:
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    vectors = of_role(
-                        [replace_surrogates(text) for text in part],
-                        batch_size=batch_size,
-                        normalize_embeddings=model.similarity_fn_name == "cosine",
-                        show_progress_bar=False,
-                    )
-                vectors = np.asarray(vectors, dtype=np.float32)
-                whole = np.isfinite(vectors).all(axis=1)
-                if not whole.all():
-                    bad = part[int(whole.argmin())]
-                    raise ModelError(f"the model gives NaN or infinity for the {role} {bad[:60]!r}")
-                if kept is not None:
-                    file = io.BytesIO()
-                    np.save(file, vectors)
-                    write_atomic(kept, file.getvalue())
-            parts.append(vectors)
-            shown.update(len(part))
+        parts = list(encode_in_parts(texts, _PART, encode_part, cache, ".npy", shown))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
-
-
-def _read(path: Path) -> np.ndarray | None:
-    with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged: made again
-        return np.asarray(np.load(path))
-    return None

@@ -1,7 +1,7 @@
 """Open sparse encoders: from a backbone, calibrated, or as they were saved."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,29 +16,25 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.calibration import Calibration, calibrate
-from anysplade.model.folding import fold_head, plan_folding
-from anysplade.model.fused import fuse_pooling
-from anysplade.model.head import (
-    check_masked_lm,
+from anysplade.model.checkpoints import (
     check_weights,
     describe_encoder,
-    find_head,
     finish_loading,
-    give_head,
-    has_remote_code,
+    head_advice,
     load_masked_lm,
     masked_lm_class,
-    rescale_head,
+    remote_code_message,
 )
+from anysplade.model.folding import fold_head, plan_folding
+from anysplade.model.fused import fuse_pooling
+from anysplade.model.head import find_head
 from anysplade.model.modules import cut_at, is_splade, masked_lm, splade_modules, transformer_modules
 from anysplade.model.options import BiasPolicy, Choice, Fold, Pooling, QueryEncoder
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.rescaling import rescale_head
 from anysplade.model.saved import first_line, resolve_model, saved_json, saved_kind
 
 logger = logging.getLogger(__name__)
-
-# Tokens that a trained backbone reads, unless it was trained on more: 8,192 would make every index at least eight times as dear.
-_LONGEST = 512
 
 
 def load_encoder(
@@ -54,18 +50,18 @@ def load_encoder(
 ) -> SparseEncoder:
     """A stock ``SparseEncoder`` (max pooling, dot product) on a backbone whose head is calibrated.
 
-    With ``k=1, shift=0`` the head is untouched. What is a sparse encoder already stays as it is with ``"auto"``: a folder
-    that was saved as a ``SparseEncoder``, or a masked LM whose head retrieves with few active terms (``is_sparse``).
+    With ``k=1, shift=0`` the head is not changed. ``"auto"`` does not change what is a sparse encoder already: a folder that was
+    saved as a ``SparseEncoder``, or a masked LM whose head retrieves with few active terms (``is_sparse``).
 
     Args:
         path: a masked LM's folder or hub id, or a saved SparseEncoder.
         k: divides the logits; ``"auto"`` chooses it from the probe texts.
-        shift: is taken from the logits after that; ``"auto"`` likewise.
-        fused: pool without ever building the (batch, length, vocabulary) logits; same results.
+        shift: is subtracted from the divided logits; ``"auto"`` chooses it from the probe texts.
+        fused: pool without building the (batch, length, vocabulary) logits; the results are the same.
         bias: whether k divides the decoder's bias too; see ``rescale_head``.
-        queries: of the probe texts; a few dozen of the kind the model will meet.
-        documents: likewise.
-        max_length: tokens a text is cut to; the tokenizer's own limit if None.
+        queries: probe texts; a few dozen of the kind the model will meet.
+        documents: probe texts; document i answers query i.
+        max_length: tokens per text, the rest is cut; the tokenizer's own limit if None.
 
     Raises:
         ModelError: not found, not a masked LM, or a head that cannot do what is asked.
@@ -93,19 +89,22 @@ def build_encoder(
     fold: Fold = "none",
     mute: bool = False,
 ) -> tuple[SparseEncoder, Calibration]:
-    """``load_encoder``, and the calibration that was applied.
+    """``load_encoder`` with more options; also returns the calibration that was applied.
 
     Args:
-        strength: that of ``calibrate``.
-        pooling, double_log: over tokens, and log(1 + log(1 + relu)) as the activation.
-        query_encoder: ``"idf"`` and ``"static"`` give queries one weight a token, fixed and learned, which
-            begins as its inverse document frequency in ``idf_texts``.
+        strength: see ``calibrate``.
+        pooling: over tokens.
+        double_log: log(1 + log(1 + relu)) as the activation.
+        query_encoder: ``"idf"`` and ``"static"`` give queries one weight per token, which starts as its inverse document frequency
+            in ``idf_texts``; ``"static"`` learns it.
         attention: transformers' name of an attention implementation.
-        fold, mute: those of ``fold_head``, before the calibration.
+        fold, mute: see ``fold_head``, which is applied before the calibration.
     """
     source = resolve_model(path)
     if is_saved_encoder(source):
-        k, shift = _auto_choices(source, k, shift)
+        if "auto" in (k, shift):
+            logger.info("%s: a sparse encoder already, so its head stays as it is; numbers for k and shift change it", source)
+        k, shift = (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
         encoder = _load_saved(source, attention)
         if (pooling, double_log, query_encoder) != ("max", False, "mlm"):
             raise OptionError(f"{source}: a sparse encoder already, whose pooling and query encoder stay as they are")
@@ -120,41 +119,37 @@ def build_encoder(
     tokenizer = splade_modules(encoder)[0].tokenizer
     calibration = calibrate(model, tokenizer, queries, documents, k=k, shift=shift, bias=bias, strength=strength)
     rescale_head(model, calibration.k, calibration.shift, bias)
-    if max_length is not None:
-        cut_at(encoder, max_length)
-    if fused:
-        fuse_pooling(encoder)
-    return encoder, calibration
+    return _finished(encoder, fused, max_length), calibration
 
 
 def open_encoder(path: str | Path, fused: bool = True, max_length: int | None = None) -> SparseEncoder:
-    """Open a saved ``SparseEncoder`` of any kind, or a masked LM with SPLADE pooling as it is; nothing is calibrated.
+    """Open a saved ``SparseEncoder`` of any kind, or a masked LM with SPLADE pooling; nothing is calibrated.
 
     Args:
         path: a folder or hub id.
         fused: pool SPLADE models without building the (batch, length, vocabulary) logits; the vectors are the same.
-        max_length: tokens a text is cut to; what was saved with it if None.
+        max_length: tokens per text, the rest is cut; the saved length if None.
 
     Raises:
         OptionError: a length below 3, or above what the model has positions for.
-        ModelError: not found, or neither of the two. (``SparseEncoder(name)`` itself silently
-            builds an untrained autoencoder for a checkpoint that is not a masked LM.)
+        ModelError: not found, or neither of the two. (``SparseEncoder(name)`` itself silently builds an untrained autoencoder for a
+            checkpoint that is not a masked LM.)
     """
     source = resolve_model(path)
     encoder = _load_saved(source) if is_saved_encoder(source) else _with_splade_pooling(source)
+    return _finished(encoder, fused and is_splade(encoder), max_length)
+
+
+def _finished(encoder: SparseEncoder, fused: bool, max_length: int | None) -> SparseEncoder:
     if max_length is not None:
         cut_at(encoder, max_length)
-    if fused and is_splade(encoder):
+    if fused:
         fuse_pooling(encoder)
     return encoder
 
 
 def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The masked LM and tokenizer of a checkpoint or of a saved SPLADE encoder, and whether it was the latter.
-
-    Raises:
-        ModelError: neither of the two.
-    """
+    """The masked LM and tokenizer of a checkpoint or of a saved SPLADE encoder, and whether it was a saved encoder."""
     source = resolve_model(path)
     if not is_saved_encoder(source):
         return *load_masked_lm(source), False
@@ -163,33 +158,23 @@ def open_masked_lm(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def is_saved_encoder(source: str) -> bool:
-    """Whether a folder or hub id was saved as a ``SparseEncoder`` of sentence-transformers.
-
-    Raises:
-        ModelError: it was saved as another of its models, such as a dense one.
-    """
+    """Whether a folder or hub id was saved as a ``SparseEncoder``; raises ModelError for other models of sentence-transformers."""
     kind = saved_kind(source)
-    if kind is None:
-        return False
-    if kind != "SparseEncoder":
-        # SparseEncoder(name) takes it too, and puts an untrained autoencoder on top.
-        if kind == "SentenceTransformer":
-            folder = encoder_folder(source)
-            masked_lm_class(source, folder)  # a decoder can be given no head
-            raise ModelError(
-                f"{source}: was saved as a SentenceTransformer, a dense embedding model ({describe_encoder(source, folder)}); "
-                f"it has no MLM head; {give_head(source)}"
-            )
+    if kind is None or kind == "SparseEncoder":
+        return kind is not None
+    # SparseEncoder(name) would accept it, and put an untrained autoencoder on top.
+    if kind != "SentenceTransformer":
         raise ModelError(f"{source}: was saved as a {kind}; it has no MLM head, so give a masked LM or a SparseEncoder")
-    return True
+    folder = encoder_folder(source)
+    masked_lm_class(source, folder)  # raises for a decoder, which can be given no head
+    raise ModelError(
+        f"{source}: was saved as a SentenceTransformer, a dense embedding model ({describe_encoder(source, folder)}); "
+        f"it has no MLM head; {head_advice(source)}"
+    )
 
 
 def encoder_folder(source: str) -> str:
-    """Where below a model's folder or hub id the transformer of a dense model of sentence-transformers lies; "" for itself.
-
-    Raises:
-        ModelError: it has none, or several.
-    """
+    """The folder of the transformer in a model of sentence-transformers, which must have exactly one; "" for other models."""
     modules = saved_json(source, "modules.json")
     if modules is None:
         return ""
@@ -202,11 +187,7 @@ def encoder_folder(source: str) -> str:
 
 
 def check_foldable(source: str, fold: Fold, mute: bool) -> None:
-    """Refuse what cannot be folded, as far as can be known without reading weights.
-
-    Raises:
-        OptionError, ModelError: a sparse encoder, or as ``fold_head`` does.
-    """
+    """Raise the errors of ``fold_head`` that can be found without reading weights."""
     if fold == "none" and not mute:
         return
     if is_saved_encoder(source):
@@ -215,35 +196,28 @@ def check_foldable(source: str, fold: Fold, mute: bool) -> None:
     plan_folding(tokenizer, len(tokenizer), fold, mute)
 
 
-def _auto_choices(source: str, k: Choice, shift: Choice) -> tuple[Choice, Choice]:
-    """What "auto" means for the head of a saved SparseEncoder: no change."""
-    if "auto" in (k, shift):
-        logger.info("%s: a sparse encoder already, so its head stays as it is; numbers for k and shift change it", source)
-    return (1.0 if k == "auto" else k), (0.0 if shift == "auto" else shift)
-
-
 def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
-    """A saved SparseEncoder of any kind in float32, its weights and tokenizer checked.
+    """Load a saved SparseEncoder of any kind in float32, and check its weights and tokenizer.
 
-    Half-precision weights do not train, and make another result on each kind of processor.
+    Half-precision weights do not train, and give different results on different kinds of processors.
     """
     try:
         encoder = SparseEncoder(source, model_kwargs={"attn_implementation": attention} if attention else None)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(
-            has_remote_code(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
+            remote_code_message(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
         ) from error
     for module, folder in zip(transformer_modules(encoder), _transformer_folders(source), strict=True):
         model: Any = module.model
         tokenizer: Any = module.tokenizer
-        if getattr(model, "peft_config", None) is None:  # an adapter's folder has no weights but its own
+        if getattr(model, "peft_config", None) is None:  # an adapter's folder has only the adapter's weights
             check_weights(type(model), source, folder)
         finish_loading(model, tokenizer, source)
     return encoder.float()
 
 
 def _transformer_folders(source: str) -> list[str]:
-    """Where a saved encoder has its transformers: sub-folders, or "" for its own."""
+    """The folders of the transformers inside a saved encoder; "" for the encoder's own folder."""
     folders = []
     for entry in saved_json(source, "modules.json"):
         if entry["type"].endswith(".Router"):
@@ -257,8 +231,8 @@ def _transformer_folders(source: str) -> list[str]:
 def _with_splade_pooling(
     source: str, pooling: Pooling = "max", double_log: bool = False, attention: str | None = None
 ) -> SparseEncoder:
-    check_masked_lm(source)
-    # float32 whatever the checkpoint is stored in: half-precision weights do not train.
+    check_weights(masked_lm_class(source), source)
+    # float32 whatever type the checkpoint is stored in: half-precision weights do not train.
     options = {"dtype": torch.float32} | ({"attn_implementation": attention} if attention else {})
     try:
         transformer = Transformer(source, transformer_task="fill-mask", model_kwargs=options)
@@ -268,25 +242,26 @@ def _with_splade_pooling(
         raise
     finish_loading(transformer.model, transformer.tokenizer, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"
-    vocabulary = len(find_head(transformer.model).decoder.weight)  # left out, it would be known after the first text only
+    vocabulary = len(find_head(transformer.model).decoder.weight)  # otherwise known only after the first text
     modules = [transformer, SpladePooling(pooling, activation_function=activation, embedding_dimension=vocabulary)]
     return SparseEncoder(modules=modules, similarity_fn_name="dot")
 
 
 def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: bool) -> SparseEncoder:
-    """Documents through the MLM, queries as a bag of tokens with a weight each (Geng et al., arXiv 2411.04403)."""
+    """Documents through the MLM, queries as a bag of tokens with one weight each (Geng et al., arXiv 2411.04403)."""
     tokenizer: Any = encoder.tokenizer
     rows = len(find_head(masked_lm(encoder)).decoder.weight)
-    if rows != len(tokenizer):  # a stock SparseStaticEmbedding has a weight for each token, no more and no fewer
+    if rows != len(tokenizer):  # a stock SparseStaticEmbedding has exactly one weight per token
         raise OptionError(
             f"the head has {rows:,} rows and the tokenizer {len(tokenizer):,} tokens, so that queries by token and documents would "
             "not go together; train with `query_encoder=mlm`, or give head and tokenizer the same size"
         )
     frequency = np.zeros(len(tokenizer))
     count = 0
-    for batch in _batched(texts, 1024):
-        for ids in tokenizer(list(batch), add_special_tokens=False, truncation=True)["input_ids"]:
-            frequency[np.unique(np.array(ids, np.int64))] += 1  # of no tokens too
+    remaining = iter(texts)
+    while batch := list(islice(remaining, 1024)):
+        for ids in tokenizer(batch, add_special_tokens=False, truncation=True)["input_ids"]:
+            frequency[np.unique(np.array(ids, np.int64))] += 1  # typed, because a text may have no tokens
             count += 1
     idf = np.log1p((count - frequency + 0.5) / (frequency + 0.5))
     idf[tokenizer.all_special_ids] = 0
@@ -294,9 +269,3 @@ def _with_static_queries(encoder: SparseEncoder, texts: Iterable[str], frozen: b
     documents: list[Any] = list(encoder.children())
     router = Router.for_query_document(query_modules=[queries], document_modules=documents)
     return SparseEncoder(modules=[router], similarity_fn_name="dot")
-
-
-def _batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
-    iterator = iter(items)
-    while batch := tuple(islice(iterator, size)):
-        yield batch

@@ -1,16 +1,16 @@
-"""One dimension a word: give a cased backbone an uncased tokenizer, and leave its weights as they are.
+"""One dimension per word: give a cased backbone an uncased tokenizer, without changing its weights.
 
-``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and four dimensions of SPLADE: a query
-with the one and a document with the other have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
-arXiv 2607.00004, calls it the vocabulary gap). Worse, most forms are no tokens: `` Obama`` is one and ``obama`` is two pieces,
-`` sort`` is one and the ``sort`` of ``(sort`` may be two. Both come from how text is cut, and are cured there: text is read in
-lower case with a space before each word, and the entries of the vocabulary, with the merges that make them, become lower-case too.
-So ``obama`` is the entry that `` Obama`` was, with its embedding. Of the entries that become one the most frequent stays, and the
-others are switched off: their bias becomes lower than any logit. The checkpoint stays stock, and what is tied stays tied.
+``python``, ``Python``, `` python`` and `` Python`` are four tokens of a cased vocabulary, and so four dimensions of SPLADE: a query
+with one form and a document with another have nothing in common ("Why Advanced Encoders Lag on Sparse Retrieval",
+arXiv 2607.00004, calls it the vocabulary gap). Moreover, most forms are no tokens: `` Obama`` is one token, but ``obama`` is two.
+
+The remedy changes the tokenizer. It reads text in lower case with a space before each word, and the entries of its vocabulary
+become lower-case too, with the merges that make them. So `` Obama`` becomes `` obama``, and keeps its embedding. Among entries that
+become equal, the most frequent one stays, and the others are switched off: their bias becomes lower than any logit. The checkpoint
+stays stock, and tied weights stay tied.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,15 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from anysplade._common.extras import extra
 from anysplade._common.tables import Tabular
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.head import DEAD, RECORD, check_logits, find_head, require_masked_lm, share_tied
+from anysplade.model.head import DEAD, RECORD, find_head, require_masked_lm, sample_logits, share_tied
 from anysplade.model.options import Fold
 from anysplade.model.vocabulary import is_punctuation, lower_entries, marks_spaces, read_entries
 
-_MUTED = -1
-# A space goes before each word and number that has none; letters without case stay as they are. At the start of a text it takes the
-# place of a mark, because tokenizers 0.23 panics at a match without width there.
+_MUTED = -1  # marks terms without a dimension
+# Normalizers that put a space before each word and number that has none; letters without case stay as they are. At the start of a
+# text the space replaces a "\0", because tokenizers 0.23 panics at a match of zero width there.
 _CASED = r"(?=[\p{Lu}\p{Ll}\p{Lt}\p{N}])"
-_APART = [
+_SPACED = [
     {"type": "Prepend", "prepend": "\0"},
     {"type": "Replace", "pattern": {"Regex": rf"\x00{_CASED}"}, "content": " "},
     {"type": "Replace", "pattern": {"String": "\0"}, "content": ""},
@@ -40,14 +40,14 @@ _APART = [
 
 @dataclass(frozen=True, repr=False)
 class Folding(Tabular):
-    """What was folded; lies under ``anysplade`` in the checkpoint's config.json, as ``folding``."""
+    """Record of a folded vocabulary, stored in the checkpoint's config.json as ``anysplade.folding``."""
 
     by: Fold  # which terms share a dimension
     mute: bool  # punctuation and special tokens have no dimension
-    groups: int  # of two terms and more, which are one now
-    folded: int  # terms whose dimension is another's
-    muted: int  # terms without one
-    live: int  # terms that are left
+    groups: int  # number of dimensions that several terms share
+    folded: int  # number of terms that use another term's dimension
+    muted: int  # number of terms without a dimension
+    live: int  # number of dimensions that are left
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,61 +56,57 @@ class Folding(Tabular):
 def fold_head(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, by: Fold = "case", mute: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Fold the vocabulary of a masked LM: an uncased tokenizer for the same weights. Calibrate after it, not before.
+    """Fold the vocabulary of a masked LM: an uncased tokenizer for the same weights. Calibrate after folding, not before.
 
-    The model changes in place: in the decoder's bias, and with ``"stem"`` in the input embeddings. Ties and size stay, and its
-    config records what was done.
+    The decoder's bias changes in place, and with ``"stem"`` the input embeddings too. Ties and size stay, and the model's config
+    records the folding.
 
     Args:
         model: a masked LM of transformers.
         tokenizer: of the model.
-        by: ``"case"``: words that are the same up to case and the space before them are one;
-            ``"stem"``: English words of one stem too (needs the extra ``evaluation``); ``"none"``: nothing is folded.
+        by: which words share a dimension. ``"case"``: words that differ only in case and the space before them; ``"stem"``: English
+            words with the same stem too (needs the extra ``evaluation``); ``"none"``: no words.
         mute: punctuation and special tokens get no dimension.
 
     Returns:
-        The tokenizer that goes with the model now: another one, or the given one where only ``mute`` is asked for or nothing.
+        The tokenizer to use with the model from now on: a new one, or the given one if no words are folded.
 
     Raises:
         OptionError: the vocabulary has nothing to fold, or was folded before.
-        ModelError: there is no head or no bias, the tokenizer does not say what its tokens are, or the logits are not
-            ``W h + b``: then the model is left as it was.
+        ModelError: there is no head or no bias, the tokenizer does not say what its tokens are, or the logits are not ``W h + b``.
+            The model is unchanged then.
     """
     require_masked_lm(model)
     if by == "none" and not mute:
         return tokenizer
     earlier = getattr(model.config, RECORD, None) or {}
     if earlier.get("folding"):
-        raise OptionError(f"{model.name_or_path}: was folded before, and is folded once; start from the original")
+        raise OptionError(f"{model.name_or_path}: was folded before, which works only once; start from the original")
     share_tied(model)
     head = find_head(model)
     if not head.biases:
         raise ModelError(
-            f"{type(model).__name__}: the MLM head has no bias, so no term of it can be switched off; leave out `fold`"
+            f"{type(model).__name__}: the MLM head has no bias, so none of its terms can be switched off; leave out `fold`"
         )
     folded, terms = plan_folding(tokenizer, len(head.decoder.weight), by, mute)
-    own, sizes = np.arange(len(terms)), np.bincount(terms[terms >= 0], minlength=len(terms))
     _switch_off(model, terms)
     if by == "stem":
-        _read_alike(model, terms)
+        _share_embeddings(model, terms)
+    is_own, is_muted = terms == np.arange(len(terms)), terms == _MUTED
     done = Folding(
         by=by,
         mute=mute,
-        groups=int((sizes > 1).sum()),
-        folded=int(((terms != own) & (terms != _MUTED)).sum()),
-        muted=int((terms == _MUTED).sum()),
-        live=int((terms == own).sum()),
+        groups=int((np.bincount(terms[~is_muted]) > 1).sum()),
+        folded=int((~is_own & ~is_muted).sum()),
+        muted=int(is_muted.sum()),
+        live=int(is_own.sum()),
     )
-    setattr(model.config, RECORD, earlier | {"folding": asdict(done)})
+    setattr(model.config, RECORD, earlier | {"folding": done.to_dict()})
     return folded
 
 
 def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: bool) -> tuple[PreTrainedTokenizerBase, np.ndarray]:
-    """The tokenizer of a folded model, and the term whose dimension each term has, (size,): its own id, another's, or -1 for none.
-
-    Raises:
-        OptionError, ModelError: there is nothing to fold, or the tokenizer does not say what its tokens are.
-    """
+    """The tokenizer of a folded model, and the id of the term whose dimension each term uses, (size,); -1 for no dimension."""
     if not tokenizer.is_fast:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"
@@ -120,13 +116,15 @@ def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: 
         raise OptionError(f"{tokenizer.name_or_path}: its vocabulary has one form of each word already (uncased); leave out `fold`")
     backend, terms = tokenizer.backend_tokenizer, np.arange(size)
     if cased:
-        backend, uncased = fold_tokenizer(backend)
+        backend, uncased = _fold_tokenizer(backend)
         terms[: len(uncased)] = uncased[:size]  # a head can be wider than the vocabulary, or narrower
         tokenizer = _with_backend(tokenizer, backend)
     entries = read_entries(backend, size)
     if by == "stem":
+        with extra("evaluation"):
+            import Stemmer
+        stem = Stemmer.Stemmer("english").stemWord
         stems: dict[str, int] = {}
-        stem = _stemmer()
         words = [entry for entry in entries if entry.begins and terms[entry.id] == entry.id]
         kept = {entry.id: stems.setdefault(stem(entry.text), entry.id) for entry in words}
         terms = np.array([kept.get(term, term) for term in terms.tolist()])
@@ -145,25 +143,24 @@ def folds_by_case(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(entry.text != entry.text.lower() and entry.id not in added for entry in entries)
 
 
-def fold_tokenizer(tokenizer: Tokenizer) -> tuple[Tokenizer, np.ndarray]:
-    """An uncased tokenizer with the entries of a cased one, and the entry that each has become, (entries,).
+def _fold_tokenizer(tokenizer: Tokenizer) -> tuple[Tokenizer, np.ndarray]:
+    """An uncased tokenizer with the entries of a cased one, and the id that each entry has become, (entries,).
 
-    Entries and text are put in lower case; text goes through the tokenizer's own normalizer after it. Of the entries that become
-    one, the one with the lowest id stays: vocabularies are in the order in which they were learned. The others get names that no
-    text has any more. Pieces that continue a word stay apart from words, and scripts without case as they are.
+    Text is put in lower case before the tokenizer's own normalizer. ``lower_entries`` changes the entries. Pieces that continue a
+    word stay distinct from words, and scripts without case stay as they are.
     """
     state = json.loads(tokenizer.to_str())
-    apart = _APART if marks_spaces(tokenizer) else []
-    after = [state["normalizer"]] if state["normalizer"] else []
-    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *apart, *after]}
+    spaced = _SPACED if marks_spaces(tokenizer) else []
+    own = [state["normalizer"]] if state["normalizer"] else []
+    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *spaced, *own]}
     for token in state["added_tokens"]:
-        token["normalized"] = False  # found in the text as it was written, as before
+        token["normalized"] = False  # found in the text before it is changed
     terms = lower_entries(state, tokenizer)
     return Tokenizer.from_str(json.dumps(state)), terms
 
 
 def _with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer of no architecture: those of RoBERTa and others build their own normalizer when they are loaded."""
+    """A tokenizer of a general class: those of RoBERTa and others build their own normalizer when they are loaded."""
     kept = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
     options = {name: getattr(tokenizer, name) for name in kept} | tokenizer.special_tokens_map
     if extra_tokens := getattr(tokenizer, "extra_special_tokens", None):
@@ -173,21 +170,15 @@ def _with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> Pre
     return made
 
 
-def _stemmer() -> Callable[[str], str]:
-    with extra("evaluation"):
-        import Stemmer
-    return Stemmer.Stemmer("english").stemWord
-
-
 def _switch_off(model: PreTrainedModel, terms: np.ndarray) -> None:
-    """Switch off the terms whose dimension is another's, by their bias; check what comes out."""
-    before, head = check_logits(model), find_head(model)
+    """Switch off the terms without a dimension of their own, and check the result."""
+    before, head = sample_logits(model), find_head(model)
     dead = torch.from_numpy(terms != np.arange(len(terms))).to(before.device)
     old = [bias.detach().clone() for bias in head.biases]
     with torch.no_grad():
         for bias in head.biases:
             bias.view(-1)[dead] = DEAD
-        after = check_logits(model)
+        after = sample_logits(model)
         if torch.equal(after[..., ~dead], before[..., ~dead]) and bool((after[..., dead] < DEAD / 2).all()):
             return
         for bias, values in zip(head.biases, old, strict=True):
@@ -198,8 +189,8 @@ def _switch_off(model: PreTrainedModel, terms: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def _read_alike(model: PreTrainedModel, terms: np.ndarray) -> None:
-    """Give each term the input embedding of the term whose dimension it has."""
+def _share_embeddings(model: PreTrainedModel, terms: np.ndarray) -> None:
+    """Give each term the input embedding of the term whose dimension it uses."""
     embeddings: Any = model.get_input_embeddings()
     source = torch.from_numpy(np.where(terms == _MUTED, np.arange(len(terms)), terms)).to(embeddings.weight.device)
     embeddings.weight[: len(source)] = embeddings.weight[source]

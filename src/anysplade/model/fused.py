@@ -1,7 +1,7 @@
 """Fused pooling: a SPLADE encoder that pools its hidden states without building the (batch, length, vocabulary) logits.
 
-``FusedEncoder.forward`` is the whole way of a batch: the masked LM without its decoder, then ``pooling.splade_pool``, which has
-the decoder's product in it. The modules inside stay sentence-transformers' own, and so does all that is saved.
+``FusedEncoder.forward`` runs the masked LM without its decoder, then ``pooling.splade_pool``, which includes the decoder's product.
+Its modules stay those of sentence-transformers, and so do saved files.
 """
 
 import logging
@@ -17,7 +17,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anysplade.model.head import find_head, live_terms
+from anysplade.model.head import find_head, live_terms, sample_logits
 from anysplade.model.modules import masked_lm, splade_modules
 from anysplade.model.pooling import splade_pool
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class FusedEncoder(SparseEncoder):
-    """A ``SparseEncoder`` with fused pooling, in memory alone; saved, it is a stock one. Made by ``fuse_pooling``."""
+    """A ``SparseEncoder`` with fused pooling, made by ``fuse_pooling``. Saving it writes a stock ``SparseEncoder``."""
 
-    live: Tensor | None  # ids of the terms that are not switched off; None: all. A buffer, so that it moves with the model.
+    live: Tensor | None  # ids of the terms that are not switched off; None for all. A buffer, so that it moves with the model.
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds ``sentence_embedding``, (batch, vocabulary), to the features of a batch of tokenized texts."""
+        """Add ``sentence_embedding``, (batch, vocabulary), to the features of a batch of tokenized texts."""
         transformer, pooling = splade_modules(self)
         decoder = _decoder(transformer.model)
         if self._module_of(input, kwargs) is not transformer:
-            return super().forward(input, **kwargs)  # queries with a module of their own
+            return super().forward(input, **kwargs)  # queries that have their own modules
         hidden, mask = self._hidden_states(transformer, input)
         double_log = pooling.activation_function == "log1p_relu"
         input["sentence_embedding"] = splade_pool(
@@ -52,25 +52,25 @@ class FusedEncoder(SparseEncoder):
         return modules[0]
 
     def _hidden_states(self, transformer: Any, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The decoder's inputs, (batch, length, width), and which of them are tokens, (batch, length)."""
+        """The decoder's inputs, (batch, length, width), and the mask of tokens, (batch, length)."""
         with _without(_decoder(transformer.model)):
             hidden = transformer(features)["token_embeddings"]
         if "cu_seq_lens_q" not in features:
             return hidden, features["attention_mask"]
-        # Unpadded, (1, tokens, width): padding again is cheap at this width.
+        # Unpadded, (1, tokens, width): padding is cheap at this width.
         lengths = features["cu_seq_lens_q"].diff()
         hidden = nn.utils.rnn.pad_sequence(hidden[0].split(lengths.tolist()), batch_first=True)
         return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
 
-    def _get_name(self) -> str:
-        return SparseEncoder.__name__  # in the card of a saved model, which is stock
+
+FusedEncoder.__name__ = SparseEncoder.__name__  # shown in messages, and written in the card of a saved model, which is stock
 
 
 def fuse_pooling(encoder: SparseEncoder) -> bool:
     """Switch a SPLADE encoder to fused pooling, in place, for training and encoding; ``unfuse_pooling`` undoes it.
 
-    Weights, configuration and all that is saved stay stock, and the masked LM called by itself still gives logits. If the head
-    is not one projection with its bias, nothing changes and a line is logged.
+    Weights, configuration and saved files stay stock, and the masked LM called directly still gives logits. If the head is not one
+    projection with its bias, nothing changes and the reason is logged.
 
     Returns:
         Whether the pooling is fused now.
@@ -81,11 +81,11 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
     if not isinstance(pooling, SpladePooling):
         reason: str | None = f"its last module is {type(pooling).__name__}"
     elif type(encoder) is not SparseEncoder:
-        reason = f"{type(encoder).__name__} may have a forward of its own"
+        reason = f"{type(encoder).__name__} may have its own forward"
     else:
         reason = why_not_fused(model)
     if reason:
-        logger.info("pooling is not fused, which is slower and gives the same: %s", reason)
+        logger.info("pooling is not fused, which is slower but gives the same result: %s", reason)
         return False
     decoder = _decoder(model)
     if pooling.embedding_dimension is None:  # the module's own forward would set it
@@ -97,19 +97,19 @@ def fuse_pooling(encoder: SparseEncoder) -> bool:
 
 
 def unfuse_pooling(encoder: SparseEncoder) -> None:
-    """Back to sentence-transformers' own forward."""
+    """Restore the forward of sentence-transformers."""
     if is_fused(encoder):
         encoder.__class__ = SparseEncoder
         del encoder.live
 
 
 def is_fused(encoder: SparseEncoder) -> bool:
-    """Whether ``fuse_pooling`` switched it."""
+    """Whether an encoder has fused pooling."""
     return isinstance(encoder, FusedEncoder)
 
 
 def why_not_fused(model: PreTrainedModel) -> str | None:
-    """Why a masked LM's pooling cannot be fused; None if its logits are ``hidden @ weight.T + bias`` and nothing else."""
+    """Why pooling cannot be fused, or None: it needs logits that are exactly ``hidden @ weight.T + bias``."""
     head, name = find_head(model), type(model).__name__
     if type(head.decoder).forward not in (nn.Linear.forward, Decoder.forward) or (head.decoder.bias is None and head.biases):
         return f"{name} adds a bias outside its decoder"
@@ -118,39 +118,33 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     return None
 
 
-@torch.no_grad()
 def _logits_are_the_decoders(model: PreTrainedModel, decoder: nn.Module) -> bool:
-    """Whether nothing follows the decoder, to the last bit, so that the type of the weights does not matter."""
+    """Whether the logits are the decoder's output, to the last bit, so that the type of the weights does not matter."""
     seen: list[Tensor] = []
-    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    was_training = model.training
+    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.float()))
     try:
-        ids = torch.arange(16, device=model.device).reshape(2, 8)
-        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = sample_logits(model)
     finally:
         hook.remove()
-        model.train(was_training)
-    return (
-        len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape).to(logits.dtype), logits)
-    )
+    return len(seen) == 1 and seen[0].numel() == logits.numel() and torch.equal(seen[0].reshape(logits.shape), logits)
 
 
 # --------------------------------------------------------------------------------- hidden states
 
 
 class Decoder(nn.Linear):
-    """The decoder of a masked LM, which a thread can leave out."""
+    """The decoder of a masked LM, which ``_without`` can leave out."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden if getattr(_left_out, "decoder", None) is self else super().forward(hidden)
 
 
-_left_out = threading.local()  # its ``decoder`` returns its input in this thread
+_left_out = threading.local()  # .decoder returns its input in this thread
 
 
 @contextmanager
 def _without(decoder: nn.Linear) -> Iterator[None]:
-    """Leave a decoder out, in this thread alone: others may read the model's logits at the same time."""
+    """Leave a decoder out in this thread only: others may need the model's logits at the same time."""
     before, _left_out.decoder = getattr(_left_out, "decoder", None), decoder
     try:
         yield
@@ -164,7 +158,7 @@ def _decoder(model: PreTrainedModel) -> Decoder:
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """The hidden states before a masked LM's decoder, (batch, length, width), where ``why_not_fused`` has no reason."""
+    """The hidden states before a masked LM's decoder, (batch, length, width), if ``why_not_fused`` returns None."""
     decoder = _decoder(model)
     decoder.__class__ = Decoder
     with _without(decoder):

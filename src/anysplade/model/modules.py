@@ -1,37 +1,37 @@
-"""The modules of a sparse encoder: which one reads a text, up to which length, and whose MLM head gives the terms."""
+"""The modules of a sparse encoder: which one reads a text and up to which length, and which MLM head defines the terms."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade.errors import ModelError, OptionError
 from anysplade.model import vocabulary
-from anysplade.model.head import check_length, usable_positions
+from anysplade.model.checkpoints import check_length, usable_positions
 from anysplade.model.options import Role
 
-# Tokens that a trained backbone reads, unless it was trained on more: 8,192 would make every index at least eight times as dear.
+Encoder = TypeVar("Encoder", bound=nn.Module)  # any model of sentence-transformers
+
+# Most tokens that a trained backbone reads, unless it was trained on more: 8,192 would make every index at least eight times as
+# expensive.
 _LONGEST = 512
 
 
 def splade_modules(encoder: SparseEncoder) -> tuple[Any, Any]:
-    """The first and the last module of those that encode documents; an encoder with one MLM for both roles has no others."""
+    """The first and the last module that encode documents; with one MLM for both roles, they encode queries too."""
     first: Any = encoder[0]
     modules: Any = first.sub_modules["document"] if isinstance(first, Router) else encoder
     return modules[0], modules[-1]
 
 
 def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
-    """The masked LM inside a SPLADE encoder.
-
-    Raises:
-        ModelError: the encoder is of another kind, without an MLM head.
-    """
+    """The masked LM inside a SPLADE encoder; raises ModelError for other encoders."""
     first = splade_modules(encoder)[0]
     if not isinstance(first, Transformer) or first.transformer_task != "fill-mask":
         modules = ", ".join(type(module).__name__ for module in encoder.children())
@@ -40,7 +40,7 @@ def masked_lm(encoder: SparseEncoder) -> PreTrainedModel:
 
 
 def is_splade(encoder: SparseEncoder) -> bool:
-    """Whether documents go through an MLM head, so that a dimension is a term of its vocabulary."""
+    """Whether documents go through an MLM head, so that each dimension is a term of its vocabulary."""
     first, last = splade_modules(encoder)
     return isinstance(first, Transformer) and first.transformer_task == "fill-mask" and isinstance(last, SpladePooling)
 
@@ -56,13 +56,13 @@ def has_static_queries(encoder: SparseEncoder) -> bool:
     return is_routed(encoder) and isinstance(router.sub_modules["query"][-1], SparseStaticEmbedding)
 
 
-def transformer_modules(encoder: SparseEncoder) -> list[Transformer]:
-    """All transformers of an encoder, of both roles."""
+def transformer_modules(encoder: nn.Module) -> list[Transformer]:
+    """All transformers of a model of sentence-transformers, for both roles."""
     return [module for module in encoder.modules() if isinstance(module, Transformer)]
 
 
 def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
-    """The module that tokenizes the texts of a role and truncates them; None if it is of another kind."""
+    """The module that tokenizes and truncates the texts of a role; None if it is of another kind."""
     module: Any = encoder[0]
     if isinstance(module, Router):
         module = next(iter(module.sub_modules[role].children()))
@@ -73,11 +73,7 @@ def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbe
 
 
 def cut_at(encoder: SparseEncoder, max_length: int) -> None:
-    """Truncate every text to ``max_length`` tokens.
-
-    Raises:
-        OptionError: fewer than 3, or more than the model has positions for.
-    """
+    """Truncate every text to ``max_length`` tokens; raises OptionError below 3 or above the model's positions."""
     if max_length < 3:
         raise OptionError(f"max length is {max_length}: a text needs at least 3 tokens, two of them special")
     for module in transformer_modules(encoder):
@@ -85,25 +81,25 @@ def cut_at(encoder: SparseEncoder, max_length: int) -> None:
         module.max_seq_length = max_length
 
 
-def cut_within(encoder: SparseEncoder, max_length: int | None) -> SparseEncoder:
-    """Truncate every text to ``max_length`` tokens, or to the model's positions if they are fewer; returns the encoder."""
+def cut_within(encoder: Encoder, max_length: int | None, *, lengthen: bool = True) -> Encoder:
+    """Truncate every text to ``max_length`` tokens, or to the model's positions if there are fewer; returns the encoder.
+
+    None keeps the current length. ``lengthen`` says whether ``max_length`` may exceed it.
+    """
     for module in transformer_modules(encoder):
-        if max_length is not None:
-            module.max_seq_length = min(max_length, usable_positions(module.model) or max_length)
+        limits = [max_length, usable_positions(module.model)]
+        if max_length is None or not lengthen:
+            limits.append(module.max_seq_length)
+        module.max_seq_length = min(filter(None, limits), default=None)
     return encoder
 
 
 def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool) -> list[int]:
-    """``cut_within`` for a training, whose length does not limit the finished model.
+    """``cut_within`` for a training; returns the length of each transformer after the training, for ``set_lengths``.
 
-    Args:
-        saved: the encoder was opened from a saved one, whose length stays as it is.
-
-    Returns:
-        For each transformer the length after the training, for ``set_lengths``: its own before it, at most 512 for a backbone,
-        and at least the training's.
+    That is the length before, at most 512 unless the encoder was a ``saved`` one, and at least the length in training.
     """
-    before = [module.max_seq_length or LARGE_INTEGER for module in transformer_modules(encoder)]
+    before = _lengths(encoder)
     cut_within(encoder, max_length)
     most = LARGE_INTEGER if saved else _LONGEST
     return [
@@ -113,10 +109,14 @@ def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool)
 
 def set_lengths(encoder: SparseEncoder, lengths: Sequence[int]) -> list[int]:
     """Truncate texts to one length for each transformer; returns the lengths before."""
-    before = [module.max_seq_length or LARGE_INTEGER for module in transformer_modules(encoder)]
+    before = _lengths(encoder)
     for module, length in zip(transformer_modules(encoder), lengths, strict=True):
         module.max_seq_length = length
     return before
+
+
+def _lengths(encoder: SparseEncoder) -> list[int]:
+    return [module.max_seq_length or LARGE_INTEGER for module in transformer_modules(encoder)]
 
 
 # ---------------------------------------------------------------------------------------- terms
@@ -125,10 +125,9 @@ _term_names: WeakKeyDictionary[SparseEncoder, list[str]] = WeakKeyDictionary()
 
 
 def term_names(encoder: SparseEncoder) -> list[str]:
-    """The name of each term, (vocabulary,) by id, computed once per encoder.
+    """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` defines it. Computed once per encoder.
 
-    Names are those of ``vocabulary.term_names``. A slow tokenizer does not tell its word marks, so there the tokens are the
-    names; the terms of an autoencoder are numbers.
+    Slow tokenizers do not tell how they mark words, so their tokens are the names. The terms of an autoencoder are numbered.
     """
     if encoder not in _term_names:
         size, tokenizer = encoder.get_embedding_dimension() or 0, encoder.tokenizer

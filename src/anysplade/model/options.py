@@ -1,4 +1,4 @@
-"""The values that options of models and of encoding can have, without the libraries that carry them out."""
+"""Allowed values of the options of models and encoding, without importing the libraries that implement them."""
 
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -16,23 +16,20 @@ Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]
 Fold = Literal["none", "case", "stem"]  # which terms share a dimension
 
-OPEN_ENCODER = "give a SparseEncoder; anysplade.open_encoder opens one"  # the fix where something else is given
+OPEN_ENCODER = "give a SparseEncoder; anysplade.open_encoder opens one"  # the fix if another type is given
 
-_FEW_TEXTS = 100  # OpenVINO pays from some 250 texts of 22 million parameters' model on, from fewer of a larger one's
+_FEW_TEXTS = 100  # OpenVINO saves time from about 250 texts with a model of 22 million parameters, and sooner with larger ones
 
 
 def runtime_for(texts: int, runtime: Runtime, precision: Precision) -> Runtime:
-    """What ``"auto"`` means for so many texts: ``"torch"`` for fewer than 100, since making a model ready for OpenVINO takes
-    seconds; int8 needs that in any case.
-    """
+    """Resolve ``"auto"`` for a number of texts: preparing a model for OpenVINO takes seconds, but int8 needs it in any case."""
     return "torch" if runtime == "auto" and precision != "int8" and texts < _FEW_TEXTS else runtime
 
 
 def checked_option(name: str, value: Any, kind: Any) -> Any:
-    """A value of an option as its type has it: a whole number may be written 2.0, and a text be given as a path.
+    """The value of an option, converted to its type: a whole number may be written 2.0, and a text may be a path.
 
-    Raises:
-        OptionError: a value of another type, such as a fraction for a whole number, or none of the choices.
+    Raises OptionError for a value of another type, such as a fraction for a whole number, or a value that is not among the choices.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]

@@ -1,8 +1,7 @@
-"""Queries to sparse rows by a table of weights, without the model; and what every encoder of queries can do.
+"""The interface of query encoders, and one that looks up weights instead of running a model.
 
-A model whose queries have a weight a token is saved by sentence-transformers as a Router, whose query side is one
-``SparseStaticEmbedding``: a tokenizer and a vector of weights. ``StaticQueries`` reads these two and nothing else, and imports
-neither torch nor sentence-transformers.
+If queries have one weight per token, sentence-transformers saves a Router whose query side is one ``SparseStaticEmbedding``: a
+tokenizer and a vector of weights. ``StaticQueries`` reads only these two, and imports neither torch nor sentence-transformers.
 """
 
 import logging
@@ -24,96 +23,67 @@ from anysplade.model.vocabulary import term_names
 
 logger = logging.getLogger(__name__)
 
-_UNLIMITED = 10**20  # a model_max_length above it means none
-_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}  # of stored weights, besides bfloat16, which NumPy lacks
+_UNLIMITED = 10**20  # a model_max_length above it means no limit
+_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}  # of stored weights; NumPy lacks the other one, bfloat16
 
 
 class Cut(NamedTuple):
-    """How many texts are longer than what is read of them."""
+    """Number of texts that are longer than what is read of them."""
 
     texts: int  # that are longer
-    limit: int | None = None  # tokens that are read of each; None for all
-    maximum: int | None = None  # the highest limit that the model has positions for; None if nothing limits it
+    limit: int | None = None  # tokens that are read of each text; None for all
+    maximum: int | None = None  # the highest limit that the model has positions for; None if there is no such limit
 
 
 def log_cut(cut: Cut, texts: int, what: str) -> None:
-    """Log how many of so many texts were cut, and what can be done, if any was."""
+    """Log how many of a number of texts were cut, if any, and how to avoid it."""
     if cut.texts:
-        advice = (
-            "the model reads no more"
-            if cut.maximum is not None and cut.limit == cut.maximum
-            else f"`max_length` raises the limit{'' if cut.maximum is None else f', up to {cut.maximum:,}'}"
-        )
-        logger.info(
-            "%s of %s %s were cut at %s tokens, and what follows cannot be found; %s",
-            f"{cut.texts:,}",
-            f"{texts:,}",
-            what,
-            cut.limit,
-            advice,
-        )
+        advice = f"`max_length` raises the limit{'' if cut.maximum is None else f', up to {cut.maximum:,}'}"
+        if cut.maximum is not None and cut.limit == cut.maximum:
+            advice = "the model reads no more"
+        message = "%s of %s %s were cut at %s tokens, and what follows cannot be found; %s"
+        logger.info(message, f"{cut.texts:,}", f"{texts:,}", what, cut.limit, advice)
 
 
 class Queries(Protocol):
-    """What encodes queries, and knows the terms of the model."""
+    """Encodes queries, and knows the terms of the model."""
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary)."""
 
     def count_truncated(self, texts: Sequence[str]) -> Cut:
-        """How many of the queries are longer than what is read of them."""
+        """Count the queries that are longer than what is read of them."""
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
-        """The tokens of a text: the id, and the characters from where to where."""
+        """The tokens of a text: id, and first and last character (exclusive)."""
 
     @property
     def precision(self) -> str:
-        """float32, or what approximates it; see ``for_inference``."""
+        """float32 or an approximation; see ``for_inference``."""
 
     @property
     def term_names(self) -> list[str]:
-        """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` has it."""
+        """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` defines it."""
 
 
 class StaticQueries:
-    """Encodes queries by looking up a weight for each token: the vectors of the model, to the bit, without the model.
-
-    As in the model, a query is read up to the limit of its tokenizer.
-    """
+    """Encodes queries by looking up one weight per token: bit for bit the vectors of the model, without the model."""
 
     precision = "float32"
 
-    def __init__(self, weights: np.ndarray, reading: "_Reading", prompt: str = "") -> None:
-        """Set the limit on the tokenizer.
-
-        Args:
-            weights: float32, (vocabulary,) by token id.
-            prompt: precedes every query.
-        """
+    def __init__(self, weights: np.ndarray, tokenizer: Tokenizer, prompt: str = "") -> None:
+        """Take weights, (vocabulary,) by token id, a tokenizer that truncates and does not pad, and a prompt for every query."""
         self._weights = weights
-        self._tokenizer = reading.tokenizer
+        self._tokenizer = tokenizer
         self._prompt = prompt
         self._finite = bool(np.isfinite(weights).all())
-        self._limit = reading.limit
-        self._tokenizer.no_padding()
-        if reading.limit is None:
-            self._tokenizer.no_truncation()
-        else:
-            self._tokenizer.enable_truncation(reading.limit, direction=reading.side)
 
     @classmethod
     def open(cls, source: str) -> "StaticQueries | None":
-        """Read the query side of a saved model.
+        """Read the query side of a saved model; raises ModelError if its weights or tokenizer are damaged or do not match.
 
-        Args:
-            source: its folder or hub id.
-
-        Returns:
-            None if the model has no such query side, or one that only sentence-transformers can read: with code of its own,
-            weights in another format than safetensors, or a tokenizer in Python.
-
-        Raises:
-            ModelError: weights or tokenizer are missing or damaged, or do not go together.
+        Returns None if the model has no such query side, or one that only sentence-transformers can read: with its own code,
+        weights in another format than safetensors, or a tokenizer in Python.
         """
         folder = _query_folder(source)
         config = saved_json(source, "config_sentence_transformers.json") or {}
@@ -123,28 +93,25 @@ class StaticQueries:
         if stored is None:
             return None
         try:
-            weights, reading = _read_weights(stored), _read_tokenizer(source, folder)
+            weights, tokenizer = _read_weights(stored), _read_tokenizer(source, folder)
         except Exception as error:  # tokenizers raises Exception itself
-            raise ModelError(f"{source}: what encodes its queries cannot be loaded: {first_line(error)}") from error
-        if reading is None:
+            raise ModelError(f"{source}: the encoder of its queries cannot be loaded: {first_line(error)}") from error
+        if tokenizer is None:
             return None
-        tokens = reading.tokenizer.get_vocab_size()
+        tokens = tokenizer.get_vocab_size()
         if len(weights) != tokens:
             raise ModelError(
-                f"{source}: its queries have {len(weights):,} weights and their tokenizer has {tokens:,} tokens: it is another "
-                "model's; save the right one there"
+                f"{source}: its queries have {len(weights):,} weights and their tokenizer has {tokens:,} tokens: the tokenizer "
+                "does not match the model; save the right one there"
             )
-        return cls(weights, reading, (config.get("prompts") or {}).get("query") or "")
+        return cls(weights, tokenizer, (config.get("prompts") or {}).get("query") or "")
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
-        """Sparse vectors of queries, in their order: float32, (texts, vocabulary). As ``model.encoding.encode`` has them.
+        """The vectors of ``model.encoding.encode``; raises ModelError if a weight is NaN or infinite.
 
-        One thing differs: there a query that has the padding token in its text loses it beside a longer query.
-
-        Raises:
-            ModelError: a weight is NaN or infinite.
+        They differ only for queries with the padding token in their text, which lose it there in a batch with a longer query.
         """
-        if texts and not self._finite:  # of any token: zero times NaN is NaN
+        if texts and not self._finite:  # one such weight is enough, because zero times NaN is NaN
             raise ModelError("the model gives NaN or infinity for query text 1; its training diverged")
         rows = [sorted(set(encoding.ids)) for encoding in self._encode(texts)]
         terms = np.fromiter(chain.from_iterable(rows), np.int32)
@@ -157,17 +124,15 @@ class StaticQueries:
         return sparse.csr_matrix((weights, terms, starts), shape=(len(rows), len(self._weights)))
 
     def count_truncated(self, texts: Sequence[str]) -> Cut:
-        """How many of the queries are longer than what is read of them."""
-        return Cut(sum(bool(encoding.overflowing) for encoding in self._encode(texts)), self._limit, self._limit)
+        limit = (self._tokenizer.truncation or {}).get("max_length")
+        return Cut(sum(bool(encoding.overflowing) for encoding in self._encode(texts)), limit, limit)
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
-        """The tokens of a text: the id, and the characters from where to where."""
         encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     @cached_property
     def term_names(self) -> list[str]:
-        """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` has it."""
         return term_names(self._tokenizer, len(self._weights))
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
@@ -175,7 +140,7 @@ class StaticQueries:
 
 
 def _query_folder(source: str) -> str | None:
-    """Where a saved model has the weights of its queries, if queries go through one SparseStaticEmbedding and nothing else."""
+    """The folder with the weights of a saved model's queries; None unless they go through a single SparseStaticEmbedding."""
     try:
         (module,) = saved_json(source, "modules.json")
         router = saved_json(source, Path(module["path"], "router_config.json").as_posix())
@@ -183,8 +148,8 @@ def _query_folder(source: str) -> str | None:
         folder = Path(module["path"], name)
         stock = _is(module["type"], "Router") and _is(router["types"][name], "SparseStaticEmbedding")
         config = saved_json(source, (folder / "config.json").as_posix()) or {}
-        special = router["parameters"].get("route_mappings") or "path" in config  # of routes; to weights in a file of their own
-    except (TypeError, ValueError, KeyError, AttributeError):  # another model; or damaged, which sentence-transformers reports
+        special = router["parameters"].get("route_mappings") or "path" in config  # other routes, or weights in another file
+    except (TypeError, ValueError, KeyError, AttributeError):  # another kind of model, or damaged: sentence-transformers reports it
         return None
     inside = not folder.is_absolute() and ".." not in folder.parts
     return folder.as_posix() if stock and inside and not special else None
@@ -197,46 +162,39 @@ def _is(kind: str, name: str) -> bool:
 def _read_weights(path: Path) -> np.ndarray:
     """The weights of a SparseStaticEmbedding, float32, (vocabulary,)."""
     stored = dict(deserialize(path.read_bytes()))["weight"]
-    if stored["dtype"] == "BF16":  # the upper half of float32
+    if stored["dtype"] == "BF16":  # the upper 16 bits of float32
         return (np.frombuffer(stored["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(stored["data"], _TYPES[stored["dtype"]]).astype(np.float32)
 
 
-class _Reading(NamedTuple):
-    """How texts are read."""
+def _read_tokenizer(source: str, folder: str) -> Tokenizer | None:
+    """A model's tokenizer as transformers loads it, with its truncation and without padding; None if it is written in Python.
 
-    tokenizer: Tokenizer
-    limit: int | None  # tokens that are read of a text; all if None
-    side: str  # on which longer texts are cut
-
-
-def _read_tokenizer(source: str, folder: str) -> _Reading | None:
-    """A model's tokenizer as transformers loads it; None if it is written in Python.
-
-    transformers takes seconds to import. It is left out where it would take tokenizer.json as it is.
+    transformers takes seconds to import, and is only used if it would change tokenizer.json.
     """
     file, config = saved_file(source, f"{folder}/tokenizer.json"), saved_json(source, f"{folder}/tokenizer_config.json")
-    if file is not None and config is not None and _taken_as_it_is(source, folder, config):
-        tokenizer = Tokenizer.from_file(str(file))
+    if file is not None and config is not None and _loads_unchanged(source, folder, config):
+        tokenizer, limit = Tokenizer.from_file(str(file)), config.get("model_max_length")
         side = config.get("truncation_side") or (tokenizer.truncation or {}).get("direction", "right")
-        return _Reading(tokenizer, _limit(config.get("model_max_length")), side)
-    from transformers import AutoTokenizer
+    else:
+        from transformers import AutoTokenizer
 
-    loaded: Any = AutoTokenizer.from_pretrained(source, subfolder=folder, trust_remote_code=False)
-    if not loaded.is_fast:
-        return None
-    return _Reading(loaded.backend_tokenizer, _limit(loaded.model_max_length), loaded.truncation_side)
+        loaded: Any = AutoTokenizer.from_pretrained(source, subfolder=folder, trust_remote_code=False)
+        if not loaded.is_fast:
+            return None
+        tokenizer, limit, side = loaded.backend_tokenizer, loaded.model_max_length, loaded.truncation_side
+    tokenizer.no_padding()
+    if limit is None or limit > _UNLIMITED:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(int(limit), direction=side)
+    return tokenizer
 
 
-def _limit(tokens: float | None) -> int | None:
-    return None if tokens is None or tokens > _UNLIMITED else int(tokens)
+def _loads_unchanged(source: str, folder: str, config: dict[str, Any]) -> bool:
+    """Whether transformers loads tokenizer.json unchanged, given the content of tokenizer_config.json.
 
-
-def _taken_as_it_is(source: str, folder: str, config: dict[str, Any]) -> bool:
-    """Whether transformers takes a tokenizer.json as it is: it makes many tokenizers anew, from the vocabulary alone.
-
-    Args:
-        config: what tokenizer_config.json says.
+    It rebuilds many tokenizers from their vocabulary alone.
     """
     saved = saved_json(source, f"{folder}/tokenizer.json")
     if any(config.get(key) for key in ("auto_map", "split_special_tokens", "fast_tokenizer_files")):
@@ -258,7 +216,7 @@ def _taken_as_it_is(source: str, folder: str, config: dict[str, Any]) -> bool:
     if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return True
     vocabulary = saved["model"].pop("vocab")
-    return (  # what transformers' BertTokenizer makes
+    return (  # the tokenizer that transformers' BertTokenizer builds
         kind in ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
         and all(vocabulary.get(token["content"]) == int(term) for term, token in added.items())
         and saved["pre_tokenizer"] == {"type": "BertPreTokenizer"}

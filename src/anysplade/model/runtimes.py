@@ -1,6 +1,6 @@
-"""Encoders made ready for inference: in a precision, on PyTorch or OpenVINO.
+"""Prepare encoders for inference: in a precision, on PyTorch or OpenVINO.
 
-OpenVINO runs the masked LM up to the decoder; pooling follows it here, as in every other encoder, so the logits are never built.
+OpenVINO runs the masked LM up to the decoder. Fused pooling follows in PyTorch, so the logits are never built.
 """
 
 import contextlib
@@ -32,40 +32,40 @@ from anysplade._common.extras import extra
 from anysplade._common.files import atomic_folder, default_cache
 from anysplade.errors import ModelError, OptionError, OutputError
 from anysplade.model.fused import FusedEncoder, hidden_states, is_fused
+from anysplade.model.hardware import native_bfloat16
 from anysplade.model.head import find_head
 from anysplade.model.modules import splade_modules
 from anysplade.model.options import OPEN_ENCODER, Precision, Runtime
-from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import first_line
 
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_INT8_GROUP = 128  # inputs of a product that share a scale: of 32 to the whole width the fastest on AVX-512
-_TOLERANCE = 1e-4  # of the largest hidden state: what two ways of adding float32 numbers differ by, and no more
+_INT8_GROUP = 128  # inputs of a product that share a scale: the fastest on AVX-512, from 32 to the whole width
+_TOLERANCE = 1e-4  # relative to the largest hidden state: two orders of adding float32 numbers differ by less
 
 
 def for_inference(
     encoder: SparseEncoder, runtime: Runtime = "auto", precision: Precision = "float32", cache_folder: Path | None = None
 ) -> SparseEncoder:
-    """An encoder that encodes on a runtime and in a precision; ``encoder`` itself where it does so already.
+    """An encoder for a runtime and precision; ``encoder`` itself if nothing has to change.
 
-    float32 is exact on every runtime: vectors of two runtimes differ by the order of float additions. bfloat16 (two to
-    three digits) and int8 (weights and inputs of each product in 8 bits) are approximations; on OpenVINO those of the masked
-    LM up to its decoder, whose logits and pooling are as in float32.
+    float32 is exact on every runtime: vectors of two runtimes differ by the order of float additions. bfloat16 (two to three
+    digits) and int8 (weights and inputs of each product in 8 bits) are approximations. On OpenVINO they apply to the masked LM up
+    to its decoder; logits and pooling stay in float32.
 
     Args:
-        encoder: any sparse encoder; it is not changed, and shares its weights with the result, but for bfloat16 on torch.
-        runtime: ``"openvino"`` needs a SPLADE encoder whose pooling is fused, a CPU, and the extra ``anysplade[openvino]``.
-            ``"auto"`` is ``"openvino"`` where that is met, else ``"torch"``.
-        precision: ``"int8"`` needs OpenVINO; ``"auto"`` is bfloat16 where the device has such products, else float32.
-        cache_folder: where the model for OpenVINO is kept by the content of the weights, so that it is made once;
+        encoder: any sparse encoder. It is not changed, and shares its weights with the result, except for bfloat16 on torch.
+        runtime: ``"openvino"`` needs a SPLADE encoder with fused pooling, a CPU, and the extra ``anysplade[openvino]``. ``"auto"``
+            is ``"openvino"`` if these are available, otherwise ``"torch"``.
+        precision: ``"int8"`` needs OpenVINO. ``"auto"`` is bfloat16 if the device has native bfloat16 products, otherwise float32.
+        cache_folder: where the converted model is stored by the content of its weights, so that it is converted only once;
             ``default_cache()`` if None.
 
     Raises:
-        OptionError: what is asked for cannot be had; the message says why.
-        ModelError: OpenVINO cannot run this model; only with ``runtime="openvino"``.
-        ExtraError: OpenVINO is asked for and not installed.
+        OptionError: the runtime or precision is not available; the message says why.
+        ModelError: OpenVINO cannot run this model; only with ``runtime="openvino"`` or int8.
+        ExtraError: OpenVINO is requested but not installed.
     """
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     precision = resolve_precision(precision, encoder.device)
@@ -78,7 +78,7 @@ def for_inference(
         except ModelError as error:
             if runtime == "openvino" or precision == "int8":
                 raise
-            logger.warning("encoding with torch, which is slower and gives the same: %s", error)
+            logger.warning("encoding with torch, which is slower but gives the same result: %s", error)
     if precision == "int8":
         reason = obstacle or ("the runtime is torch" if openvino_installed() else 'pip install "anysplade[openvino]"')
         raise OptionError(f"precision int8 needs OpenVINO ({reason}); or take `precision=bfloat16`")
@@ -86,16 +86,12 @@ def for_inference(
 
 
 def runtime_of(encoder: SparseEncoder) -> str:
-    """``"openvino"`` for what ``for_inference`` made for it, else ``"torch"``."""
+    """The runtime of an encoder, ``"openvino"`` or ``"torch"``."""
     return "openvino" if isinstance(encoder, OpenVINOEncoder) else "torch"
 
 
 def resolve_precision(precision: Precision, device: torch.device | None = None) -> Precision:
-    """What ``"auto"`` means on a device: bfloat16 where it has bfloat16 products, else float32.
-
-    Args:
-        device: that on which models are loaded here if None.
-    """
+    """Resolve ``"auto"``: bfloat16 if the device (by default the one for new models) has native products, otherwise float32."""
     if precision != "auto":
         return precision
     return "bfloat16" if native_bfloat16((device or torch.device(get_device_name())).type) else "float32"
@@ -111,18 +107,16 @@ def openvino_installed() -> bool:
 
 
 def _obstacle(encoder: SparseEncoder) -> str | None:
-    """Why OpenVINO cannot run an encoder, in a few words; None if it can."""
+    """Why OpenVINO cannot run an encoder, or None."""
     if encoder.device.type != "cpu":
-        return f"the model lies on {encoder.device}, and it runs on CPUs"
-    if not is_fused(encoder):
-        return "only SPLADE with fused pooling runs on it"
-    return None
+        return f"the model is on {encoder.device}, but OpenVINO runs on CPUs"
+    return None if is_fused(encoder) else "OpenVINO runs only SPLADE with fused pooling"
 
 
 def _import(name: str) -> Any:
-    """``openvino`` or ``nncf``, which makes weights of int8.
+    """Import ``openvino``, or ``nncf``, which converts weights to int8.
 
-    Both send an event to their makers at each import and conversion unless the user opted out, and do without where
+    Both send an event to their makers at each import and conversion unless the user opted out. They work without it if
     ``openvino_telemetry`` cannot be imported.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -141,15 +135,15 @@ def _on_openvino(encoder: SparseEncoder, precision: Precision, cache_folder: Pat
     if precision == "int8":
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _INT8_GROUP
     compiled = openvino.Core().compile_model(model, "CPU", options)
-    tensors: list[Tensor] = [*encoder.parameters(), *encoder.buffers()]
-    result: Any = copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors}).eval()
+    shared = {id(tensor): tensor for tensor in chain(encoder.parameters(), encoder.buffers())}
+    result: Any = copy.deepcopy(encoder, shared).eval()
     result.__class__ = OpenVINOEncoder
     result.requests = _Requests(compiled)
     return result
 
 
 class _Requests(threading.local):
-    """A request of a compiled model for each thread: one runs one inference at a time."""
+    """The request of a compiled model for each thread, because a request runs one inference at a time."""
 
     def __init__(self, compiled: Any) -> None:
         self.request = compiled.create_infer_request()
@@ -167,12 +161,11 @@ class OpenVINOEncoder(FusedEncoder):
         return torch.from_numpy(outputs[0]), features["attention_mask"]
 
 
-def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) -> Any:
-    """The masked LM up to the decoder as OpenVINO's model, from the cache if it was made before.
+OpenVINOEncoder.__name__ = SparseEncoder.__name__
 
-    Raises:
-        ModelError: it cannot be converted, or gives other hidden states than torch.
-    """
+
+def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) -> Any:
+    """The masked LM up to the decoder, converted for OpenVINO or read from the cache."""
     openvino = _import("openvino")
     if cache_folder is None:
         return _convert(encoder, int8)
@@ -192,7 +185,7 @@ def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) ->
 
 
 def _content(encoder: SparseEncoder, int8: bool) -> str:
-    """Of what decides the converted model: weights, configuration and versions."""
+    """Hash of everything that determines the converted model: weights, configuration and versions."""
     model = splade_modules(encoder)[0].model
     versions = {name: version(name) for name in ("openvino", "torch", "transformers")}
     about = {"config": model.config.to_dict(), "int8": int8, **versions}
@@ -212,19 +205,19 @@ def _convert(encoder: SparseEncoder, int8: bool) -> Any:
     module = _Hidden(transformer.model).eval()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tracing; whether its result is right is tested below
+            warnings.simplefilter("ignore")  # of tracing; its result is checked below
             free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}  # batch and length
             shapes = dict.fromkeys(names, free)
-            given = {name: features[name] for name in names}
-            model = openvino.convert_model(torch.export.export(module, (), given, dynamic_shapes=shapes))
+            inputs = {name: features[name] for name in names}
+            model = openvino.convert_model(torch.export.export(module, (), inputs, dynamic_shapes=shapes))
         _check(module, model, features, names, find_head(transformer.model).decoder.in_features)
-    except Exception as error:  # conversion ends in errors of any type
+    except Exception as error:  # a conversion can raise any type of error
         kind = type(transformer.model).__name__
         raise ModelError(f"OpenVINO cannot run {kind} ({first_line(error)}); take `runtime=torch`") from error
     if int8:
         nncf = _import("nncf")
-        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level changes handlers, which others share
-        with contextlib.redirect_stdout(io.StringIO()):  # of a progress bar
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level would change handlers that others share
+        with contextlib.redirect_stdout(io.StringIO()):  # hides a progress bar
             model = nncf.compress_weights(model)
     return model
 
@@ -242,17 +235,17 @@ class _Hidden(nn.Module):
 
 
 def _check(module: nn.Module, model: Any, features: dict[str, Tensor], names: Sequence[str], width: int) -> None:
-    """Raise ValueError unless the converted model gives torch's hidden states, at lengths it was not traced with."""
+    """Raise ValueError unless the converted model gives the hidden states of torch, for other lengths than it was traced with."""
     compiled = _import("openvino").Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     ids = features["input_ids"]
     for batch, length in ((1, 3), (3, 37)):
         mask = torch.ones(batch, length, dtype=torch.long)
         mask[1:, length // 2 :] = 0
-        given = {"input_ids": ids.flatten()[torch.arange(batch * length) % ids.numel()].view(batch, length), "attention_mask": mask}
-        given["token_type_ids"] = torch.zeros_like(mask)
-        given = {name: given[name] for name in names}
-        expected = module(**given)[mask.bool()]
-        got = torch.from_numpy(compiled({name: value.numpy() for name, value in given.items()})[0])[mask.bool()]
+        repeated = ids.flatten()[torch.arange(batch * length) % ids.numel()].view(batch, length)
+        known = {"input_ids": repeated, "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
+        inputs = {name: known[name] for name in names}
+        expected = module(**inputs)[mask.bool()]
+        got = torch.from_numpy(compiled({name: value.numpy() for name, value in inputs.items()})[0])[mask.bool()]
         difference = (got - expected).abs().max().item()
         if got.shape[-1] != width or not difference <= _TOLERANCE * expected.abs().max().item():
             raise ValueError(f"its hidden states differ by {difference:.2g}")

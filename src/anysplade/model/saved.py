@@ -1,4 +1,4 @@
-"""What lies in a model's folder or on the hub, read without the libraries that run models: they take seconds to import."""
+"""Read the files of a model's folder or hub id, without the libraries that run models: they take seconds to import."""
 
 import hashlib
 import json
@@ -15,10 +15,9 @@ _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
 def resolve_model(name: str | Path) -> str:
-    """A checkpoint folder or a hub id, as ``from_pretrained`` takes it; bundled backbones go by name.
+    """A checkpoint folder or a hub id for ``from_pretrained``; raises ModelError if there is no such model.
 
-    Raises:
-        ModelError: a folder that does not exist or holds no checkpoint, no such model on the hub, or no name at all.
+    The names of bundled backbones become their folders.
     """
     if not isinstance(name, str | Path):
         kind = type(name).__name__
@@ -28,7 +27,7 @@ def resolve_model(name: str | Path) -> str:
         return str(BUNDLED[text])
     path = user_path(text)
     if text and path.is_dir():
-        for folder in (path, path / "model"):  # what `train` was told to write to holds the model in model/
+        for folder in (path, path / "model"):  # the output of `train` has the model in model/
             if has_checkpoint(folder):
                 return str(folder)
     if text and (kind := held(text)) is not None:
@@ -44,21 +43,15 @@ def resolve_model(name: str | Path) -> str:
 
 
 def _require_on_hub(name: str, hint: str) -> None:
-    """Ask the hub once, where from_pretrained would try for half a minute; what is cached needs no hub.
-
-    Args:
-        hint: what may have been meant, for the message.
-    """
+    """Ask the hub once, because from_pretrained would retry for half a minute; ``hint`` names a similar model for the message."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)
-    except Exception as error:  # its errors have no base in common: HTTP client, hub and validation each bring their own
-        message = (
-            f"{name}: no such folder here, and not to be had from the hub: {first_line(error).rstrip('.')}{hub_advice(error)}{hint}"
-        )
-        raise ModelError(message) from error
+    except Exception as error:  # errors of the HTTP client, the hub and the validation have no common base
+        reason = first_line(error).rstrip(".")
+        raise ModelError(f"{name}: no such folder here, and not found on the hub: {reason}{hub_advice(error)}{hint}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -66,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 
 def saved_file(source: str, name: str) -> Path | None:
-    """A file of a model, by its path inside the model; from the hub if the source is no folder. None if there is no such file."""
+    """A file by its path inside a model, downloaded if the source is a hub id; None if there is no such file."""
     path = Path(source, name)
     if path.is_file():
         return path
@@ -82,7 +75,7 @@ def saved_file(source: str, name: str) -> Path | None:
 
 
 def saved_json(source: str, name: str) -> Any:
-    """A JSON file of a model; None if there is no such file."""
+    """The content of a JSON file of a model; None if there is no such file."""
     path = saved_file(source, name)
     return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
@@ -96,10 +89,7 @@ def saved_kind(source: str) -> str | None:
 
 
 def fingerprint(source: str) -> str | None:
-    """Of a model's content: every byte of a folder's weights, configuration and tokenizer, or a hub snapshot's commit.
-
-    None where neither is known.
-    """
+    """Hash of a folder's weights, configuration and tokenizer, or the commit of a model on the hub; None if neither is known."""
     folder = Path(source)
     if not folder.is_dir():
         found = saved_file(source, "modules.json") or saved_file(source, "config.json")

@@ -1,7 +1,7 @@
-"""A sparse vector as words: the largest weights with their terms, the pieces of a word joined."""
+"""Show a sparse vector as words with weights; pieces of a word are joined."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -16,20 +16,17 @@ from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER
 from anysplade.model.vocabulary import split_words
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 class WeightedTerm(NamedTuple):
     """A word of a sparse vector."""
 
-    term: str  # a name of ``term_names``, or a word whose pieces are terms
-    weight: float  # in the vector; of a joined word the sum over its pieces
+    term: str  # a name in ``term_names``, or a word whose pieces are terms
+    weight: float  # in the vector; for a joined word, the sum over its pieces
     ids: tuple[int, ...]  # of the term, or of the pieces
 
 
 class Terms(list[WeightedTerm], Tabular):
-    """The terms of a vector, the largest weight first: a list that shows itself as a table."""
+    """The terms of a vector, the largest weight first: a list that is displayed as a table."""
 
     __repr__ = Tabular.__repr__
 
@@ -38,20 +35,20 @@ class Terms(list[WeightedTerm], Tabular):
 
 
 def terms(
-    vector: "sparse.spmatrix | NDArray[Any] | Tensor", encoder: SparseEncoder, text: str | None = None, k: int | None = None
+    vector: sparse.spmatrix | np.ndarray | Tensor, encoder: SparseEncoder, text: str | None = None, k: int | None = None
 ) -> Terms:
     """The words of a sparse vector with their weights, the largest first.
 
     Args:
-        vector: one row of ``encode``'s result, or what ``SparseEncoder.encode`` gives for one text, (vocabulary,) or
+        vector: one row of ``encode``'s result, or the result of ``SparseEncoder.encode`` for one text, (vocabulary,) or
             (1, vocabulary).
-        encoder: that made the vector.
-        text: of which it was made. The pieces of a word that the tokenizer split are then shown as the word; a piece that is
-            in several words counts for the first of them.
-        k: how many words at most; None for all.
+        encoder: the encoder that made the vector.
+        text: the text of the vector. With it, words that the tokenizer split are shown whole; a piece that occurs in several words
+            counts for the first of them.
+        k: maximum number of words; None for all.
 
     Raises:
-        OptionError: the vector has another width than the encoder, or there are several.
+        OptionError: the vector has another width than the encoder, or several rows.
     """
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     row = _one_row(vector)
@@ -63,7 +60,7 @@ def terms(
 
 
 def join_terms(weights: Iterable[tuple[int, float]], names: Sequence[str], words: Mapping[int, str], k: int | None = None) -> Terms:
-    """Terms by id and weight as named words, the largest weight first; those of a word in ``words`` (by id) are joined."""
+    """Name the terms of (id, weight) pairs, the largest weight first; terms that ``words`` maps to the same word are joined."""
     joined: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     for term, weight in weights:
         name = words.get(term)
@@ -76,7 +73,7 @@ def join_terms(weights: Iterable[tuple[int, float]], names: Sequence[str], words
 
 
 def _one_row(vector: Any) -> sparse.csr_matrix:
-    """The vector as a row without zeros, (1, vocabulary)."""
+    """The vector as a sparse row, (1, vocabulary), without stored zeros."""
     if isinstance(vector, Tensor):
         vector = vector.detach().cpu().to_dense().float().numpy()
     if not sparse.issparse(vector):

@@ -1,7 +1,7 @@
-"""The entries of a vocabulary as people write them: words, and pieces that continue a word.
+"""The entries of a vocabulary as readable text: words, and pieces that continue a word.
 
-Tokenizers mark where a word begins, each kind in its own way: byte-level BPE (RoBERTa, ModernBERT) and SentencePiece (XLM-R)
-mark the space before it, WordPiece (BERT) marks the pieces that continue it.
+Each kind of tokenizer marks the beginning of words in its own way: byte-level BPE (RoBERTa, ModernBERT) and SentencePiece (XLM-R)
+mark the space before a word, WordPiece (BERT) marks the pieces that continue one.
 """
 
 import json
@@ -12,87 +12,88 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import WordPiece
 
 from anysplade.data.sources import is_utf8
 from anysplade.errors import DataError
 
-_SPACE = "▁"  # SentencePiece's mark of a space, and that of punctuation after a space in names
-_PIECE = "##"  # WordPiece's mark of a piece, and that of pieces in names
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte of a character that is in no entry
+_SPACE = "▁"  # marks a space in SentencePiece, and punctuation after a space in names
+_PIECE = "##"  # marks a piece in WordPiece and in names
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte of a character that has no entry
+
+_from_bytes = decoders.ByteLevel().decode  # text of a list of byte-level tokens; other tokens stay as they are
+_to_bytes = normalizers.ByteLevel().normalize_str  # byte-level token of a text
 
 
 class Entry(NamedTuple):
     """An entry that is text."""
 
-    text: str  # without marks; not empty, no white space in it
-    begins: bool  # a word, as far as the marks say
+    text: str  # without marks, not empty, without white space
+    begins: bool  # it begins a word, as far as the marks tell
     id: int
 
 
 def read_entries(tokenizer: Tokenizer, size: int) -> list[Entry]:
-    """The entries of a vocabulary that are text, with ids up to ``size``.
+    """The entries of a vocabulary that are text, with ids below ``size``.
 
-    Left out is what is no text by itself: special tokens, white space, a part of a character's bytes, and ids without a token.
+    Special tokens, white space, incomplete characters and ids without a token are left out.
     """
-    decoders = set(_kinds(tokenizer.decoder))
-    known = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    kinds = set(_kinds(tokenizer.decoder))
+    special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     entries = []
-    for id_, token in enumerate(read_tokens(tokenizer, size)):
-        text, begins = token or "", True
-        if "ByteLevel" in decoders:
-            text = _from_bytes(text)
+    for id_ in range(size):
+        text, begins = tokenizer.id_to_token(id_) or "", True  # a head can be wider than the vocabulary
+        if "ByteLevel" in kinds:
+            text = _from_bytes([text])
             begins, text = text.startswith(" "), text.removeprefix(" ")
-        elif "Metaspace" in decoders:
+        elif "Metaspace" in kinds:
             begins, text = text.startswith(_SPACE), text.removeprefix(_SPACE)
         elif isinstance(tokenizer.model, WordPiece) and text != _PIECE:
             begins, text = not text.startswith(_PIECE), text.removeprefix(_PIECE)
-        if id_ not in known and _is_text(text):
+        if id_ not in special and _is_text(text):
             entries.append(Entry(text, begins, id_))
     return entries
 
 
-def read_tokens(tokenizer: Tokenizer, size: int) -> list[str | None]:
-    """The token of each id up to ``size``, None where there is none: a head can be wider than its tokenizer's vocabulary."""
-    return [tokenizer.id_to_token(id_) for id_ in range(size)]
-
-
 def marks_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the space before a word is marked, so that a word without one is written like a piece: ``(word``."""
+    """Whether a tokenizer marks the space before a word, so that the word in ``(word`` looks like a piece."""
     return not {"ByteLevel", "Metaspace"}.isdisjoint(_kinds(tokenizer.decoder))
 
 
 def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
-    """Put all entries of a tokenizer that are text in lower case, in its state (its JSON), in place; added tokens stay.
+    """Put the entries of a tokenizer that are text in lower case; added tokens stay.
 
-    Of the entries that become one, the one with the lowest id keeps the name, and the others get names that no lower-case text has.
-    Merges of BPE and scores of Unigram follow.
+    Among entries that become equal, the one with the lowest id (the most frequent one) takes the name. The others get names that
+    cannot occur in lower-case text. Merges of BPE and scores of Unigram follow.
+
+    Args:
+        state: JSON of the tokenizer, changed in place.
 
     Returns:
         The id that each id has become, (entries,).
     """
     model = state["model"]
-    pieces = model["vocab"] if isinstance(model["vocab"], list) else None  # of Unigram: [piece, score] by id
+    pieces = model["vocab"] if isinstance(model["vocab"], list) else None  # Unigram has a list of [piece, score] by id
     ids = {piece: id_ for id_, (piece, _) in enumerate(pieces)} if pieces is not None else dict(model["vocab"])
     fixed = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {model.get("unk_token")}
     in_bytes = "ByteLevel" in set(_kinds(tokenizer.decoder))
-    lower = normalizers.Lowercase().normalize_str  # as the tokenizer does it; Python has another σ at the end of a word
+    lower = normalizers.Lowercase().normalize_str  # as the tokenizer does it; Python changes Σ differently at the end of a word
 
-    def changed(token: str) -> str:
-        text = _from_bytes(token) if in_bytes else token
+    def lowered(token: str) -> str:
+        text = _from_bytes([token]) if in_bytes else token
         if token in fixed or not _is_text(text.removeprefix(" ")):
             return token
         form = _to_bytes(lower(text)) if in_bytes else lower(text)
         return token if form in fixed else form
 
-    forms = {token: changed(token) for token in ids}
-    groups: dict[str, list[int]] = {}
+    forms = {token: lowered(token) for token in ids}
+    groups: dict[str, list[int]] = {}  # ids by form, ascending
     for token, id_ in sorted(ids.items(), key=lambda item: item[1]):
         groups.setdefault(forms[token], []).append(id_)
     terms = np.arange(max(ids.values(), default=-1) + 1)
-    named = {form: group[0] for form, group in groups.items()}
-    spare = [token for token in ids if token not in named]
+    named = {form: group[0] for form, group in groups.items()}  # ids by new name
+    spare = [token for token in ids if token not in named]  # old names that are not lower-case
     for group in groups.values():
         terms[group] = group[0]
         named |= {spare.pop(): id_ for id_ in group[1:]}
@@ -100,8 +101,9 @@ def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
         scores = dict(pieces)
         for piece, score in pieces:
             scores[forms[piece]] = max(scores.get(forms[piece], score), score)
-        names = {id_: token for token, id_ in named.items()}  # a piece that is there twice keeps its first place
-        model["vocab"] = [[name := names.get(id_, piece), scores[name]] for id_, (piece, _) in enumerate(pieces)]
+        names = {id_: token for token, id_ in named.items()}  # a duplicate piece keeps its first place
+        renamed = [names.get(id_, piece) for id_, (piece, _) in enumerate(pieces)]
+        model["vocab"] = [[piece, scores[piece]] for piece in renamed]
     else:
         model["vocab"] = dict(sorted(named.items(), key=lambda item: item[1]))
     if "merges" in model:
@@ -113,31 +115,26 @@ def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _is_text(text: str) -> bool:
-    """Whether an entry without its marks is text by itself: no white space, and no byte or part of a character."""
+    """Whether an entry without its marks is text: no white space, and no incomplete character."""
     whole = is_utf8(text) and "\N{REPLACEMENT CHARACTER}" not in text and not _BYTE.fullmatch(text)
     return whole and text.split() == [text]
 
 
-def has_letters(text: str) -> bool:
-    """Whether a letter or a digit is in it."""
-    return any(map(str.isalnum, text))
-
-
 def is_punctuation(text: str) -> bool:
-    """Whether nothing in it is a letter, a digit, a mark or a symbol."""
+    """Whether a text has no letter, digit, mark or symbol."""
     return all(unicodedata.category(character)[0] in "PZC" for character in text)
 
 
 def term_names(tokenizer: Tokenizer, size: int) -> list[str]:
-    """The name of each term of a head, (vocabulary,) by id: ``python`` for the word, ``##ing`` for a piece of one, ``)``.
+    """The name of each term of a head, (vocabulary,) by id, unique and of the same form for every kind of vocabulary.
 
-    The same for every kind of vocabulary. Punctuation after a space is ``▁)``. Entries that are no text by themselves keep
-    their token. No two are alike: see ``name_terms``.
+    ``python`` is a word, ``##ing`` a piece of a word, ``)`` punctuation, and ``▁)`` punctuation after a space. Entries that are no
+    text keep their token; see ``name_terms``.
     """
     spaces = marks_spaces(tokenizer)
-    tokens = read_tokens(tokenizer, size)
+    tokens = [tokenizer.id_to_token(term) for term in range(size)]
     for entry in read_entries(tokenizer, size):
-        if spaces and not has_letters(entry.text):  # in most texts it follows a word
+        if spaces and not any(map(str.isalnum, entry.text)):  # punctuation mostly follows a word, without a space
             tokens[entry.id] = _SPACE * entry.begins + entry.text
         else:
             tokens[entry.id] = _PIECE * (not entry.begins) + entry.text
@@ -145,13 +142,10 @@ def term_names(tokenizer: Tokenizer, size: int) -> list[str]:
 
 
 def name_terms(tokens: Sequence[str | None]) -> list[str]:
-    """A name for each term, (vocabulary,) by id, no two alike: its token, or ``[term:ID]``.
+    """A unique name for each term, (vocabulary,) by id: its token, or ``[term:ID]``.
 
-    ``[term:ID]`` names a term without a token, and one whose token is empty, holds white space, is a duplicate or is
-    no UTF-8, which files and JSON objects would lose or merge with another.
-
-    Raises:
-        DataError: a token is such a name itself.
+    ``[term:ID]`` names a term whose token is missing, empty, a duplicate or no UTF-8, or contains white space: files and JSON
+    objects would lose such a token or merge it with another. Raises DataError if a token has such a name itself.
     """
     count = Counter(tokens)
     names = [
@@ -159,18 +153,15 @@ def name_terms(tokens: Sequence[str | None]) -> list[str]:
         for term, token in enumerate(tokens)
     ]
     if len(set(names)) < len(names):
-        raise DataError("tokens: one is [term:ID], which stands for tokens that cannot be written; rename it")
+        raise DataError("tokens: one is [term:ID], the name of tokens that cannot be written to files; rename it")
     return names
 
 
 def split_words(text: str, tokens: Sequence[tuple[int, int, int]], names: Sequence[str]) -> dict[int, str]:
-    """The words of a text that its tokenizer split, by the id of each of their pieces; of several words the first.
+    """The words of a text that its tokenizer split, by the id of each piece; the first word if a piece is in several.
 
-    Scripts without case are left as they are: in some of them words have no space between them, so that all the text would be one.
-
-    Args:
-        tokens: of the text: the id, and the characters from where to where.
-        names: of the terms; see ``term_names``.
+    Scripts without case are not joined: some have no spaces between words, so that the whole text would be one word. ``tokens`` has
+    the id, and the first and last character (exclusive) of each token; ``names`` are those of ``term_names``.
     """
     words: dict[int, str] = {}
     group: list[tuple[int, int, int]] = []
@@ -192,40 +183,17 @@ def split_words(text: str, tokens: Sequence[tuple[int, int, int]], names: Sequen
 
 
 def _has_case(character: str) -> bool:
-    """Whether it is a digit, or a letter or a mark of a script with capitals."""
+    """Whether a character is a digit, or a letter of a script with capitals."""
     return character.isalnum() and unicodedata.category(character) != "Lo"
 
 
 def _kinds(decoder: Any) -> Iterator[str]:
-    """The names of a decoder's parts: the one place where a tokenizer says what its marks are."""
+    """The names of a decoder's parts: only they tell how a tokenizer marks words."""
     if decoder is None:
         return
     parts = [json.loads(decoder.__getstate__())]
     while parts:
         part = parts.pop()
         parts += part.get("decoders", [])
-        spaces = part["type"] == "Replace" and part["pattern"] == {"String": _SPACE}  # how Metaspace is written out
+        spaces = part["type"] == "Replace" and part["pattern"] == {"String": _SPACE}  # Metaspace written as its parts
         yield "Metaspace" if spaces else part["type"]
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for: printable ones themselves, the others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _bytes_of_characters()
-
-
-def _from_bytes(token: str) -> str:
-    """The text of a byte-level token; the token as it is, if it is none."""
-    if not all(character in _BYTES for character in token):
-        return token
-    return bytes(_BYTES[character] for character in token).decode("utf-8", errors="replace")
-
-
-def _to_bytes(text: str) -> str:
-    """The byte-level token of a text."""
-    characters = {byte: character for character, byte in _BYTES.items()}
-    return "".join(characters[byte] for byte in text.encode())

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from anysplade._common.progress import counted
 from anysplade.model.calibration import choose, logit_figure
 from anysplade.model.encoder import is_saved_encoder
-from anysplade.model.head import Probe, describe_head, measure_logits
+from anysplade.model.measuring import Probe, describe_head, measure_logits
 from anysplade.model.modules import masked_lm
 from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES

@@ -31,18 +31,11 @@ from anysplade.data.collections import Collection, Pair, data_hash, load_collect
 from anysplade.errors import ModelError, OptionError
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.calibration import ACTIVE_SHARE, FEWEST_TERMS, MEAN_EXCESS, MEAN_EXCESS_SCALE_ONLY
+from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.folding import fold_head
-from anysplade.model.head import (
-    Probe,
-    ProbeReport,
-    describe_head,
-    find_head,
-    load_masked_lm,
-    measure_logits,
-    rescale_head,
-    summarize_probe,
-    untie_head,
-)
+from anysplade.model.head import find_head, untie_head
+from anysplade.model.measuring import Probe, ProbeReport, describe_head, measure_logits, summarize_probe
+from anysplade.model.rescaling import rescale_head
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
 from anysplade.training.monitoring import Observation

@@ -27,8 +27,9 @@ from anysplade.data.collections import Collection, load_python_docs, write_colle
 from anysplade.data.sources import PYTHON_DOCS, is_built_in
 from anysplade.errors import AnyspladeError, worker_died
 from anysplade.evaluation.evaluations import evaluate
+from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.folding import folds_by_case
-from anysplade.model.head import describe_head, load_masked_lm
+from anysplade.model.measuring import describe_head
 from anysplade.study.cells import (
     METRICS,
     Cell,

@@ -9,7 +9,7 @@ import yaml
 
 from anysplade._common.figures import draw
 from anysplade.errors import ExtraError
-from anysplade.model.head import formula
+from anysplade.model.rescaling import formula
 
 logger = logging.getLogger(__name__)
 

@@ -50,11 +50,13 @@ from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
+from anysplade.model.checkpoints import check_length, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
 from anysplade.model.encoder import encoder_folder
 from anysplade.model.fused import hidden_states, why_not_fused
-from anysplade.model.head import check_length, find_head, fit_tokenizer, masked_lm_class, missing_is_expected, missing_weights
+from anysplade.model.hardware import native_bfloat16
+from anysplade.model.head import find_head
 from anysplade.model.options import checked_option
-from anysplade.model.pooling import max_logits, native_bfloat16
+from anysplade.model.pooling import max_logits
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.callbacks import EndsOnce, Estimate, MarkComplete, Progress, last_checkpoint
 

@@ -52,10 +52,10 @@ from anysplade.data.sources import PYTHON_DOCS
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.model.calibration import Calibration
 from anysplade.model.encoder import build_encoder, check_foldable, is_saved_encoder, open_encoder
+from anysplade.model.hardware import native_bfloat16
 from anysplade.model.head import find_head, live_terms
 from anysplade.model.modules import cut_in_training, has_static_queries, is_routed, masked_lm, set_lengths, splade_modules
 from anysplade.model.options import Role
-from anysplade.model.pooling import native_bfloat16
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.batches import DistinctBatches, check_batch_size
 from anysplade.training.callbacks import (

@@ -29,10 +29,10 @@ from anysplade.data.collections import Pair
 from anysplade.data.sources import replace_surrogates
 from anysplade.errors import DataError, ModelError
 from anysplade.model.calibration import is_sparse
+from anysplade.model.checkpoints import check_weights
 from anysplade.model.dense import cut_reading, encode_dense, open_dense
 from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
-from anysplade.model.head import check_weights
 from anysplade.model.modules import cut_within
 from anysplade.model.options import Role
 from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json, saved_kind
