@@ -190,6 +190,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
+    costs = ("query_active_dims", "document_active_dims", "flops")
+    summaries = [found.metrics | {name: getattr(found, name) for name in costs} for found in (before, after)]
     shutil.rmtree(output / "model", ignore_errors=True)
     with atomic_folder(output / "model") as folder:
         shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
@@ -199,8 +201,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         reason=reason,
         judged_by=collection.name,
         judged_hash=after.data_hash,
-        before=_summary(before),
-        after=_summary(after),
+        before=summaries[0],
+        after=summaries[1],
         comparison=json.loads(json.dumps(compared.to_dict())),  # equal to the stored one
         pairs=made.pairs,
         options=options,
@@ -246,11 +248,6 @@ def _judge(before: Evaluation, after: Evaluation, compared: Comparison) -> tuple
     if after.flops > _COSTLIER * before.flops:
         return False, f"the adapted model is better and costs more: {values}, {cost}"
     return True, f"the adapted model is better at no more cost: {values}, {cost}"
-
-
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    costs = {name: getattr(evaluation, name) for name in ("query_active_dims", "document_active_dims", "flops")}
-    return evaluation.metrics | costs
 
 
 def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -> Collection | None:

@@ -1,4 +1,4 @@
-"""The inputs of a training run: examples, dev collection, teacher, and what tells whether they changed."""
+"""The inputs of a training run: examples, dev collection and teacher, and the files by which a change is noticed."""
 
 import hashlib
 import importlib.metadata

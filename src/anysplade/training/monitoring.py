@@ -19,6 +19,16 @@ logger = logging.getLogger(__name__)
 
 OBSERVATIONS = 200  # at most per run, evenly spaced
 _MEMORY = 50  # observations after which an unused term counts as dead
+_WINDOW = 5  # observations that must agree, since one odd batch is no finding
+_EMPTY = 0.5  # active dims per text, below which vectors count as all zero
+_ALIKE = 0.8  # cosine within queries and within documents, above which vectors may be constant
+_FLAT = 0.1  # standard deviation of scores, as a share of their mean, below which all documents score the same
+_SATURATED = 3.0  # loss, as a multiple of the loss of guessing, above which the softmax counts as saturated
+_SETTLED = 10  # observations during which such a loss is normal
+_CALIBRATE = "calibrate the head (`k=auto` `shift=auto`, the default), or more strongly with `on_collapse=recalibrate`"
+_LIGHTER = "lower the regularizer weights or raise the target of active dims"
+_RAISE = "the head starts with no term above zero, whatever the regularizer: lower `shift`, or leave it to auto"
+_SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto`)"
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def observe(
     last_used[used > 0] = count
     scores = queries @ documents.T  # (n, m)
     right = scores[:, : len(positives)].diagonal()
-    values = torch.stack(
+    values = torch.stack(  # in the order of the fields, for one transfer from the device
         [
             loss.detach().float(),
             in_query.sum() / n,
@@ -71,7 +81,7 @@ def observe(
             (last_used < count - _MEMORY).float().mean(),
             (used == m).sum() / (used.sum() / m).clamp(min=1),
         ]
-    ).tolist()  # all at once: one transfer from the device
+    ).tolist()
     return Observation(step, values[0], math.log(m) if contrastive else None, *values[1:])
 
 
@@ -102,18 +112,6 @@ class Finding:
 def renamed_findings(stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stored findings with today's names: older versions called ``fix`` ``mend``."""
     return [{"fix" if name == "mend" else name: value for name, value in finding.items()} for finding in stored]
-
-
-_WINDOW = 5  # observations that must agree, since one odd batch is no finding
-_EMPTY = 0.5  # active dims per text, below which vectors count as all zero
-_ALIKE = 0.8  # cosine within queries and within documents, above which vectors may be constant
-_FLAT = 0.1  # standard deviation of scores, as a share of their mean, below which all documents score the same
-_SATURATED = 3.0  # loss, as a multiple of the loss of guessing, above which the softmax counts as saturated
-_SETTLED = 10  # observations during which such a loss is normal
-_CALIBRATE = "calibrate the head (`k=auto` `shift=auto`, the default), or more strongly with `on_collapse=recalibrate`"
-_LIGHTER = "lower the regularizer weights or raise the target of active dims"
-_RAISE = "the head starts with no term above zero, whatever the regularizer: lower `shift`, or leave it to auto"
-_SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto`)"
 
 
 def diagnose(observations: Sequence[Observation], vocabulary: int) -> list[Finding]:

@@ -111,7 +111,7 @@ class VectorCache:
         self._places |= {key.tobytes(): (name, row) for row, key in enumerate(keys)}
 
     def _length(self, name: str) -> int:
-        """The number of rows in a shard. Sparse rows are not loaded, since a cache may have many gigabytes."""
+        """The number of rows in a shard, without loading sparse ones: a cache may have many gigabytes."""
         path = self.folder / f"{name}.npz"
         if not path.exists():
             return len(self._read(name))
