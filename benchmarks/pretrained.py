@@ -36,8 +36,9 @@ from anysplade._common.files import write_atomic
 from anysplade._common.provenance import provenance
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.model.hardware import native_bfloat16
-from anysplade.training import head_training as head_module
-from anysplade.training.teachers import kept_vectors, open_teacher
+from anysplade.training.head_trainer import WEIGHTS
+from anysplade.training.teacher_cache import open_vector_cache
+from anysplade.training.teachers import open_teacher
 
 METRIC = "nDCG@10"
 TRAINING = ("squad-dev", "squad-nqg-sentences", "medquad", "wikipedia-title-para", "tldr")
@@ -143,7 +144,7 @@ def row(label: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, A
 def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
     """nDCG@10 of a dense model."""
     teacher = open_teacher(model, max_length=256, precision=PRECISION)
-    kept = kept_vectors(teacher, options.out / "vectors", progress=True)
+    kept = open_vector_cache(teacher, options.out / "vectors", progress=True)
     results = {}
     for name in collections:
         collection = load_collection(options.data / name)
@@ -162,15 +163,15 @@ def bm25(options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) 
 
 
 def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
-    defaults, trainings, losses = dict(head_module._WEIGHTS), {}, {}
+    defaults, trainings, losses = dict(WEIGHTS), {}, {}
     for arm, (weights, changes) in ARMS.items():
-        head_module._WEIGHTS.update(defaults | weights)
+        WEIGHTS.update(defaults | weights)
         name = "head-" + "".join(c if c.isalnum() else "-" for c in arm)
         made = train_head(options.dense, options.text, options.out / name, **HEAD | changes)
         losses[arm] = {"losses": made.losses, "seconds": made.seconds}
         data, output = str(options.data / "squad-dev" / "pairs.jsonl"), str(options.out / f"{name}-trained")
         trainings[arm] = TrainingConfig(made.model, data, output=output, **SHORT, steps=100, learning_rate=LEARNING_RATE)
-    head_module._WEIGHTS.update(defaults)
+    WEIGHTS.update(defaults)
     records = run(trainings, FEW, options, LENGTH // 2)
     rows = [row({"arm": arm} | losses[arm], [records[arm]]) for arm in trainings]
     for line, (arm, config) in zip(rows, trainings.items(), strict=True):

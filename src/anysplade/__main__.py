@@ -1,5 +1,5 @@
 """``python -m anysplade``, which is also how ``torchrun -m anysplade`` starts it."""
 
-from anysplade.cli import run
+from anysplade.cli.app import run
 
 run()

@@ -19,8 +19,8 @@ from transformers import AutoModelForMaskedLM
 
 from anysplade import Document, Index, TrainingConfig
 from anysplade._common import progress
-from anysplade.cli import app, main
-from anysplade.cli.app import _as_typed
+from anysplade.cli import app
+from anysplade.cli.app import _as_typed, main
 from anysplade.cli.config import config_file
 from processes import drop_privileges, room_for, run_command, run_python
 from tiny import WORDS, make_backbone, make_lexical
@@ -78,7 +78,7 @@ def test_work_shows_itself_in_a_pipe(collection_folder, teachers, tmp_path, caps
     few = [line for line in said["train", True] if "left out" not in line]
     assert few == [said["train", False][-4].replace("/run/", "/few/"), head]
     assert main(["train", "--config", str(run / "options.yaml"), "--json"]) == 0
-    assert f"{run} holds this run's result already" in caplog.text
+    assert f"{run} already has this run's result" in caplog.text
 
 
 def test_texts_that_are_cut_are_said(collection_folder, tmp_path, capsys, caplog):
@@ -285,7 +285,7 @@ def broken(collection_folder, tmp_path):
         ("train {model} {data} --out {tmp}/new --fold case", "one form of each word already (uncased)"),
         ("train ./nowhere {data} --out {tmp}/new", "no such model folder"),
         ("train {model} ./nowhere --out {tmp}/new", "no such training data"),
-        ("train {model} {data} --out {data}", "no run of anysplade"),
+        ("train {model} {data} --out {data}", "not empty"),
         ("train {model} {data} --out {tmp}/new --batch-size 0", "batch_size is 0"),
         ("train {model} {data}", "--out requires"),
         ("evaluate ./nowhere {data}", "no such model folder"),

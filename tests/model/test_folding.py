@@ -220,7 +220,7 @@ def test_refusals(cased, backbone, tmp_path):
         fold_head(model, tokenizer, "stem")
     with pytest.raises(OptionError, match=r"one form of each word already \(uncased\)"):
         fold_head(*load_masked_lm(backbone))
-    with pytest.raises(OptionError, match="have a weight a token, and tokens are not stems"):
+    with pytest.raises(OptionError, match="have one weight per token, and tokens are not stems"):
         TrainingConfig(cased, "data", output="run", query_encoder="idf", fold="stem")
     load_encoder(cased, 1, 0).save_pretrained(str(tmp_path / "encoder"))
     with pytest.raises(OptionError, match="fold the backbone instead"):

@@ -19,7 +19,8 @@ from anysplade.data.collections import Document
 from anysplade.errors import AnyspladeError, DataError, ExtraError, OptionError, OutputError
 from anysplade.search import remote
 from anysplade.search.documents import EncodedDocument, Hit, explain_filter
-from anysplade.search.engines import export_anserini, export_ciff, open_engine, sending
+from anysplade.search.engines import open_engine, sending
+from anysplade.search.engines.export import export_anserini, export_ciff
 from anysplade.search.engines.opensearch import OpenSearchEngine
 from anysplade.search.engines.qdrant import QdrantEngine
 from anysplade.search.remote import RemoteIndex

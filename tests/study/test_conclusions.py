@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from anysplade.study.arms import Arm
+from anysplade.study.arms import Arm, Axis
 from anysplade.study.cells import Cell, CellRecord, QueryScores, Start
 from anysplade.study.conclusions import _PAIRS, conclude, noise, summarize
 from anysplade.study.plan import STUDIES, StudyConfig, plan
-from anysplade.study.results import Axis, ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, StudyResult
+from anysplade.study.results import ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, StudyResult
 from anysplade.training.monitoring import Observation
 
 QUERIES = [f"q{i}" for i in range(40)]

@@ -8,11 +8,10 @@ from pathlib import Path
 import html5lib
 import pytest
 
-from anysplade.study.arms import Arm
+from anysplade.study.arms import Arm, Axis
 from anysplade.study.cells import Scores, Start
 from anysplade.study.report import write_report
 from anysplade.study.results import (
-    Axis,
     Baseline,
     CellSummary,
     Curves,

@@ -135,7 +135,7 @@ def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):
     assert adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS) == result
     queries = tmp_path / "judged" / "queries.jsonl"
     queries.write_text(queries.read_text().replace(WORDS[3], WORDS[4]))
-    with pytest.raises(OutputError, match="is another than the models were judged by"):
+    with pytest.raises(OutputError, match="changed since it judged the models"):
         adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_adaptation(teachers, corpus, tmp_path, caplog):
         (run / name).unlink()
         (run / name).write_bytes(content[:-10])
     trained_again = adapt(teachers["sparse"], corpus, run, **given)
-    assert "model: model.safetensors is missing or damaged; it is made again" in caplog.text
+    assert "model/model.safetensors: is missing or damaged; it is made again" in caplog.text
     assert (trained_again.after, trained_again.before) == (first.after, first.before)
 
 

@@ -31,8 +31,10 @@ from anysplade.cli.rendering import head_training_lines
 from anysplade.model.fused import hidden_states
 from anysplade.model.head import find_head
 from anysplade.model.modules import masked_lm
-from anysplade.training import head_training
-from anysplade.training.head_training import layer_rates, sample_pieces, start_biases, with_new_head
+from anysplade.training import head_trainer, head_training
+from anysplade.training.head_trainer import HeadTrainer, layer_rates
+from anysplade.training.head_training import sample_pieces
+from anysplade.training.new_head import start_biases, token_counts, with_new_head
 from architectures import small_model
 from processes import room_for
 from tiny import SPECIAL, WORDS, make_tokenizer
@@ -114,11 +116,11 @@ def test_a_head_makes_a_stock_backbone(kind, body, dense, text, collection_folde
 
 @pytest.mark.parametrize("masked", [0.0, 1.0])
 def test_the_loss_is_that_of_all_logits(masked, body, text, monkeypatch):
-    monkeypatch.setitem(head_training._WEIGHTS, "masked", masked)
+    monkeypatch.setitem(head_trainer.WEIGHTS, "masked", masked)
     model, tokenizer = with_new_head(body)
     model.eval()
     pieces = sample_pieces(text, 100, 100, 0)
-    counts = head_training._token_counts(model, tokenizer, pieces, 16)
+    counts = token_counts(model, tokenizer, pieces, 16)
     start_biases(model, counts)
     batch = tokenizer([*pieces[:4], WORDS[0], f"{WORDS[5]} {WORDS[5]}"], padding=True, return_tensors="pt")
     ids, attention = batch["input_ids"], batch["attention_mask"]
@@ -126,11 +128,11 @@ def test_the_loss_is_that_of_all_logits(masked, body, text, monkeypatch):
     rarity[: len(SPECIAL)] = 0
     seen = []
     monkeypatch.setattr(
-        head_training, "hidden_states", lambda model, **inputs: seen.append(inputs) or hidden_states(model, **inputs)
+        head_trainer, "hidden_states", lambda model, **inputs: seen.append(inputs) or hidden_states(model, **inputs)
     )
     trainer = SimpleNamespace(special=torch.arange(len(SPECIAL)), mask_token=tokenizer.mask_token_id, rarity=rarity)
     torch.manual_seed(3)
-    parts = head_training._HeadTrainer.loss_parts(trainer, model, ids, attention)
+    parts = HeadTrainer.loss_parts(trainer, model, ids, attention)
     assert list(parts) == [*(["masked"] if masked else []), "named", "bag"]
 
     torch.manual_seed(3)
@@ -157,7 +159,7 @@ def test_the_loss_is_that_of_all_logits(masked, body, text, monkeypatch):
 
 
 def test_a_trained_encoder_learns_to_guess(body, text, tmp_path, monkeypatch):
-    monkeypatch.setitem(head_training._WEIGHTS, "masked", 1.0)
+    monkeypatch.setitem(head_trainer.WEIGHTS, "masked", 1.0)
     result = train_head(body, text, tmp_path / "out", **OPTIONS | {"steps": 40}, encoder_learning_rate=1e-3, layer_decay=0.1)
     assert list(result.losses) == ["masked", "named", "bag"]
     before, after = with_new_head(body)[0].state_dict(), weights(tmp_path / "out")
@@ -173,7 +175,7 @@ def test_a_trained_encoder_learns_to_guess(body, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
 def test_a_killed_training_ends_as_an_uninterrupted_one(rate, body, text, tmp_path, monkeypatch):
     whole = train_head(body, text, tmp_path / "whole", **OPTIONS, encoder_learning_rate=rate)
-    stock, steps = head_training._HeadTrainer.compute_loss, []
+    stock, steps = HeadTrainer.compute_loss, []
 
     def killed(*args, **kwargs):
         if len(steps) == 6:
@@ -182,12 +184,12 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(rate, body, text, tmp_pa
         return stock(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(head_training._HeadTrainer, "compute_loss", killed)
+        patch.setattr(HeadTrainer, "compute_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             train_head(body, text, tmp_path / "out", **OPTIONS, encoder_learning_rate=rate)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.parts" / "checkpoint-4").exists()
-    with pytest.raises(OutputError, match=r"other options \(seed 0, now 1\).* or remove .*out\.parts"):
+    with pytest.raises(OutputError, match=r"out\.parts: .*other options \(seed 0, now 1\).* or remove"):
         train_head(body, text, tmp_path / "out", **OPTIONS, encoder_learning_rate=rate, seed=1)
     again = train_head(body, text, tmp_path / "out", **OPTIONS, encoder_learning_rate=rate)
     assert again.losses.keys() == whole.losses.keys()
@@ -212,11 +214,11 @@ def test_a_training_killed_before_its_last_step_was_written(body, text, tmp_path
 
 def test_a_training_that_diverges_is_an_error(body, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        head_training._HeadTrainer,
+        HeadTrainer,
         "loss_parts",
         lambda self, model, *batch: {"named": model.get_output_embeddings().bias.sum() * torch.nan},
     )
-    monkeypatch.setattr(head_training, "_WEIGHTS", {"named": 1.0})
+    monkeypatch.setitem(head_trainer.WEIGHTS, "bag", 0.0)
     with pytest.raises(AnyspladeError, match="the training diverged"):
         train_head(body, text, tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
@@ -231,7 +233,7 @@ def test_a_finished_head_is_not_trained_again(body, text, tmp_path):
         train_head(body, text, tmp_path / "out", **OPTIONS, seed=1, layer_decay=0.5)
     with open(text, "a") as file:
         file.write("kabel\n")
-    with pytest.raises(OutputError, match="a head with another text or version; choose another `output`"):
+    with pytest.raises(OutputError, match="another text, or by another version; choose another `output`"):
         train_head(body, text, tmp_path / "out", **OPTIONS)
 
 

@@ -1,4 +1,7 @@
+import json
 import math
+from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +10,9 @@ from hypothesis import strategies as st
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss
 
 from anysplade import load_encoder
-from anysplade.training.monitoring import Monitor, Observation, diagnose, observe
+from anysplade.training.monitoring import Monitor, Observation, diagnose, observe, renamed_findings
 from anysplade.training.observers import ObservedLoss
+from anysplade.training.run import TrainingResult, _stored_result
 
 
 @settings(max_examples=50, deadline=None)
@@ -128,6 +132,24 @@ def test_vectors_of_zeros_are_blamed_on_the_head_where_they_were_so_from_the_sta
     seen[0] = Observation(**HEALTHY | {"document_active_dims": first})
     (finding,) = diagnose(seen, vocabulary=1000)
     assert fix in finding.fix
+
+
+def test_findings_of_older_versions_are_read(tmp_path):
+    """They called the fix "mend", in checkpoints and in training.json."""
+    (finding,) = diagnose(run(loss=80.0), vocabulary=1000)
+    stored = asdict(finding)
+    old = {"mend" if name == "fix" else name: value for name, value in stored.items()}
+    assert renamed_findings([old, stored]) == [stored, stored]
+    monitor = Monitor(1000)
+    saved = {"observations": [], "findings": [old], "last_used": None}
+    state = SimpleNamespace(max_steps=10, global_step=5, stateful_callbacks={"Monitor": saved})
+    monitor.on_train_begin(None, state, None)
+    assert monitor.findings == [finding]
+    values = {field.name: {} for field in fields(TrainingResult)}
+    record = values | {"monitoring": {"findings": [old]}, "restarts": [{"k": 1.0, "findings": [old]}]}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    result = _stored_result(tmp_path)
+    assert result.monitoring["findings"] == result.restarts[0]["findings"] == [stored]
 
 
 def test_one_odd_batch_is_no_finding():

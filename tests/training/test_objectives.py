@@ -174,7 +174,7 @@ def test_a_trained_model_is_trained_on(query_encoder, backbone, tmp_path):
         wanted = TrainingConfig(
             model, str(tmp_path / "data.jsonl"), output=str(tmp_path / "third"), query_active_dims=5.0, **OPTIONS
         )
-        with pytest.raises(OptionError, match="its queries have a weight a token"):
+        with pytest.raises(OptionError, match="a query's terms are its tokens"):
             train(wanted)
 
 
@@ -230,12 +230,20 @@ def test_examples_that_do_not_fit_the_objective(objective, pair, message):
 @pytest.mark.parametrize(
     "objective, scores, message",
     [
-        ("margin-mse", (0.9, 0.1), r"margins lie in [0.8, 0.8], MarginMSE wants those of raw scores"),
-        ("margin-mse", (-0.8,), r"margins lie in [-0.8, -0.8]"),
+        ("margin-mse", (0.9, 0.1), r"margins are in [0.8, 0.8], and MarginMSE needs margins of raw scores"),
+        ("margin-mse", (-0.8,), r"margins are in [-0.8, -0.8]"),
         # The temperature is 2, and so the share of the first of two choices 1 / (1 + exp(-difference / 2)).
-        ("kl", (0.9, 0.85), "as good as undecided (its first choice gets 50.6 %); its scores spread by 0.025"),
+        (
+            "kl",
+            (0.9, 0.85),
+            "as good as undecided (its first choice gets 50.6 %); the standard deviation of an example's scores is 0.025",
+        ),
         ("kl", (0.85, 0.9), "gets 50.6 %"),
-        ("kl", (90.0, 10.0), "sure of one document (its first choice gets 100.0 %); its scores spread by 40 an example"),
+        (
+            "kl",
+            (90.0, 10.0),
+            "sure of one document (its first choice gets 100.0 %); the standard deviation of an example's scores is 40",
+        ),
         ("margin-mse", (12.0, 3.0), None),
         ("margin-mse", (12.0,), None),
         ("kl", (4.0, 2.0), None),

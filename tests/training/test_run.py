@@ -1,4 +1,3 @@
-import functools
 import json
 import multiprocessing
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
-from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
-from transformers.training_args import ParallelMode
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from anysplade import (
     CollapseError,
@@ -43,10 +40,11 @@ from anysplade.model.encoding import count_truncated
 from anysplade.model.modules import cut_at, reader
 from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.queries import StaticQueries
-from anysplade.training import head_training, run
+from anysplade.training import inputs as run_inputs
 from anysplade.training.callbacks import Estimate, last_checkpoint
 from anysplade.training.level import active_dims, trim_level
-from anysplade.training.run import _arguments, _encoder, _ranking_loss, _trainer
+from anysplade.training.run import _ranking_loss
+from anysplade.training.trainer import make_trainer, start_encoder
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone
 
@@ -60,38 +58,6 @@ def config(backbone, collection_folder, tmp_path):
         )
 
     return make
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_that_the_processor_would_emulate_is_said(config, native, monkeypatch, caplog):
-    monkeypatch.setattr("anysplade.training.run.native_bfloat16", lambda device: native)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    options = config(precision="bfloat16")
-    _arguments(options, Path(options.output))
-    assert ("`precision=float32` is faster here" in caplog.text) is not native
-
-
-@pytest.mark.parametrize("several", [1, 4])
-@pytest.mark.parametrize("trained", ["encoder", "head"])
-def test_one_process_uses_one_gpu(trained, several, config, tmp_path, monkeypatch, caplog):
-    """transformers would wrap the model in DataParallel, whose copies pool with the first GPU's weights."""
-    caplog.set_level("INFO")
-
-    def devices(arguments):  # what transformers finds on a machine with several GPUs
-        arguments._n_gpu, arguments.distributed_state = several, None
-        return torch.device("cuda:0")
-
-    found = functools.cached_property(devices)
-    found.__set_name__(TrainingArguments, "_setup_devices")
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
-    if trained == "encoder":
-        arguments = _arguments(config(), tmp_path)
-    else:
-        options = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "seed": 0}
-        arguments = head_training._arguments(tmp_path, options, 1)
-    assert arguments.parallel_mode == ParallelMode.NOT_PARALLEL
-    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
-    assert ("torchrun --nproc-per-node 4" in caplog.text) == (trained == "encoder" and several > 1)
 
 
 def weights(folder):
@@ -163,7 +129,7 @@ def test_other_options_in_the_same_folder_are_refused(config):
 def test_a_foreign_folder_is_refused(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="no run of anysplade"):
+    with pytest.raises(OutputError, match="not empty"):
         train(config())
     assert (tmp_path / "run" / "thesis.tex").exists()
 
@@ -212,7 +178,7 @@ def test_what_changed_under_a_run_is_refused(file, finished, config, inputs, tmp
 def _count_reads(monkeypatch):
     """A list that grows whenever a run reads its data."""
     reads = []
-    monkeypatch.setattr(run, "read_pairs", lambda *args, **kwargs: reads.append(args) or read_pairs(*args, **kwargs))
+    monkeypatch.setattr(run_inputs, "read_pairs", lambda *args, **kwargs: reads.append(args) or read_pairs(*args, **kwargs))
     return reads
 
 
@@ -223,7 +189,7 @@ def test_a_finished_run_reads_again_only_what_may_have_changed(config, inputs, t
     def again():
         caplog.clear()
         assert train(config(**inputs)) == first
-        assert "holds this run's result already" in caplog.text
+        assert "already has this run's result" in caplog.text
         assert not (tmp_path / "run" / "data").exists()
         read, reads[:] = bool(reads), []
         return read
@@ -320,7 +286,7 @@ def test_as_many_steps_as_asked_for_on_few_documents(options, steps, config, rep
 
 
 def test_batches_that_run_out_are_an_error(config, monkeypatch, tmp_path):
-    monkeypatch.setattr("anysplade.training.run.DistinctBatches.__iter__", lambda self: iter(()))
+    monkeypatch.setattr("anysplade.training.batches.DistinctBatches.__iter__", lambda self: iter(()))
     with pytest.raises(AnyspladeError, match="ended at step 0 of 8"):
         train(config())
     assert not (tmp_path / "run" / "model").exists()
@@ -523,15 +489,15 @@ def test_recalibrate_on_collapse(collapsing, monkeypatch):
 
     def new_encoder(*arguments):
         assert not any(trainer() for trainer in trainers)  # or two models and their optimizers would be in memory
-        return _encoder(*arguments)
+        return start_encoder(*arguments)
 
     def new_trainer(*arguments):
-        trainer, monitor = _trainer(*arguments)
+        trainer, monitor = make_trainer(*arguments)
         trainers.append(weakref.ref(trainer))
         return trainer, monitor
 
-    monkeypatch.setattr("anysplade.training.run._encoder", new_encoder)
-    monkeypatch.setattr("anysplade.training.run._trainer", new_trainer)
+    monkeypatch.setattr("anysplade.training.run.start_encoder", new_encoder)
+    monkeypatch.setattr("anysplade.training.run.make_trainer", new_trainer)
     result = train(collapsing(on_collapse="recalibrate"))
     assert len(trainers) > 1
     assert [restart["k"] for restart in result.restarts][:1] == [0.05]
@@ -667,7 +633,7 @@ def test_a_long_run_is_estimated(config, caplog, monkeypatch):
     caplog.set_level("INFO")
     train(config(steps=8))
     for left in (3, 2, 1):  # after five steps, and at each tenth of the run
-        assert f"s a step: about 1 second for the {left} step{'' if left == 1 else 's'} to come" in caplog.text
+        assert f"s per step: about 1 second for the remaining {left} step{'' if left == 1 else 's'}" in caplog.text
 
 
 def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
@@ -682,8 +648,8 @@ def test_an_estimate_counts_what_later_steps_take(caplog, monkeypatch):
         estimate.on_step_end(arguments, SimpleNamespace(global_step=step, max_steps=100), None)
     said = [message.partition(",")[0] for message in caplog.messages]
     assert said[:2] == [
-        "1 s a step: about 2 minutes for the 95 steps to come",
-        "3.2 s a step: about 5 minutes for the 90 steps to come",  # 4 steps of 1 s and 5 of 5 s
+        "1 s per step: about 2 minutes for the remaining 95 steps",
+        "3.2 s per step: about 5 minutes for the remaining 90 steps",  # 4 steps of 1 s and 5 of 5 s
     ]
     assert len(said) == 9  # the last ten steps take less than a minute
 

@@ -18,7 +18,9 @@ from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesR
 from anysplade import DataError, ModelError, OptionError, OutputError, Pair, TrainingConfig, load_encoder, load_pairs, mine, train
 from anysplade.training import mining
 from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
-from anysplade.training.teachers import VectorCache, open_teacher, prepare_teacher
+from anysplade.training.teacher_cache import VectorCache
+from anysplade.training.teacher_scores import prepare_teacher
+from anysplade.training.teachers import open_teacher
 from processes import run_on_two_processes
 from tiny import WORDS, make_backbone, make_tokenizer
 
@@ -118,51 +120,6 @@ def test_without_a_likely_answer_the_loss_is_the_stock_one(batch, backbone):
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
-def test_nothing_is_computed_twice(kind, teachers, tmp_path, monkeypatch):
-    teacher = open_teacher(teachers[kind])
-    pairs = [(pair.query, pair.positive) for pair in PAIRS]
-    before = VectorCache(teacher, tmp_path).scores(pairs)
-
-    def fail(*_):
-        raise AssertionError("computed again")
-
-    again = VectorCache(teacher, tmp_path)
-    for name in ("encode", "rate"):
-        monkeypatch.setattr(type(teacher), name, fail)
-    assert np.array_equal(again.scores(pairs[::-1]), before[::-1])
-    monkeypatch.undo()
-    for file in (tmp_path / teacher.key).iterdir():  # damaged: computed again
-        file.write_bytes(file.read_bytes()[:90])
-    np.testing.assert_array_equal(VectorCache(teacher, tmp_path).scores(pairs), before)
-    for file in (tmp_path / teacher.key).iterdir():
-        if ".keys" not in file.name:
-            file.write_bytes(file.read_bytes()[:150])
-    np.testing.assert_array_equal(VectorCache(teacher, tmp_path).scores(pairs), before)
-
-
-def test_a_killed_run_goes_on_after_its_last_shard(teachers, tmp_path, monkeypatch):
-    teacher, seen = open_teacher(teachers["dense"]), []
-    monkeypatch.setattr("anysplade.training.teachers._SHARD", 10)
-    encode = type(teacher).encode
-
-    def dies(self, texts, role):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.extend([texts])
-        return encode(self, texts, role)
-
-    texts = [pair.positive for pair in PAIRS]
-    monkeypatch.setattr(type(teacher), "encode", dies)
-    with pytest.raises(KeyboardInterrupt):
-        VectorCache(teacher, tmp_path).vectors(texts, "document")
-    seen.clear()
-    vectors = VectorCache(teacher, tmp_path).vectors(texts, "document")
-    assert [len(part) for part in seen] == [len(texts) - 20]
-    monkeypatch.undo()
-    np.testing.assert_allclose(vectors.astype(np.float32), teacher.encode(texts, "document").astype(np.float32), atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["dense", "sparse", "cross-encoder"])
 @pytest.mark.parametrize("objective", ["auto", "teacher", "contrastive + 0.5*teacher"])
 def test_a_run_with_a_teacher(kind, objective, teachers, backbone, collection_folder, tmp_path):
     data = str(collection_folder)
@@ -187,7 +144,7 @@ def test_a_run_with_a_teacher(kind, objective, teachers, backbone, collection_fo
 
 def test_examples_without_negatives_get_hard_ones(teachers, backbone, collection_folder, tmp_path, monkeypatch):
     seen = {}
-    module = "anysplade.training.run.prepare_teacher"
+    module = "anysplade.training.inputs.prepare_teacher"
 
     def watch(name, pairs, folder, **options):
         seen["pairs"] = list(pairs)
@@ -220,7 +177,7 @@ def test_what_a_call_prepared_serves_no_other_one(teachers, backbone, collection
         def stop(*_):
             raise KeyboardInterrupt
 
-        patch.setattr("anysplade.training.run._encoder", stop)
+        patch.setattr("anysplade.training.run.start_encoder", stop)
         with pytest.raises(KeyboardInterrupt):
             train(TrainingConfig(backbone, data, teacher=teachers["sparse"], **options))
     assert (tmp_path / "run" / "data" / "teacher").exists()
@@ -230,7 +187,7 @@ def test_what_a_call_prepared_serves_no_other_one(teachers, backbone, collection
         seen["pairs"], seen["teacher"] = list(pairs), prepare_teacher(name, pairs, folder, **given)
         return seen["teacher"]
 
-    monkeypatch.setattr("anysplade.training.run.prepare_teacher", watch)
+    monkeypatch.setattr("anysplade.training.inputs.prepare_teacher", watch)
     train(TrainingConfig(backbone, data, teacher=teachers["dense"], **options))
     batch = np.arange(4)
     expected = by_hand(teachers["dense"], "dense", seen["pairs"][:4])
@@ -248,7 +205,7 @@ def test_what_was_mined_is_known_by_its_content(teachers, backbone, collection_f
     def until_the_first_step():
         asked.clear()
         with monkeypatch.context() as patch:
-            patch.setattr("anysplade.training.run._encoder", lambda *_: 1 / 0)
+            patch.setattr("anysplade.training.run.start_encoder", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(config)
         return len(asked)

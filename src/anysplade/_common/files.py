@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -196,7 +196,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damaged_file(folder: Path, known: dict[str, str]) -> str | None:
+def damaged_file(folder: Path, known: Mapping[str, str]) -> str | None:
     """The first file that is missing or is not as its digest says; None if there is none."""
     return next((name for name, digest in known.items() if not _is_whole(folder / name, digest)), None)
 
@@ -224,32 +224,22 @@ def record_path(output: Path) -> Path:
     return beside(output, "{}.json")
 
 
-def finished_record(output: Path, about: dict[str, Any], parts: Path | None = None) -> dict[str, Any] | None:
-    """The record of a file of data that was made from the same data and options; None if it is still to be made.
+def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a file of data that was made from the same data and options; None if there is no such file.
 
     Args:
-        about: options and hash of the data, as JSON has them; the record contains them.
-        parts: a folder with unfinished work on the output, which has them in ``about.json``.
+        about: options and hash of the data, as JSON stores them; the record contains them.
 
     Raises:
-        OutputError: the output, or the unfinished work, was made in another way, or the output was changed or damaged.
+        OutputError: the output was made in another way, or was changed or damaged.
     """
-    started = parts is not None and (parts / "about.json").exists()
-    if not (output.exists() or started):
+    if not output.exists():
         return None
-    known = parts / "about.json" if parts is not None and started else record_path(output)
-    before = read_record(known)
-    if before is None and parts is not None and started:  # nobody knows what the parts are of
-        for part in (known, *parts.glob("*.jsonl")):
-            part.unlink()
-        return finished_record(output, about)
-    before = before or {}
+    before = read_record(record_path(output)) or {}
     if {name: before.get(name) for name in about} != about:
         raise OutputError(
             f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
         )
-    if not output.exists() or known != record_path(output):
-        return None
     if before.get("sha256", digest := file_digest(output)) != digest:
         raise OutputError(f"{output}: is not as it was written; remove it, and the same again makes it anew")
     return before

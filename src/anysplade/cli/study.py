@@ -70,7 +70,7 @@ def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> Result:
     from anysplade.cli import rendering as report
     from anysplade.cli.demo import run_demo
 
-    for told in ("training.run", "data.pairs", "model.encoding"):  # six runs' options, columns and cut texts; warnings stay
+    for told in ("training.run", "training.trainer", "data.pairs", "model.encoding"):  # what six runs repeat; warnings stay
         logging.getLogger(f"anysplade.{told}").setLevel(logging.WARNING)
     result = run_demo(out, progress=is_first_process())
     return Result(result.to_dict(), report.demo_parts(result))

@@ -38,8 +38,10 @@ from anysplade.model.measuring import Probe, ProbeReport, describe_head, measure
 from anysplade.model.rescaling import rescale_head
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.config import TrainingConfig
+from anysplade.training.inputs import read_examples
 from anysplade.training.monitoring import Observation
-from anysplade.training.run import TrainingResult, read_examples, start_texts, train
+from anysplade.training.run import TrainingResult, train
+from anysplade.training.trainer import start_texts
 
 logger = logging.getLogger(__name__)
 

@@ -291,7 +291,7 @@ def _estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, loaded: M
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=out) as work:
             options = {**config.training, "steps": _REHEARSED}
-            training_logger = logging.getLogger("anysplade.training.run")
+            training_logger = logging.getLogger("anysplade.training")
             level = training_logger.level
             training_logger.setLevel(logging.ERROR)
             trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))

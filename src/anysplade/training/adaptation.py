@@ -1,8 +1,8 @@
-"""Adapt a model that retrieves already to a corpus without labels, and keep the result only if it is better.
+"""Adapt a retrieval model to a corpus without labels, and keep the result only if it is better.
 
-Pairs are made from the documents, hard negatives are mined with BM25 and the model itself, a teacher tells the false negatives
-from the true ones and scores the batches, and the active dims that the model had are the targets of the training. The
-adapted model's weights lie between the original's and the trained ones (Wortsman et al., arXiv 2109.01903).
+Queries are made from the documents, and hard negatives are mined with BM25 and the model. A teacher recognizes false negatives and
+scores the batches. The targets of the training are the model's own active dims. The adapted weights are a mean of the original
+and the trained ones (Wortsman et al., arXiv 2109.01903).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,8 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import (
-    atomic_folder,
-    damaged_file,
-    default_cache,
-    digests,
-    only_process,
-    read_record,
-    require_empty,
-    user_path,
-    write_atomic,
-)
+from anysplade._common.files import atomic_folder, default_cache, digests, only_process, user_path, write_atomic
+from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -44,6 +35,7 @@ from anysplade.evaluation.evaluations import Evaluation, evaluate
 from anysplade.model.encoder import open_encoder
 from anysplade.model.modules import has_static_queries
 from anysplade.model.saved import fingerprint, resolve_model
+from anysplade.training.card import CARD_FILES
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train_as
@@ -51,43 +43,40 @@ from anysplade.training.teachers import open_sparse, teacher_kind
 
 logger = logging.getLogger(__name__)
 
-_HELD_OUT = 0.1  # of the documents, to judge by where no collection is given
+_HELD_OUT = 0.1  # share of the documents that are held out for the comparison, without a collection to judge by
 _MOST_HELD_OUT = 300
 _FEWEST_HELD_OUT = 20
 _METRIC = "nDCG@10"
-_NEGATIVES = 4  # hard ones of each query
-_TRAINED = 0.7  # of the way from the original's weights to the trained ones
-_TRIMMED = 0.85  # times the original's FLOPS, on training texts: room for what other texts cost
-_TRAINING = ("teacher", "steps", "batch_size", "learning_rate", "max_length", "precision", "seed")  # options of ``train`` too
-_COSTLIER = 1.05  # times the FLOPS: what is above is no longer the same cost
+_NEGATIVES = 4  # hard negatives per query
+_TRAINED = 0.7  # weight of the trained model in the mean; the original has the rest
+_TRIMMED = 0.85  # of the original's FLOPS on training texts, as a limit; below 1 because other texts may cost more
+_COSTLIER = 1.05  # of the original's FLOPS, above which the adapted model counts as more expensive
+_TRAINING = ("teacher", "steps", "batch_size", "learning_rate", "max_length", "precision", "seed")  # options passed to ``train``
 
 
 @dataclass(frozen=True, repr=False)
 class Adaptation(Tabular):
-    """What ``adapt`` did; lies in ``adaptation.json``."""
+    """Result of ``adapt``, stored in ``adaptation.json``."""
 
-    model: str  # folder of the model that was kept
+    model: str  # folder of the kept model
     kept: str  # "adapted" or "original"
-    reason: str  # in one sentence
-    judged_by: str  # a collection, or held-out pairs
+    reason: str  # one sentence
+    judged_by: str  # name of the collection, or held-out pairs
     judged_hash: str  # SHA-256 of its content
     before: dict[str, Any]  # effectiveness and cost of the original
-    after: dict[str, Any]  # of the adapted model
+    after: dict[str, Any]  # the same of the adapted model
     comparison: dict[str, Any]  # of the two, paired by query
-    pairs: dict[str, int]  # made from the documents, by kind
+    pairs: dict[str, int]  # number of pairs made from the documents, by kind
     options: dict[str, Any]  # of ``adapt``
-    seconds: float  # of this process
+    seconds: float  # time in this process
     provenance: dict[str, Any]  # versions, commit, hardware, command
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The original and the adapted model."""
-        return [
-            {"model": name, "kept": name == self.kept} | values
-            for name, values in (("original", self.before), ("adapted", self.after))
-        ]
+        models = (("original", self.before), ("adapted", self.after))
+        return [{"model": name, "kept": name == self.kept} | values for name, values in models]
 
 
 def adapt(
@@ -107,30 +96,31 @@ def adapt(
     seed: int = 0,
     progress: bool = False,
 ) -> Adaptation:
-    """Adapt a sparse encoder to the documents of a corpus, without labels, at no more cost.
+    """Adapt a sparse encoder to the documents of a corpus, without labels and without making retrieval more expensive.
 
-    Called again with the same options after an interruption, it goes on where it was; finished, it returns its result.
+    An interrupted call continues when it is repeated with the same options; a finished one returns the stored result.
 
     Args:
-        model: a sparse encoder's folder or hub id, or a published SPLADE's.
+        model: folder or hub id of a sparse encoder, or of a published SPLADE.
         corpus: the documents; anything that can be indexed.
-        output: a folder; its ``model`` is the adapted model, or the original if that is not worse.
+        output: a folder; its ``model`` is the adapted model, or the original if the adapted one is not better.
         teacher: a dense model, sparse encoder or cross-encoder.
-        judged: a collection to judge by, before and after; a tenth of the documents is held out for that if None.
-        split: which judgements of it.
-        kinds: of pairs; see ``make_pairs``.
-        steps: of training.
-        batch_size: queries a step, each with its document and four hard negatives.
-        learning_rate: peak.
-        max_length: tokens a text is cut to in training; the adapted model reads at least what the original reads.
-        precision: of the products in training and of the teacher; bfloat16 is faster where the machine has it.
-        seed: of everything random.
+        judged: a collection to compare the two models on; if None, a tenth of the documents is held out for that.
+        split: judgements of the collection to use.
+        kinds: kinds of pairs; see ``make_pairs``.
+        steps: training steps.
+        batch_size: queries per step, each with its document and four hard negatives.
+        learning_rate: peak learning rate.
+        max_length: tokens per text in training; the adapted model reads at least as far as the original.
+        precision: of the matrix products in training and of the teacher; bfloat16 is faster where the hardware supports it.
+        seed: seed of all random numbers.
+        progress: show progress bars.
 
     Raises:
-        ModelError: no sparse encoder, or no teacher.
-        DataError: no pairs can be made, or too few documents to hold some out.
-        OutputError: the folder holds something else.
-        OptionError: an impossible option, or several processes.
+        ModelError: the model is no sparse encoder, or the teacher cannot teach.
+        DataError: no pairs can be made, or there are too few documents to hold some out.
+        OutputError: the folder has other content.
+        OptionError: an option is impossible, or there are several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a model is adapted by one process; start it without torchrun")
@@ -152,19 +142,19 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     """``adapt``, in a folder that no other process writes to."""
     options = about["options"]
     corpus, judged, split, kinds = (options[name] for name in ("corpus", "judged", "split", "kinds"))
-    finished = _claim(output, about)
+    finished = _earlier_adaptation(output, about)
     if finished is not None:
-        make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # an error if the corpus is another now
+        make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # raises OutputError if the corpus changed
         if judged is not None and data_hash(load_collection(judged, split, progress=progress)) != finished.judged_hash:
             raise OutputError(
-                f"{output}: the collection {judged} is another than the models were judged by, or an older version judged them; "
+                f"{output}: the collection {judged} changed since it judged the models, or an older version judged them; "
                 "choose another `output`"
             )
-        logger.info("%s holds this adaptation already", output)
+        logger.info("%s already has this adaptation", output)
         return finished
     start = time.perf_counter()
     data = output / "training.jsonl"
-    config = TrainingConfig(  # impossible options are an error before anything is written
+    config = TrainingConfig(  # raises OptionError before anything is written
         str(output / "original"),
         str(data),
         output=str(output / "training"),
@@ -179,7 +169,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
         held_out = _write_training(corpus, output, judged is None, progress)
-        shutil.rmtree(output / "original", ignore_errors=True)  # of a call that was interrupted
+        shutil.rmtree(output / "original", ignore_errors=True)  # from an interrupted call
         with atomic_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
         original, pairs = open_encoder(output / "original"), load_pairs(data)
@@ -187,11 +177,11 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         config = replace(config, query_active_dims=queries, document_active_dims=documents)
         trained = train_as(config, progress, f"training {counted(options['steps'], 'step')} on {counted(len(pairs), 'pair')}")
     except AnyspladeError:
-        if not (begun or (output / "training" / "run.json").exists()):  # what cannot be adapted leaves the folder to the next call
+        if not (begun or (output / "training" / "run.json").exists()):  # nothing to continue
             shutil.rmtree(output)
         raise
     collection = held_out or collection
-    assert collection is not None  # one is given, or some are held out
+    assert collection is not None  # it is given or held out
     shutil.rmtree(output / "adapted", ignore_errors=True)
     _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
     cache = default_cache()
@@ -200,6 +190,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
+    costs = ("query_active_dims", "document_active_dims", "flops")
+    summaries = [found.metrics | {name: getattr(found, name) for name in costs} for found in (before, after)]
     shutil.rmtree(output / "model", ignore_errors=True)
     with atomic_folder(output / "model") as folder:
         shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
@@ -209,29 +201,29 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         reason=reason,
         judged_by=collection.name,
         judged_hash=after.data_hash,
-        before=_summary(before),
-        after=_summary(after),
-        comparison=json.loads(json.dumps(compared.to_dict())),  # as it is read again
+        before=summaries[0],
+        after=summaries[1],
+        comparison=json.loads(json.dumps(compared.to_dict())),  # equal to the stored one
         pairs=made.pairs,
         options=options,
         seconds=time.perf_counter() - start,
         provenance=provenance(),
     )
-    record = about | result.to_dict() | {"files": digests(output / "model", without=("README.md", "training.svg"))}
+    record = about | result.to_dict() | {"files": digests(output / "model", without=CARD_FILES)}
     write_atomic(output / "adaptation.json", json.dumps(record, indent=2) + "\n")
     return result
 
 
 def _targets(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float | None, float]:
-    """The active dims that the model has on the training texts; none for queries that have a weight a token."""
+    """The model's active dims on the training texts; None for queries whose terms are their tokens."""
     queries, documents = active_dims(encoder, pairs)
     return None if has_static_queries(encoder) else max(1.0, queries), max(1.0, documents)
 
 
 def _write_adapted(trained: Path, output: Path, pairs: Sequence[Pair], most: np.ndarray) -> None:
-    """Write the weighted mean of the two models, with so many FLOPS at most.
+    """Write the weighted mean of the two models, trimmed to at most ``most`` FLOPS, (2,), by kind of queries.
 
-    Queries made of documents are not those of users: the trained model alone is worse on these, and less alike from seed to seed.
+    Queries made from documents differ from those of users, on which the trained model alone is worse and varies more with the seed.
     """
     original, encoder = open_encoder(output / "original"), open_encoder(trained)
     with torch.no_grad():
@@ -240,7 +232,7 @@ def _write_adapted(trained: Path, output: Path, pairs: Sequence[Pair], most: np.
     trim_flops(encoder, pairs, most)
     with atomic_folder(output / "adapted") as folder:
         encoder.save_pretrained(str(folder))
-        for name in ("README.md", "training.svg"):
+        for name in CARD_FILES:
             if (trained / name).exists():
                 shutil.copy(trained / name, folder)
 
@@ -258,21 +250,15 @@ def _judge(before: Evaluation, after: Evaluation, compared: Comparison) -> tuple
     return True, f"the adapted model is better at no more cost: {values}, {cost}"
 
 
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    costs = {name: getattr(evaluation, name) for name in ("query_active_dims", "document_active_dims", "flops")}
-    return evaluation.metrics | costs
-
-
 def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -> Collection | None:
-    """Write the pairs to train on to ``training.jsonl``: the queries that were made, and their documents in full.
+    """Write the pairs to train on to ``training.jsonl``: the made queries with their full documents.
 
-    In full, since that is how they are searched: without the words that the query was made of, the model would learn to expand
-    what it need not. That a query then finds its own document by its words is no fault; it is the teacher's order of the
-    others that is learned.
+    A shortened document, without the words of its query, would teach the model to expand what it can match. In a full document
+    the query's words are an easy match, but what is learned is the teacher's order of the other documents.
 
     Returns:
-        With ``hold_out`` a collection of the pairs of some documents, which are not trained on; the hash of their ids says
-        which. In it such a document stands without what its query was made of.
+        With ``hold_out``, a collection of the pairs of some documents, chosen by the hash of their ids and not trained on. In it
+        these documents lack the part that their query was made from.
 
     Raises:
         DataError: too few documents have pairs to hold some out.
@@ -307,20 +293,14 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
     return Collection(f"{len(queries)} held-out pairs", documents, queries, qrels)
 
 
-def _claim(output: Path, about: dict[str, Any]) -> Adaptation | None:
-    """Check that the folder is new or of this very adaptation; the result if it is finished."""
+def _earlier_adaptation(output: Path, about: dict[str, Any]) -> Adaptation | None:
+    """The result of an earlier call with the same options, if it is finished and its model is undamaged."""
     if not (output / "options.json").is_file():
-        if not output.is_dir() or {path.name for path in output.iterdir()} != {"lock"}:
-            require_empty(output)
+        require_unused(output, "lock")
         return None
-    record = read_record(output / "adaptation.json", *about)
-    before = read_record(output / "options.json", *about) or record
-    if before is not None and {name: before[name] for name in about} != about:
-        raise OutputError(f"{output}: an adaptation with other options, model or teacher; choose another `output` or remove it")
-    if before is None or record is None:
+    inputs = {"fingerprints": "model or teacher"}
+    earlier_call(output / "options.json", about, inputs)
+    record = earlier_call(output / "adaptation.json", about, inputs)
+    if record is None or not is_whole(output / "model", record.get("files", {})):
         return None
-    damaged = damaged_file(output / "model", record.get("files", {}))
-    if damaged is not None:
-        logger.warning("%s: %s is missing or damaged; it is made again", output / "model", damaged)
-        return None
-    return Adaptation(**{field.name: record[field.name] for field in fields(Adaptation)})
+    return restored(Adaptation, record)

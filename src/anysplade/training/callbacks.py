@@ -1,4 +1,4 @@
-"""What the trainer calls while it trains: the dev collection, marks of whole checkpoints, a time estimate, a progress bar."""
+"""What all trainers here share: arguments, callbacks, and checkpoints that survive a crash."""
 
 import json
 import logging
@@ -23,41 +23,39 @@ from anysplade.model.saved import first_line
 logger = logging.getLogger(__name__)
 
 DEV_METRICS = ("nDCG@10", "RR@10")
-_COMPLETE = "complete"  # is written last into a checkpoint: the digests of its files
+_COMPLETE = "complete"  # a checkpoint's last file: the digests of its other files
 _NAME = re.compile(r"checkpoint-\d+")
-_TIMED = 4  # steps, after the first one
-_OWN_CHECK = ("azure_ml", "flyte", "kubeflow")  # trackers of which transformers does not say whether they are installed
-_LONG = 60  # seconds: a shorter run needs no estimate
+_TIMED = 4  # steps, after the first one, before the first estimate
+_LONG = 60  # seconds: a shorter rest of a run needs no estimate
+_OWN_CHECK = ("azure_ml", "flyte", "kubeflow")  # trackers that check only by themselves whether they are installed
+
+
+def common_arguments(seed: int, checkpoint_steps: int) -> dict[str, Any]:
+    """Arguments of the trainer that do not depend on what is trained."""
+    gpu = torch.cuda.is_available()
+    saving = {"save_strategy": "steps", "save_steps": checkpoint_steps, "save_total_limit": 2}
+    logs = {"logging_steps": 10, "logging_first_step": True, "disable_tqdm": True}
+    device = {"dataloader_pin_memory": gpu, "use_cpu": not gpu and not torch.backends.mps.is_available()}
+    return {"seed": seed, "data_seed": seed} | saving | logs | device
 
 
 class DevEvaluator(BaseEvaluator):
-    """Effectiveness and cost on the dev collection, at every checkpoint."""
+    """Effectiveness and cost on the dev collection, measured at every checkpoint."""
 
     def __init__(self, collection: Collection) -> None:
         super().__init__()
         self.collection = collection
 
     def __call__(self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1) -> dict[str, float]:
-        from anysplade.evaluation.evaluations import evaluate  # here, since it needs the extra, and training without it does not
+        from anysplade.evaluation.evaluations import evaluate  # needs an extra, which other trainings do without
 
         results = evaluate(model, self.collection, DEV_METRICS).to_dict()
         names = [*DEV_METRICS, "query_active_dims", "document_active_dims", "flops"]
         return {f"dev_{name}": results[name] for name in names}
 
 
-class MarkComplete(TrainerCallback):
-    """Write down what a checkpoint holds once all its files are written, by every process."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_atomic(checkpoint / _COMPLETE, json.dumps(digests(checkpoint)) + "\n")
-
-
 class Patience(EarlyStoppingCallback):
-    """Early stopping, which after an interruption still knows how many checkpoints were no better."""
+    """Early stopping that remembers after an interruption how many checkpoints were no better."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -67,7 +65,7 @@ class Patience(EarlyStoppingCallback):
 
 
 class EndsOnce:
-    """Mixed into a trainer: from the checkpoint of its last step it goes on without one more step."""
+    """Mixin for a trainer: resumed from the checkpoint of the last step, it does not make one more step."""
 
     state: Any
     control: Any
@@ -75,15 +73,15 @@ class EndsOnce:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer has it
 
 
 class Estimate(TrainerCallback):
-    """Say how long the steps to come will take: after a few, and again at each tenth of the run.
+    """Log how long the remaining steps will take: after a few steps, and again at each tenth of the run.
 
-    The first time it is the mean of the steps after the very first one, and counts no checkpoint and no evaluation on the dev
-    collection; later batches may be longer and their vectors denser, so it can be far off. From then on it is the mean
-    over all the time since the first step, with everything in it. What follows the last step never counts.
+    The first estimate is the mean time of the steps after the very first one. It includes no checkpoint and no evaluation on the
+    dev collection, and later batches may be longer and their vectors denser, so it can be far off. Later estimates are the
+    mean over all the time since the first step, with everything in it. What follows the last step is never included.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -95,20 +93,19 @@ class Estimate(TrainerCallback):
             self.since = time.perf_counter()
         if done < _TIMED or (done > _TIMED and state.global_step % max(1, state.max_steps // 10)):
             return
-        step = (time.perf_counter() - self.since) / done
-        left = step * (state.max_steps - state.global_step)
-        if left > _LONG:
+        step, remaining = (time.perf_counter() - self.since) / done, state.max_steps - state.global_step
+        if step * remaining > _LONG:
             logger.info(
-                "%.2g s a step: about %s for the %s to come%s",
+                "%.2g s per step: about %s for the remaining %s%s",
                 step,
-                duration(left),
-                counted(state.max_steps - state.global_step, "step"),
+                duration(step * remaining),
+                counted(remaining, "step"),
                 f", on {counted(args.world_size, 'process')}" if args.world_size > 1 else "",
             )
 
 
 class Progress(TrainerCallback):
-    """One bar with the loss, on standard error, or lines."""
+    """A progress bar with the loss, or lines in the log."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = bar("training", "step", state.max_steps, show=True, done=state.global_step)
@@ -125,10 +122,10 @@ class Progress(TrainerCallback):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse what the trainer cannot report to, before there is anything to report.
+    """Check before the training that the trainer can report to these trackers.
 
     Raises:
-        OptionError: an unknown tracker, or one that is not installed.
+        OptionError: a tracker is unknown or not installed.
     """
     usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
     for name in names if tuple(names) not in (("all",), ("none",)) else ():
@@ -145,14 +142,28 @@ def check_trackers(names: Sequence[str]) -> None:
                 raise OptionError(f"`report_to={name}`: {first_line(error)}") from error
 
 
+# ---------------------------------------------------------------------------- checkpoints
+
+
+class MarkComplete(TrainerCallback):
+    """Mark a checkpoint as complete after every process has written its files."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_atomic(checkpoint / _COMPLETE, json.dumps(digests(checkpoint)) + "\n")
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; with a dev collection, the best one so far has to be whole too.
+    """The newest undamaged checkpoint, or None; with a dev collection, the best checkpoint so far must be undamaged too.
 
-    Others are removed, in one line: a killed process leaves torn ones, and an accident damaged ones.
+    Incomplete and damaged checkpoints are removed, with one warning for all.
     """
     whole: list[Path] = []
     faults = []
@@ -173,7 +184,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _damage(checkpoint: Path) -> str | None:
     if not (checkpoint / _COMPLETE).is_file():
-        return "it was not written to its end"
+        return "it is incomplete"
     known = read_record(checkpoint / _COMPLETE)
     name = damaged_file(checkpoint, known) if known else _COMPLETE
     return name and f"{name} is missing or damaged"

@@ -1,4 +1,4 @@
-"""The model card's section on how a model was made, added to the card that sentence-transformers writes."""
+"""A section about the training for the model card that sentence-transformers writes."""
 
 import json
 import logging
@@ -13,18 +13,19 @@ from anysplade.model.rescaling import formula
 
 logger = logging.getLogger(__name__)
 
-_BEFORE = "\n## Training Details\n"  # of sentence-transformers' card
+_BEFORE = "\n## Training Details\n"  # heading in sentence-transformers' card after the new section
 _FIGURE = "training.svg"
+CARD_FILES = ("README.md", _FIGURE)
 
 
 def write_card(folder: Path, result: dict[str, Any]) -> None:
-    """Add the section and its figure to the model in ``folder``; ``result`` is a ``TrainingResult`` as JSON."""
+    """Add the section and its figure to the card in ``folder``; ``result`` is a ``TrainingResult`` as JSON."""
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8")
     head, found, rest = card.partition(_BEFORE)
     try:
         figure = _curves(result)
-    except ExtraError as error:  # training needs no matplotlib, and its result is worth more than a figure
+    except ExtraError as error:  # training works without matplotlib
         logger.info("the model card has no figure: %s", error)
         figure = None
     path.write_text(head + "\n" + _section(result, figure is not None) + found + rest, encoding="utf-8")

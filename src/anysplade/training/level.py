@@ -1,4 +1,4 @@
-"""The level of the head after training: a last correction towards the wanted active dims."""
+"""Corrections after training: shifts of the decoder's bias that reach a target of active dims or a limit of FLOPS."""
 
 import logging
 import math
@@ -18,15 +18,14 @@ from anysplade.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-_TRIM_STEP = 0.005  # of the shift that corrects active dims after training
+_TRIM_STEP = 0.005  # precision of the shift
 _SAMPLE = 200  # training pairs whose active dims are counted
-_BEFORE = 32  # training pairs of which that is done before the training
+_BEFORE = 32  # training pairs for the estimate before the training
 
 
 def _sample(pairs: Sequence[Pair], most: int = _SAMPLE) -> list[Pair]:
     """Evenly spaced training pairs."""
-    step = max(1, len(pairs) // most)
-    return [pairs[i] for i in range(0, len(pairs), step)][:most]
+    return [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // most))][:most]
 
 
 def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
@@ -34,8 +33,8 @@ def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) ->
     for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
         if target is not None and not 0.9 <= measured / target <= 1.1:
             logger.warning(
-                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, and a target far "
-                "above what the model uses without a regularizer cannot be met",
+                "the model ends with %.0f %s active dims, the target was %g: more steps bring it nearer, but a target far above "
+                "the active dims without a regularizer cannot be met",
                 measured,
                 role,
                 target,
@@ -51,10 +50,10 @@ def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float, f
 
 
 def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequence[int], role: Role, target: float) -> float:
-    """The active dims that texts have as the training cuts them, where they have ``target`` when they are read to ``lengths``.
+    """The active dims of texts as the training truncates them, when they have ``target`` at their full ``lengths``.
 
-    It is estimated from the model before its training, on a small sample: only the largest weights are counted, as many as
-    give the whole texts ``target`` active dims. What it is wrong by, ``trim_level`` corrects.
+    This is estimated on a small sample with the untrained model: counted are the largest weights, as many as give the full texts
+    ``target`` active dims. ``trim_level`` corrects the error of the estimate.
     """
     texts = [pair.query if role == "query" else pair.positive for pair in _sample(pairs, _BEFORE)]
     if not count_truncated(encoder, texts, role).texts:
@@ -68,39 +67,35 @@ def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequenc
 
 
 def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None]) -> float:
-    """Shift the decoder's bias by at most 1 so that a sample of the training texts meets the targets of active dims.
+    """Shift the decoder's bias by at most 1, so that a sample of the training texts meets the targets of active dims.
 
-    The regularizer's weight loses its force as the learning rate falls to 0; one constant corrects what is
-    left. Of two targets it makes the larger error, on a logarithmic scale, as small as it can be. Active dims are
-    counted, so that any pooling and activation will do: nine encodings of the sample, 400 texts each.
+    At the end of the training the learning rate, and with it the regularizer's influence, is near 0; a constant shift corrects the
+    remaining error. With two targets, the larger error on a logarithmic scale is minimized. Because active dims are counted,
+    this works with any pooling and activation; it takes nine encodings of the sample.
     """
     biases = find_head(masked_lm(encoder)).biases
     if targets == (None, None) or not biases:
         return 0.0
     before = [bias.detach().clone() for bias in biases]
-    errors: dict[float, list[float]] = {}  # by shift, of each target
+    errors: dict[float, list[float]] = {}  # of each target, by shift
     low, high = -1.0, 1.0
     while high - low > _TRIM_STEP:
-        shift = (low + high) / 2  # 0 first: the result is never worse than no shift
+        shift = (low + high) / 2  # 0 is the first, so the result is never worse than no shift
         _shift(biases, before, shift)
         dims = active_dims(encoder, pairs)
         errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
-        if max(errors[shift]) + min(errors[shift]) > 0:  # fewer dims with each shift, so this changes its sign once
-            low = shift
-        else:
-            high = shift
+        too_many = max(errors[shift]) + min(errors[shift]) > 0  # errors decrease with the shift, so this changes once
+        low, high = (shift, high) if too_many else (low, shift)
     best = min(errors, key=lambda shift: max(map(abs, errors[shift])))
     _shift(biases, before, best)
     return best
 
 
 def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> np.ndarray:
-    """Expected products of a query and a document (arXiv 2004.05665): of a sample of the training pairs, and of everyday queries.
+    """The expected number of products for a query and a document (arXiv 2004.05665), by kind of queries, (2,).
 
-    Users' queries are neither, and a model can become costlier on one kind while it becomes cheaper on the other.
-
-    Returns:
-        (2,): by kind of queries.
+    The queries are those of a sample of the training pairs, and everyday queries. A model can become more expensive on one kind
+    and cheaper on the other, and users' queries are like neither.
     """
     sample = _sample(pairs)
     documents = encode(encoder, [pair.positive for pair in sample], "document").getnnz(axis=0)
@@ -109,7 +104,7 @@ def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: np.ndarray) -> float:
-    """Lower the decoder's bias by as little as it takes, at most 1, for no more ``flops`` than ``most`` of either kind, (2,)."""
+    """Lower the decoder's bias as little as possible, by at most 1, until ``flops`` is at most ``most``, (2,)."""
     biases = find_head(masked_lm(encoder)).biases
     if not biases or (flops(encoder, pairs) <= most).all():
         return 0.0

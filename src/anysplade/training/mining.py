@@ -1,7 +1,7 @@
 """Hard negatives for training examples, and a teacher's scores for them.
 
-Both write the JSONL that training reads. They work in blocks beside the output: killed and started again
-they continue after the last whole block, and a finished output is not made twice.
+Both write the JSONL that training reads, block by block in a folder next to the output. An interrupted call continues after the
+last whole block; a finished output is not made again.
 """
 
 import functools
@@ -22,6 +22,7 @@ from scipy import sparse
 from anysplade._common.arguments import require
 from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_atomic
 from anysplade._common.hashing import DataHash
+from anysplade._common.outputs import earlier_call
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -31,19 +32,26 @@ from anysplade.data.sources import is_built_in
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
 from anysplade.model.options import Role, checked_option
 from anysplade.search.exact import Postings
-from anysplade.training.teachers import Rows, Teacher, VectorCache, kept_vectors, open_teacher
+from anysplade.training.teacher_cache import VectorCache, open_vector_cache
+from anysplade.training.teachers import Rows, Teacher, open_teacher
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 512  # queries whose result is written at once
+_BLOCK = 512  # examples per block
+_DOCUMENTS = 2**16  # that a dense model scores at once
+
+Found = tuple[np.ndarray, np.ndarray]  # positions of documents and their scores, the best first
+Search = Callable[[list[str]], list[Found]]  # for queries
+Judge = Callable[[list[tuple[str, str]]], np.ndarray]  # scores for pairs of a query and a document
+Block = Callable[[list[Pair]], Iterator[dict[str, Any]]]  # rows to write for a block of examples
 
 
 @dataclass(frozen=True, repr=False)
 class Mined(Tabular):
-    """The record that ``mine`` and ``score`` write beside the JSONL, to ``OUTPUT.json``."""
+    """Result of ``mine`` and ``score``, stored next to the JSONL in ``OUTPUT.json``."""
 
-    examples: int  # written
-    left_out: int  # examples with too few negatives
+    examples: int  # number of written examples
+    left_out: int  # number of examples with too few negatives
     about: dict[str, Any]  # options, hash of the data, provenance
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,39 +73,41 @@ def mine(
     precision: str = "float32",
     progress: bool = False,
 ) -> Mined:
-    """Find hard negatives: documents that retrievers rank high and that are no positive of the query.
+    """Find hard negatives: documents that retrievers rank high and that are not relevant to the query.
 
-    A document that scores above ``1 - margin`` times the query's positive is left out: it is likely an answer
-    that was not marked (positive-aware mining, arXiv 2407.15831). The scores are the teacher's if there is one, else
-    the miner's own. An example for which too few are found is left out, and counted.
+    A document that scores above ``1 - margin`` times the query's positive is left out, because it probably answers the query too
+    (positive-aware mining, arXiv 2407.15831). The teacher gives the scores; without one, the miner itself does. Examples
+    for which too few negatives are found are left out and counted.
 
     Args:
-        data: training examples, in any form that ``read_pairs`` knows.
+        data: training examples, in any form that ``read_pairs`` can read.
         output: a JSONL file.
-        miner: ``"bm25"``, or a sparse encoder's or dense model's folder or hub id; of several, each in turn gives a candidate.
-        teacher: a dense model, sparse encoder or cross-encoder that tells likely answers from negatives.
-        corpus: where to look; the positives of the data if None.
-        texts: where the texts of ids in the data are.
-        negatives: wanted of each example, the highest ranked.
-        depth: of the ranking they are taken from.
-        max_length: tokens to which models cut a text; what each reads if None.
-        precision: of the models' products, float32 or bfloat16.
+        miner: ``"bm25"``, or the folder or hub id of a sparse encoder or dense model; several take turns.
+        teacher: a dense model, sparse encoder or cross-encoder that tells probable answers from negatives.
+        corpus: documents to search; if None, the positives of the data.
+        texts: source of the texts, if the data have ids.
+        negatives: number of negatives per example, the highest ranked ones.
+        depth: length of the ranking that they are taken from.
+        margin: share of the positive's score, in [0, 1).
+        max_length: tokens after which models truncate a text; if None, each model's own limit.
+        precision: of the models' matrix products, float32 or bfloat16.
+        progress: show progress bars.
 
     Raises:
-        OutputError: the output exists and was made in another way.
-        DataError, ModelError, OptionError: as the parts raise them.
+        OutputError: the output exists and was made from other data or with other options.
+        DataError, ModelError, OptionError: the data, a model or an option cannot be used.
     """
     negatives, depth = checked_option("negatives", negatives, int), checked_option("depth", depth, int)
     if negatives < 1 or depth < negatives or not 0 <= margin < 1:
         raise OptionError(
-            f"negatives {negatives}, depth {depth}, margin {margin}: take 1 or more of a depth no smaller, margin in [0, 1)"
+            f"negatives {negatives}, depth {depth}, margin {margin}: negatives must be 1 to depth, and margin in [0, 1)"
         )
     require("miner", miner, (str, list, tuple), "give bm25, or a model's folder or hub id, or a list of these")
     miners = [miner] if isinstance(miner, str) else list(dict.fromkeys(miner))
     if not miners:
         raise OptionError("no miner; name bm25 or a model")
     if teacher == "bm25":
-        raise OptionError("bm25 cannot be the teacher of mining: it would tell likely answers by their words; name a model")
+        raise OptionError("bm25 cannot be the teacher of mining: it would recognize probable answers by their words; name a model")
     for name in miners:
         _require_extra(name)
     pairs = load_pairs(data, texts=texts, progress=progress)
@@ -115,41 +125,39 @@ def mine(
     opened = functools.partial(open_teacher, max_length=max_length, precision=precision)
     output = user_path(output)
 
-    # A finished output needs none of these.
+    # Models are opened when they are first needed; a finished output needs none.
     @functools.cache
-    def kept() -> VectorCache | None:
+    def judge() -> VectorCache | None:
         if teacher is None:
             return None
-        known = kept_vectors(opened(teacher), _parts_of(output) / "teacher", progress)
-        known.ensure_cached(documents, "document")
-        known.ensure_cached([pair.query for pair in pairs], "query")
-        return known
+        cache = open_vector_cache(opened(teacher), _parts_of(output) / "teacher", progress)
+        cache.ensure_cached(documents, "document")
+        cache.ensure_cached([pair.query for pair in pairs], "query")
+        return cache
 
     @functools.cache
     def searches() -> list[Search]:
-        return [_searcher(name, opened, documents, depth, kept() if name == teacher else None, progress) for name in miners]
+        return [_searcher(name, opened, documents, depth, judge() if name == teacher else None, progress) for name in miners]
 
     found_any = False
 
     def candidates(part: list[Pair]) -> list[list[int]]:
-        """Of each pair, in the order in which they are taken; without a teacher, those below the miner's bound."""
+        """Candidates for each pair, miners taking turns; without a teacher, only those below the miner's bound."""
         nonlocal found_any
         ranked: list[list[list[int]]] = [[] for _ in part]
         for search in searches():
             for rankings, pair, (found, scores) in zip(ranked, part, search([pair.query for pair in part]), strict=True):
                 found_any = found_any or len(found) > 0
                 own = scores[found == position[pair.positive]]
-                # A positive that is not ranked tells nothing about the others: the miner missed it.
+                # If the positive is not ranked, the miner missed it, and there is no bound.
                 bound = _bound(own[0], margin) if len(own) and teacher is None else np.inf
                 rankings.append([int(d) for d in found[scores <= bound] if int(d) not in positives[pair.query]])
         return [list(dict.fromkeys(d for d in chain(*zip_longest(*rankings)) if d is not None)) for rankings in ranked]
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
         chosen = candidates(part)
-        if teacher is not None:
-            judge = kept()
-            assert judge is not None
-            chosen = _below_the_positive(part, chosen, documents, judge, negatives, margin)
+        if (scored := judge()) is not None:
+            chosen = _below_the_positive(part, chosen, documents, scored, negatives, margin)
         for pair, taken in zip(part, chosen, strict=True):
             if len(taken) >= negatives:
                 yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
@@ -158,15 +166,10 @@ def mine(
         mined = _in_blocks(output, options, pairs, documents, block, progress, f"mining negatives with {' and '.join(miners)}")
     if mined is None:
         terms = "words" if miners == ["bm25"] else "active dims"
-        nothing = f"{', '.join(miners)} finds no document for any query, they have no {terms} in common"
-        raise DataError(
-            f"{data}: no example has enough negatives"
-            + (
-                "; ask for fewer, look deeper, or give a larger `corpus`"
-                if found_any
-                else f": {nothing}; try another `miner` or `corpus`"
-            )
-        )
+        nothing = f": {', '.join(miners)} finds no document for any query, they have no {terms} in common"
+        nothing += "; try another `miner` or `corpus`"
+        few = "; ask for fewer, look deeper, or give a larger `corpus`"
+        raise DataError(f"{data}: no example has enough negatives{few if found_any else nothing}")
     return mined
 
 
@@ -180,20 +183,20 @@ def score(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Mined:
-    """Have a teacher score each example's positive and negatives.
+    """Score each example's positive and negatives with a teacher.
 
     Args:
         data: examples with negatives.
         output: a JSONL file.
-        teacher: a folder or hub id of a cross-encoder, which gives its raw logits, of a dense model or of a sparse encoder;
-            or ``"bm25"``.
-        texts: where the texts of ids in the data are.
-        max_length: tokens to which a query with a document is cut.
-        batch_size: texts, or pairs of texts, a forward pass of the teacher.
+        teacher: folder or hub id of a cross-encoder, whose raw logits are used, a dense model or a sparse encoder; or ``"bm25"``.
+        texts: source of the texts, if the data have ids.
+        max_length: tokens after which a query with a document is truncated.
+        batch_size: texts, or pairs of texts, per forward pass of the teacher.
+        progress: show progress bars.
 
     Raises:
-        ModelError: no teacher, a cross-encoder of several outputs, or one that gives NaN.
-        OutputError, DataError: as ``mine``.
+        ModelError: the model cannot teach, is a cross-encoder with several outputs, or gives NaN.
+        OutputError, DataError: as in ``mine``.
     """
     _require_extra(teacher)
     pairs = load_pairs(data, texts=texts, progress=progress)
@@ -217,21 +220,20 @@ def score(
 
 
 def _bound(positive: float, margin: float) -> float:
-    """The score above which a document is likely an answer: below the positive's by a share of it, whatever its sign."""
+    """The score above which a document is probably an answer; it is below the positive's score even if that is negative."""
     return float(positive - margin * abs(positive))
 
 
 def _below_the_positive(
     part: list[Pair], candidates: list[list[int]], documents: list[str], judge: VectorCache, negatives: int, margin: float
 ) -> list[list[int]]:
-    """The first candidates of each pair that the teacher scores below its positive; it reads no more than it must."""
+    """The first candidates of each pair that the teacher scores below the positive; it scores a few at a time, as needed."""
     own = judge.scores([(pair.query, pair.positive) for pair in part])
     chosen: list[list[int]] = [[] for _ in part]
     start, end = 0, negatives
     while True:
-        judged = [
-            (i, document) for i, listed in enumerate(candidates) if len(chosen[i]) < negatives for document in listed[start:end]
-        ]
+        unfinished = [i for i, taken in enumerate(chosen) if len(taken) < negatives]
+        judged = [(i, document) for i in unfinished for document in candidates[i][start:end]]
         if not judged:
             return chosen
         for (i, document), given in zip(judged, judge.scores([(part[i].query, documents[d]) for i, d in judged]), strict=True):
@@ -242,38 +244,28 @@ def _below_the_positive(
 
 # ------------------------------------------------------------------------------ miners and teachers
 
-Found = tuple[np.ndarray, np.ndarray]  # positions of documents and their scores, the best first
-Search = Callable[[list[str]], list[Found]]  # for queries
-Judge = Callable[[list[tuple[str, str]]], np.ndarray]  # scores of pairs of a query and a document
-
-_DOCUMENTS = 2**16  # scored at once by a dense model
-
 
 def _require_extra(name: str) -> None:
-    """Raise ExtraError before the data are read if BM25 is asked for and its library is missing; models need no extra."""
+    """Raise ExtraError, before the data are read, if BM25 is named and its library is not installed."""
     if is_built_in(name, "bm25"):
         import_module("anysplade.search.bm25")
 
 
 def _searcher(
-    miner: str, opened: Callable[[str], Teacher], documents: list[str], depth: int, kept: VectorCache | None, progress: bool
+    miner: str, opened: Callable[[str], Teacher], documents: list[str], depth: int, cache: VectorCache | None, progress: bool
 ) -> Search:
-    """
-    Args:
-        opened: loads a model.
-        kept: the miner's vectors, if it is the teacher too.
-    """
+    """The search of a miner; ``opened`` loads a model, and ``cache`` has the miner's vectors if it is the teacher too."""
     if miner == "bm25":
         from anysplade.search.bm25 import BM25
 
         bm25 = BM25(documents)
         return lambda queries: bm25.top(queries, depth)
-    model = opened(miner) if kept is None else kept.teacher
+    model = opened(miner) if cache is None else cache.teacher
     if model.kind == "cross-encoder":
         raise ModelError(f"{miner}: a cross-encoder cannot search; mine with bm25, a sparse or a dense model")
 
     def vectors(texts: list[str], role: Role, progress: bool = False) -> Rows:
-        return model.encode(texts, role, progress) if kept is None else kept.vectors(texts, role)
+        return model.encode(texts, role, progress) if cache is None else cache.vectors(texts, role)
 
     rows = vectors(documents, "document", progress)
     if sparse.issparse(rows):
@@ -283,7 +275,7 @@ def _searcher(
 
 
 def _nearest(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Found]:
-    """The documents of the highest dot products, ties by position; memory is that of the scores of 65,536 documents."""
+    """The documents with the highest dot products; ties are ordered by position."""
     best: list[list[Found]] = [[] for _ in queries]
     for start in range(0, len(documents), _DOCUMENTS):
         scores = queries.astype(np.float32) @ documents[start : start + _DOCUMENTS].astype(np.float32).T
@@ -291,14 +283,17 @@ def _nearest(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Fou
             bound = np.partition(row, -depth)[-depth] if depth < len(row) else -np.inf
             places = np.flatnonzero(row >= bound)
             found.append((places + start, row[places]))
-    joined = ((np.concatenate([p for p, _ in found]), np.concatenate([s for _, s in found])) for found in best)
-    ordered = ((places, scores, np.argsort(-scores, kind="stable")[:depth]) for places, scores in joined)
-    return [(places[order], scores[order]) for places, scores, order in ordered]
+    result = []
+    for found in best:
+        places, row = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(-row, kind="stable")[:depth]
+        result.append((places[order], row[order]))
+    return result
 
 
-def _judge(teacher: str, documents: list[str], max_length: int | None, batch_size: int, beside: Path) -> Judge:
+def _judge(teacher: str, documents: list[str], max_length: int | None, batch_size: int, fallback: Path) -> Judge:
     if teacher != "bm25":
-        return kept_vectors(open_teacher(teacher, max_length=max_length, batch_size=batch_size), beside).scores
+        return open_vector_cache(open_teacher(teacher, max_length=max_length, batch_size=batch_size), fallback).scores
     from anysplade.search.bm25 import BM25
 
     bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
@@ -314,35 +309,33 @@ def _judge(teacher: str, documents: list[str], max_length: int | None, batch_siz
 
 
 def _parts_of(output: Path) -> Path:
-    """Where the blocks lie until the output is whole."""
+    """The folder of the blocks until the output is written."""
     return beside(output, "{}.parts")
 
 
 def _in_blocks(
-    output: Path,
-    options: dict[str, Any],
-    pairs: Sequence[Pair],
-    documents: Sequence[str],
-    block: Callable[[list[Pair]], Iterator[dict[str, Any]]],
-    progress: bool,
-    task: str,
+    output: Path, options: dict[str, Any], pairs: list[Pair], documents: list[str], block: Block, progress: bool, task: str
 ) -> Mined | None:
-    """Write the rows of all blocks and return what was written; None, with nothing written, if no block gave a row."""
+    """Write the rows of all blocks; None, with nothing written, if there are no rows."""
     parts = _parts_of(output)
     about = options | {"data_hash": DataHash(chain(pairs, documents)).hexdigest()}
-    if (before := finished_record(output, about, parts)) is not None:
-        return Mined(before.pop("examples"), before.pop("left_out"), before)
-    write_atomic(parts / "about.json", json.dumps(about, indent=2) + "\n")
+    started = parts / "about.json"
+    if started.exists() and earlier_call(started, about, {"data_hash": "data"}) is None:
+        for file in (started, *parts.glob("*.jsonl")):  # of unknown origin
+            file.unlink()
+    if not started.exists() and (record := finished_record(output, about)) is not None:
+        return Mined(record.pop("examples"), record.pop("left_out"), record)
+    write_atomic(started, json.dumps(about, indent=2) + "\n")
     blocks = []
     with bar(task, "example", len(pairs), progress) as shown:
         for start in range(0, len(pairs), _BLOCK):
             written = _written_part(parts, start)
-            part = list(pairs[start : start + _BLOCK])
+            part = pairs[start : start + _BLOCK]
             if written is None:
                 try:
                     rows = list(block(part))
                 except AnyspladeError:
-                    if not any(parts.glob("*.jsonl")):  # a wrong model, say: nothing is begun
+                    if not any(parts.glob("*.jsonl")):  # nothing to continue
                         shutil.rmtree(parts)
                     raise
                 written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -359,12 +352,12 @@ def _in_blocks(
     write_atomic(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
     shutil.rmtree(parts)
     if mined.left_out:
-        logger.info("%d of %d examples left out for want of enough negatives", mined.left_out, len(pairs))
+        logger.info("%d of %d examples left out, which have too few negatives", mined.left_out, len(pairs))
     return mined
 
 
 def _written_part(parts: Path, start: int) -> bytes | None:
-    """The rows of a block that an earlier call wrote; None if there are none, or they are damaged."""
+    """The rows of a block that an earlier call wrote; None if it wrote none, or they are damaged."""
     for part in parts.glob(f"{start:09}-*.jsonl"):
         if part.stem.endswith(file_digest(part)):
             return part.read_bytes()

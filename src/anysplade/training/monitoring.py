@@ -1,7 +1,6 @@
-"""Watch a training run for collapse: what each batch's vectors look like, and what is wrong with them.
+"""Detect collapse during a training run: statistics of each batch's vectors, and findings about what is wrong with them.
 
-``ObservedLoss`` gives the monitor the vectors of the ranking loss. ``diagnose`` is a function of the
-observations alone: a recorded run gives the findings that the running one gave.
+Findings depend only on the recorded statistics, so a stored run can be diagnosed again.
 """
 
 import logging
@@ -18,38 +17,47 @@ from transformers.trainer_callback import ExportableState
 
 logger = logging.getLogger(__name__)
 
-OBSERVATIONS = 200  # of a run at most, evenly spaced
-_MEMORY = 50  # observations without a document that uses it, after which a term counts as dead
+OBSERVATIONS = 200  # at most per run, evenly spaced
+_MEMORY = 50  # observations after which an unused term counts as dead
+_WINDOW = 5  # observations that must agree, since one odd batch is no finding
+_EMPTY = 0.5  # active dims per text, below which vectors count as all zero
+_ALIKE = 0.8  # cosine within queries and within documents, above which vectors may be constant
+_FLAT = 0.1  # standard deviation of scores, as a share of their mean, below which all documents score the same
+_SATURATED = 3.0  # loss, as a multiple of the loss of guessing, above which the softmax counts as saturated
+_SETTLED = 10  # observations during which such a loss is normal
+_CALIBRATE = "calibrate the head (`k=auto` `shift=auto`, the default), or more strongly with `on_collapse=recalibrate`"
+_LIGHTER = "lower the regularizer weights or raise the target of active dims"
+_RAISE = "the head starts with no term above zero, whatever the regularizer: lower `shift`, or leave it to auto"
+_SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto`)"
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One training batch: n queries and m documents, the positives first."""
+    """Statistics of one training batch: n queries and m documents, the positives first."""
 
     step: int
-    loss: float  # of the ranking alone
-    chance: float | None  # the contrastive loss of a model that cannot tell the documents apart: log(m); None for others
+    loss: float  # ranking loss
+    chance: float | None  # contrastive loss of a model that only guesses, log(m); None for other losses
     query_active_dims: float
     document_active_dims: float
     flops: float  # sum over terms of P(in query) P(in document), within the batch
     query_similarity: float  # mean cosine of two different queries of the batch
-    document_similarity: float
+    document_similarity: float  # the same for documents
     score_mean: float  # over all (query, document) pairs of the batch
     score_std: float
-    margin: float  # mean score of the positives less that of all the others
-    dead_share: float  # of the vocabulary: terms in no document of the last 50 observations
-    always_on_share: float  # of a document's active dims: terms in every document of the batch
-    gradient_norm: float | None = None  # before clipping, of the trainer's log
+    margin: float  # mean score of the positives minus the mean of all others
+    dead_share: float  # share of the vocabulary that no document used in the last 50 observations
+    always_on_share: float  # terms in every document of the batch, as a share of a document's active dims
+    gradient_norm: float | None = None  # before clipping, from the trainer's log
 
 
 @torch.no_grad()
 def observe(
     embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step: int, count: int, contrastive: bool = True
 ) -> Observation:
-    """The statistics of a batch: queries (n, vocabulary), positives (n, vocabulary), then any negatives.
+    """Compute the statistics of observation number ``count``, of queries, positives and any negatives, (n, vocabulary) each.
 
-    ``last_used`` (vocabulary,) holds, for each term, the observation in which a document last used it, and
-    is brought up to date. Time: a few passes over the vectors and one (n, vocabulary, m) product.
+    ``last_used``, (vocabulary,), has the number of the observation in which a document last used each term; it is updated.
     """
     queries, positives = embeddings[0].float(), embeddings[1].float()
     documents = torch.cat([embedding.float() for embedding in embeddings[1:]])
@@ -59,7 +67,7 @@ def observe(
     last_used[used > 0] = count
     scores = queries @ documents.T  # (n, m)
     right = scores[:, : len(positives)].diagonal()
-    values = torch.stack(
+    values = torch.stack(  # in the order of the fields, for one transfer from the device
         [
             loss.detach().float(),
             in_query.sum() / n,
@@ -73,12 +81,12 @@ def observe(
             (last_used < count - _MEMORY).float().mean(),
             (used == m).sum() / (used.sum() / m).clamp(min=1),
         ]
-    ).tolist()  # one transfer from the device
+    ).tolist()
     return Observation(step, values[0], math.log(m) if contrastive else None, *values[1:])
 
 
 def _similarity(vectors: Tensor) -> Tensor:
-    """Mean cosine of two different rows, without the (rows, rows) matrix; 0 for vectors of zeros."""
+    """Mean cosine of two different rows, without the (rows, rows) matrix; a vector of zeros has cosine 0."""
     n = len(vectors)
     norms = vectors.norm(dim=1, keepdim=True)
     total = (vectors / norms.clamp(min=1e-12)).sum(dim=0).square().sum()
@@ -92,31 +100,24 @@ Name = Literal["constant vectors", "all zero", "all dense", "divergence", "dead 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem of a run: the step at which it appeared, the evidence, and a fix (``fix``)."""
+    """A problem in a run."""
 
     name: Name
-    step: int
+    step: int  # first step that shows it
     evidence: str
     fix: str
-    collapse: bool  # whether the run is lost; otherwise it continues, worse than it could be
+    collapse: bool  # whether the run is lost; otherwise it continues with a worse result
 
 
-_WINDOW = 5  # observations that must agree: one odd batch is no finding
-_EMPTY = 0.5  # active dims of a text
-_ALIKE = 0.8  # cosine within queries and within documents above which vectors may be the same
-_FLAT = 0.1  # of their mean: scores that spread by less say the same of every document
-_SATURATED = 3.0  # times the loss of guessing
-_SETTLED = 10  # observations after which a loss far above guessing is no longer the start
-_CALIBRATE = "calibrate the head (`k=auto` `shift=auto`, the default), or more strongly with `on_collapse=recalibrate`"
-_LIGHTER = "lower the regularizer weights or raise the target of active dims"
-_RAISE = "the head starts with no term above zero, whatever the regularizer: lower `shift`, or leave it to auto"
-_SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto`)"
+def renamed_findings(stored: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stored findings with today's names: older versions called ``fix`` ``mend``."""
+    return [{"fix" if name == "mend" else name: value for name, value in finding.items()} for finding in stored]
 
 
 def diagnose(observations: Sequence[Observation], vocabulary: int) -> list[Finding]:
-    """What is wrong with a run so far: each finding once, where it was first seen.
+    """What is wrong with a run so far, each finding once, at the first step that shows it.
 
-    The thresholds and the runs they were read off stand in docs/training.md ("What the monitor sees").
+    docs/training.md ("What the monitor sees") explains the thresholds and the runs that they come from.
     """
     findings: dict[Name, Finding] = {}
     for end in range(1, len(observations) + 1):
@@ -129,7 +130,7 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     """What the last observations show together."""
     window = observations[-_WINDOW:]
     now = window[-1]
-    gradients = [seen.gradient_norm or 0.0 for seen in window]  # the trainer logs them after the batch was looked at
+    gradients = [seen.gradient_norm or 0.0 for seen in window]  # logged after the observation
     numbers = (now.loss, now.score_mean, now.score_std, *gradients)
     if not all(map(math.isfinite, numbers)):
         evidence = f"loss {now.loss:g}, scores {now.score_mean:g} ± {now.score_std:g}, gradient norm {max(gradients, key=abs):g}"
@@ -149,7 +150,7 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     for role in ("query", "document"):
         if all_of(f"{role}_active_dims", high=_EMPTY):
             fix = _RAISE if getattr(observations[0], f"{role}_active_dims") <= _EMPTY else _LIGHTER
-            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims a {role}", fix, True)
+            add("all zero", f"{getattr(now, f'{role}_active_dims'):.2g} active dims per {role}", fix, True)
     if not found and alike and all(seen.score_std < _FLAT * seen.score_mean for seen in window):
         evidence = (
             f"cosine {now.query_similarity:.2f} between queries and {now.document_similarity:.2f} between documents of a batch; "
@@ -172,17 +173,11 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
 
 
 class Monitor(TrainerCallback, ExportableState):
-    """Observe a run's batches, name what is wrong, and stop it on collapse if that is asked for.
+    """Observes a run's batches, reports findings, and with ``stop`` ends the run on collapse.
 
-    ``see`` is the observer of the ranking loss, for ``ObservedLoss``.
-
-    Args:
-        vocabulary: length of the vectors.
-        stop: end the training when a finding says that the run is lost.
-        contrastive: the ranking loss is a softmax over the batch, so that the loss of guessing is known.
-        live: ids of the terms that are looked at; all if None.
-
-    In several processes each of them observes the batch of all, and so all come to the same findings.
+    ``see`` is the observer of the ranking loss, for ``ObservedLoss``; if it is ``contrastive``, the loss of guessing is known.
+    Only the terms with the ids ``live`` are observed. With several processes, each observes the whole batch, so all have the same
+    findings.
     """
 
     def __init__(self, vocabulary: int, stop: bool = False, contrastive: bool = True, live: Tensor | None = None) -> None:
@@ -201,17 +196,14 @@ class Monitor(TrainerCallback, ExportableState):
         return any(finding.collapse for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "findings": [asdict(finding) for finding in self.findings],
-            "observations": [asdict(observation) for observation in self.observations],
-        }
+        return {"findings": list(map(asdict, self.findings)), "observations": list(map(asdict, self.observations))}
 
     def state(self) -> dict[str, Any]:
-        """For the trainer's checkpoints."""
+        """The state that the trainer stores in checkpoints."""
         return self.to_dict() | {"last_used": None if self._last_used is None else self._last_used.tolist()}
 
     def see(self, embeddings: list[Tensor], loss: Tensor | dict[str, Tensor]) -> None:
-        """Observe a batch, once per step and not at every step."""
+        """Observe a batch, at most one per step."""
         if not self._due:
             return
         self._due = False
@@ -231,7 +223,7 @@ class Monitor(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved:
             self.observations = [Observation(**seen) for seen in saved["observations"]]
-            self.findings = [Finding(**finding) for finding in saved["findings"]]
+            self.findings = [Finding(**finding) for finding in renamed_findings(saved["findings"])]
             self._last_used = None if saved["last_used"] is None else torch.tensor(saved["last_used"], device=args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -253,8 +245,7 @@ class Monitor(TrainerCallback, ExportableState):
             return
         if "grad_norm" in logs:
             self.observations[-1] = replace(self.observations[-1], gradient_norm=float(logs["grad_norm"]))
-        seen = asdict(self.observations[-1])
-        logs |= {
-            f"monitor/{name}": value for name, value in seen.items() if value is not None and name not in ("step", "gradient_norm")
-        }
+        unlogged = ("step", "gradient_norm")
+        seen = {name: value for name, value in asdict(self.observations[-1]).items() if name not in unlogged}
+        logs |= {f"monitor/{name}": value for name, value in seen.items() if value is not None}
         logs |= {f"monitor/{finding.name}": 1.0 for finding in self.findings}

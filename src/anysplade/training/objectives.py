@@ -1,7 +1,8 @@
-"""What training optimises: sentence-transformers' sparse losses, alone or as a weighted sum."""
+"""The training objectives: sentence-transformers' sparse losses and losses with a teacher, alone or as a weighted sum."""
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,15 @@ from anysplade.errors import DataError
 from anysplade.model.modules import has_static_queries
 from anysplade.training.config import TrainingConfig, parse_objective
 from anysplade.training.regularization import make_regularizer
-from anysplade.training.teachers import BatchTeacher, batch_scores
+from anysplade.training.teacher_scores import BatchTeacher
 
 logger = logging.getLogger(__name__)
 
-_FLAT = 0.05  # of a teacher's choices: mean distance of the best one's share from that of guessing
+_FLAT = 0.05  # certainty of a teacher's first choice, from 0 (guessing) to 1, below which it counts as undecided
 
 
 class _WeightedSum(nn.Module):
-    """Several ranking losses of the same vectors, each times its weight."""
+    """A weighted sum of ranking losses."""
 
     def __init__(self, losses: dict[str, nn.Module], weights: dict[str, float]) -> None:
         super().__init__()
@@ -49,14 +50,14 @@ class _WeightedSum(nn.Module):
 
 
 class TaughtContrastiveLoss(SparseMultipleNegativesRankingLoss):
-    """Contrastive, without the likely false negatives: documents that the teacher scores above the query's positive."""
+    """Contrastive loss without probable false negatives: documents that the teacher scores above the query's positive."""
 
     def __init__(self, encoder: SparseEncoder, teacher: BatchTeacher, **options: Any) -> None:
         super().__init__(encoder, **options)
         self.teacher = teacher
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """As the parent does; ``labels`` are the examples' numbers, (batch,)."""
+        """``labels`` are the examples' numbers, (batch,); the rest is as in the parent."""
         scores, own = _teach(self.teacher, labels)
         false = scores > scores.gather(1, own[:, None])
         self.similarity_fct = lambda queries, documents: dot_score(queries, documents).masked_fill(false, -torch.inf)
@@ -67,11 +68,9 @@ class TaughtContrastiveLoss(SparseMultipleNegativesRankingLoss):
 
 
 class TeacherLoss(nn.Module):
-    """KL(teacher ‖ model) of each query's choice among the documents of the batch that the teacher has scores of.
+    """KL(teacher ‖ model) for each query, over the documents of the batch that have a teacher's score.
 
-    Args:
-        temperature: divides the model's scores.
-        teacher_temperature: divides the teacher's.
+    ``temperature`` divides the model's scores, ``teacher_temperature`` the teacher's.
     """
 
     def __init__(self, teacher: BatchTeacher, temperature: float, teacher_temperature: float) -> None:
@@ -81,7 +80,7 @@ class TeacherLoss(nn.Module):
         self.teacher_temperature = teacher_temperature
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """``embeddings``: of queries, positives and negatives, (batch, vocabulary) each; ``labels``: the examples' numbers."""
+        """``embeddings`` are queries, positives and negatives, (batch, vocabulary) each; ``labels`` are the examples' numbers."""
         wanted, _ = _teach(self.teacher, labels)
         unknown = wanted.isnan()
         documents = embeddings[1:]
@@ -100,54 +99,48 @@ def _teach(teacher: BatchTeacher, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's scores, (queries of this process, documents of all), and the column of each query's positive."""
     everywhere = all_gather(numbers) if get_world_size() > 1 else numbers
     own = torch.arange(len(numbers), device=numbers.device) + (get_rank() * len(numbers) if get_world_size() > 1 else 0)
-    return batch_scores(teacher, numbers, everywhere), own
+    scores = teacher.scores(numbers.cpu().numpy(), everywhere.cpu().numpy())
+    return torch.from_numpy(np.ascontiguousarray(scores)).to(numbers.device), own
 
 
 def make_loss(config: TrainingConfig, encoder: SparseEncoder, teacher: BatchTeacher | None = None) -> SpladeLoss:
-    """The ranking loss with the regularizers around it; its ``loss`` is the ranking loss.
+    """The config's loss with regularizers; its attribute ``loss`` is the ranking loss.
 
-    Args:
-        teacher: what the config's teacher says of the examples; the labels of a batch are then the examples' numbers.
+    With a teacher, the labels of a batch are the examples' numbers.
     """
     weights = parse_objective(config.objective)
     losses: dict[str, nn.Module] = {}
     for name in weights:
         if name == "contrastive":
             several: dict[str, Any] = {"scale": 1 / config.temperature, "gather_across_devices": get_world_size() > 1}
-            losses[name] = (
-                SparseMultipleNegativesRankingLoss(encoder, **several)
-                if teacher is None
-                else TaughtContrastiveLoss(encoder, teacher, **several)
-            )
+            kind = SparseMultipleNegativesRankingLoss if teacher is None else partial(TaughtContrastiveLoss, teacher=teacher)
+            losses[name] = kind(encoder, **several)
         elif name == "teacher":
             assert teacher is not None  # the config requires one
             losses[name] = TeacherLoss(teacher, config.temperature, config.teacher_temperature or teacher.temperature)
         elif name == "margin-mse":
             losses[name] = SparseMarginMSELoss(encoder)
         else:
-            losses[name] = SparseDistillKLDivLoss(
-                encoder, temperature=config.kl_temperature, teacher_temperature=config.teacher_temperature
-            )
+            temperatures: dict[str, Any] = {"temperature": config.kl_temperature, "teacher_temperature": config.teacher_temperature}
+            losses[name] = SparseDistillKLDivLoss(encoder, **temperatures)
     ranking: Any = next(iter(losses.values())) if list(weights.values()) == [1.0] else _WeightedSum(losses, weights)
     options: dict[str, Any] = {
-        "document_regularizer_weight": config.document_regularizer_weight,
-        "query_regularizer_weight": None if has_static_queries(encoder) else config.query_regularizer_weight,
-        "document_regularizer": make_regularizer(config.regularizer, encoder),
-        "query_regularizer": make_regularizer(config.regularizer, encoder),
+        f"{role}_regularizer": make_regularizer(config.regularizer, encoder) for role in ("document", "query")
     }
+    options["document_regularizer_weight"] = config.document_regularizer_weight
+    options["query_regularizer_weight"] = None if has_static_queries(encoder) else config.query_regularizer_weight
     if config.mini_batch_size is not None:
         return CachedSpladeLoss(encoder, ranking, mini_batch_size=config.mini_batch_size, **options)
     return SpladeLoss(encoder, ranking, **options)
 
 
 def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
-    """Refuse examples that the objective cannot use, and warn of a teacher whose scores do not fit it.
+    """Check that the objective can use the examples, and warn if the teacher's scores do not suit it.
 
-    Args:
-        pairs: the first ones, or a sample; all have as many negatives and scores.
+    ``pairs`` are the first examples; all have the same number of negatives and scores.
 
     Raises:
-        DataError: no negatives or no scores, or margins where scores are needed.
+        DataError: there are no negatives or no scores, or margins instead of scores.
     """
     weights = parse_objective(config.objective)
     negatives, scores = len(pairs[0].negatives), len(pairs[0].scores or ())
@@ -167,8 +160,8 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
         margins = given if scores == negatives else given[:, :1] - given[:, 1:]
         if np.abs(margins).max() <= 1:
             logger.warning(
-                "%s: the teacher's margins lie in [%.2g, %.2g], MarginMSE wants those of raw scores, several units wide: "
-                "vectors would shrink to nothing; use the teacher's logits instead of probabilities, or `objective=kl`",
+                "%s: the teacher's margins are in [%.2g, %.2g], and MarginMSE needs margins of raw scores, several units wide; "
+                "use the teacher's logits instead of probabilities, or `objective=kl`, or vectors will shrink to nothing",
                 config.data,
                 margins.min(),
                 margins.max(),
@@ -177,13 +170,13 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
         temperature = config.teacher_temperature or config.kl_temperature
         logits = given / temperature
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        best = float((shares.max(axis=1) / shares.sum(axis=1)).mean())  # the teacher's mean certainty of its first choice
+        best = float((shares.max(axis=1) / shares.sum(axis=1)).mean())  # mean probability of the first choice
         guess = 1 / given.shape[1]
         if best - guess < _FLAT * (1 - guess) or best > 0.999:
             spread = float(given.std(axis=1).mean())
             logger.warning(
-                "%s: at temperature %g the teacher is %s (its first choice gets %.1f %%); its scores spread by %.2g an "
-                "example, so try `teacher_temperature=%.2g`",
+                "%s: at temperature %g the teacher is %s (its first choice gets %.1f %%); the standard "
+                "deviation of an example's scores is %.2g, so try `teacher_temperature=%.2g`",
                 config.data,
                 temperature,
                 "sure of one document" if best > 0.999 else "as good as undecided",

@@ -1,4 +1,4 @@
-"""Losses whose vectors something else sees too: the monitor, and the controller of the regularizer weights."""
+"""Losses with an observer, such as the monitor or the controller of regularizer weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,7 @@ from torch import nn
 
 
 class ObservedLoss(nn.Module):
-    """A loss of sentence-transformers that calls an observer with the vectors and the value of each batch.
-
-    Args:
-        loss: has ``compute_loss_from_embeddings``, as rankings and regularizers do.
-        observer: takes what that method takes first, and what it returns.
-    """
+    """A loss of sentence-transformers that passes the vectors and the value of each batch to an observer."""
 
     def __init__(self, loss: nn.Module, observer: Callable[[Any, Any], None]) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""What keeps vectors sparse: regularizers, and the controller that sets their weights to meet a target.
+"""Regularizers that make vectors sparse, and a controller that sets their weights to meet a target.
 
-The regularizers go where sentence-transformers' ``SpladeLoss`` takes them (``document_regularizer``,
-``query_regularizer``); they are functions of the vectors of a batch, (texts, vocabulary). In several processes
-the batch is that of all of them, so that the same weight gives the same sparsity on any number.
+The regularizers are for sentence-transformers' ``SpladeLoss``. They are functions of the vectors of a batch, (texts, vocabulary).
+With several processes the batch is that of all, so the same weight gives the same sparsity with any number of processes.
 """
 
 import math
@@ -23,14 +22,14 @@ from anysplade.training.observers import ObservedLoss
 
 
 def _over_processes(mean: Tensor) -> Tensor:
-    """The mean over all processes of a mean over each one's texts, with gradients to every process."""
+    """The mean over all processes of each process's mean, with gradients to all."""
     return mean if get_world_size() == 1 else all_gather_with_grad(mean[None]).mean(dim=0)
 
 
 class GatheredFlopsLoss(FlopsLoss):
     """FLOPS (Paria et al., arXiv 2004.05665) of the batch of all processes: sum over terms of the squared mean weight.
 
-    The mean of each process's own FLOPS would be larger, and more so the fewer texts a process has.
+    The mean of each process's own FLOPS would be larger, the more so with few texts per process.
     """
 
     def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ class GatheredFlopsLoss(FlopsLoss):
 
 
 class L1Loss(nn.Module):
-    """Mean L1 norm of the vectors: every weight is pressed alike, however common its term is."""
+    """Mean L1 norm of the vectors; it lowers all weights equally, however common the term is."""
 
     def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
         return _over_processes(embeddings.abs().sum(dim=1).mean())
@@ -47,9 +46,9 @@ class L1Loss(nn.Module):
 class DFFlopsLoss(nn.Module):
     """FLOPS with each term weighted by its document frequency (Porco et al., arXiv 2505.15070).
 
-    ``sum over terms of (w mean)²`` with ``w = 1 / (1 + (DF^(log_α 2) - 1)^β)``: 0 for a rare term, 1/2 at
-    a document frequency of α, 1 for a term of every document. The paper takes DF from a validation set
-    every 100 steps; here it is a running average over the training batches.
+    ``sum over terms of (w mean)²`` with ``w = 1 / (1 + (DF^(log_α 2) - 1)^β)``: 0 for a rare term, 1/2 at a document frequency of
+    α, 1 for a term in every document. The paper takes DF from a validation set every 100 steps; here it is a running average
+    over the training batches, in which ``memory`` is the weight of the past.
     """
 
     def __init__(self, alpha: float = 0.1, beta: float = 10.0, memory: float = 0.98) -> None:
@@ -66,7 +65,7 @@ class DFFlopsLoss(nn.Module):
                 self.frequency = seen
             else:
                 self.frequency = self.memory * self.frequency + (1 - self.memory) * seen
-            exact = torch.float32 if seen.device.type == "mps" else torch.float64  # MPS has no float64; it errs by 4e-6
+            exact = torch.float32 if seen.device.type == "mps" else torch.float64  # MPS has no float64; the error is 4e-6
             ratio = self.frequency.to(exact).clamp(min=1e-9) ** self.exponent - 1
             weight = (1 / (1 + ratio.clamp(min=0) ** self.beta)).to(embeddings.dtype)
         return (weight * _over_processes(embeddings.mean(dim=0))).square().sum()
@@ -80,23 +79,23 @@ def make_regularizer(name: Regularizer, encoder: SparseEncoder) -> nn.Module:
 
 # ------------------------------------------------------------------------------- sparsity as a target
 
-_RAMP = 1 / 3  # of the steps, over which the set point goes from the first active dims to the target
+_RAMP = 1 / 3  # share of the steps in which the set point moves from the first active dims to the target
 _INTEGRAL = 40.0  # e-folds of the weight over a whole run at an error of one e-fold
 _PROPORTIONAL = 2.0  # e-folds of the weight at that error, at once
-_SMOOTHING = 0.8  # of the measured active dims: batches differ
-_INERT = 0.1  # of the first weight
-_FIRST_SHARE = 1e-2  # of the ranking loss of a model that only guesses: where the regularizer begins
+_SMOOTHING = 0.8  # weight of the past in the running average of active dims
+_INERT = 0.1  # lowest weight, as a share of the first
+_FIRST_SHARE = 1e-2  # first value of the regularizer, as a share of the ranking loss of a model that only guesses
 
 
 @dataclass
 class _Side:
-    """Queries or documents: what is measured of them, and the weight that answers."""
+    """The control loop for queries or for documents."""
 
     target: float
     weight: float | None = None  # set by the first batch
     active: float | None = None  # running average of the active dims
-    first: float = 0.0  # of the first batch
-    inert: float = 0.0  # a weight that does next to nothing: going lower would only be a longer way back
+    first: float = 0.0  # active dims of the first batch
+    inert: float = 0.0  # lowest weight; it has almost no effect, and recovery from a lower one would take longer
 
     def measure(self, vectors: Tensor, regularizer_value: float, chance: float) -> None:
         active = float(_over_processes((vectors > 0).sum() / len(vectors)))
@@ -108,7 +107,7 @@ class _Side:
             self.active = _SMOOTHING * self.active + (1 - _SMOOTHING) * active
 
     def control(self, progress: float, step_share: float, speed: float) -> float:
-        """The weight for the next step; ``progress`` and ``step_share`` are shares of the run, ``speed`` of the learning rate."""
+        """The weight for the next step; ``progress`` and ``step_share`` are shares of the run, ``speed`` of the peak rate."""
         if self.weight is None or self.active is None:
             return 0.0
         ramp = min(1.0, progress / _RAMP)
@@ -119,22 +118,18 @@ class _Side:
 
 
 class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableState):
-    """Set a ``SpladeLoss``'s regularizer weights during training so that vectors get the wanted active dims.
+    """Sets a ``SpladeLoss``'s regularizer weights during training so that vectors reach the wanted active dims.
 
-    A proportional-integral rule on the logarithm: too many active dims raise the weight, too few lower
-    it, in proportion to the logarithm of measured over wanted. The wanted number goes from that of the
-    first batch to the target over the first third of the steps. A side without a target keeps
-    sentence-transformers' quadratic ramp. This callback replaces the trainer's own.
+    A proportional-integral controller on a logarithmic scale: the error is the logarithm of the ratio of measured to wanted active
+    dims. The wanted number moves from that of the first batch to the target in the first third of the steps. Without a
+    target, the weight follows sentence-transformers' quadratic ramp. This callback replaces the trainer's own.
     """
 
     def __init__(self, loss: SpladeLoss, query_active_dims: float | None, document_active_dims: float | None) -> None:
         super().__init__(loss)
-        self.sides = {
-            role: _Side(float(target))
-            for role, target in (("query", query_active_dims), ("document", document_active_dims))
-            if target is not None
-        }
-        self._regularizers: dict[str, Any] = {role: getattr(loss, f"{role}_regularizer") for role in ("query", "document")}
+        targets = {"query": query_active_dims, "document": document_active_dims}
+        self.sides = {role: _Side(float(target)) for role, target in targets.items() if target is not None}
+        self._regularizers: dict[str, Any] = {role: getattr(loss, f"{role}_regularizer") for role in targets}
         for role in self.sides:
             setattr(loss, f"{role}_regularizer", ObservedLoss(self._regularizers[role], partial(self._measure, role)))
 
@@ -144,7 +139,7 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
             self.sides[role].measure(vectors.detach(), float(value.detach()), math.log(max(2, texts)))
 
     def state(self) -> dict[str, Any]:
-        """For the trainer's checkpoints."""
+        """The state that the trainer stores in checkpoints."""
         sides = {role: asdict(side) for role, side in self.sides.items()}
         frequencies = {
             role: regularizer.frequency.tolist()

@@ -1,0 +1,72 @@
+"""What an earlier call left in an output folder, and whether this call may use it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anysplade._common.files import damaged_file, read_record, require_empty
+from anysplade.errors import OutputError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def require_unused(output: Path, *unfinished: str) -> None:
+    """Raise OutputError unless a folder is new, empty, or has nothing but these files and folders of an unfinished call."""
+    if not output.is_dir() or {path.name for path in output.iterdir()} - set(unfinished):
+        require_empty(output)
+
+
+def earlier_call(record: Path, asked: Mapping[str, Any], others: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """Read the record of an earlier call and check that this call asks for the same.
+
+    Args:
+        record: a JSON object with the entries of ``asked`` and any others.
+        asked: the options of this call by name, or groups of them, as JSON stores them.
+        others: entries of ``asked`` that are no options, and what they are called in a message: ``{"data_hash": "text"}``.
+
+    Returns:
+        The record; None if there is none or, with a warning, if it is damaged.
+
+    Raises:
+        OutputError: the earlier call had other options or other input.
+    """
+    found = read_record(record)
+    if found is None:
+        return None
+    others = others or {}
+    now, before = (_flat({name: values.get(name) for name in asked if name not in others}) for values in (asked, found))
+    different = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value]
+    changed = [called for name, called in others.items() if found.get(name) != asked[name]]
+    if different or changed:
+        what = f"other options ({'; '.join(different)})" if different else f"another {' and '.join(changed)}, or by another version"
+        raise OutputError(f"{record.parent}: was made with {what}; choose another `output` or remove this one")
+    return found
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with those of each group in place of the group."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def is_whole(folder: Path, known: Mapping[str, str]) -> bool:
+    """Whether a folder has all files that it had, unchanged; a warning names the first that is missing or damaged.
+
+    Args:
+        known: SHA-256 of each file by its path in the folder, from ``digests``.
+    """
+    damaged = damaged_file(folder, known) if folder.is_dir() else ""
+    if damaged is not None:
+        logger.warning("%s: is missing or damaged; it is made again", folder / damaged)
+    return damaged is None
+
+
+def restored(kind: type[Result], record: Mapping[str, Any]) -> Result:
+    """The result, a dataclass, that a record holds among other entries; older records may lack fields that have defaults."""
+    return kind(**{field.name: record[field.name] for field in fields(kind) if field.name in record})  # type: ignore[arg-type]
