@@ -26,7 +26,7 @@ from anysplade import __version__
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
 from anysplade.cli.order import check_order
-from anysplade.data.sources import is_utf8
+from anysplade.data.text import is_utf8
 from anysplade.errors import AnyspladeError, OptionError, UsageError, without_credentials
 
 app = App(

@@ -254,7 +254,7 @@ def export(
         quantization: weights are written as whole numbers, times this.
         model: where the index's model lies, if it was moved.
     """
-    from anysplade.data.collections import load_queries
+    from anysplade.data.queries import load_queries
     from anysplade.search.engines import export as exporting
     from anysplade.search.index import Index
 

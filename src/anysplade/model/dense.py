@@ -13,7 +13,7 @@ from sentence_transformers.base.modules import Transformer
 
 from anysplade._common.files import write_atomic
 from anysplade._common.progress import bar
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.head import check_tokens, usable_positions
 from anysplade.model.options import Role

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from anysplade._common.arguments import require
 from anysplade._common.files import write_atomic
 from anysplade._common.progress import bar
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import usable_positions
 from anysplade.model.modules import reader, term_names

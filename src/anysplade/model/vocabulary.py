@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordPiece
 
-from anysplade.data.sources import is_utf8
+from anysplade.data.text import is_utf8
 from anysplade.errors import DataError
 
 _SPACE = "▁"  # SentencePiece's mark of a space, and that of punctuation after a space in names

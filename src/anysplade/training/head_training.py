@@ -48,7 +48,7 @@ from anysplade._common.files import (
 from anysplade._common.hashing import DataHash
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import read_texts
+from anysplade.data.corpus import read_texts
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError, OutputError
 from anysplade.model.encoder import encoder_folder
 from anysplade.model.fused import hidden_states, why_not_fused

@@ -46,9 +46,10 @@ from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
-from anysplade.data.pairs import StoredPairs, read_pairs, sample_pairs
+from anysplade.data.names import PYTHON_DOCS
+from anysplade.data.pairs import read_pairs, sample_pairs
 from anysplade.data.python_docs import PACKAGES
-from anysplade.data.sources import PYTHON_DOCS
+from anysplade.data.stored_pairs import StoredPairs
 from anysplade.errors import AnyspladeError, CollapseError, ModelError, OptionError, OutputError
 from anysplade.model.calibration import Calibration
 from anysplade.model.encoder import build_encoder, check_foldable, is_saved_encoder, open_encoder

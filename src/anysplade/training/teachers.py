@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from anysplade._common.files import atomic_folder, damaged_file, default_cache, digests, make_folder, read_record, write_atomic
 from anysplade._common.progress import bar
 from anysplade.data.collections import Pair
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import DataError, ModelError
 from anysplade.model.calibration import is_sparse
 from anysplade.model.dense import cut_reading, encode_dense, open_dense
