@@ -4,8 +4,7 @@ import pytest
 from sentence_transformers import SparseEncoder
 
 from anysplade import OutputError
-from anysplade.cli.demo import run_demo
-from anysplade.cli.rendering import demo_parts
+from anysplade.cli.demo import demo_parts, run_demo
 
 
 def test_the_demo_from_end_to_end_and_again(tmp_path):

@@ -20,7 +20,7 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 
 import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
-from anysplade.cli.rendering import evaluations_parts
+from anysplade.cli.evaluation import evaluations_parts
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import evaluate_all
 from anysplade.evaluation.evaluations import cost, curve
