@@ -154,7 +154,7 @@ def test_no_pair_at_all(documents, kinds, message, tmp_path):
 
 @pytest.mark.parametrize("kinds", [[], ["titel"], ["title", "titel"], "title"])
 def test_unknown_kinds(kinds, tmp_path):
-    with pytest.raises(OptionError, match="choose of title, heading, sentence"):
+    with pytest.raises(OptionError, match="choose from title, heading, sentence"):
         made_of(tmp_path, LAMPS, kinds=kinds)
 
 

@@ -9,5 +9,5 @@ def test_a_name_of_its_own_beside_a_folder_of_that_name(tmp_path, monkeypatch, c
     assert is_built_in("bm25-x", "bm25-x", "y")
     assert not is_built_in("./bm25-x", "bm25-x", "y")
     assert [record.getMessage() for record in caplog.records] == [
-        "bm25-x: taken for what is built in by this name, not for the file or folder here; name that one ./bm25-x"
+        "bm25-x: read as the built-in name, not as the file or folder here; write ./bm25-x for that"
     ]

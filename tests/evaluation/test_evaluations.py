@@ -340,7 +340,7 @@ def test_a_folder_or_file_named_bm25(collection_folder, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     found = evaluate_all(["bm25", "bm25-unstemmed"], "./bm25", ["RR@10"]).evaluations
     assert [(evaluation.model, evaluation.collection) for evaluation in found] == [("bm25", "bm25"), ("bm25-unstemmed", "bm25")]
-    assert "bm25: taken for what is built in by this name, not for the file or folder here; name that one ./bm25" in caplog.text
+    assert "bm25: read as the built-in name, not as the file or folder here; write ./bm25 for that" in caplog.text
     write_run(tmp_path / "bm25-unstemmed", found[1].run, "bm25-unstemmed")
     assert evaluate("./bm25-unstemmed", "./bm25", ["RR@10"]).vectors is None
     assert evaluate("bm25-unstemmed", "./bm25", ["RR@10"]).model == "bm25-unstemmed"

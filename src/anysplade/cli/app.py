@@ -16,9 +16,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console, RenderableType
@@ -44,9 +43,8 @@ _Json = Annotated[bool, Parameter(negative="", help="One JSON document on standa
 Out = Annotated[Path, Parameter(name="--out")]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A command's result: as JSON, and for a person."""
+class Result(NamedTuple):
+    """A command's result: as JSON data, and as parts to print for a person."""
 
     data: dict[str, Any]
     text: list[RenderableType]
@@ -166,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         _report(error)
         return 1
     except KeyboardInterrupt:
-        print("anysplade: interrupted; run the same command again to continue where it can", file=sys.stderr)
+        print("anysplade: interrupted; run the same command again to continue where possible", file=sys.stderr)
         return 130
     return 0
 

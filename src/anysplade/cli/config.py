@@ -20,11 +20,7 @@ _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool"
 
 
 def as_typed(kind: Any, tokens: Sequence[Any]) -> Any:
-    """Convert texts of the command line or a file to a type; unlike cyclopts alone, this does not round a fraction to an integer.
-
-    Raises:
-        CycloptsError, ValueError: a text cannot be converted.
-    """
+    """Convert texts of the command line or a file to a type; unlike in cyclopts itself, a fraction is not rounded to an integer."""
     for token in tokens if int in (kind, *get_args(kind)) else ():
         text = str(getattr(token, "value", token))
         if "." in text and not float(text).is_integer():
@@ -36,9 +32,6 @@ def config_file(arguments: Sequence[str]) -> list[Dict]:
     """The file given to ``train --config``, as a source of options for the command line.
 
     It is read before the arguments are parsed, because parsing uses its values.
-
-    Raises:
-        OptionError: the file cannot be read, or has an unknown option.
     """
     named = [i for i, argument in enumerate(arguments) if argument == "--config" or argument.startswith("--config=")]
     if list(arguments[:1]) != ["train"] or not named:

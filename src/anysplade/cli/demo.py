@@ -92,10 +92,10 @@ def run_demo(
     settings = SETTINGS | {"runs": runs}
     made = output / "settings.json"
     if output.exists() and not made.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: holds something that is no demo; choose another --out")
+        raise OutputError(f"{output}: contains something other than a demo; choose another --out")
     asked = {"settings": settings, "packages": list(packages)}
     if made.exists() and json.loads(made.read_text()) != asked:
-        raise OutputError(f"{output}: holds a demo with other settings; choose another --out or remove it")
+        raise OutputError(f"{output}: contains a demo with other settings; choose another --out or remove it")
     write_atomic(made, json.dumps(asked, indent=2) + "\n")
 
     folder = output / "collection"

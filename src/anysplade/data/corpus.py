@@ -1,7 +1,6 @@
 """Documents, read from files, collections, ir_datasets and the hub."""
 
 import functools
-import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from anysplade.data import python_docs
 from anysplade.data.external import hub_dataset
 from anysplade.data.names import CORPUS_FILES, resolve
 from anysplade.data.rows import Place, Row, column_name, find_file, lines, plain_name, rows
-from anysplade.data.text import replace_surrogates
+from anysplade.data.text import replace_surrogates, shown
 from anysplade.errors import DataError
 
 # Names that a column can have, as ``column_name`` returns them; the first one that a row has is used.
@@ -57,14 +56,7 @@ def empty_corpus(source: object) -> DataError:
 
 
 def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> Iterator[tuple[str, Document]]:
-    """Read ids and documents one by one; only the ids stay in memory, to find duplicates.
-
-    Args:
-        source: any source of ``read_corpus``.
-
-    Raises:
-        DataError: there is no such source, a row is malformed, or an id is a duplicate; the message names the row.
-    """
+    """Read the documents of any source of ``read_corpus`` one by one; only the ids stay in memory, to find duplicates."""
     resolved = resolve(source, "corpus")
     if resolved.kind == "python-docs":
         _, test = python_docs.split_entries(python_docs.read_docstrings(python_docs.PACKAGES, progress))
@@ -79,11 +71,7 @@ def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> It
 
 
 def read_texts(source: str | Path) -> Iterator[str]:
-    """Read the texts of a corpus, with their titles, or the lines of a text file (``.txt``, also compressed), one by one.
-
-    Raises:
-        DataError: as for ``iter_corpus``.
-    """
+    """Read the texts of a corpus, with their titles, or the lines of a text file (``.txt``, also compressed), one by one."""
     path = user_path(source)
     if plain_name(path).endswith(".txt") and path.is_file():
         with lines(path) as numbered:
@@ -110,11 +98,7 @@ def hub_rows(name: str, config: str) -> Iterator[Row]:
 
 
 def folder_file(folder: Place, names: Sequence[str], usual: str) -> Place:
-    """The first of the named files that a collection's folder contains.
-
-    Raises:
-        DataError: it contains none; the message names the ``usual`` one.
-    """
+    """The first of the named files that a collection's folder contains; if none, the error names the ``usual`` one."""
     path = find_file(folder, names)
     if path is None:
         raise DataError(
@@ -140,7 +124,7 @@ def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequenc
         id_columns, text_column, title_column, metadata_column = _columns(tuple(row), tuple(text_names))
         value = next((row[column] for column in id_columns if row[column] is not None), None)
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-            detail = "" if value is None else f" (found: {_shown(value)}, not a string or whole number)"
+            detail = "" if value is None else f" (found: {shown(value)}, not a string or whole number)"
             raise DataError(f'{place}: no "_id"; each row needs _id and text{detail}')
         id_ = str(value)
         if id_ in seen:
@@ -150,14 +134,10 @@ def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequenc
         if not isinstance(text, str):
             raise DataError(f'{place}: "{text_column}" is missing or not a string; columns of the row: {", ".join(row) or "none"}')
         if not isinstance(title, str | None):
-            raise DataError(f'{place}: "title" is {_shown(title)}, not a string; give a string or remove it')
+            raise DataError(f'{place}: "title" is {shown(title)}, not a string; give a string or remove it')
         if not isinstance(metadata, dict | None):
             raise DataError(f'{place}: "metadata" is not an object; give names and values')
         yield id_, Document(title or "", text, metadata)
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value, default=str)[:40]
 
 
 @functools.lru_cache(maxsize=64)

@@ -95,7 +95,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
     """
     if not kinds or not set(kinds) <= set(KINDS):
         unknown = ", ".join(repr(kind) for kind in kinds if kind not in KINDS) or "none"
-        raise OptionError(f"`kinds`: {unknown}; choose of {', '.join(KINDS)}")
+        raise OptionError(f"`kinds`: {unknown}; choose from {', '.join(KINDS)}")
     output = user_path(output)
     options: dict[str, Any] = {"corpus": str(corpus), "kinds": [kind for kind in KINDS if kind in kinds]}
     digest = DataHash()
@@ -141,6 +141,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
         reasons = {part: {reason: count for reason, count in counted.items() if count} for part, counted in left_out.items()}
         if not kept.any():
             raise DataError(_no_pair(corpus, read, reasons))
+        # Examples are the first pair of each kind, and the first pairs of any kind up to three.
         first = [int(np.argmax(kept & of_kind)) for of_kind in is_kind.values() if (kept & of_kind).any()]
         shown = list(dict.fromkeys([*first, *map(int, np.flatnonzero(kept)[:3])]))[:3]
         examples: dict[int, dict[str, str]] = {}

@@ -41,24 +41,19 @@ def _ir_datasets() -> tuple[Any, str]:
         import ir_datasets
 
         return ir_datasets, ""
-    before = {name: os.environ.get(name) for name in ("HOME", "IR_DATASETS_HOME")}
+    before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(dict.fromkeys(before, folder))
+        os.environ |= {"HOME": folder, "IR_DATASETS_HOME": folder}
         try:
             import ir_datasets
         finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                os.environ.update({name: value} if value is not None else {})
+            del os.environ["HOME"], os.environ["IR_DATASETS_HOME"]
+            os.environ |= before
     return ir_datasets, reason
 
 
 def ir_dataset(name: str) -> Any:
-    """The ir_datasets dataset with an id; None if there is none or ir_datasets is not installed.
-
-    Raises:
-        DataError: the id exists, but the data folder cannot be created.
-    """
+    """The ir_datasets dataset with an id; None if there is none or ir_datasets is not installed."""
     if not has_ir_datasets():
         return None
     library, reason = _ir_datasets()
@@ -76,11 +71,7 @@ def ir_names() -> list[str]:
 
 
 def hub_dataset(name: str, config: str | None, split: str | None = "train", streaming: bool = False) -> Any:
-    """A dataset of the hub, or of a folder with the same layout; all splits by name if ``split`` is None.
-
-    Raises:
-        DataError: the datasets library cannot load it.
-    """
+    """A dataset of the hub, or of a folder with the same layout; all splits by name if ``split`` is None."""
     with as_data_error(f"{name}:{config}" if config else name):
         import datasets
 

@@ -42,11 +42,7 @@ class Lookup:
         self.given = given
 
     def text(self, role: str, id_: Any, place: str) -> str:
-        """The text of an id.
-
-        Raises:
-            DataError: there is no collection, the id is not in it, or the text is empty.
-        """
+        """The text of an id, which must be in the collection and have a text that is not empty."""
         texts = self._open()
         if texts is None:
             raise DataError(f"{place}: the row has ids; name the collection of their texts with `texts`")
@@ -80,11 +76,7 @@ class Lookup:
 
 
 def open_texts(source: Source) -> Texts:
-    """The texts of a collection.
-
-    Raises:
-        DataError: the source has no queries and documents.
-    """
+    """The texts of a collection, which must have queries and documents."""
     if source.kind == "folder":
         return _beir_texts(source.at)
     if source.kind == "ir_datasets":

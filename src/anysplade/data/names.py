@@ -24,11 +24,9 @@ CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs"
 TOPIC_FORMATS = (".trec", ".txt", ".xml")  # tables, or topics in TREC's format; the content tells
 QUERY_FILES = tuple(f"{name}{form}" for name in ("queries", "topics") for form in (*TABLE_FORMATS, *TOPIC_FORMATS))
 
-# Kinds of things, as ``held`` returns them.
-MODEL, DENSE_MODEL, TRAINING_RUN = "a model", "a dense model", "a training run"
-COLLECTION, CORPUS_FILE = "a collection", "a corpus file"
+# Kinds of things that ``held`` returns.
+MODEL, INDEX, COLLECTION, CORPUS_FILE = "a model", "an index", "a collection", "a corpus file"
 DATA = (COLLECTION, CORPUS_FILE)
-INDEX, RUN, BM25 = "an index", "a run file", "a ranking by words"
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -114,14 +112,14 @@ def is_built_in(name: object, *built_in: str) -> bool:
     if name not in built_in:
         return False
     if Path(str(name)).exists():
-        warn_once(f"{name}: taken for what is built in by this name, not for the file or folder here; name that one ./{name}")
+        warn_once(f"{name}: read as the built-in name, not as the file or folder here; write ./{name} for that")
     return True
 
 
 def held(name: str | Path) -> str | None:
     """The kind of thing that a path or a name stands for, with its article; None if unknown here, as for hub ids."""
     text = str(name)
-    for kind, built_in in ((MODEL, BACKBONES), (BM25, BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
+    for kind, built_in in ((MODEL, BACKBONES), ("a ranking by words", BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
         if text in built_in:
             return kind
     path = user_path(text)
@@ -130,7 +128,7 @@ def held(name: str | Path) -> str | None:
     if path.is_file():
         if path.suffix.lower() == ".zip":
             return COLLECTION
-        return CORPUS_FILE if plain_name(path).endswith(TABLE_FORMATS) else RUN if _is_run(path) else None
+        return CORPUS_FILE if plain_name(path).endswith(TABLE_FORMATS) else "a run file" if _is_run(path) else None
     return COLLECTION if any(ir_dataset(id_) is not None for id_ in (text, f"{text}/test")) else None
 
 
@@ -142,10 +140,10 @@ def _held_in(folder: Path) -> str | None:
     if has_checkpoint(folder):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no such file, or a damaged one
             about = json.loads((folder / "config_sentence_transformers.json").read_bytes())
-            return DENSE_MODEL if about.get("model_type", "SentenceTransformer") == "SentenceTransformer" else MODEL
+            return "a dense model" if about.get("model_type", "SentenceTransformer") == "SentenceTransformer" else MODEL
         return MODEL
     if has_checkpoint(folder / "model"):
-        return TRAINING_RUN
+        return "a training run"
     return "the results of an evaluation" if (folder / "evaluation.json").is_file() else None
 
 

@@ -1,7 +1,6 @@
-"""Near-duplicate texts, found with MinHash signatures and locality-sensitive hashing.
+"""Near-duplicate texts, found with MinHash signatures and locality-sensitive hashing."""
 
-This is written here because datasketch needs 2.3 to 3.1 times the CPU time (3,000 docstrings of 200 words on average).
-"""
+# Not datasketch, which takes 2.3 to 3.1 times the CPU time (3,000 docstrings of 200 words on average).
 
 import zlib
 from itertools import islice

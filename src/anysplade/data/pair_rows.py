@@ -14,7 +14,6 @@ A row is a line of JSON or a row of a table. Its columns are recognized by their
 This covers the formats of FlagEmbedding, sentence-transformers, Tevatron and DPR.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 from anysplade.data.collections import Pair
 from anysplade.data.lookup import Lookup
-from anysplade.data.text import replace_surrogates
+from anysplade.data.text import replace_surrogates, shown
 from anysplade.errors import DataError
 
 # Names that the column of each role can have; the first one that a row has is used. "... id" are roles of ids instead of texts.
@@ -77,11 +76,7 @@ def difference(now: set[str], before: set[str]) -> str:
 
 
 def find_columns(row: dict[str, Any], place: str) -> Columns:
-    """The names of the columns of each role.
-
-    Raises:
-        DataError: the row has no query, no positive, or a list of documents without scores or labels.
-    """
+    """The names of the columns of each role; a query and a positive, or a list of documents with scores, are required."""
     columns = {role: [name] for role, names in _NAMES.items() if (name := next((name for name in names if name in row), None))}
     if numbered := sorted(filter(_NUMBERED.fullmatch, row), key=lambda name: int(name.rpartition("_")[2])):
         columns["negative"] = numbered
@@ -131,11 +126,7 @@ class _Sides(NamedTuple):
 
 
 def row_pairs(row: dict[str, Any], columns: Columns, lookup: Lookup, place: str, limit: int | None) -> Iterator[Pair]:
-    """The examples of a row, one per positive, with at most ``limit`` negatives each; none if the row is judged not relevant.
-
-    Raises:
-        DataError: a value of the row cannot be used.
-    """
+    """The examples of a row, one per positive, with at most ``limit`` negatives each; none if the row is judged not relevant."""
 
     def texts(role: str) -> list[str]:
         if role in columns:
@@ -221,8 +212,8 @@ def _text(value: Any, role: str, name: str, lookup: Lookup, place: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and lookup.given:
         return lookup.text(role, value, place)
     if not isinstance(value, str):
-        value = json.dumps(value, default=str)[:40]
-        raise DataError(f'{place}: "{name}" is {value}, not a string; for ids name the collection of their texts with `texts`')
+        fix = "for ids name the collection of their texts with `texts`"
+        raise DataError(f'{place}: "{name}" is {shown(value)}, not a string; {fix}')
     if not value.strip():
         raise DataError(f'{place}: "{name}" is empty; give it a text or remove the row')
     if lookup.given and lookup.has(role, value):
@@ -238,6 +229,6 @@ def _scores(row: dict[str, Any], name: str, place: str) -> list[float]:
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
-            raise DataError(f'{place}: "{name}" has {json.dumps(value, default=str)[:40]}; give finite numbers')
+            raise DataError(f'{place}: "{name}" has {shown(value)}; give finite numbers')
         scores.append(score)
     return scores

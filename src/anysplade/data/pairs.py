@@ -76,8 +76,8 @@ def _read(source: str | Path, given_rows: Iterable[_PlacedRow], lookup: Lookup, 
             relevant = True
             shape = f"{len(pair.negatives)} negatives and {len(pair.scores or ())} scores"
             if shape != (expected := expected or shape):
-                fix = "give all as many" + (", or use the first N of each with `negatives=N`" if negatives is None else "")
-                raise DataError(f"{place}: {shape}, but the rows before have {expected}; {fix}")
+                first = "" if negatives is not None else ", or use the first N of each with `negatives=N`"
+                raise DataError(f"{place}: {shape}, but the rows before have {expected}; give all the same number{first}")
             yield pair
         used += relevant
         irrelevant += not relevant

@@ -18,11 +18,7 @@ def find_qrels(folder: Place, split: str) -> tuple[Place | None, bool]:
 
 
 def read_qrels(folder: Place, split: str) -> Qrels:
-    """The judgements in a collection's folder, with BEIR's three columns or TREC's four.
-
-    Raises:
-        DataError: there is no file for the split, it has no judgement, or a line is malformed.
-    """
+    """The judgements in a collection's folder, with BEIR's three columns or TREC's four."""
     path, is_beir = find_qrels(folder, split)
     if path is None:
         files = (folder / "qrels").iterdir() if (folder / "qrels").is_dir() else ()
@@ -52,11 +48,7 @@ def ir_qrels(dataset: Any) -> Qrels:
 
 
 def hub_qrels(name: str, split: str) -> Qrels:
-    """The judgements of a hub dataset, in its config qrels or default; a single split is used whatever its name.
-
-    Raises:
-        DataError: there are none for the split, or one is malformed.
-    """
+    """The judgements of a hub dataset, in its config qrels or default; a single split is used whatever its name."""
     try:
         judged = hub_dataset(name, "qrels", split=None)
     except DataError:
@@ -74,11 +66,7 @@ def hub_qrels(name: str, split: str) -> Qrels:
 
 
 def _add_judgement(qrels: Qrels, query_id: str, document_id: str, grade: Any, place: str) -> None:
-    """Add a judgement; a grade of ``1.0`` is 1.
-
-    Raises:
-        DataError: the grade is not a whole number, or contradicts an earlier one.
-    """
+    """Add a judgement, whose grade must be a whole number, also as ``1.0``, and not contradict an earlier one."""
     try:
         value = float(grade)
     except (TypeError, ValueError):

@@ -34,11 +34,7 @@ def load_queries(source: str | Path) -> dict[str, str]:
 
 
 def read_queries(folder: Place) -> dict[str, str]:
-    """The queries in a collection's folder: texts by id.
-
-    Raises:
-        DataError: the folder has no file of queries, the file has no query, or a row is malformed.
-    """
+    """The queries in a collection's folder: texts by id."""
     return _file_queries(folder_file(folder, QUERY_FILES, "queries.jsonl"))
 
 

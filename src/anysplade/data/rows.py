@@ -69,9 +69,6 @@ def lines(path: Place) -> Iterator[Iterator[tuple[int, str]]]:
     """The lines of a UTF-8 file with their numbers, counted from 1; only \\n and \\r\\n end a line.
 
     The file can start with a byte order mark and can be compressed with gzip, bzip2, xz or Zstandard.
-
-    Raises:
-        DataError: the file is not UTF-8, or a compressed file is damaged.
     """
     number = 0
 
@@ -111,9 +108,6 @@ def rows(path: Place, ids: Collection[str] = ()) -> Iterator[Row]:
         ids: names that a column of ids can have, as ``column_name`` returns them. A TSV file whose first line has no name of a
             column is read as TREC's, with the columns id and text; id, title and text; or id, URL, title and text. If empty,
             every TSV file has column names.
-
-    Raises:
-        DataError: a row cannot be read.
     """
     name = plain_name(path)
     if name.endswith(".parquet"):
@@ -155,9 +149,8 @@ def _table_rows(path: Place, delimiter: str) -> Iterator[Row]:
                     columns = _header(cells, f"{path}:{number}")
                     continue
                 if len(cells) != len(columns):
-                    raise DataError(
-                        f"{path}:{number}: {len(cells)} columns, but the first line has {len(columns)}; give each row as many"
-                    )
+                    shape = f"{len(cells)} columns, but the first line has {len(columns)}"
+                    raise DataError(f"{path}:{number}: {shape}; give each row the same number")
                 yield number, dict(zip(columns, cells, strict=True))
         except csv.Error as error:
             fix = "close each quotation mark, and double those inside a cell"

@@ -1,6 +1,7 @@
-"""Text helpers: lone surrogates, word counts, and normal forms and hashes for comparing texts."""
+"""Text helpers: lone surrogates, values in messages, word counts, and normal forms and hashes for comparing texts."""
 
 import hashlib
+import json
 import re
 
 from anysplade.data.scripts import UNSPACED
@@ -21,6 +22,11 @@ def is_utf8(text: str) -> bool:
 def replace_surrogates(text: str) -> str:
     """Replace each lone surrogate by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut for a message."""
+    return json.dumps(value, default=str)[:40]
 
 
 def count_words(text: str) -> float:
