@@ -344,7 +344,7 @@ def test_a_folder_or_file_named_bm25(collection_folder, tmp_path, monkeypatch, c
     write_run(tmp_path / "bm25-unstemmed", found[1].run, "bm25-unstemmed")
     assert evaluate("./bm25-unstemmed", "./bm25", ["RR@10"]).vectors is None
     assert evaluate("bm25-unstemmed", "./bm25", ["RR@10"]).model == "bm25-unstemmed"
-    assert "name that one ./bm25-unstemmed" in caplog.text
+    assert "write ./bm25-unstemmed for that" in caplog.text
 
 
 def test_a_query_is_not_its_own_hit():

@@ -38,10 +38,12 @@ def begin(what: str, show: bool, count: float = math.inf) -> None:
 
 def duration(seconds: float) -> str:
     """A time for a message: "40 seconds", "17 minutes", "2.5 hours"."""
-    for size, unit in ((3600, "hour"), (60, "minute"), (1, "second")):
-        if seconds >= 1.5 * size or size == 1:
-            count = f"{seconds / size:,.1f}".removesuffix(".0") if unit == "hour" else f"{max(1, round(seconds / size))}"
-            break
+    if seconds >= 5400:
+        count, unit = f"{seconds / 3600:,.1f}".removesuffix(".0"), "hour"
+    elif seconds >= 90:
+        count, unit = str(round(seconds / 60)), "minute"
+    else:
+        count, unit = str(max(1, round(seconds))), "second"
     return f"{count} {unit}{'' if count == '1' else 's'}"
 
 
