@@ -33,8 +33,8 @@ import torch
 from scipy import sparse
 
 from anysplade import for_inference, open_encoder
-from anysplade.data.collections import Document
-from anysplade.data.sources import rows
+from anysplade.data.corpus import Document
+from anysplade.data.rows import rows
 from anysplade.evaluation.evaluations import _cache_folders
 from anysplade.model.encoding import encode
 from anysplade.search.bm25 import BM25

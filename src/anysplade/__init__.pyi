@@ -1,16 +1,16 @@
 """The public names, in one list: type checkers read it, and ``__init__`` loads each name on first use."""
 
 from .data.collections import Collection as Collection
-from .data.collections import Document as Document
 from .data.collections import Pair as Pair
 from .data.collections import load_collection as load_collection
-from .data.collections import load_queries as load_queries
-from .data.collections import read_corpus as read_corpus
 from .data.collections import write_collection as write_collection
+from .data.corpus import Document as Document
+from .data.corpus import read_corpus as read_corpus
 from .data.document_pairs import MadePairs as MadePairs
 from .data.document_pairs import make_pairs as make_pairs
 from .data.pairs import load_pairs as load_pairs
 from .data.pairs import read_pairs as read_pairs
+from .data.queries import load_queries as load_queries
 from .errors import AnyspladeError as AnyspladeError
 from .errors import CollapseError as CollapseError
 from .errors import DataError as DataError

@@ -6,17 +6,17 @@ AnyspladeError                 something failed; exit code 1 on the command line
     ├── ModelError             the model is missing, is not a masked LM, or has no usable head
     ├── DataError              a file, line or column of the data is missing or malformed
     ├── OptionError            an option has an invalid value
-    ├── MeasureError           the name of a measure is unknown
+    ├── MeasureError           a measure is unknown
     ├── ExtraError (ImportError)  a library of an extra, such as anysplade[search], is not installed
     └── OutputError            the output cannot be written, or its folder already has other contents
 
-Every message is one line: the place, the error and the fix. No message contains a password or a token.
+Every message is one line: the place, the error and the fix. Messages never contain a password or a token.
 """
 
 import re
 
 # In an engine's address everything up to the last @ is the login, even if it is not percent-encoded. In other URLs a path can
-# contain an @, so the login ends at the first slash, unless a password follows. "user:password" is the example in messages.
+# contain an @, so the login ends at the first slash, unless a password follows. "user:password" is the example in our messages.
 _LOGIN = re.compile(
     r"""(?ix) \b (?: (?P<engine> (?:opensearch|qdrant)s? :/+ ) (?! /* user:password@ )
                       (?: \S* | [^\s/:]* : (?!\d+/) (?: (?!://) [^@\n] )* ) @
@@ -29,7 +29,7 @@ _TOKEN = re.compile(
 
 
 def without_credentials(text: str) -> str:
-    """Replace every login in a URL and every token in a text, an address or a command line by "..."."""
+    """Replace every login in a URL and every token of a text by "..."."""
     text = _LOGIN.sub(lambda match: f"{match['engine'] or match['other']}...@", text)
     return _TOKEN.sub(r"\1...", text)
 
@@ -42,7 +42,7 @@ class AnyspladeError(Exception):
 
 
 def worker_died(place: object) -> AnyspladeError:
-    """The error for a ``BrokenProcessPool`` whose finished work is kept."""
+    """The error for a ``BrokenProcessPool`` if finished work is kept."""
     return AnyspladeError(
         f"{place}: a worker process died, most likely out of memory if it printed no error above; run the same again with "
         "fewer `workers`, and it continues"

@@ -391,9 +391,9 @@ def test_each_option_that_can_be_none_is_none_from_a_file(tmp_path):
     [
         ("stepz: 3", "no option 'stepz'; did you mean steps?"),
         ("steps: many", "many"),
-        ("- 1", "holds no options"),
-        ("", "holds no options"),
-        ("plain words", "holds no options"),
+        ("- 1", "contains no options"),
+        ("", "contains no options"),
+        ("plain words", "contains no options"),
         ("steps: [", "options.yaml"),
         ("seed: 1\nquery_prompt: query: ", "options.yaml:2: mapping values are not allowed here; put a text in quotes"),
         ("seed: 1\n\tsteps: 3", "options.yaml:2: "),
@@ -414,7 +414,7 @@ def test_each_option_that_can_be_none_is_none_from_a_file(tmp_path):
         ("query_prompt: {query: x}", "query_prompt is {'query': 'x'}: it must be a text"),
         ("query_prompt:", "query_prompt is None: it must be a text"),
         ("report_to: [[wandb]]", "report_to is [['wandb']]: it must be a list of texts"),
-        ("seed: 1\nmute: true\nseed: 2", "seed stands there twice"),
+        ("seed: 1\nmute: true\nseed: 2", "seed is given twice"),
     ],
 )
 def test_a_faulty_file_of_options(text, message, backbone, collection_folder, call, tmp_path):

@@ -4,8 +4,7 @@ import pytest
 from sentence_transformers import SparseEncoder
 
 from anysplade import OutputError
-from anysplade.cli.demo import run_demo
-from anysplade.cli.rendering import demo_parts
+from anysplade.cli.demo import demo_parts, run_demo
 
 
 def test_the_demo_from_end_to_end_and_again(tmp_path):
@@ -37,5 +36,5 @@ def test_the_demo_from_end_to_end_and_again(tmp_path):
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="no demo"):
+    with pytest.raises(OutputError, match="contains something other than a demo"):
         run_demo(tmp_path)

@@ -8,7 +8,8 @@ from starlette.testclient import TestClient
 
 from anysplade import Document, Hit, Index
 from anysplade.cli import main
-from anysplade.cli.rendering import _table, hit_lines, plan_lines
+from anysplade.cli.rendering import hit_lines, table
+from anysplade.cli.study import plan_lines
 from anysplade.evaluation.runs import write_run
 from anysplade.search.documents import TermMatch, join_matches, query_words
 from anysplade.serving.app import create_app
@@ -51,7 +52,7 @@ def test_a_table_in_a_pipe_has_the_width_that_it_needs(columns, collection_folde
 @pytest.mark.parametrize("width", [20, 60, 120])
 def test_a_narrow_table_breaks_headings_between_words_and_numbers_nowhere(width):
     rows = [["out/a/long/path/of/a/model", "-0.021 to +0.053", "1 / 2 / 3"], ["b", "+0.1 to +0.2", "10 / 0 / 0"]]
-    lines = drawn([_table(("against the first", "95 % interval", "wins / ties / losses"), rows)], width).splitlines()
+    lines = drawn([table(("against the first", "95 % interval", "wins / ties / losses"), rows)], width).splitlines()
     for row in rows:
         assert any(all(cell in line for cell in row[1:]) for line in lines)
     assert {"against", "first", "95", "interval", "losses"} <= {word for line in lines for word in line.split()}

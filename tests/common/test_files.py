@@ -198,7 +198,7 @@ def test_a_damaged_record_is_said_and_not_used(content, tmp_path, caplog):
     assert not caplog.text
     (tmp_path / "record.json").write_bytes(content)
     assert read_record(tmp_path / "record.json", "a") is None
-    assert "record.json: is damaged, and is not used" in caplog.text
+    assert "record.json: is damaged and not used" in caplog.text
     (tmp_path / "record.json").write_text('{"a": 1}')
     assert read_record(tmp_path / "record.json", "a") == {"a": 1}
 

@@ -7,7 +7,7 @@ import pytest
 from anysplade import Collection, Document, Pair
 from anysplade._common.hashing import DataHash
 from anysplade.data.collections import data_hash
-from anysplade.data.pairs import StoredPairs
+from anysplade.data.stored_pairs import StoredPairs
 
 TEXT = "a\nb"
 COLLECTION = Collection(

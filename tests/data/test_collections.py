@@ -16,12 +16,10 @@ from anysplade import (
     evaluate,
     load_collection,
     load_pairs,
-    load_queries,
     read_corpus,
     write_collection,
 )
-from anysplade.data.collections import collection_names, is_collection, load_python_docs
-from anysplade.data.python_docs import Docstring, split_entries
+from anysplade.data.collections import collection_names, is_collection
 from local_ir_datasets import Docs, Qrels, Queries, register
 from tiny import make_repository
 
@@ -202,86 +200,6 @@ def test_what_can_be_evaluated_can_be_read_as_a_corpus(form, everywhere, tmp_pat
     assert load_collection(folder).queries == first.queries
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        *[("pid", "passage"), ("docid", "contents"), ("id", "content"), ("doc_id", "abstract"), ("document_id", "text")],
-        *[("doc", "text"), ("DOCNO", "Text"), ("Passage-ID", "BODY"), ("did", "text"), ("Doc ID", "text")],
-    ],
-)
-def test_common_names_of_columns(names, tmp_path):
-    (tmp_path / "c.jsonl").write_text(json.dumps(dict(zip(names, (7, "x"), strict=True))) + "\n")
-    (tmp_path / "c.tsv").write_text("\t".join(names) + "\n7\tx\n")
-    assert read_corpus(tmp_path / "c.jsonl") == read_corpus(tmp_path / "c.tsv") == {"7": Document("", "x")}
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        (
-            "topics.xml",
-            '<?xml version="1.0"?>\n<topics task="x"><topic number="1"><query>AT&amp;T &#233;</query><q/></topic></topics>',
-        ),
-        ("topics.XML", "<topics><topic number='1'> AT&amp;T <!-- no --> &eacute;\n</topic></topics>"),
-        ("queries.xml", "<topics><topic><num>1</num><title>AT&amp;T <i>é</i></title><desc>no</desc></topic></topics>"),
-        (
-            "topics.xml",
-            '<web><topic number="1" type="x"><query><![CDATA[AT&T é]]></query><subtopic number="2">no</subtopic></topic></web>',
-        ),
-        ("topics.txt", "<top>\n<num> Number: 1\n<title> Topic: AT&amp;T &eacute;\n<desc> Description:\nno\n</top>\n"),
-        ("topics.trec.gz", "<top><num>1</num><query>AT&amp;T é</query></top>"),
-    ],
-)
-def test_topics_in_sgml_and_xml(name, content, tmp_path):
-    (tmp_path / "docs.tsv").write_text("a\thttp://a\tT\tone\n")
-    (tmp_path / "qrels.txt").write_text("1 0 a 1\n")
-    data = content.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-    expected = Collection(tmp_path.name, {"a": Document("T", "one")}, {"1": "AT&T é"}, {"1": {"a": 1}})
-    assert load_collection(tmp_path) == expected
-    for wrong, message in (
-        ("<topics><topic number='1'><x>y</x></topic></topics>", "a topic without a number"),
-        (content * 2, "duplicate"),
-    ):
-        (tmp_path / name).write_text(wrong)
-        with pytest.raises(DataError, match=message):
-            load_collection(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("c.csv", "", "the corpus is empty"),
-        ("c.csv", "_id,text\n", "the corpus is empty"),
-        ("c.tsv", "_id\ttext\n", "the corpus is empty"),
-        ("c.csv", "_id,body text\n1,x\n", r'csv:2: "text" is missing or not a string; columns of the row: _id, body text'),
-        ("c.csv", "name,text\n1,x\n", 'csv:2: no "_id"'),
-        ("c.tsv", "docid\tsentence\n1\tx\n", 'tsv:2: "text" is missing'),
-        ("c.csv", "_id,text\n,x\n", 'csv:2: no "_id"'),
-        ("c.csv", "_id,text\n1,x\n1,y\n", "csv:3: the id '1' is a duplicate of line 2"),
-        ("c.jsonl", '{"_id": 1, "text": "x"}\n{"_id": "1", "text": "y"}\n', "jsonl:2: the id '1' is a duplicate of line 1"),
-        ("c.jsonl", '{"_id": 1.5, "text": "x"}\n', r'jsonl:1: no "_id".*found: 1\.5'),
-        ("c.jsonl", '{"_id": "1", "contents": ["x"]}\n', 'jsonl:1: "contents" is missing or not a string'),
-        ("c.jsonl", '{"_id": "1", "text": "x", "title": ["a"]}\n', r'jsonl:1: "title" is \["a"\], not a string'),
-        ("c.jsonl", '{"_id": "1", "text": "x", "title": NaN}\n', 'jsonl:1: "title" is NaN, not a string'),
-    ],
-)
-def test_faults_of_a_corpus_name_the_row(name, content, message, tmp_path):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read_corpus(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_nan_in_a_parquet_file(tmp_path):
-    pandas.DataFrame({"_id": ["a", "b"], "text": ["x", None]}).to_parquet(tmp_path / "c.parquet")
-    with pytest.raises(DataError, match=r'c\.parquet:2: "text" is missing or not a string'):
-        read_corpus(tmp_path / "c.parquet")
-    pandas.DataFrame({"_id": [1.0, None], "text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
-    with pytest.raises(DataError, match=r'c\.parquet:1: no "_id".*found: 1\.0'):
-        read_corpus(tmp_path / "c.parquet")
-
-
 @pytest.mark.parametrize("form", ["beir", "trec"])
 def test_grades_that_are_whole_floats(form, folder):
     path = folder / "qrels" / "test.tsv" if form == "beir" else folder / "qrels.txt"
@@ -432,69 +350,3 @@ def test_hostile_collections(case, folder, backbone):
     for model in ("bm25", backbone):
         values = evaluate(model, collection).metrics.values()
         assert all(0 <= value <= 1 for value in values)
-
-
-def docstring(name, summary, rest):
-    return Docstring(name, f"{summary}\n\n{rest}")
-
-
-LONG = " ".join(f"word{i}" for i in range(40))
-
-
-def test_python_docs_leaves_out_what_would_make_the_task_easy_or_void():
-    other = " ".join(f"other{i}" for i in range(40))
-    entries = [
-        docstring("p.a.b.f", "Find the root of it.", LONG),
-        docstring("p.a.b.near_copy", "Something else it is.", LONG + " and more"),
-        docstring("p.a.b.same_query", "Find the root of it", other),
-        docstring("p.a.b.inside", "The answer stands here.", other + " the answer stands here " + other),
-        docstring("p.a.c._private", "A summary of private things.", other),  # p.a.c is held out, p.a.b is not
-        docstring("p.a.b.short", "A summary of short things.", "too short"),
-        Docstring("p.a.b.wrapped", f"A summary that goes\non in the next line.\n\n{other}"),
-    ]
-    train, test = split_entries(entries)
-    assert [entry.name for entry in train + test] == ["p.a.b.f"]
-
-
-def test_python_docs_keeps_near_copies_out_of_training():
-    """Test documents come first, so that of two alike the one in training goes."""
-    train, test = split_entries(
-        [docstring("p.a.b.f", "Find the root of it.", LONG), docstring("p.a.c.g", "Quite another summary.", LONG)]
-    )
-    assert [entry.name for entry in test] == ["p.a.c.g"]
-    assert train == []
-
-
-def test_python_docs_of_the_environment():
-    collection, pairs = load_python_docs(("networkx",))
-    assert (collection, pairs) == load_python_docs(("networkx",))
-    assert len(collection.corpus) > 100
-    assert len(pairs) > 100
-    for query_id, text in collection.queries.items():
-        (document_id,) = collection.qrels[query_id]
-        assert text.lower() not in collection.corpus[document_id].text.lower()
-    held_out = {".".join(name.split(".")[:3]) for name in collection.corpus}
-    assert all(Docstring(module, "").held_out for module in held_out)
-    documents = {document.text for document in collection.corpus.values()}
-    assert not documents & {pair.positive for pair in pairs}
-
-
-def test_python_docs_of_a_package_that_is_not_there():
-    with pytest.raises(DataError, match="package 'no-such-package' is not installed"):
-        load_python_docs(("no-such-package",))
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (
-            '<topics><topic number="1"><query>one</query></topic><topic number="2"><query>tw',
-            "2 topics begin and 1 end; the file is cut",
-        ),
-        ('<!DOCTYPE t [<!ENTITY f "b">]><t><topic number="1"><query>&f;</query></topic></t>', "declares entities of its own"),
-    ],
-)
-def test_topics_that_would_be_misread_are_refused(content, message, tmp_path):
-    (tmp_path / "topics.xml").write_text(content)
-    with pytest.raises(DataError, match=message):
-        load_queries(tmp_path / "topics.xml")

@@ -3,21 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anysplade import DataError, Document, OptionError, OutputError, load_pairs, make_pairs
-from anysplade.data.document_pairs import (
-    _is_informative,
-    _near_duplicates,
-    _sections,
-    _sentence_pair,
-    _signature,
-    _size,
-    _unusable,
-)
+from anysplade.data.document_pairs import _unusable
+from anysplade.data.sentences import sentence_pair
+from anysplade.data.text import count_words
 
 LAMPS = (
     "Lamps were lit along the harbour every evening. The keeper counted seventeen ships before midnight. Nobody slept much there."
@@ -70,45 +63,6 @@ def test_each_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, sections",
-    [
-        ("# One #\na\n\n### Two `x` [link](http://a.b)\nb\nc", [("One", "a"), ("Two x link", "b\nc")]),
-        ("# C#\na\n# C #\nb", [("C#", "a"), ("C", "b")]),
-        ("before\n\nOne\n===\na\n\n~~~~~~~\nTwo two\n~~~~~~~\nb", [("One", "a"), ("Two two", "b")]),
-        ("<p>x</p><h2 class='a'>Tom &amp; <b>Jerry</b></h2> <p>a</p>", [("Tom & Jerry", "<p>a</p>")]),
-        ("# One\n```\n# a comment\n```\na", [("One", "```\n# a comment\n```\na")]),
-        ("#hashtag\n#!/bin/sh\na | b\n--- | ---\ntitle: a long line of the front matter\n---", []),
-    ],
-)
-def test_headings(text, sections):
-    assert list(_sections(text)) == sections
-
-
-@pytest.mark.parametrize(
-    "text, words", [("one two, 3 — %", 3), ("東京タワー", 2.5), ("東京 tower", 2), ("กรุง 3.14", 2.5), ("", 0), ("。、", 0)]
-)
-def test_two_characters_without_spaces_are_a_word(text, words):
-    assert _size(text) == words
-
-
-@pytest.mark.parametrize(
-    "sentence, expected",
-    [
-        ("Lamps were lit early", True),
-        ("Lamps were lit", False),  # three words
-        ("Lamps of it to an in", False),  # one of three letters or more
-        ("Lamps lamps were were", False),
-        ("Lamps were 7 long nights", False),  # a mark of code or a digit in 24 characters
-        ("Lamps were 7 long evening", True),  # in 25
-        ("The harbour slept " * 13 + "there", True),  # 40 words
-        ("The harbour slept " * 13 + "there again", False),
-    ],
-)
-def test_what_can_stand_for_a_query(sentence, expected):
-    assert _is_informative(sentence) == expected
-
-
-@pytest.mark.parametrize(
     "heading, body, reason",
     [
         ("Harbour", "lamp " * 8, ""),
@@ -142,47 +96,6 @@ def test_a_duplicate_takes_no_title_from_the_first(tmp_path):
     made, rows = made_of(tmp_path, ("The harbour", LAMPS), ("The harbour", LAMPS), kinds=["title"])
     assert [row["document_id"] for row in rows] == ["d0"]
     assert made.left_out["document"] == {"near_duplicates": 1}
-
-
-def test_texts_without_punctuation_give_a_part():
-    text = (
-        "an electronic analogue computer for solving systems of linear equations mathematical derivation of the operating principle"
-    )
-    query, positive = _sentence_pair("d", Document("", text))
-    assert 6 <= len(query.split()) <= 15
-    assert query in text
-    assert len(query.split()) + len(positive.split()) == len(text.split())
-    assert _sentence_pair("d", Document("", "six words are not enough here")) is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "東京は日本の首都であり世界最大級の都市です。多くの人が毎日電車で通勤しています。春には公園で桜がきれいに咲きます。",
-        "北京是中国的首都也是一座古老的城市。每年有许多游客来参观故宫和长城！冬天的北京非常寒冷而且经常刮风。",
-        "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและเป็นเมืองที่มีประชากรมากที่สุด มีแม่น้ำเจ้าพระยาไหลผ่านกลางเมือง",
-        "東京は日本の首都であり世界最大級の都市で多くの人が毎日電車で通勤していて春には公園で桜がきれいに咲きます",
-    ],
-)
-def test_scripts_without_spaces(text):
-    query, positive = _sentence_pair("d", Document("", text))
-    assert query in text
-    assert 4 <= _size(query) <= 40
-    assert len("".join((query + positive).split())) == len("".join(text.split()))
-
-
-def test_sentences_of_code_are_its_words():
-    code = 'def paste(xsel=False): """Returns the contents of the clipboard.""" kind = "a" if xsel else "b" return run(kind, xsel)'
-    query, positive = _sentence_pair("d", Document("", code))
-    assert query == "Returns the contents of the clipboard."
-    assert positive.startswith("def paste(xsel=False):")
-    assert _sentence_pair("d", Document("", "x = f(a, b); y = g(x, c); return {k: v for k, v in zip(x, y) if k != v}")) is None
-
-
-def test_abbreviations_end_no_sentence():
-    text = "Dr. Miller met them, e.g. at the old harbour, with J. Smith. " + BREAD
-    found = {_sentence_pair(str(i), Document("", text))[0] for i in range(30)}
-    assert found == {"Dr. Miller met them, e.g. at the old harbour, with J. Smith.", *(f"{s}." for s in BREAD[:-1].split(". "))}
 
 
 def test_a_title_is_cut_off_only_where_it_stands_alone(tmp_path):
@@ -241,7 +154,7 @@ def test_no_pair_at_all(documents, kinds, message, tmp_path):
 
 @pytest.mark.parametrize("kinds", [[], ["titel"], ["title", "titel"], "title"])
 def test_unknown_kinds(kinds, tmp_path):
-    with pytest.raises(OptionError, match="choose of title, heading, sentence"):
+    with pytest.raises(OptionError, match="choose from title, heading, sentence"):
         made_of(tmp_path, LAMPS, kinds=kinds)
 
 
@@ -280,13 +193,13 @@ TEXT = st.lists(st.tuples(WORD, MARK), max_size=80).map(lambda parts: "".join(wo
 @settings(max_examples=300, deadline=None)
 @given(TEXT, TEXT, st.text(max_size=5))
 def test_the_sentence_is_not_in_the_positive(title, text, id_):
-    found = _sentence_pair(id_, Document(title, text))
-    assert found == _sentence_pair(id_, Document(title, text))
+    found = sentence_pair(id_, Document(title, text))
+    assert found == sentence_pair(id_, Document(title, text))
     if found:
         query, positive = found
         assert query not in " ".join(positive.split())
         assert query in " ".join(text.split())
-        assert _size(positive) >= 8
+        assert count_words(positive) >= 8
 
 
 @settings(max_examples=20, deadline=None)
@@ -300,18 +213,3 @@ def test_whatever_is_made_can_be_read(tmp_path_factory, documents):
         return
     assert sum(made.pairs.values()) == len(rows) == len(load_pairs(folder / "pairs.jsonl"))
     assert len({row["query"] for row in rows}) == len(rows)
-
-
-def test_the_share_of_equal_runs_decides():
-    """Of pairs of texts of 200 words that share a part, those above a Jaccard similarity of 0.85 and none below 0.5 are found."""
-    generator = np.random.default_rng(0)
-    texts = generator.integers(0, 10**6, (60, 200))
-    for shared, expected in ((190, 60), (110, 0)):
-        others = np.concatenate([texts[:, :shared], generator.integers(0, 10**6, (60, 200 - shared))], axis=1)
-        both = [" ".join(map(str, text)) for text in (*texts, *others)]
-        signatures = np.stack([_signature(text) for text in both])
-        # Of 198 runs of three words in a text, all that lie within the shared part are the same.
-        similarity = (shared - 2) / (2 * 198 - (shared - 2))
-        assert (signatures[:60] == signatures[60:]).mean() == pytest.approx(similarity, abs=0.03)
-        duplicate = _near_duplicates(signatures)
-        assert (duplicate[:60].sum(), duplicate[60:].sum()) == (0, expected)

@@ -8,7 +8,6 @@ import pytest
 
 from anysplade import Collection, DataError, Document, Pair, load_pairs, write_collection
 from anysplade.cli import main
-from anysplade.data.pairs import StoredPairs
 from local_ir_datasets import Docs, Qrels, Queries, Triples, register
 from tiny import make_repository
 
@@ -311,16 +310,6 @@ def test_what_can_be_evaluated_can_be_trained_on(collection_folder, tmp_path):
     make_repository(tmp_path / "hub", tables)
     assert load_pairs(f"{tmp_path / 'hub'}:default", texts=str(tmp_path / "hub")) == [Pair("query", "T p")]
     assert load_pairs(f"{tmp_path / 'hub'}:default") == [Pair("query", "T p")]
-
-
-def test_examples_on_disk_are_the_examples(tmp_path):
-    pairs = [Pair(f"q{i}", f"p{i}", (f"n{i}", f"m{i}"), (2.0, 1.0, i + 0.5)) for i in range(3000)]
-    stored = StoredPairs.write(iter(pairs), tmp_path / "a::[b]" / "data")
-    assert list(stored) == pairs
-    assert stored[5:8] == pairs[5:8]
-    assert stored.dataset.column_names == ["query", "positive", "negative_1", "negative_2", "label"]
-    assert StoredPairs(tmp_path / "a::[b]" / "data").data_hash == stored.data_hash
-    assert StoredPairs.write(iter(pairs[:-1]), tmp_path / "other").data_hash != stored.data_hash
 
 
 MALFORMED = {

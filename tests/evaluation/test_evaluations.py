@@ -20,7 +20,7 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 
 import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
-from anysplade.cli.rendering import evaluations_parts
+from anysplade.cli.evaluation import evaluations_parts
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import evaluate_all
 from anysplade.evaluation.evaluations import cost, curve
@@ -340,11 +340,11 @@ def test_a_folder_or_file_named_bm25(collection_folder, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     found = evaluate_all(["bm25", "bm25-unstemmed"], "./bm25", ["RR@10"]).evaluations
     assert [(evaluation.model, evaluation.collection) for evaluation in found] == [("bm25", "bm25"), ("bm25-unstemmed", "bm25")]
-    assert "bm25: taken for what is built in by this name, not for the file or folder here; name that one ./bm25" in caplog.text
+    assert "bm25: read as the built-in name, not as the file or folder here; write ./bm25 for that" in caplog.text
     write_run(tmp_path / "bm25-unstemmed", found[1].run, "bm25-unstemmed")
     assert evaluate("./bm25-unstemmed", "./bm25", ["RR@10"]).vectors is None
     assert evaluate("bm25-unstemmed", "./bm25", ["RR@10"]).model == "bm25-unstemmed"
-    assert "name that one ./bm25-unstemmed" in caplog.text
+    assert "write ./bm25-unstemmed for that" in caplog.text
 
 
 def test_a_query_is_not_its_own_hit():

@@ -15,7 +15,7 @@ from qdrant_client import QdrantClient, models
 from scipy import sparse
 
 from anysplade import export_queries
-from anysplade.data.collections import Document
+from anysplade.data.corpus import Document
 from anysplade.errors import AnyspladeError, DataError, ExtraError, OptionError, OutputError
 from anysplade.search import remote
 from anysplade.search.documents import EncodedDocument, Hit, explain_filter

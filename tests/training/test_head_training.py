@@ -27,7 +27,7 @@ from anysplade import (
 )
 from anysplade._common.files import only_process
 from anysplade.cli import main
-from anysplade.cli.rendering import head_training_lines
+from anysplade.cli.training import head_training_lines
 from anysplade.model.fused import hidden_states
 from anysplade.model.head import find_head
 from anysplade.model.modules import masked_lm

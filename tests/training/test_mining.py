@@ -200,7 +200,7 @@ def test_damaged_parts_and_outputs(collection_folder, tmp_path, monkeypatch, cap
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert caplog.text.count("is damaged; it is made again") == 2
     output.write_bytes(output.read_bytes()[:-30])
-    with pytest.raises(OutputError, match=r"out\.jsonl: is not as it was written; remove it"):
+    with pytest.raises(OutputError, match=r"out\.jsonl: was changed after it was written; remove it"):
         mine(data, output, **options)
     output.unlink()
     until_the_end()

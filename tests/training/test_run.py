@@ -31,7 +31,7 @@ from anysplade import (
     write_collection,
 )
 from anysplade._common.files import digests
-from anysplade.cli.rendering import training_lines
+from anysplade.cli.training import training_lines
 from anysplade.data.collections import load_python_docs
 from anysplade.data.pairs import read_pairs
 from anysplade.errors import AnyspladeError

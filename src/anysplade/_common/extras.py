@@ -1,4 +1,4 @@
-"""Optional libraries, which are installed with an extra of the package, such as ``anysplade[search]``."""
+"""Imports of optional libraries, which extras of the package install, such as ``anysplade[search]``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from anysplade.errors import ExtraError
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Import the libraries of an extra: ``with extra("search"): import qdrant_edge``.
+    """A context for importing the libraries of an extra: ``with extra("search"): import qdrant_edge``.
 
     Raises:
-        ExtraError: a library is not installed; the message has the command that installs it.
+        ExtraError: a library is not installed; the message gives the command that installs it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Figures as SVG, with the matplotlib settings that all figures share."""
+"""Figures as SVG, with the matplotlib settings of all figures."""
 
 import io
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 from anysplade._common.extras import extra
 
-INK = "#010203"  # the colour of all text and axes under ON_A_PAGE, to be replaced by the colour of the page's text
+INK = "#010203"  # colour of text and axes with ON_A_PAGE; the page replaces it by the colour of its text
 ON_A_PAGE: dict[str, Any] = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "savefig.transparent": True,
@@ -18,13 +18,13 @@ def draw(paint: Callable[[Any], None], width: float, height: float, settings: di
 
     Args:
         paint: draws into a ``matplotlib.figure.Figure``.
-        settings: of matplotlib, beside those of every figure here; ``ON_A_PAGE`` for a figure that takes a page's colours.
+        settings: further matplotlib settings; ``ON_A_PAGE`` for a figure that uses a page's colours.
     """
     with extra("evaluation"):
         import matplotlib
         from matplotlib.figure import Figure
 
-    # A fixed salt for the ids and no metadata: files whose data did not change stay the same. Text stays text.
+    # A fixed salt for the ids and no metadata give the same bytes for the same data; "none" keeps text as text.
     with matplotlib.rc_context({"svg.hashsalt": "anysplade", "svg.fonttype": "none"} | (settings or {})):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)

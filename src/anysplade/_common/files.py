@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically: complete or not at all."""
+"""Files and folders that are written completely or not at all, and records that describe them."""
 
 import errno
 import functools
@@ -21,31 +21,27 @@ from anysplade.errors import AnyspladeError, OutputError
 
 logger = logging.getLogger(__name__)
 
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # codes of an OSError that mean: no permission
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # error codes for missing permission
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
 _TAKEN = (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
 
 
 def user_path(name: str | Path) -> Path:
-    """A path as a person gives it: ~ and ~user are home folders, unless there is a file or folder of that very name."""
+    """A path given by the user: ~ and ~user are home folders, unless a file or folder with exactly that name exists."""
     path = Path(name)
-    if not path.name:  # "." and "": beside them nothing could be written
+    if not path.name:  # "." and "", which have no parent to write a sibling to
         return path.absolute()
     if not str(path).startswith("~") or path.exists():
         return path
     try:
         return path.expanduser()
-    except RuntimeError:  # no such user, or no home folder: what needs the path says that it is not there
+    except RuntimeError:  # no such user or no home folder; using the path gives the error
         return path
 
 
 def beside(path: Path, name: str) -> Path:
-    """A path in the same folder, whose name has the path's own for ``{}``.
-
-    Raises:
-        OutputError: the path is the root of a file system.
-    """
+    """A path in the same folder as ``path``; ``{}`` in its name is replaced by the path's own name."""
     if not path.name:
         raise OutputError(f"{path}: is the root of a file system; name a file or folder in it")
     return path.with_name(name.format(path.name))
@@ -56,7 +52,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` exists and is not an empty folder, or cannot be written, also for want of room.
+        OutputError: ``target`` exists and is not an empty folder, or it cannot be written.
     """
     target = user_path(target)
     require_empty(target)
@@ -75,7 +71,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _without_empty(folder: Path) -> Iterator[None]:
-    """Remove at the end what this block made of a folder and of the folders around it and left empty."""
+    """At the end, remove the folder and its parents if the block created them and left them empty."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
@@ -86,7 +82,7 @@ def _without_empty(folder: Path) -> Iterator[None]:
 
 
 def require_folder(folder: Path) -> None:
-    """Raise OutputError unless a folder can be written to, before the work whose results it gets; nothing is left there."""
+    """Raise OutputError unless a folder can be written to, to find out before the work; nothing is left there."""
     with _without_empty(folder):
         make_folder(folder)
         with writing(folder):
@@ -103,21 +99,13 @@ def require_empty(target: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, unless they exist.
-
-    Raises:
-        OutputError: a folder cannot be created.
-    """
+    """Create a folder and its parents, unless they exist."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomic(target: str | Path, content: str | bytes) -> None:
-    """Write a file of text or bytes under a temporary name and rename it to ``target``.
-
-    Raises:
-        OutputError: ``target`` is a folder, or cannot be written, also for want of room.
-    """
+    """Write a file of text or bytes under a temporary name and rename it to ``target``."""
     with whole_file(target) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -127,21 +115,21 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
     """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
 
     Raises:
-        OutputError: ``target`` is a folder or a device, or cannot be written, also for want of room.
+        OutputError: ``target`` is a folder or a device, or it cannot be written.
     """
     target = user_path(target)
     with writing(target), _without_empty(target.parent):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file in it")
         work = target.with_name(f".{target.name}.{os.getpid()}")
-        if target.exists() and not target.is_file():  # it would be replaced: for root, /dev/null too
+        if target.exists() and not target.is_file():  # else it is replaced, even /dev/null if the user is root
             raise OutputError(f"{target}: is a device or a pipe; name a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(work, "wb") as opened:
                 yield opened
                 opened.flush()
-                os.fsync(opened.fileno())  # else a power cut can leave the new name without the content
+                os.fsync(opened.fileno())  # else a power failure can leave the new name without the content
             work.replace(target)
         except BaseException:
             work.unlink(missing_ok=True)
@@ -150,13 +138,13 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process; the system lets it go when the process ends, however it ends.
+    """Lock a folder for this process; the system releases the lock when the process ends, however it ends.
 
-    What was made for this, folders around it too, is removed if nothing was written to it. Where this process may not write
-    there is nothing to keep, and the first thing that is written says so.
+    Folders that were created for the lock are removed if nothing was written to them. A folder that this process may not
+    write to is not locked; the first write to it raises the error.
 
     Raises:
-        OutputError: another process keeps it.
+        OutputError: another process has the lock.
     """
     lock = FileLock(folder / "lock", timeout=0)
     with _without_empty(folder):
@@ -173,7 +161,7 @@ def only_process(folder: Path) -> Iterator[None]:
             yield
         finally:
             if lock.is_locked:
-                (folder / "lock").unlink(missing_ok=True)  # while it is held: no other process has it
+                (folder / "lock").unlink(missing_ok=True)  # before the release, while no other process can have it
                 lock.release()
 
 
@@ -181,11 +169,7 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 def digests(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
-    """SHA-256 of each file of a folder, by its path in it.
-
-    Args:
-        without: names of files that are left out.
-    """
+    """SHA-256 of each file in a folder, by relative path; files with a name in ``without`` are left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
@@ -197,16 +181,16 @@ def file_digest(path: Path) -> str:
 
 
 def damaged_file(folder: Path, known: Mapping[str, str]) -> str | None:
-    """The first file that is missing or is not as its digest says; None if there is none."""
-    return next((name for name, digest in known.items() if not _is_whole(folder / name, digest)), None)
-
-
-def _is_whole(path: Path, digest: str) -> bool:
-    return path.is_file() and file_digest(path) == digest
+    """The first file that is missing or does not match its digest; None if there is none."""
+    for name, digest in known.items():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != digest:
+            return name
+    return None
 
 
 def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
-    """A JSON object of ours with the names that it needs; None if there is no such file, or, with a warning, if it is damaged."""
+    """A JSON object with the ``needed`` names; None if there is no such file or, with a warning, if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -215,20 +199,20 @@ def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
         found = None
     if isinstance(found, dict) and found.keys() >= set(needed):
         return found
-    logger.warning("%s: is damaged, and is not used", path)
+    logger.warning("%s: is damaged and not used", path)
     return None
 
 
 def record_path(output: Path) -> Path:
-    """Where the record of a file of data is: ``OUTPUT.json`` beside it."""
+    """The path of an output's record: ``OUTPUT.json`` in the same folder."""
     return beside(output, "{}.json")
 
 
 def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a file of data that was made from the same data and options; None if there is no such file.
+    """The record of an output that was made from the same data and options; None if it must still be made.
 
     Args:
-        about: options and hash of the data, as JSON stores them; the record contains them.
+        about: options and hash of the data, as JSON data; the record contains them.
 
     Raises:
         OutputError: the output was made in another way, or was changed or damaged.
@@ -241,18 +225,18 @@ def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | Non
             f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
         )
     if before.get("sha256", digest := file_digest(output)) != digest:
-        raise OutputError(f"{output}: is not as it was written; remove it, and the same again makes it anew")
+        raise OutputError(f"{output}: was changed after it was written; remove it and run the same again to make it anew")
     return before
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write, by whatever library it comes, into an OutputError about a path.
+    """Turn the system's errors on writing a path, from whatever library, into an OutputError.
 
-    A file elsewhere that may not be read is another error.
+    Errors about other files, such as one that may not be read, are not changed.
 
     Raises:
-        OutputError: for whatever reason: no permission or room, a file in the place of a folder, a name that is too long, ...
+        OutputError: there is no permission or no room, a file is in the place of a folder, the name is too long, ...
     """
     if str(path).startswith("~"):  # ``user_path`` found no such user
         raise OutputError(f"{path}: no home folder of that name here; write the path in full, or ./{path} for one here")
@@ -263,7 +247,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         code = _error_code(error)
         named = getattr(error, "filename", None)
-        named = named if isinstance(named, str | os.PathLike) else None  # None: of a library in Rust, or of a network
+        named = named if isinstance(named, str | os.PathLike) else None  # None for libraries in Rust and for networks
         known = code in (*READ_ONLY, *_FULL, *_TAKEN) or "null byte" in str(error)
         ours = named is not None and _is_part(Path(named), path)
         elsewhere = named is not None and os.path.isfile(named)  # noqa: PTH113 - it never raises
@@ -275,14 +259,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _is_part(named: Path, path: Path) -> bool:
-    """Whether a path that an error names is the output itself, a part of it under its temporary name too, or a folder around it."""
+    """Whether a path named by an error is the output, a part of it (also under its temporary name), or a parent folder."""
     return named in path.parents or any(
         one == path or (one.parent == path.parent and one.name.startswith(f".{path.name}")) for one in (named, *named.parents)
     )
 
 
 def _error_code(error: Exception) -> int | None:
-    """The system's code of an error, which libraries in Rust give in the text; torch gives none, and lacks room as a rule."""
+    """The system's code of an error; libraries in Rust give it in the text, and torch, which gives none, usually lacks room."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -291,14 +275,14 @@ def _error_code(error: Exception) -> int | None:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning that the process has not logged before."""
+    """Log a warning, unless the process has logged it before."""
     logger.warning(message)
 
 
 def default_cache() -> Path | None:
-    """The folder where the command line keeps vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
+    """The folder for the command line's vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
 
-    None, with a warning, if it cannot be written: a result needs no cache.
+    None, with a warning, if it cannot be written; results do not need it.
     """
     try:
         user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -1,4 +1,4 @@
-"""The hash of data: one way for collections, training examples and texts, so that equal hashes mean equal data."""
+"""The hash of collections, training examples and texts: equal hashes mean equal data."""
 
 import hashlib
 import json
@@ -7,18 +7,18 @@ from typing import Any
 
 
 class DataHash:
-    """The SHA-256 of rows of data in their order, each as a line of JSON: where texts begin and end is part of it."""
+    """The SHA-256 of rows of data in their order, each as a line of JSON, so that the bounds of texts are hashed too."""
 
     def __init__(self, rows: Iterable[Any] = ()) -> None:
-        """Rows are what JSON can hold, such as texts and tuples of texts and numbers; they are not kept."""
+        """Hash rows of texts, numbers and tuples of them, or other data that JSON can represent."""
         self._digest = hashlib.sha256()
         for row in rows:
             self.add(row)
 
     def add(self, row: Any) -> None:
-        """Continue with another row."""
+        """Hash another row."""
         self._digest.update(json.dumps(row).encode() + b"\n")
 
     def hexdigest(self) -> str:
-        """Of the rows until now."""
+        """The hash of the rows so far."""
         return self._digest.hexdigest()

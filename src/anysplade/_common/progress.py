@@ -1,4 +1,4 @@
-"""Work that shows itself: a bar where a person watches, a line in the log now and then where nobody does."""
+"""Progress of long work: a bar in a terminal, occasional log lines elsewhere."""
 
 import logging
 import math
@@ -10,19 +10,20 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-_FIRST, _EVERY, _SHARE = 5.0, 30.0, 0.1  # seconds until the first line and between lines, at least this share of the time so far
-_MANY = 200  # units: fewer texts are encoded in a second or two, and need no line before they are
+_FIRST_WAIT = 5.0  # seconds until the first log line
+_WAIT, _WAIT_SHARE = 30.0, 0.1  # seconds between log lines, and at least this share of the time so far
+_MANY = 200  # texts; fewer are encoded in a second or two, and need no log line
 
 
 def bar(what: str, unit: str, total: int | None = None, show: bool = False, done: int = 0) -> "tqdm | _Lines":
-    """The progress of one piece of work, as a context whose ``update(n)`` says that n more units are done.
+    """A context that shows the progress of one task; its ``update(n)`` adds n units that are done.
 
     Args:
-        what: in the words of a person, such as "encoding documents".
-        unit: what is counted, in the singular.
-        total: units in all; None if it is not known.
-        show: whether anything is shown.
-        done: units of them that were done before.
+        what: the task, such as "encoding documents".
+        unit: the thing to count, in the singular.
+        total: number of units; None if unknown.
+        show: whether to show anything.
+        done: units that were done before.
     """
     if show and not sys.stderr.isatty():
         return _Lines(what, unit, total, done)
@@ -30,58 +31,60 @@ def bar(what: str, unit: str, total: int | None = None, show: bool = False, done
 
 
 def begin(what: str, show: bool, count: float = math.inf) -> None:
-    """Say what begins, if it is on so many texts that it takes more than a second or two."""
+    """Log that a task begins, unless it has so few texts that it takes only a second or two."""
     if show and count >= _MANY:
         logger.info("%s", what)
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: "40 seconds", "17 minutes", "2.5 hours"."""
-    for size, unit in ((3600, "hour"), (60, "minute"), (1, "second")):
-        if seconds >= 1.5 * size or size == 1:
-            count = f"{seconds / size:,.1f}".removesuffix(".0") if unit == "hour" else f"{max(1, round(seconds / size))}"
-            break
+    """A time for a message: "40 seconds", "17 minutes", "2.5 hours"."""
+    if seconds >= 5400:
+        count, unit = f"{seconds / 3600:,.1f}".removesuffix(".0"), "hour"
+    elif seconds >= 90:
+        count, unit = str(round(seconds / 60)), "minute"
+    else:
+        count, unit = str(max(1, round(seconds))), "second"
     return f"{count} {unit}{'' if count == '1' else 's'}"
 
 
 def counted(count: int, unit: str) -> str:
-    """A number of things as a person says it: "1 seed", "1,240 queries"."""
-    many = f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}es" if unit.endswith("ss") else f"{unit}s"
-    return f"{count:,} {unit if count == 1 else many}"
+    """A number of things for a message: "1 seed", "1,240 queries"."""
+    plural = f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}es" if unit.endswith("ss") else f"{unit}s"
+    return f"{count:,} {unit if count == 1 else plural}"
 
 
 class _Lines:
-    """Progress in lines of the log."""
+    """Progress as log lines, with the methods of a bar that callers use."""
 
     def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
         self.what, self.unit, self.total = what, unit, total
         self.n = self._before = done
         self._start: float | None = None
         self._last = 0.0
-        self._wait = _FIRST
+        self._wait = _FIRST_WAIT
         begin(f"{what}: {counted(total or 0, unit)}", True, (total or 0) - done)
 
     def update(self, n: int = 1) -> None:
         self.n += n
         now = time.monotonic()
-        if self._start is None:  # what comes before the first units, such as opening a model, says nothing about the others
+        if self._start is None:  # the time until the first units is no estimate: it includes opening a model
             self._start = self._last = now
             self._before = self.n
         if now - self._last < self._wait or self.n == self.total:
             return
-        self._last, self._wait = now, max(_EVERY, _SHARE * (now - self._start))
+        self._last, self._wait = now, max(_WAIT, _WAIT_SHARE * (now - self._start))
         done = ("" if self.total is None else f"{self.n:,} of ") + counted(self.n if self.total is None else self.total, self.unit)
         left = (now - self._start) * ((self.total or 0) - self.n) / max(1, self.n - self._before)
         logger.info("%s: %s%s", self.what, done, f", about {duration(left)} left" if left > 0 else "")
 
     def set_postfix(self, **_: Any) -> None:
-        """A bar's, which lines do without."""
+        pass
 
     def close(self) -> None:
-        """A bar's; a line needs no end."""
+        pass
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        pass

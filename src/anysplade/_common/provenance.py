@@ -1,4 +1,4 @@
-"""The provenance of a result, so that it can be reproduced: versions, commit, hardware, command."""
+"""The provenance of a result: versions, commit, hardware and command, so that it can be reproduced."""
 
 import os
 import platform
@@ -15,9 +15,10 @@ from anysplade.errors import without_credentials
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit, hardware and command line (without credentials) of this process, as JSON data."""
+    """Versions, commit, hardware and command line, without credentials, of this process."""
     import torch
 
+    program = "anysplade" if Path(sys.argv[0]).name == "anysplade" else sys.argv[0]
     libraries = ("torch", "transformers", "sentence-transformers", "numpy", "scipy")
     return {
         "versions": {"anysplade": __version__, "python": platform.python_version()} | {name: version(name) for name in libraries},
@@ -28,27 +29,22 @@ def provenance() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "command": without_credentials(" ".join(_quoted(argument) for argument in [_program(), *sys.argv[1:]])),
+        "command": without_credentials(" ".join(map(_quoted, [program, *sys.argv[1:]]))),
     }
 
 
-def _program() -> str:
-    return "anysplade" if Path(sys.argv[0]).name == "anysplade" else sys.argv[0]
-
-
 def _quoted(argument: str) -> str:
-    """An argument quoted for a shell; in NAME=VALUE only the value, so that a token with spaces is removed as a whole."""
+    """Quote an argument for a shell; only the value in NAME=VALUE, so that a token with spaces is removed completely."""
     name, equals, value = argument.partition("=")
     return f"{name}={shlex.quote(value)}" if equals and re.fullmatch(r"[\w-]+", name) else shlex.quote(argument)
 
 
 def _commit() -> str | None:
-    """The commit of the running source tree; None if this file is not tracked by git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the running source tree; None if git does not track this file."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-        if tracked.returncode:
-            return None
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,4 @@
-"""Worker processes that share a machine's GPUs."""
+"""The distribution of a machine's GPUs among worker processes."""
 
 import os
 from multiprocessing.context import SpawnContext
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def device_of_worker(worker: int, count: int, visible: str | None) -> str | None:
-    """``CUDA_VISIBLE_DEVICES`` for a worker: one GPU of its parent's, in turn; None if there is no GPU.
+    """``CUDA_VISIBLE_DEVICES`` for a worker: one of the parent's GPUs, in turn; None if there is no GPU.
 
     Args:
-        worker: its number, from 0.
+        worker: number of the worker, from 0.
         count: number of GPUs that the parent sees.
         visible: the parent's ``CUDA_VISIBLE_DEVICES``: numbers or UUIDs, separated by commas.
     """
@@ -18,7 +18,7 @@ def device_of_worker(worker: int, count: int, visible: str | None) -> str | None
 
 
 def devices_of_workers(context: SpawnContext, workers: int) -> Any:
-    """A queue from which each of the workers takes its device, with ``take_device``."""
+    """A queue from which each worker gets its device with ``take_device``."""
     import torch
 
     devices = context.Queue()
@@ -28,7 +28,7 @@ def devices_of_workers(context: SpawnContext, workers: int) -> Any:
 
 
 def take_device(devices: Any) -> None:
-    """In a worker, before anything uses a GPU: take a device from the queue and hide all others."""
+    """Take a device from the queue and hide all others; a worker calls this before it uses a GPU."""
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device

@@ -1,8 +1,8 @@
-"""The command line: one command is one library call, one module a group of commands."""
+"""The command line: each command is one library call, and each module a group of commands."""
 
 import os
 
-# Libraries read these when they are imported, and some are imported below: other libraries' bars; ours decide for themselves.
+# Libraries read these variables when they are imported, so they are set before the imports below. Our own bars ignore them.
 for _name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

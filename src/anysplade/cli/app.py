@@ -1,11 +1,12 @@
-"""The command line's frame: how a command prints its result, its errors and its log.
+"""The frame of all commands: how they print results, errors and logs.
 
-Results go to standard output, progress and logs to standard error. The exit code is 0 on success, 2 on a mistake of
-the user's (one line with the cause and the fix), 1 on a failure.
+Results go to standard output, progress and logs to standard error. The exit code is 0 on success, 2 on a mistake by the
+user (one line with the cause and the fix), and 1 on a failure.
 """
 
 import contextlib
 import functools
+import inspect
 import io
 import json as jsonlib
 import logging
@@ -15,9 +16,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console, RenderableType
@@ -26,7 +26,7 @@ from anysplade import __version__
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
 from anysplade.cli.order import check_order
-from anysplade.data.sources import is_utf8
+from anysplade.data.text import is_utf8
 from anysplade.errors import AnyspladeError, OptionError, UsageError, without_credentials
 
 app = App(
@@ -37,61 +37,63 @@ app = App(
     default_parameter=Parameter(converter=as_typed),
 )
 
-_UNLIMITED = 10**5  # characters: no line is as long
+_UNLIMITED = 10**5  # characters; no line is that long
 
-Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]
+_Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]
 Out = Annotated[Path, Parameter(name="--out")]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A command's result: as JSON, and for a person."""
+class Result(NamedTuple):
+    """A command's result: as JSON data, and as parts to print for a person."""
 
     data: dict[str, Any]
     text: list[RenderableType]
 
 
 def command(function: Callable[..., Result]) -> Callable[..., None]:
-    """Register a command. Whatever the libraries print goes to standard error."""
+    """Register a command, with the option --json. What libraries print goes to standard error."""
 
     @functools.wraps(function)
     def run(*args: Any, json: bool = False, **kwargs: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             _quiet_libraries()
-            result = function(*args, json=json, **kwargs)
+            result = function(*args, **kwargs)
         if not is_first_process():
             return
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # lone surrogates, and characters that the terminal's encoding lacks
+            sys.stdout.reconfigure(errors="backslashreplace")  # for lone surrogates, and characters that the encoding lacks
         if json:
             _print(_as_json(result.data) + "\n")
         else:
-            width = None if sys.stdout.isatty() else _UNLIMITED  # where nobody looks, a table has the width that it needs
-            # Names and texts can have brackets and colons.
-            console = Console(width=width, soft_wrap=True, markup=False, emoji=False)
+            width = None if sys.stdout.isatty() else _UNLIMITED  # outside a terminal, a table is as wide as it needs to be
+            console = Console(width=width, soft_wrap=True, markup=False, emoji=False)  # names can contain brackets and colons
             with console.capture() as captured:
                 for part in result.text:
                     console.print(part)
             _print(captured.get())
 
+    signature = inspect.signature(function)
+    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    run.__annotations__ = function.__annotations__ | {"json": _Json}
     app.command(run)
     return run
 
 
 def _print(text: str) -> None:
-    """Write to standard output. Where nobody reads on (``| head -1``), exit as what the signal SIGPIPE ends."""
+    """Write to standard output. If its reader is gone (``| head -1``), exit like a process that SIGPIPE ends."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except (OSError, KeyboardInterrupt) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write the rest at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes the rest on exit
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         raise
 
 
 def _as_json(data: dict[str, Any]) -> str:
-    """JSON, escaped where standard output cannot encode the characters."""
+    """JSON, escaped if standard output cannot encode the characters."""
     text = jsonlib.dumps(data, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -101,15 +103,15 @@ def _as_json(data: dict[str, Any]) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this process prints and shows progress: of those that torchrun started, the first."""
+    """Whether this process prints and shows progress; only the first of those that torchrun started does."""
     return os.environ.get("RANK", "0") == "0"
 
 
-_ARGUMENTS = {"backbone", "collection", "data", "index", "query", "runs"}  # they have no flag
+_ARGUMENTS = {"backbone", "collection", "data", "index", "query", "runs"}  # positional, so they have no flag
 
 
 def _as_typed(text: str) -> str:
-    """A message of the library, with the options that it names, such as `top_k=5`, as they are typed here: --top-k 5."""
+    """A message of the library without credentials, and with options as they are typed: --top-k 5 for `top_k=5`."""
 
     def typed(option: re.Match[str]) -> str:
         name, value = option.groups()
@@ -120,15 +122,13 @@ def _as_typed(text: str) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Messages of anysplade and of other libraries, none with a password or a token."""
-
     def format(self, record: logging.LogRecord) -> str:
         return _as_typed(super().format(record))
 
 
 def _quiet_libraries() -> None:
-    """Keep standard error for anysplade's own progress and for warnings that ask for something; see ``anysplade.cli`` too."""
-    warnings.simplefilter("ignore", FutureWarning)  # between libraries; users can do nothing about them
+    """Keep standard error for anysplade's progress and for warnings that need action; ``anysplade.cli`` does a part of this."""
+    warnings.simplefilter("ignore", FutureWarning)  # addressed to libraries; users can do nothing about them
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("anysplade").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     for handler in logging.getLogger().handlers:
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         if odd and (encoding := sys.getfilesystemencoding()) != "utf-8":
             raise OptionError(f"{odd}: not text in this system's encoding, {encoding}; set PYTHONUTF8=1 if it is UTF-8")
         if odd:
-            print(f"{odd}: not UTF-8; what cannot be read in a text is taken for U+FFFD", file=sys.stderr)
+            print(f"{odd}: not UTF-8; characters that cannot be decoded are read as U+FFFD", file=sys.stderr)
         app.config = config_file(arguments)
         check_order(arguments)
         app(arguments, exit_on_error=False, print_error=False)
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         _report(error)
         return 1
     except KeyboardInterrupt:
-        print("anysplade: interrupted; run the same command again to continue where it can", file=sys.stderr)
+        print("anysplade: interrupted; run the same command again to continue where possible", file=sys.stderr)
         return 130
     return 0
 
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> None:
     """Entry point of the ``anysplade`` command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed; a file that is opened later would have its number, and get what is printed
+        if getattr(sys, name) is None:  # closed; a file that is opened later would get its number and receive the output
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the whole process
     sys.exit(main())
 

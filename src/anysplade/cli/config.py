@@ -1,4 +1,4 @@
-"""Files with options of ``train``, in YAML or TOML, by their names in Python."""
+"""YAML or TOML files with options of ``train`` by their names in Python."""
 
 import tomllib
 from collections.abc import Sequence
@@ -20,11 +20,7 @@ _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool"
 
 
 def as_typed(kind: Any, tokens: Sequence[Any]) -> Any:
-    """What the command line and files of options take a text for. cyclopts alone would round a fraction to a whole number.
-
-    Raises:
-        CycloptsError, ValueError: it is nothing of the kind.
-    """
+    """Convert texts of the command line or a file to a type; unlike in cyclopts itself, a fraction is not rounded to an integer."""
     for token in tokens if int in (kind, *get_args(kind)) else ():
         text = str(getattr(token, "value", token))
         if "." in text and not float(text).is_integer():
@@ -33,35 +29,31 @@ def as_typed(kind: Any, tokens: Sequence[Any]) -> Any:
 
 
 def config_file(arguments: Sequence[str]) -> list[Dict]:
-    """The file that ``train --config`` names, as a source of options for the command line.
+    """The file given to ``train --config``, as a source of options for the command line.
 
-    It is found before the arguments are parsed, because parsing takes the values from it.
-
-    Raises:
-        OptionError: the file cannot be read, or has an unknown option.
+    It is read before the arguments are parsed, because parsing uses its values.
     """
     named = [i for i, argument in enumerate(arguments) if argument == "--config" or argument.startswith("--config=")]
     if list(arguments[:1]) != ["train"] or not named:
         return []
     argument, following = arguments[named[-1]], arguments[named[-1] + 1 : named[-1] + 2]
     path = user_path(argument.partition("=")[2] if "=" in argument else "".join(following))
-    options = {
-        "out" if name == "output" else name.replace("_", "-"): value for name, value in read_options(path, "--config").items()
-    }
+    given = read_options(path, "--config")
+    options = {"out" if name == "output" else name.replace("_", "-"): value for name, value in given.items()}
     return [Dict(data=options, use_commands_as_keys=False, source=str(path))]
 
 
 def read_options(path: Path, flag: str, excluded: Sequence[str] = ()) -> dict[str, Any]:
-    """Options of ``train`` by their names in Python, each of its type, so that ``study --training`` takes the same files.
+    """Read options of ``train`` by their names in Python, each converted to its type; ``study --training`` uses the same files.
 
-    A value means what its text means on the command line: YAML's own rules would make 8 of 010 and True of yes.
+    A value means the same as on the command line: YAML's own rules would read 010 as 8 and yes as True.
 
     Args:
-        flag: that named the file, for errors.
-        excluded: options that the file may not have.
+        flag: the option that names the file, for messages.
+        excluded: options that the file must not contain.
 
     Raises:
-        OptionError: the file cannot be read, or has an unknown or excluded option, one twice, or a value of another type.
+        OptionError: the file cannot be read, or has an unknown, excluded or repeated option, or a value of a wrong type.
     """
     kinds = get_type_hints(TrainingConfig)
     known = {field.name for field in fields(TrainingConfig)} - {"_", *excluded}
@@ -76,14 +68,14 @@ def read_options(path: Path, flag: str, excluded: Sequence[str] = ()) -> dict[st
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OptionError(f"{flag} {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not options:
-        raise OptionError(f"{flag} {path}: holds no options; each line is one, such as batch_size: 32")
+        raise OptionError(f"{flag} {path}: contains no options; each line is one, such as batch_size: 32")
     found: dict[str, Any] = {}
     for name, value in options:
         if name not in known:
             hint = "; the command itself sets it" if name in excluded else did_you_mean(str(name), known, cutoff=0.6)
             raise OptionError(f"{flag} {path}: no option {name!r}{hint}")
         if name in found:
-            raise OptionError(f"{flag} {path}: {name} stands there twice; leave one")
+            raise OptionError(f"{flag} {path}: {name} is given twice; remove one")
         try:
             found[name] = _typed(name, value, kinds[name])
         except OptionError as error:
@@ -92,7 +84,7 @@ def read_options(path: Path, flag: str, excluded: Sequence[str] = ()) -> dict[st
 
 
 def _yaml_options(text: str) -> list[tuple[str, Any]]:
-    """Names and values as they stand in a file, none without a name left out."""
+    """Names and values in a YAML file, with repeated names; empty if it is not a mapping."""
 
     def value_of(node: Any) -> Any:
         if node.tag not in _PLAIN:
@@ -110,9 +102,8 @@ def _yaml_options(text: str) -> list[tuple[str, Any]]:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value of a file as its option has it."""
-    several = get_origin(kind) is tuple
-    if isinstance(value, list) and several and all(isinstance(one, str) for one in value):
+    """Convert a value of a file to the type of its option."""
+    if isinstance(value, list) and get_origin(kind) is tuple and all(isinstance(item, str) for item in value):
         return tuple(value)
     if value is None or isinstance(value, dict | list):
         return checked_option(name, value, kind)
@@ -120,4 +111,4 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     try:
         return as_typed(kind, [text])
     except (CycloptsError, ValueError):
-        return checked_option(name, text, kind)  # it says what is wanted
+        return checked_option(name, text, kind)  # raises an error that says which values are allowed

@@ -1,4 +1,4 @@
-"""All of it on bundled parts: two backbones, three calibrations, a table, an index, three searches."""
+"""The demo: two bundled backbones with three calibrations each, a table, an index and three searches."""
 
 import json
 import logging
@@ -10,7 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+from rich.text import Text
+
 from anysplade._common.files import user_path, write_atomic
+from anysplade._common.progress import duration
+from anysplade.cli.rendering import evaluation_table, hit_lines
 from anysplade.data.collections import load_collection, load_python_docs, write_collection
 from anysplade.data.pairs import load_pairs
 from anysplade.data.python_docs import PACKAGES
@@ -27,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 CALIBRATIONS: dict[str, tuple[Choice, Choice]] = {
     "none": (1.0, 0.0),  # the standard recipe
-    "scale": ("auto", 0.0),  # the paper's: k alone
+    "scale": ("auto", 0.0),  # the paper's recipe: k alone
     "auto": ("auto", "auto"),  # scale and level
 }
 SETTINGS: dict[str, Any] = {  # chosen to show the difference within minutes on two cores
     "batch_size": 16,
     "query_regularizer_weight": 3e-4,
     "document_regularizer_weight": 3e-4,
-    "max_length": 96,  # of evaluations and the index too: to read long documents to their end would take far longer
+    "max_length": 96,  # for evaluations and the index too: whole documents would take far longer
     "checkpoint_steps": 60,
     "seed": 0,
 }
@@ -43,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {  # the same for all three calibrations of a 
     "modernbert-tiny": {"steps": 120, "learning_rate": 6e-4},
 }
 METRICS = ("RR@10", "nDCG@10")
-_DEPTH = 100  # documents a query's ranking holds
+_DEPTH = 100  # documents per ranking
 QUERIES = (
     "solve a system of linear equations",
     "shortest path between two nodes of a graph",
@@ -54,16 +59,16 @@ _INDEXED = ("modernbert-tiny", "auto")
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made: a row a model, and where model and index lie."""
+    """Results of the demo: a row per model, three searches, and the paths of the indexed model and the index."""
 
     rows: list[dict[str, Any]]
     collection: dict[str, Any]
     settings: dict[str, Any]
     searches: list[tuple[str, list[Hit]]]
-    words: dict[str, dict[str, str]]  # of each search: those that the tokenizer split, by the term of each piece
+    words: dict[str, dict[str, str]]  # by query: words that the tokenizer split, by the term of each piece
     model: str
     index: str
-    command: str  # how this anysplade is called
+    command: str  # how anysplade was called
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,12 +79,12 @@ class DemoResult:
 def run_demo(
     output: str | Path, steps: int | None = None, packages: Sequence[str] = PACKAGES, progress: bool = False
 ) -> DemoResult:
-    """Train and evaluate every bundled backbone raw, scaled and calibrated; index one of them; search.
+    """Train and evaluate each bundled backbone raw, scaled and calibrated; index one of the models; search.
 
-    What an earlier call with the same arguments left in the folder is used again.
+    Results of an earlier call with the same arguments are reused.
 
     Raises:
-        OutputError: the folder holds something else.
+        OutputError: the folder contains something else.
     """
     start = time.perf_counter()
     output = user_path(output)
@@ -87,10 +92,10 @@ def run_demo(
     settings = SETTINGS | {"runs": runs}
     made = output / "settings.json"
     if output.exists() and not made.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: holds something that is no demo; choose another --out")
+        raise OutputError(f"{output}: contains something other than a demo; choose another --out")
     asked = {"settings": settings, "packages": list(packages)}
     if made.exists() and json.loads(made.read_text()) != asked:
-        raise OutputError(f"{output}: holds a demo with other settings; choose another --out or remove it")
+        raise OutputError(f"{output}: contains a demo with other settings; choose another --out or remove it")
     write_atomic(made, json.dumps(asked, indent=2) + "\n")
 
     folder = output / "collection"
@@ -104,41 +109,24 @@ def run_demo(
         for name, (k, shift) in CALIBRATIONS.items():
             run = output / f"{backbone}-{name}"
             logger.info("%s, calibration %s: training and evaluating", backbone, name)
-            trained = train(
-                TrainingConfig(
-                    backbone=backbone,
-                    data=str(folder),
-                    output=str(run),
-                    k=k,
-                    shift=shift,
-                    **runs[backbone],
-                    **SETTINGS,
-                ),
-                progress=progress,
-            )
+            options = {"data": str(folder), "output": str(run), "k": k, "shift": shift} | runs[backbone] | SETTINGS
+            trained = train(TrainingConfig(backbone, **options), progress=progress)
             if not (run / "evaluation.json").exists():
                 evaluate(trained.model, collection, METRICS, output=run, depth=_DEPTH, **reading)
-            rows.append(
-                {"backbone": backbone, "calibration": name, "k": trained.calibration["k"], "shift": trained.calibration["shift"]}
-                | {"findings": trained.monitoring["findings"]}
-                | json.loads((run / "evaluation.json").read_text())
-            )
+            row = {"backbone": backbone, "calibration": name, "k": trained.calibration["k"], "shift": trained.calibration["shift"]}
+            row |= {"findings": trained.monitoring["findings"]}
+            rows.append(row | json.loads((run / "evaluation.json").read_text()))
     bm25 = evaluate("bm25", collection, METRICS, depth=_DEPTH).to_dict()
     rows.append({"backbone": "bm25", "calibration": None, "k": None, "shift": None, "findings": []} | bm25)
 
     best = output / "-".join(_INDEXED)
     where = output / "index"
     index = Index.load(where) if where.exists() else Index.build(best / "model", folder, where, **reading)
-    command = Path(sys.argv[0])
-    on_path = shutil.which("anysplade")
+    command, on_path = Path(sys.argv[0]), shutil.which("anysplade")
+    counts = {"documents": len(collection.corpus), "queries": len(collection.queries), "training_pairs": len(load_pairs(folder))}
     result = DemoResult(
         rows=rows,
-        collection={
-            "packages": list(packages),
-            "documents": len(collection.corpus),
-            "queries": len(collection.queries),
-            "training_pairs": len(load_pairs(folder)),
-        },
+        collection={"packages": list(packages)} | counts,
         settings=settings,
         searches=[(query, index.search(query, k=3, explain=True)) for query in QUERIES],
         words={query: query_words(index.queries, query) for query in QUERIES},
@@ -149,3 +137,31 @@ def run_demo(
     )
     write_atomic(output / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def demo_parts(result: DemoResult) -> list[RenderableType]:
+    """The data, the settings, the table of the models, what the monitor found, and the searches."""
+    collection, runs = result.collection, result.settings["runs"]
+    parts: list[RenderableType] = [
+        f"Docstrings of {', '.join(collection['packages'])}: {collection['training_pairs']:,} training pairs; "
+        f"{collection['queries']:,} held-out queries over {collection['documents']:,} documents.",
+        "Trained on {batch_size} pairs per step, texts cut to {max_length} tokens: ".format(**result.settings)
+        + "; ".join(f"{name} {run['steps']} steps, learning rate {run['learning_rate']:g}" for name, run in runs.items()),
+        evaluation_table(result.rows, METRICS, ["backbone", "calibration", "k", "shift"]),
+    ]
+    named = [
+        f"{row['backbone']} {row['calibration']}: {f['name']} at step {f['step']}" for row in result.rows for f in row["findings"]
+    ]
+    if named:
+        parts.append("\nProblems that the monitor named during training: " + "; ".join(named) + ".")
+    for query, hits in result.searches:
+        parts += [Text(f"\n{query}", style="bold"), *hit_lines(hits, result.words[query])]
+    parts.append(
+        Text(
+            f"\nmodel: {result.model}\nindex: {result.index}\nall done in {duration(result.seconds)}; next:\n\n"
+            f'  {result.command} search {result.index} "sort an array in descending order"\n\n'
+            f"  from sentence_transformers import SparseEncoder\n"
+            f"  model = SparseEncoder({result.model!r})"
+        )
+    )
+    return parts

@@ -2,30 +2,29 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from rich.console import RenderableType
+from rich.text import Text
 
-from anysplade.cli.app import Json, Result, command, is_first_process
+from anysplade._common.figures import draw
+from anysplade._common.progress import counted
+from anysplade.cli.app import Result, command, is_first_process
+from anysplade.cli.rendering import evaluation_table, snippet, table
 from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
 
+if TYPE_CHECKING:
+    from anysplade.evaluation.comparisons import Comparison, Evaluations
 
-def _split(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The models and the collections among these names, of which the last one is a collection."""
-    from anysplade.data.collections import is_collection
-
-    collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
-    models = [name for name in names if name not in collections]
-    if not models:
-        raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
-    return models, collections
+_Metrics = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 
 @command
 def evaluate(
     *names: str,
-    metrics: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    metrics: _Metrics = None,
     split: str = "test",
     seeds: bool = False,
     curve: bool = False,
@@ -34,34 +33,37 @@ def evaluate(
     max_length: int | None = None,
     out: Annotated[Path | None, Parameter(name="--out")] = None,
     cache: Path | None = None,
-    json: Json = False,
 ) -> Result:
-    """Measure models on collections: effectiveness and cost, and with several models how sure the differences are.
+    """Measure models on collections: effectiveness, cost and, for several models, the significance of the differences.
 
     Args:
-        names: models and then collections. A model is a sparse encoder's folder or hub id, a dense model's, a masked LM as it is,
-            bm25, bm25-unstemmed, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets id, a
-            hub dataset, nanobeir or python-docs.
-        metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 if none is given.
-        split: which qrels.
-        seeds: the models are seeds of one: show mean and standard deviation.
-        curve: prune documents and queries to their largest weights, and show what that costs and saves.
-        runtime: of encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which is
-            faster and as exact.
-        precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
-        max_length: tokens a text is cut to, up to the model's positions; what the model was saved with if not given.
+        names: models and then collections. A model is the folder or hub id of a sparse encoder, a dense model or a masked LM as
+            it is, bm25, bm25-unstemmed, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets
+            id, a hub dataset, nanobeir or python-docs.
+        metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
+        split: the qrels to read.
+        seeds: the models differ only in their seed: show mean and standard deviation.
+        curve: prune documents and queries to their largest weights, and show the effect on effectiveness and cost.
+        runtime: for encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which
+            is faster and as exact.
+        precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
+        max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
         out: a folder for TREC runs, values by query, figures and the JSON.
-        cache: a folder for vectors, which are not computed twice; that of ANYSPLADE_CACHE or the user's if not given.
+        cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
-    from anysplade._common import files
-    from anysplade._common.files import default_cache
-    from anysplade.cli import rendering as report
-    from anysplade.evaluation import comparisons as comparison
+    from anysplade._common.files import default_cache, write_atomic
+    from anysplade.data.collections import is_collection
+    from anysplade.evaluation.comparisons import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
+    collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
+    models = [name for name in names if name not in collections]
+    if not models:
+        raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all(
-        *_split(names),
+    found = evaluate_all(
+        models,
+        collections,
         measured,
         split=split,
         seeds=seeds,
@@ -74,33 +76,123 @@ def evaluate(
         progress=is_first_process(),
     )
     if out is not None and found.curves:
-        files.write_atomic(out / "curve.svg", report.curve_figure(found.curves, measured[0]))
-    return Result(found.to_dict(), report.evaluations_parts(found, measured))
+        write_atomic(out / "curve.svg", _curve_figure(found.curves, measured[0]))
+    return Result(found.to_dict(), evaluations_parts(found, measured))
 
 
 @command
-def compare(
-    *runs: str,
-    collection: str,
-    metrics: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    split: str = "test",
-    json: Json = False,
-) -> Result:
-    """Compare run files on a collection: each against the first, with paired tests and the queries that changed most.
+def compare(*runs: str, collection: str, metrics: _Metrics = None, split: str = "test") -> Result:
+    """Compare run files on a collection: each with the first one, with paired tests and the queries that changed most.
 
     Args:
-        runs: TREC run files, two or more; anything else that evaluate takes as a model will do.
-        collection: what the runs were made on.
-        metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 if none is given.
-        split: which qrels.
+        runs: two or more TREC run files, or anything else that evaluate takes as a model.
+        collection: the collection of the runs.
+        metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
+        split: the qrels to read.
     """
     from anysplade._common.files import default_cache
-    from anysplade.cli import rendering as report
-    from anysplade.evaluation import comparisons as comparison
+    from anysplade.evaluation.comparisons import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
     if len(runs) < 2:
-        raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
+        raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
-    return Result(found.to_dict(), report.evaluations_parts(found, measured))
+    found = evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
+    return Result(found.to_dict(), evaluations_parts(found, measured))
+
+
+def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
+    """One table of all results; below it notes, tests, the queries that changed most and the curves."""
+    rows = [evaluation.to_dict() for evaluation in found.evaluations]
+    several = len({row["collection"] for row in rows}) > 1
+    names = ("model", "collection") if several else ("model",)
+    parts: list[RenderableType] = [evaluation_table([*rows, *found.means], metrics, names)]
+    for collection, count in {row["collection"]: row["self_matches"] for row in reversed(rows) if row["self_matches"]}.items():
+        one, many = "is a document itself and not counted as its hit", "are documents themselves and not counted as their hits"
+        parts.append(Text(f"{collection}: {counted(count, 'query')} {one if count == 1 else many}"))
+    for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
+        parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
+    if found.comparisons:
+        parts += ["", *_comparison_parts(found.comparisons, several)]
+        first = found.comparisons[0]
+        for c in found.comparisons:
+            if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
+                parts.append(Text(f"\nchanged most in {c.metric}{_on(c, several)}, from {c.baseline} to {c.model}:"))
+                parts += [Text(_changed_line(change, c)) for change in c.changed]
+    for curve in found.curves:
+        title = f"{curve['model']} pruned" + (f", {curve['collection']}" if several else "")
+        points = [{title: _pruned(point)} | point for point in curve["points"]]
+        parts += ["", evaluation_table(points, metrics, [title])]
+    return parts
+
+
+def _on(comparison: "Comparison", several: bool) -> str:
+    return f" on {comparison.collection}" if several else ""
+
+
+def _pruned(point: dict[str, Any]) -> str:
+    sides = {"queries": point["query_top_k"], "documents": point["document_top_k"]}
+    return " and ".join(f"{side} to {k}" for side, k in sides.items() if k is not None) or "not pruned"
+
+
+def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> list[RenderableType]:
+    """The table of the comparisons, with those in the first metric on top, and notes on how to read it.
+
+    Args:
+        several: whether there is more than one collection.
+    """
+    primary = [c for c in comparisons if c.p_corrected is not None]
+    others = [c for c in comparisons if c.p_corrected is None]
+    rows = [
+        [
+            c.model,
+            *((c.collection,) if several else ()),
+            c.metric,
+            f"{c.difference:+.3f}",
+            "–" if c.interval is None else f"{c.interval[0]:+.3f} to {c.interval[1]:+.3f}",
+            f"{c.p:.2g}",
+            "–" if c.p_corrected is None else f"{c.p_corrected:.2g}",
+            f"{c.wins} / {c.ties} / {c.losses}",
+        ]
+        for c in (*primary, *others)
+    ]
+    place = ("collection",) if several else ()
+    columns = (f"against {comparisons[0].baseline}", *place, "metric", "difference", "95 %", "p", "p, Holm", "wins / ties / losses")
+    metric = primary[0].metric
+    corrected = f"corrected for {counted(len(primary), 'comparison')} in {metric}, the first metric"
+    notes = [f"p: paired t-test over queries; p, Holm: {corrected}"]
+    if others:
+        notes.append("the other metrics are exploratory: their p is not corrected; to test one of them, name it first in --metrics")
+    notes.append("95 %: bootstrap over queries")
+    for c in primary:
+        if not c.is_shown:
+            notes.append(f"no difference shows between {c.model} and {c.baseline} in {metric}{_on(c, several)}")
+    return [table(columns, rows), *map(Text, notes)]
+
+
+def _changed_line(change: dict[str, Any], comparison: "Comparison") -> str:
+    line = f"{change['before']:.3f} → {change['after']:.3f}  {snippet(change.get('query', change['query_id']))}"
+    for side, model in (("before", comparison.baseline), ("after", comparison.model)):
+        if f"rank_{side}" not in change:
+            continue
+        rank, terms = change[f"rank_{side}"], change.get(f"terms_{side}", {})
+        line += f"\n    {model}: document {change['document_id']} {'not found' if rank is None else f'at rank {rank}'}"
+        line += "".join(f"  {term} {product:.2f}" for term, product in terms.items())
+    return line
+
+
+def _curve_figure(curves: Sequence[dict[str, Any]], metric: str) -> str:
+    """Effectiveness against FLOPS as SVG, with one line per model and pruned side."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for curve in curves:
+            for pruned, kept_whole, style in (("documents", "query_top_k", "o-"), ("queries", "document_top_k", "s--")):
+                points = sorted((p for p in curve["points"] if p[kept_whole] is None), key=lambda p: p["flops"])
+                label = f"{curve['model']}, {curve['collection']}: {pruned} pruned"
+                axes.plot([p["flops"] for p in points], [p[metric] for p in points], style, label=label)
+        axes.set(xscale="log", xlabel="FLOPS (products per query and document)", ylabel=metric)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
+
+    return draw(paint, 7, 4.2)

@@ -1,4 +1,4 @@
-"""Arguments in the wrong order, told before a command runs, with the command as it was meant."""
+"""A check for arguments in the wrong order, before a command runs."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ from anysplade._common.files import user_path
 from anysplade.data.names import DATA, INDEX, held
 from anysplade.errors import OptionError
 
-_MODEL_FIRST = ("evaluate", "index", "train", "adapt")  # and then a collection, a corpus or training data
+_MODEL_FIRST = ("evaluate", "index", "train", "adapt")  # commands that take models and then data
 
 
 def check_order(arguments: Sequence[str]) -> None:
-    """Raise OptionError if data stand where the command takes a model, and the model after them, or a query before its index."""
+    """Raise OptionError with the corrected command if data come before a model, or a query before its index."""
     command, *others = arguments or [""]
     given = list(takewhile(lambda argument: not argument.startswith("-"), others))
     if command in _MODEL_FIRST and len(given) > 1:
         if held(given[-1 if command == "evaluate" else 1]) in DATA:
-            return  # the data stand where they belong, so the models need no look, which takes a while for a hub id
+            return  # the data are in the right place; looking at the models too would be slow for a hub id
         kinds = [held(name) for name in given]
-        # Of several models and collections any order will do, if the last one is a collection.
+        # For evaluate, models and collections can be in any order if the last one is a collection.
         known = kinds[-1] is not None or kinds[0] in DATA
         wrong = known and any(kind in DATA for kind in kinds) if command == "evaluate" else kinds[0] in DATA
         meant = [name for name, _ in sorted(zip(given, kinds, strict=True), key=lambda pair: pair[1] in DATA)]

@@ -2,16 +2,22 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from anysplade._common.files import beside
-from anysplade._common.progress import counted
-from anysplade.cli.app import Json, Out, Result, command, is_first_process
+from anysplade._common.progress import counted, duration
+from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.rendering import hit_lines, snippet, table
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
+
+if TYPE_CHECKING:
+    from anysplade.search.sizing import Size
 
 
 @command
@@ -24,22 +30,21 @@ def encode(
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
-    json: Json = False,
 ) -> Result:
     """Show the words that a sparse encoder gives to texts, with their weights.
 
     Args:
-        model: a sparse encoder's folder or hub id.
+        model: folder or hub id of a sparse encoder.
         texts: one or more, each in quotation marks.
         role: whether the texts are queries or documents.
-        k: how many words of each text are shown; the JSON has all.
-        runtime: of encoding; see index.
-        precision: of encoding; see index.
-        max_length: tokens a text is cut to; see index.
+        k: number of words to show per text; the JSON has all.
+        runtime: for encoding; see index.
+        precision: for encoding; see index.
+        max_length: tokens to cut a text to; see index.
     """
-    from anysplade.cli import rendering as report
-    from anysplade.model import encoder, encoding, runtimes, terms
+    from anysplade.model import encoder, encoding, runtimes
     from anysplade.model.queries import log_cut
+    from anysplade.model.terms import terms
 
     if not texts:
         raise OptionError('no text given; for example: anysplade encode MODEL "how to invert a matrix"')
@@ -48,13 +53,20 @@ def encode(
     opened = runtimes.for_inference(opened, runtime_for(len(texts), runtime, precision), resolved)
     vectors = encoding.encode(opened, texts, role)
     log_cut(encoding.count_truncated(opened, texts, role), len(texts), f"{role} texts")
-    found = [
-        {"text": text, "active_dims": vector.nnz, "terms": [term._asdict() for term in terms.terms(vector, opened)]}
-        for text, vector in zip(texts, vectors, strict=True)
-    ]
-    words = [terms.terms(vector, opened, text, k) for text, vector in zip(texts, vectors, strict=True)]
+    found: list[dict[str, Any]] = []
+    lines: list[RenderableType] = []
+    for text, vector in zip(texts, vectors, strict=True):
+        found.append({"text": text, "active_dims": vector.nnz, "terms": [term._asdict() for term in terms(vector, opened)]})
+        words = terms(vector, opened, text, k)
+        more = vector.nnz - sum(len(word.ids) for word in words)
+        lines += [
+            *([""] if lines else []),
+            Text(snippet(text), style="bold"),
+            table(("word", "weight"), [[word.term, f"{word.weight:.3f}"] for word in words]),
+            counted(vector.nnz, "active dim") + (f", {more:,} not shown" if more else ""),
+        ]
     about = {"model": model, "role": role, "precision": resolved, "vocabulary": vectors.shape[1]}
-    return Result(about | {"texts": found}, report.encoded_lines(found, words))
+    return Result(about | {"texts": found}, lines)
 
 
 @command
@@ -71,21 +83,20 @@ def index(
     max_length: int | None = None,
     workers: int = 1,
     ray: bool = False,
-    json: Json = False,
 ) -> Result:
-    """Encode a corpus and write an index; interrupted, or when the corpus changed, the same command brings it up to date.
+    """Encode a corpus and write an index; after an interruption or a change of the corpus, the same command updates it.
 
     Args:
-        model: a sparse encoder's folder or hub id.
+        model: folder or hub id of a sparse encoder.
         corpus: a file (JSONL, CSV, TSV, Parquet), or any collection that evaluate takes.
-        out: the index's folder.
-        to: a server instead: qdrant://host:6333/name or opensearch://host:9200/name.
-        runtime: of encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
-        precision: of encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 where the machine has it.
-        top_k: keep only the so many largest weights of each document: an approximation, recorded.
-        max_length: tokens a text is cut to, up to the model's positions; what the model was saved with if not given.
-        workers: processes that encode, each with the model.
-        ray: encode on a Ray cluster, workers at once.
+        out: folder of the index.
+        to: a server instead of a folder: qdrant://host:6333/name or opensearch://host:9200/name.
+        runtime: for encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
+        precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
+        top_k: keep only this many weights per document, the largest; this is an approximation, and recorded.
+        max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
+        workers: processes that encode, each with its own model.
+        ray: encode on a Ray cluster, with this number of workers.
     """
     from anysplade._common.files import default_cache
     from anysplade.search.index import Index
@@ -100,24 +111,16 @@ def index(
         if work is None:
             raise OutputError(f"--to {without_credentials(to)}: the encoded corpus needs a folder; set ANYSPLADE_CACHE to one")
         sent = RemoteIndex.build(model, corpus, to, work, **options)
-        found = {"documents": len(sent), "sent": sent.sent, "left_over": sent.left_over, "index": sent.address}
-        lines: list[RenderableType] = [
-            f"{counted(len(sent), 'document')} ({sent.sent:,} sent now), at {sent.address}",
-            f'next: anysplade search {sent.address} "your query"',
-        ]
-        return Result(sent.about | found, lines)
-    assert out is not None
-    with Index.build(model, corpus, out, **options) as built:
-        documents = counted(len(built), "document")
-        found = built.describe() | built.changes._asdict() | {"index": str(out)}
-    changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
-    return Result(
-        found,
-        [
-            f"{documents} ({changed}), {found['document_active_dims']:.0f} active dims a document, in {out}",
-            f'next: anysplade search {out} "your query"',
-        ],
-    )
+        found = sent.about | {"documents": len(sent), "sent": sent.sent, "left_over": sent.left_over, "index": sent.address}
+        line, target = f"{counted(len(sent), 'document')} ({sent.sent:,} sent now), at {sent.address}", sent.address
+    else:
+        assert out is not None
+        with Index.build(model, corpus, out, **options) as built:
+            found = built.describe() | built.changes._asdict() | {"index": str(out)}
+            documents = counted(len(built), "document")
+        changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
+        line, target = f"{documents} ({changed}), {found['document_active_dims']:.0f} active dims per document, in {out}", str(out)
+    return Result(found, [line, f'next: anysplade search {target} "your query"'])
 
 
 @command
@@ -132,22 +135,20 @@ def search(
     model: str | None = None,
     runtime: Runtime = "auto",
     precision: Precision = "float32",
-    json: Json = False,
 ) -> Result:
-    """Search an index; each hit says which terms made its score.
+    """Search an index; each hit shows which terms its score comes from.
 
     Args:
-        index: an index's folder, or its address on a server.
+        index: folder of an index, or its address on a server.
         query: the text to search for.
-        k: how many hits at most.
-        filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a name twice means any of its
-            values.
+        k: largest number of hits.
+        filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a repeated name means any of
+            its values.
         exact: search the vectors in memory, in float64, instead of the engine.
-        model: where the index's model lies, if it was moved.
-        runtime: of encoding the query; auto is torch, which is ready sooner.
-        precision: of encoding the query; see index.
+        model: folder of the index's model, if it was moved.
+        runtime: for encoding the query; auto is torch, which starts faster.
+        precision: for encoding the query; see index.
     """
-    from anysplade.cli import rendering as report
     from anysplade.model.queries import log_cut
     from anysplade.search import open_index
     from anysplade.search.documents import query_words
@@ -165,8 +166,9 @@ def search(
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
     note = None if hits else opened.explain_filter(wanted)
-    lines: list[RenderableType] = [note] if note else report.hit_lines(hits, query_words(opened.queries, query))
-    return Result(found | ({} if note is None else {"note": note}), lines)
+    if note:
+        return Result(found | {"note": note}, [note])
+    return Result(found, hit_lines(hits, query_words(opened.queries, query)))
 
 
 @command
@@ -181,19 +183,18 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
-    json: Json = False,
 ) -> Result:
     """Serve a search page and an HTTP API over an index, until stopped.
 
     Args:
-        index: an index's folder.
-        beside: another index's folder, or bm25, for the page that compares.
-        model: where the index's model lies, if it was moved.
-        runtime: of encoding queries; see index.
-        precision: of encoding queries; see index.
-        host: an address of this machine; one that others reach needs a token.
-        port: 0 for any that is free.
-        token: what every request must carry; ANYSPLADE_TOKEN, if that is set.
+        index: folder of an index.
+        beside: folder of another index, or bm25, for the page that compares.
+        model: folder of the index's model, if it was moved.
+        runtime: for encoding queries; see index.
+        precision: for encoding queries; see index.
+        host: an address of this machine; an address that other machines can reach needs a token.
+        port: 0 for any free port.
+        token: secret that every request must carry; ANYSPLADE_TOKEN by default, if that is set.
     """
     from anysplade.serving import app as server
 
@@ -212,24 +213,44 @@ def size(
     sample: int = 500,
     qps: float = 100.0,
     memory: float = 32.0,
-    json: Json = False,
 ) -> Result:
-    """Tell what an index will need: bytes, postings a query, queries a second a core, shards, hours of encoding.
+    """Estimate what an index will need: bytes, postings per query, queries per second and core, shards, hours of encoding.
 
     Args:
-        model: a sparse encoder's folder or hub id.
-        documents: how many, such as 100M.
-        corpus: texts like those that will be indexed; a collection brings its queries too.
-        sample: documents, and queries, that are encoded to measure.
-        qps: queries a second wanted.
-        memory: GiB of a machine, for postings.
+        model: folder or hub id of a sparse encoder.
+        documents: number of documents, such as 100M.
+        corpus: texts similar to those to index; a collection also provides queries.
+        sample: number of documents, and of queries, to encode for the measurement.
+        qps: queries per second to plan for.
+        memory: GiB per machine for postings.
     """
-    from anysplade.cli import rendering as report
     from anysplade.search import sizing
 
     options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": is_first_process()}
     found = sizing.size(model, sizing.parse_count(documents), **options)
-    return Result(found.to_dict(), report.size_lines(found))
+    return Result(found.to_dict(), _size_lines(found))
+
+
+def _size_lines(found: "Size") -> list[RenderableType]:
+    sampled = f"{counted(found.sampled_documents, 'document')}, {counted(found.sampled_queries, 'query')}"
+    posting = f"{found.ns_per_posting:.2f} ns per posting ({found.floor_ns_per_posting:.2f} at its bandwidth)"
+    shards = f"{counted(found.shards, 'shard')} of {found.memory_gib:g} GiB"
+    dims = f"{found.query_active_dims:.1f} per query, {found.document_active_dims:.1f} per document"
+    drawn = Table.grid(padding=(0, 2))
+    for name, value in {
+        "measured on": f"{sampled}: {found.sampled_from}",
+        "active dims": f"{dims}; FLOPS {found.flops:.2f}",
+        "this machine": f"{found.texts_per_second:,.0f} texts/s encoded; {posting}",
+        "documents": f"{found.documents:,}",
+        "postings": f"{found.postings:.3g}; a query reads {found.postings_per_query:.3g} of them",
+        "in memory": f"{found.index_bytes / 2**30:,.1f} GiB of postings",
+        "on disk": f"{found.disk_bytes / 2**30:,.1f} GiB: postings, two copies of the vectors, texts and ids",
+        "a query on a core": f"{1000 * found.seconds_per_query:,.1f} ms; {found.qps_per_core:,.2f} queries/s",
+        f"for {found.qps:g} queries/s": f"{counted(found.cores, 'core')}, {shards}",
+        "encoding": f"{duration(3600 * found.encoding_hours)} on one machine like this",
+    }.items():
+        drawn.add_row(name, value)
+    return [drawn, *(f"assumed: {assumption}" for assumption in found.assumptions)]
 
 
 @command
@@ -242,19 +263,18 @@ def export(
     queries: str | None = None,
     quantization: int = 100,
     model: str | None = None,
-    json: Json = False,
 ) -> Result:
-    """Write an index's vectors for Lucene: Anserini's JSONL, or the Common Index File Format; and queries for them.
+    """Write an index's vectors, and queries for them, for Lucene: as Anserini's JSONL or the Common Index File Format.
 
     Args:
-        index: an index's folder.
+        index: folder of an index.
         format: anserini (a folder of JSONL files) or ciff (one file).
         out: the folder or file to write.
         queries: a file or collection of queries, which are written to OUT.queries.tsv.
-        quantization: weights are written as whole numbers, times this.
-        model: where the index's model lies, if it was moved.
+        quantization: weights are multiplied by this and written as whole numbers.
+        model: folder of the index's model, if it was moved.
     """
-    from anysplade.data.collections import load_queries
+    from anysplade.data.queries import load_queries
     from anysplade.search.engines import export as exporting
     from anysplade.search.index import Index
 
@@ -262,7 +282,7 @@ def export(
     written = beside(out, "{}.queries.tsv")
     with Index.load(index, model) as opened:
         names = opened.queries.term_names
-        if asked:  # first: they are few, and an error in them comes before the documents
+        if asked:  # first, because queries are few and an error in them should come early
             exporting.export_queries(list(asked), opened.queries.encode(list(asked.values())), names, written, quantization)
         write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
         count = write(opened.store, names, out, quantization)

@@ -2,12 +2,21 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from rich.console import RenderableType
+from rich.text import Text
 
-from anysplade.cli.app import Json, Out, Result, command, is_first_process
+from anysplade._common.progress import counted, duration
+from anysplade.cli.app import Out, Result, command, is_first_process
 from anysplade.cli.config import read_options
+from anysplade.cli.rendering import table
+
+if TYPE_CHECKING:
+    from anysplade.study.run import StudyPlan
+
+_Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 
 @command
@@ -16,32 +25,30 @@ def study(
     /,
     *,
     out: Out,
-    backbones: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    backbones: _Names = None,
     data: str = "python-docs",
-    collections: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    collections: _Names = None,
     seeds: int = 3,
     k: float = 8.0,
     training: Path | None = None,
     workers: int | None = None,
     plan: Annotated[bool, Parameter(negative="")] = False,
-    json: Json = False,
 ) -> Result:
     """Run the paper's experiments with their controls and error bars; after an interruption, the same command continues.
 
     Args:
         name: norm, tradeoff, dynamics, sensitivity, controls or main, or all for these six; or folding.
-        out: folder of the cells and of the report.
-        backbones: masked LMs, folders or hub ids; the two bundled ones if none is given.
+        out: folder of the cells and the report.
+        backbones: folders or hub ids of masked LMs; the two bundled ones by default.
         data: training examples, in any form that train takes.
-        collections: what is evaluated, the first one in-domain; python-docs if none is given.
-        seeds: trainings of every row.
-        k: the paper's; the main study also has its half and its double.
-        training: a YAML or TOML file with train's options for all cells; what suits the bundled backbones otherwise.
-        workers: cells at a time; one for every GPU, or for every core.
-        plan: show what would be trained, what of it is done and, once a training of each backbone is, how long the rest takes;
-            nothing is trained.
+        collections: collections to evaluate on, the first one in-domain; python-docs by default.
+        seeds: trainings per row.
+        k: the paper's k; the main study also has half and double that.
+        training: a YAML or TOML file with options of train for all cells; options for the bundled backbones by default.
+        workers: cells to run at a time; one per GPU, or per core, by default.
+        plan: train nothing, and show what would be trained, what is done already and, after one training per backbone, how
+            long the rest takes.
     """
-    from anysplade.cli import rendering as report
     from anysplade.study.plan import StudyConfig
     from anysplade.study.run import plan_study, run_study
 
@@ -55,22 +62,39 @@ def study(
     config = StudyConfig(name, **options)
     if plan:
         planned = plan_study(config)
-        return Result(planned.to_dict(), report.plan_lines(planned))
+        return Result(planned.to_dict(), plan_lines(planned))
     result = run_study(config, progress=is_first_process())
-    return Result(result.to_dict(), report.study_lines(result))
+    parts: list[RenderableType] = []
+    for made, found in result.studies.items():
+        parts += [Text(made, style="bold"), *(Text(f"- {line}") for line in found.conclusions), ""]
+    if result.failed:
+        parts.append(f"{counted(len(result.failed), 'cell')} failed; the same command trains again what failed")
+    return Result(result.to_dict(), [*parts, f"report: {result.report}"])
+
+
+def plan_lines(plan: "StudyPlan") -> list[RenderableType]:
+    """What a study would train and, if known, how long it takes."""
+    rows = [[row.study, row.backbone, row.head, str(row.seeds), str(row.done)] for row in plan.rows]
+    left = plan.cells - plan.done
+    line = f"{counted(plan.cells, 'training')}, {plan.done:,} of them done; {left:,} to run, {plan.workers} at a time"
+    if left and plan.seconds is None:
+        line += "; the time is known once one of each backbone is done"
+    elif left and plan.seconds is not None:
+        line += f", about {duration(plan.seconds)}"
+    shared = ["rows of several studies share trainings"] if sum(row.seeds for row in plan.rows) > plan.cells else []
+    return [table(("study", "backbone", "head", "seeds", "done"), rows), line, *shared]
 
 
 @command
-def demo(*, out: Out = Path("anysplade-demo"), json: Json = False) -> Result:
-    """Run all of it on bundled parts, offline: calibrate, train, evaluate, index, search.
+def demo(*, out: Out = Path("anysplade-demo")) -> Result:
+    """Run all steps on bundled parts, offline: calibrate, train, evaluate, index, search.
 
     Args:
-        out: the folder for everything it makes; a second run reuses what is there.
+        out: the folder for all results; a second run reuses them.
     """
-    from anysplade.cli import rendering as report
-    from anysplade.cli.demo import run_demo
+    from anysplade.cli.demo import demo_parts, run_demo
 
-    for told in ("training.run", "training.trainer", "data.pairs", "model.encoding"):  # what six runs repeat; warnings stay
-        logging.getLogger(f"anysplade.{told}").setLevel(logging.WARNING)
+    for logged in ("training.run", "training.trainer", "data.pairs", "model.encoding"):  # details of six runs; warnings stay
+        logging.getLogger(f"anysplade.{logged}").setLevel(logging.WARNING)
     result = run_demo(out, progress=is_first_process())
-    return Result(result.to_dict(), report.demo_parts(result))
+    return Result(result.to_dict(), demo_parts(result))

@@ -2,13 +2,22 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.console import RenderableType
+from rich.text import Text
 
-from anysplade._common.progress import counted
-from anysplade.cli.app import Json, Out, Result, command, is_first_process
+from anysplade._common.progress import counted, duration
+from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.rendering import evaluation_table, snippet
 from anysplade.training.config import TrainingConfig, TrainingPrecision
+
+if TYPE_CHECKING:
+    from anysplade.training.head_training import HeadTraining
+    from anysplade.training.run import TrainingResult
+
+_Kinds = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
 
 @dataclass(frozen=True)
@@ -16,7 +25,7 @@ class _TrainingOptions(TrainingConfig):
     output: Annotated[str, Parameter(name="--out")] = field(kw_only=True)
     report_to: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = field(default=(), kw_only=True)
 
-    __doc__ = TrainingConfig.__doc__  # what the command line shows
+    __doc__ = TrainingConfig.__doc__  # the help texts of the options
 
 
 @command
@@ -24,18 +33,31 @@ def train(
     options: Annotated[_TrainingOptions, Parameter(name="*")],
     *,
     config: Annotated[Path | None, Parameter(name="--config")] = None,
-    json: Json = False,
 ) -> Result:
     """Train a SPLADE encoder; after an interruption, the same command continues from the last checkpoint.
 
     Args:
-        config: a YAML or TOML file with options by their names in Python; flags win over it.
+        config: a YAML or TOML file with options by their names in Python; options of the command line override it.
     """
-    from anysplade.cli import rendering as report
     from anysplade.training import run as training
 
     result = training.train(options, progress=is_first_process())
-    return Result(result.to_dict(), report.training_lines(result))
+    return Result(result.to_dict(), training_lines(result))
+
+
+def training_lines(result: "TrainingResult") -> list[RenderableType]:
+    """What was trained, the loss at both ends, and where the model is."""
+    means = [
+        f"{part['mean']:.3g} over steps {part['from_step']}-{part['to_step']}" for part in (result.ranking_loss or {}).values()
+    ]
+    loss = f"; ranking loss {', '.join(dict.fromkeys(means))}" if means else ""
+    resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
+    return [
+        f"k={result.calibration['k']:g}, shift={result.calibration['shift']:g}; "
+        f"{counted(result.steps, 'step')} on {counted(result.pairs, 'pair')} in {duration(result.seconds)}{resumed}{loss}",
+        f"model: {result.model}" + (f", which reads {result.max_seq_length:,} tokens of a text" if result.max_seq_length else ""),
+        f"next: anysplade evaluate {result.model} COLLECTION",
+    ]
 
 
 @command
@@ -52,23 +74,21 @@ def head(
     encoder_learning_rate: float = 0.0,
     layer_decay: float = 0.7,
     seed: int = 0,
-    json: Json = False,
 ) -> Result:
     """Give an encoder an MLM head, so that it can be trained as SPLADE; after an interruption, the same command continues.
 
     Args:
-        encoder: a dense embedding model's or an encoder's folder or hub id.
-        text: what the head is trained on: a corpus, or a text file with one text a line; best what will be searched.
-        out: the masked LM's folder.
-        steps: of training.
-        batch_size: texts a step.
+        encoder: folder or hub id of a dense embedding model or an encoder.
+        text: a corpus, or a text file with one text per line, to train the head on; ideally the texts to be searched.
+        out: folder of the masked LM.
+        steps: training steps.
+        batch_size: texts per step.
         max_length: tokens of a piece of text; longer texts are cut into pieces.
-        learning_rate: peak, of the head.
-        encoder_learning_rate: peak, of the encoder's top layer; 0 leaves the encoder as it is.
-        layer_decay: a layer's learning rate is so many times that of the layer above it.
-        seed: of everything random.
+        learning_rate: peak learning rate of the head.
+        encoder_learning_rate: peak learning rate of the encoder's top layer; 0 leaves the encoder as it is.
+        layer_decay: factor from a layer's learning rate to that of the layer below it.
+        seed: seed of everything random.
     """
-    from anysplade.cli import rendering as report
     from anysplade.training import head_training
 
     result = head_training.train_head(
@@ -84,7 +104,18 @@ def head(
         seed=seed,
         progress=is_first_process(),
     )
-    return Result(result.to_dict(), report.head_training_lines(result))
+    return Result(result.to_dict(), head_training_lines(result))
+
+
+def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
+    """What the head was trained on, its loss before and after, and where the model is."""
+    losses = ", ".join(f"{name} {first:.2f} → {last:.2f}" for name, (first, last) in result.losses.items())
+    return [
+        f"{result.architecture}: {counted(result.options['steps'], 'step')} on {counted(result.texts, 'text')} in "
+        f"{duration(result.seconds)}; loss: {losses}",
+        f"model: {result.model}",
+        f"next: anysplade train {result.model} DATA --out RUN",
+    ]
 
 
 @command
@@ -97,33 +128,31 @@ def adapt(
     out: Out,
     judged: str | None = None,
     split: str = "test",
-    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("title", "heading", "sentence"),
+    kinds: _Kinds = ("title", "heading", "sentence"),
     steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 1e-4,
     max_length: int | None = 256,
     precision: TrainingPrecision = "float32",
     seed: int = 0,
-    json: Json = False,
 ) -> Result:
-    """Adapt a sparse encoder to a corpus without labels, at no more cost; what is not better is not kept.
+    """Adapt a sparse encoder to a corpus without labels, at no more search cost; the result is kept only if it is better.
 
     Args:
-        model: a sparse encoder's folder or hub id.
+        model: folder or hub id of a sparse encoder.
         corpus: the documents, in any form that index takes.
-        teacher: a dense model's, sparse encoder's or cross-encoder's folder or hub id.
+        teacher: folder or hub id of a dense model, sparse encoder or cross-encoder.
         out: a folder; its model/ is the adapted model, or the original if the adapted one is not better.
-        judged: a collection to judge by; a tenth of the documents is held out for that otherwise.
-        split: which judgements of it.
-        kinds: of training pairs: title, heading, sentence.
-        steps: of training.
-        batch_size: queries a step.
-        learning_rate: peak.
-        max_length: tokens a text is cut to in training; the adapted model reads at least what the original reads.
-        precision: of the products; bfloat16 is faster where the machine has it.
-        seed: of everything random.
+        judged: a collection to evaluate on; by default a tenth of the documents is held out for that.
+        split: its qrels to read.
+        kinds: kinds of training pairs: title, heading, sentence.
+        steps: training steps.
+        batch_size: queries per step.
+        learning_rate: peak learning rate.
+        max_length: tokens to cut a text to in training; the adapted model reads at least as many as the original.
+        precision: number format of matrix products; bfloat16 is faster on machines with support.
+        seed: seed of everything random.
     """
-    from anysplade.cli import rendering as report
     from anysplade.training import adaptation
 
     result = adaptation.adapt(
@@ -142,30 +171,42 @@ def adapt(
         seed=seed,
         progress=is_first_process(),
     )
-    return Result(result.to_dict(), report.adaptation_lines(result, corpus))
+    rows = [{"model": name} | costs for name, costs in (("original", result.before), ("adapted", result.after))]
+    metrics = [name for name in result.before if not name.endswith(("dims", "flops"))]
+    return Result(
+        result.to_dict(),
+        [
+            evaluation_table(rows, metrics),
+            f"judged by {result.judged_by}: {result.reason}",
+            f"kept: the {result.kept} model, in {result.model}",
+            f"next: anysplade index {result.model} {corpus} --out INDEX",
+        ],
+    )
 
 
 @command
-def pairs(
-    corpus: str,
-    /,
-    *,
-    out: Out,
-    kinds: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("title", "heading", "sentence"),
-    json: Json = False,
-) -> Result:
+def pairs(corpus: str, /, *, out: Out, kinds: _Kinds = ("title", "heading", "sentence")) -> Result:
     """Make training pairs from documents alone: titles, headings and sentences stand for queries.
 
     Args:
         corpus: documents (JSONL, BEIR folder), an ir_datasets id, a hub dataset or python-docs.
         out: the JSONL file to write.
-        kinds: of pairs: title, heading, sentence.
+        kinds: kinds of pairs: title, heading, sentence.
     """
-    from anysplade.cli import rendering as report
     from anysplade.data.document_pairs import make_pairs
 
     made = make_pairs(corpus, out, kinds=kinds, progress=is_first_process())
-    return Result(made.to_dict() | {"out": str(out)}, report.made_pairs_lines(made, out))
+    by_kind = ", ".join(f"{count:,} {kind}" for kind, count in made.pairs.items())
+    count, documents = counted(sum(made.pairs.values()), "pair"), counted(made.documents, "document")
+    lines = [f"{count} from {documents} ({by_kind}), in {out}"]
+    for part, found in made.left_out.items():
+        if found:
+            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in found.items())
+            lines.append(f"left out, {part}: {', '.join(reasons)}")
+    for row in made.examples:
+        lines += [f"{row['kind']}: {snippet(row['query'])}", f"    {snippet(row['positive'])}"]
+    lines.append(f"next: anysplade train MODEL {out} --out RUN")
+    return Result(made.to_dict() | {"out": str(out)}, [*map(Text, lines)])
 
 
 @command
@@ -181,19 +222,19 @@ def mine(
     negatives: int = 8,
     depth: int = 100,
     margin: float = 0.05,
-    json: Json = False,
 ) -> Result:
     """Find hard negatives for training examples; after an interruption, the same command continues.
 
     Args:
         data: training examples, in any form that train takes.
         out: the JSONL file to write.
-        miner: bm25, or a sparse encoder's or dense model's folder or hub id; of several, each in turn gives a candidate.
-        teacher: a dense model, sparse encoder or cross-encoder that tells likely answers from negatives; none: each miner itself.
-        corpus: where to look (JSONL, BEIR folder); the data's own positives otherwise.
-        texts: where the ids in the data have their texts.
-        negatives: wanted of each example.
-        depth: of the ranking they are taken from.
+        miner: bm25, or folder or hub id of a sparse encoder or dense model; several miners give candidates in turn.
+        teacher: a dense model, sparse encoder or cross-encoder that separates likely answers from negatives; each miner itself by
+            default.
+        corpus: where to search (JSONL, BEIR folder); the data's own positives by default.
+        texts: a collection with the texts of ids in the data.
+        negatives: negatives per example.
+        depth: length of the ranking to take them from.
         margin: a document that scores above (1 - margin) times the positive is likely an answer too, and left out.
     """
     from anysplade.training import mining
@@ -210,22 +251,20 @@ def mine(
         margin=margin,
         progress=is_first_process(),
     )
-    return Result(
-        mined.to_dict() | {"out": str(out)},
-        [f"{counted(mined.examples, 'example')} with {counted(negatives, 'negative')} each, in {out}"],
-    )
+    line = f"{counted(mined.examples, 'example')} with {counted(negatives, 'negative')} each, in {out}"
+    return Result(mined.to_dict() | {"out": str(out)}, [line])
 
 
 @command
-def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512, json: Json = False) -> Result:
-    """Have a teacher score examples with negatives, for distillation; after an interruption, the same command continues.
+def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512) -> Result:
+    """Score examples and their negatives with a teacher, for distillation; after an interruption, the same command continues.
 
     Args:
         data: training examples with negatives.
-        teacher: a cross-encoder's, dense model's or sparse encoder's folder or hub id, or bm25.
+        teacher: folder or hub id of a cross-encoder, dense model or sparse encoder, or bm25.
         out: the JSONL file to write.
-        texts: where the ids in the data have their texts.
-        max_length: tokens that a query with a document is cut to.
+        texts: a collection with the texts of ids in the data.
+        max_length: tokens to cut a query with a document to.
     """
     from anysplade.training import mining
 

@@ -1,36 +1,125 @@
-"""What a path or a name holds, and which one was meant, for messages about arguments that are mistaken for each other."""
+"""The meaning of names: which data set, model, index or file a path or an id stands for."""
 
 import contextlib
 import json
+import re
+import zipfile
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from anysplade._common.arguments import did_you_mean, nearest
-from anysplade._common.files import user_path
-from anysplade.data.sources import (
-    BACKBONES,
-    BM25_NAMES,
-    CORPUS_FILES,
-    FORMS,
-    NANO_BEIR,
-    PYTHON_DOCS,
-    find_file,
-    ir_dataset,
-    lines,
-    plain_name,
-    trec_columns,
-)
+from anysplade._common.arguments import near, require
+from anysplade._common.files import user_path, warn_once
+from anysplade.data.external import has_ir_datasets, ir_dataset, ir_names
+from anysplade.data.rows import TABLE_FORMATS, find_file, lines, plain_name, trec_columns
 from anysplade.errors import DataError
 
-MODEL, DENSE_MODEL, TRAINING_RUN = "a model", "a dense model", "a training run"
-COLLECTION, CORPUS_FILE = "a collection", "a corpus file"
+# Names that are built in and stand for no file or folder.
+PYTHON_DOCS = "python-docs"
+NANO_BEIR = "nanobeir"  # thirteen collections
+BM25_NAMES = ("bm25", "bm25-unstemmed")
+BACKBONES = ("bert-tiny", "modernbert-tiny")  # bundled
+
+# File names in the folder of a collection; BEIR's come first.
+CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs", "msmarco-docs") for form in TABLE_FORMATS)
+TOPIC_FORMATS = (".trec", ".txt", ".xml")  # tables, or topics in TREC's format; the content tells
+QUERY_FILES = tuple(f"{name}{form}" for name in ("queries", "topics") for form in (*TABLE_FORMATS, *TOPIC_FORMATS))
+
+# Kinds of things that ``held`` returns.
+MODEL, INDEX, COLLECTION, CORPUS_FILE = "a model", "an index", "a collection", "a corpus file"
 DATA = (COLLECTION, CORPUS_FILE)
-INDEX, RUN, BM25 = "an index", "a run file", "a ranking by words"
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+class Source(NamedTuple):
+    """The result of ``resolve``.
+
+    ``at`` is the path of a file; the path of a folder, which can be inside a zip archive; the folder or hub id of a dataset;
+    the dataset object of ir_datasets; or None for python-docs.
+    """
+
+    kind: Literal["file", "folder", "hub", "ir_datasets", "python-docs"]
+    name: str
+    at: Any = None
+    config: str | None = None  # of a hub dataset
+
+
+def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -> Source:
+    """Find the source that the name of a corpus, a collection, training data, queries or texts stands for.
+
+    These are tried in order: ``"python-docs"``, unless it is a Path; an existing file or folder, where a folder with a README
+    and without a corpus is a hub dataset and a zip archive is the folder in it; an ir_datasets id, which can lack its last
+    part, the split; a hub id, ``org/name`` or ``org/name:config``.
+
+    Args:
+        wanted: "corpus", "collection", "training data", "queries" or "texts".
+        split: the last part to try for an ir_datasets id that lacks it.
+
+    Raises:
+        DataError: the name stands for nothing or for something else, such as a model, or the zip archive is damaged.
+        OptionError: the argument is no name.
+    """
+    require(wanted.replace(" ", "_"), name, (str, Path, zipfile.Path), "give a path or a name")
+    text = str(name)
+    forms = "a BEIR folder or zip" if wanted == "collection" else "a file, a BEIR folder or zip"
+    fix = f"give {forms}, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
+    if isinstance(name, zipfile.Path):
+        return Source("folder", text, name)
+    if isinstance(name, str) and is_built_in(name, PYTHON_DOCS):
+        return Source("python-docs", text)
+    if text == NANO_BEIR:
+        raise DataError(f"{text}: stands for thirteen collections, which only evaluate takes; name one, such as nano-beir/scifact")
+    path = user_path(text)
+    if path.exists() and (kind := held(path)) not in (None, *DATA) and find_file(path, ["pairs.jsonl"]) is None:
+        raise DataError(f"{text}: {kind}, not {'' if wanted in ('training data', 'texts') else 'a '}{wanted}; {fix}")
+    if path.is_file():
+        return Source("folder", text, _zip_folder(path)) if path.suffix.lower() == ".zip" else Source("file", text, path)
+    if path.is_dir():
+        is_hub = (path / "README.md").is_file() and find_file(path, CORPUS_FILES) is None
+        return Source("hub" if is_hub else "folder", text, path)
+    known = [dataset for id_ in (text, f"{text}/{split}") if (dataset := ir_dataset(id_)) is not None]
+    if known:
+        usable = (dataset for dataset in known if wanted in ("corpus", "texts") or _is_judged(dataset))
+        return Source("ir_datasets", text, next(usable, known[0]))
+    hub_name, _, config = text.partition(":")
+    if config and user_path(hub_name).is_dir():
+        return Source("hub", text, user_path(hub_name), config)
+    is_hub_id = _HUB_ID.fullmatch(hub_name)
+    is_certain = is_hub_id and not plain_name(path).endswith((".json", *TABLE_FORMATS))
+    hint = "" if is_certain else near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())  # slow: thousands of names
+    if is_hub_id and not hint:
+        return Source("hub", text, hub_name, config or None)
+    missing = "" if has_ir_datasets() else '; ir_datasets ids need: pip install "anysplade[evaluation]"'
+    raise DataError(f"{text or 'an empty name'}: no such {wanted}; {fix}{missing}{hint}")
+
+
+def _is_judged(dataset: Any) -> bool:
+    return dataset.has_queries() and (dataset.has_qrels() or dataset.has_docpairs())
+
+
+def _zip_folder(path: Path) -> zipfile.Path:
+    """The folder in a zip archive: its root, or the only folder at its root."""
+    try:
+        root = zipfile.Path(zipfile.ZipFile(path))
+    except zipfile.BadZipFile:
+        raise DataError(f"{path}: not a zip archive, or a damaged one; download it again") from None
+    inside = [entry for entry in root.iterdir() if not entry.name.startswith(("_", "."))]  # ignores __MACOSX
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else root
+
+
+def is_built_in(name: object, *built_in: str) -> bool:
+    """Whether a name is one of these built-in names; warns if a file or folder has the same name."""
+    if name not in built_in:
+        return False
+    if Path(str(name)).exists():
+        warn_once(f"{name}: read as the built-in name, not as the file or folder here; write ./{name} for that")
+    return True
 
 
 def held(name: str | Path) -> str | None:
-    """What a path or a name holds, with its article; None if that is nothing, or not known here, as what is on the hub."""
+    """The kind of thing that a path or a name stands for, with its article; None if unknown here, as for hub ids."""
     text = str(name)
-    for kind, built_in in ((MODEL, BACKBONES), (BM25, BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
+    for kind, built_in in ((MODEL, BACKBONES), ("a ranking by words", BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
         if text in built_in:
             return kind
     path = user_path(text)
@@ -39,7 +128,7 @@ def held(name: str | Path) -> str | None:
     if path.is_file():
         if path.suffix.lower() == ".zip":
             return COLLECTION
-        return CORPUS_FILE if plain_name(path).endswith(FORMS) else RUN if _is_run(path) else None
+        return CORPUS_FILE if plain_name(path).endswith(TABLE_FORMATS) else "a run file" if _is_run(path) else None
     return COLLECTION if any(ir_dataset(id_) is not None for id_ in (text, f"{text}/test")) else None
 
 
@@ -48,18 +137,18 @@ def _held_in(folder: Path) -> str | None:
         return COLLECTION
     if (folder / "index.json").is_file():
         return INDEX
-    inside = next((at for at in (folder, folder / "model") if has_checkpoint(at)), None)
-    if inside is None:
-        return "the results of an evaluation" if (folder / "evaluation.json").is_file() else None
-    if inside != folder:
-        return TRAINING_RUN
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # absent or damaged
-        about = json.loads((folder / "config_sentence_transformers.json").read_bytes())
-        return DENSE_MODEL if about.get("model_type", "SentenceTransformer") == "SentenceTransformer" else MODEL
-    return MODEL
+    if has_checkpoint(folder):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no such file, or a damaged one
+            about = json.loads((folder / "config_sentence_transformers.json").read_bytes())
+            return "a dense model" if about.get("model_type", "SentenceTransformer") == "SentenceTransformer" else MODEL
+        return MODEL
+    if has_checkpoint(folder / "model"):
+        return "a training run"
+    return "the results of an evaluation" if (folder / "evaluation.json").is_file() else None
 
 
 def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder contains a model."""
     return any((folder / name).is_file() for name in ("config.json", "modules.json"))
 
 
@@ -69,25 +158,3 @@ def _is_run(path: Path) -> bool:
         _ = [float(column) for column in columns[3:5]]  # rank and score
         return len(columns) == 6
     return False
-
-
-def near(name: str | Path, *built_in: str) -> str:
-    """The end of a message about a name that stands for nothing: "; did you mean X?", or empty if nothing is really near.
-
-    X is one of the built-in names, or what lies where the path ends to exist.
-    """
-    text = str(name)
-    path = user_path(text)
-    if not text or path.exists():
-        return ""
-    if hint := did_you_mean(text.rstrip("/"), (known for known in built_in if known != text)):
-        return hint
-    with contextlib.suppress(OSError, StopIteration):
-        folder = next(parent for parent in path.parents if parent.is_dir())
-        missing, *rest = path.relative_to(folder).parts
-        beside = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-        found = nearest(missing, beside)
-        if found is not None:
-            whole = (folder / found).joinpath(*rest)
-            return f"; did you mean {whole if whole.exists() else folder / found}?"
-    return ""

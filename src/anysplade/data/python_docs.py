@@ -22,11 +22,11 @@ PACKAGES = ("networkx", "numpy", "pandas", "scikit-learn", "scipy", "sympy")
 
 _SHINGLE_WORDS = 8
 _NEAR_DUPLICATE = 0.3  # a document is a near-duplicate if it shares more of its shingles with earlier documents
-_TEST_SHARE = 1 / 3  # of the modules
+_TEST_SHARE = 1 / 3  # share of the modules in the test split
 _QUERY_WORDS = range(3, 31)
 _MIN_TEST_QUERY_WORDS = 8
 _MIN_DOCUMENT_WORDS = 40
-_PASSAGE = re.compile(r"(?:\S+\s+){0,59}\S+")  # the first 60 words: what small models read is what BM25 reads
+_PASSAGE = re.compile(r"(?:\S+\s+){0,59}\S+")  # the first 60 words, so that small models read the same text as BM25
 
 
 class Docstring(NamedTuple):
@@ -37,38 +37,26 @@ class Docstring(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether it belongs to the test split, by a hash of the first three parts of its path.
-
-        So all of a module is in one split, whatever else is installed.
-        """
+        """Whether it is in the test split, by a hash of the first three parts of its path, so that a module is in one split."""
         module = ".".join(self.name.split(".")[:3])
         return int.from_bytes(hashlib.sha256(module.encode()).digest()[:4]) < _TEST_SHARE * 2**32
-
-    @property
-    def private(self) -> bool:
-        """Whether its name begins with an underscore."""
-        return self.name.rpartition(".")[2].startswith("_")
 
 
 class Entry(NamedTuple):
     """A query with its document."""
 
-    name: str  # that of the docstring
+    name: str  # of the docstring
     query: str  # the summary
     document: str  # the first 60 words of the rest
 
     @property
     def is_test_query(self) -> bool:
-        """Whether the query is long enough (eight words) to stand for one document."""
+        """Whether the query is long enough (eight words) to identify one document."""
         return len(_words(self.query)) >= _MIN_TEST_QUERY_WORDS
 
 
 def read_docstrings(packages: Iterable[str] | None = None, progress: bool = False) -> Iterator[Docstring]:
-    """Docstrings of the named distributions (all installed ones if None), without those of their tests.
-
-    Raises:
-        DataError: a distribution is not installed.
-    """
+    """Read the docstrings of the named distributions (all installed ones if None), except those of their tests."""
     if packages is None:
         packages = sorted({d.metadata["Name"] for d in importlib.metadata.distributions()}, key=str.lower)
     sources: list[tuple[str, Path]] = []
@@ -89,7 +77,7 @@ def read_docstrings(packages: Iterable[str] | None = None, progress: bool = Fals
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # invalid escapes in other people's code
                     tree = ast.parse(path.read_bytes())
-            except (OSError, SyntaxError, ValueError):  # templates for other versions, files removed since
+            except (OSError, SyntaxError, ValueError):  # a template for other versions, or a removed file
                 continue
             yield from _docstrings(tree, module)
 
@@ -104,12 +92,12 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 
 def split_entries(docstrings: Iterable[Docstring]) -> tuple[list[Entry], list[Entry]]:
-    """Queries with their documents, as (train, test), split by module.
+    """Make queries with their documents, as (train, test), split by module.
 
-    A docstring is left out if its summary is not a line of its own, if the summary or the rest is too short, if the rest
-    repeats the summary, if the summary is a duplicate, or if the rest is a near-duplicate of an earlier document: more than
-    30 % of its runs of eight words are in earlier documents. The test split is made first, so that its near-duplicates are
-    left out of training. Docstrings of private functions and classes are used for training only.
+    A docstring is left out if its summary is not on a line of its own, if the summary or the rest is too short, if the rest
+    repeats the summary, if the summary is a duplicate, or if the rest is a near-duplicate of earlier documents, which contain
+    more than 30 % of its runs of eight words. The test split is made first, so that its near-duplicates are left out of
+    training. Docstrings of private functions and classes are used only for training.
     """
     seen_queries: set[str] = set()
     seen_shingles: set[int] = set()
@@ -121,8 +109,9 @@ def split_entries(docstrings: Iterable[Docstring]) -> tuple[list[Entry], list[En
         query, document = summary.strip(), passage.group() if passage else ""
         query_words, words = _words(query), _words(document)
         key = " ".join(query_words)
+        is_private = docstring.name.rpartition(".")[2].startswith("_")
         if (
-            (docstring.private and docstring.held_out)
+            (is_private and docstring.held_out)
             or not rest.startswith("\n")
             or len(query_words) not in _QUERY_WORDS
             or len(words) < _MIN_DOCUMENT_WORDS
@@ -130,7 +119,7 @@ def split_entries(docstrings: Iterable[Docstring]) -> tuple[list[Entry], list[En
             or key in " ".join(words)
         ):
             continue
-        # Hashes of strings differ between processes, but not which of them are equal.
+        # Hashes of strings differ between processes, but equal strings always have equal hashes.
         shingles = {hash(tuple(words[i : i + _SHINGLE_WORDS])) for i in range(len(words) - _SHINGLE_WORDS + 1)}
         if len(shingles & seen_shingles) > _NEAR_DUPLICATE * len(shingles):
             continue

@@ -16,7 +16,7 @@ from anysplade._common.arguments import require
 from anysplade._common.files import user_path, write_atomic
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, load_collection
-from anysplade.data.sources import PYTHON_DOCS
+from anysplade.data.names import PYTHON_DOCS
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics

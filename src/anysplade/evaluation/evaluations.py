@@ -20,7 +20,7 @@ from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
-from anysplade.data.sources import BM25_NAMES, is_built_in
+from anysplade.data.names import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from anysplade._common.files import user_path, write_atomic
 from anysplade.data.collections import Collection
-from anysplade.data.sources import lines, replace_surrogates, trec_columns
+from anysplade.data.rows import lines, trec_columns
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import DataError, OutputError
 
 logger = logging.getLogger(__name__)

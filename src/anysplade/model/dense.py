@@ -11,7 +11,7 @@ from torch import nn
 
 from anysplade._common.parts import encode_in_parts
 from anysplade._common.progress import bar
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.checkpoints import check_tokens
 from anysplade.model.modules import cut_within, transformer_modules

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from anysplade._common.arguments import require
 from anysplade._common.parts import encode_in_parts
 from anysplade._common.progress import bar
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.checkpoints import usable_positions
 from anysplade.model.modules import reader, term_names

@@ -16,7 +16,7 @@ from safetensors import deserialize
 from scipy import sparse
 from tokenizers import Tokenizer
 
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.saved import first_line, saved_file, saved_json
 from anysplade.model.vocabulary import term_names

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from anysplade._common.arguments import near
 from anysplade._common.files import user_path
-from anysplade.data.names import has_checkpoint, held, near
-from anysplade.data.sources import BM25_NAMES, hub_advice, is_built_in
+from anysplade.data.external import hub_advice
+from anysplade.data.names import BM25_NAMES, has_checkpoint, held, is_built_in
 from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import WordPiece
 
-from anysplade.data.sources import is_utf8
+from anysplade.data.text import is_utf8
 from anysplade.errors import DataError
 
 _SPACE = "▁"  # marks a space in SentencePiece, and punctuation after a space in names

@@ -28,7 +28,7 @@ from anysplade._common.files import user_path, write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar, begin
 from anysplade._common.workers import devices_of_workers, take_device
-from anysplade.data.collections import Document
+from anysplade.data.corpus import Document
 from anysplade.errors import worker_died
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import count_truncated, encode

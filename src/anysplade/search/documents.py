@@ -9,7 +9,7 @@ import numpy as np
 
 from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Document
+from anysplade.data.corpus import Document
 from anysplade.errors import DataError, OptionError
 from anysplade.model.options import checked_option
 from anysplade.model.queries import Queries

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.arguments import require
+from anysplade._common.arguments import near, require
 from anysplade._common.files import beside, only_process, require_empty, user_path, write_atomic
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
-from anysplade.data.collections import Document, empty_corpus, iter_corpus
-from anysplade.data.names import held, near
+from anysplade.data.corpus import Document, empty_corpus, iter_corpus
+from anysplade.data.names import held
 from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anysplade._common.files import user_path
-from anysplade.data.collections import Document, empty_corpus, iter_corpus
+from anysplade.data.corpus import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries

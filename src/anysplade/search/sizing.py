@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from anysplade.data.collections import Collection, is_collection, load_collection, read_corpus
+from anysplade.data.collections import Collection, is_collection, load_collection
+from anysplade.data.corpus import read_corpus
 from anysplade.errors import DataError, OptionError
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode

@@ -26,7 +26,7 @@ from scipy import sparse
 
 from anysplade._common.extras import extra
 from anysplade._common.files import READ_ONLY, make_folder, require_empty
-from anysplade.data.collections import Document
+from anysplade.data.corpus import Document
 from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.search.documents import (
     EncodedDocument,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from scipy import sparse
 
 from anysplade._common.files import user_path
-from anysplade.data.sources import is_built_in
+from anysplade.data.names import is_built_in
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime

@@ -24,7 +24,7 @@ from anysplade._common.progress import bar, counted, duration
 from anysplade._common.provenance import provenance
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.collections import Collection, load_python_docs, write_collection
-from anysplade.data.sources import PYTHON_DOCS, is_built_in
+from anysplade.data.names import PYTHON_DOCS, is_built_in
 from anysplade.errors import AnyspladeError, worker_died
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.checkpoints import load_masked_lm

@@ -25,10 +25,11 @@ from anysplade._common.outputs import earlier_call, is_whole, require_unused, re
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Collection, Document, Pair, data_hash, load_collection, read_corpus
+from anysplade.data.collections import Collection, Pair, data_hash, load_collection
+from anysplade.data.corpus import Document, read_corpus
 from anysplade.data.document_pairs import KINDS, make_pairs
 from anysplade.data.pairs import load_pairs
-from anysplade.data.sources import rows as read_rows
+from anysplade.data.rows import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.evaluations import Evaluation, evaluate

@@ -36,7 +36,7 @@ from anysplade._common.hashing import DataHash
 from anysplade._common.outputs import earlier_call, restored
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import read_texts
+from anysplade.data.corpus import read_texts
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.model.checkpoints import check_length
 from anysplade.model.encoder import encoder_folder

@@ -17,9 +17,10 @@ from sentence_transformers import SparseEncoderTrainingArguments as Arguments
 
 from anysplade._common.files import file_digest, read_record, record_path, user_path
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
-from anysplade.data.pairs import StoredPairs, read_pairs
+from anysplade.data.names import PYTHON_DOCS
+from anysplade.data.pairs import read_pairs
 from anysplade.data.python_docs import PACKAGES
-from anysplade.data.sources import PYTHON_DOCS
+from anysplade.data.stored_pairs import StoredPairs
 from anysplade.errors import AnyspladeError, OptionError
 from anysplade.model.encoder import check_foldable, is_saved_encoder, open_encoder
 from anysplade.model.saved import fingerprint, resolve_model

@@ -26,9 +26,10 @@ from anysplade._common.outputs import earlier_call
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Pair, read_corpus
+from anysplade.data.collections import Pair
+from anysplade.data.corpus import read_corpus
+from anysplade.data.names import is_built_in
 from anysplade.data.pairs import load_pairs
-from anysplade.data.sources import is_built_in
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
 from anysplade.model.options import Role, checked_option
 from anysplade.search.exact import Postings

@@ -16,7 +16,7 @@ from scipy import sparse
 from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import nn
 
-from anysplade.data.sources import replace_surrogates
+from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.calibration import is_sparse
 from anysplade.model.checkpoints import check_weights

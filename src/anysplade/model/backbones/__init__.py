@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from anysplade.data.sources import BACKBONES
+from anysplade.data.names import BACKBONES
 
 BUNDLED = {name: Path(__file__).parent / name for name in BACKBONES}

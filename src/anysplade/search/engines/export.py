@@ -15,8 +15,8 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.files import atomic_folder, whole_file
-from anysplade.data.collections import Document
-from anysplade.data.sources import is_utf8
+from anysplade.data.corpus import Document
+from anysplade.data.text import is_utf8
 from anysplade.errors import DataError, OptionError
 from anysplade.model.vocabulary import name_terms
 from anysplade.search.documents import EncodedDocument, check_vector

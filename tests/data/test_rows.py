@@ -3,60 +3,13 @@ import gzip
 import json
 import lzma
 import os
-import subprocess
-import sys
 
 import pandas
 import pyarrow
 import pytest
 
 from anysplade import DataError
-from anysplade.data.sources import is_built_in, rows
-
-COMMANDS = """
-import json, sys
-from anysplade.cli import main
-for command in json.loads(sys.argv[1]):
-    print(main(command), flush=True)
-    print("end", file=sys.stderr, flush=True)
-"""
-
-
-def test_a_home_that_cannot_be_written(backbone, collection_folder, tmp_path):
-    """All that needs no cache works; what needs one names the variable that moves it, in one line."""
-    (tmp_path / "file").touch()
-    no_folder = str(tmp_path / "file" / "x")  # for root too, whom permissions do not stop
-    names = ("ANYSPLADE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "IR_DATASETS_HOME", "MPLCONFIGDIR")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    index = str(tmp_path / "index")
-    works = [
-        ["inspect", backbone],
-        ["train", backbone, str(collection_folder), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"],
-        ["evaluate", str(tmp_path / "run"), "bm25", str(collection_folder), "--json"],
-        ["index", str(tmp_path / "run"), str(collection_folder), "--out", index],
-        ["search", index, "kabel"],
-    ]
-    refused = {
-        "IR_DATASETS_HOME": ["evaluate", "bm25", "beir/scifact"],
-        "HF_HOME": ["inspect", "no-such/model"],
-        "ANYSPLADE_CACHE": ["index", backbone, str(collection_folder), "--to", "qdrant://localhost:1/x"],
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps([*works, *refused.values()])],
-        env=environment | {"HOME": no_folder, "XDG_CACHE_HOME": no_folder},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    codes = [line for line in done.stdout.splitlines() if line.isdecimal()]
-    assert codes == ["0"] * len(works) + ["2"] * len(refused), done.stderr
-    said = done.stderr.split("end\n")
-    assert said[2].count("vectors are not kept") == 1
-    assert "set ANYSPLADE_CACHE to a folder that can be written" in said[2]
-    for variable, err in zip(refused, said[len(works) :], strict=False):
-        error = [line for line in err.splitlines() if line.startswith("anysplade: ")]
-        assert len(error) == 1
-        assert f"set {variable} to" in error[0]
+from anysplade.data.rows import rows
 
 
 def test_rows_of_tables_are_those_of_json(tmp_path):
@@ -115,18 +68,6 @@ def test_endings_of_tables_in_any_case(name, tmp_path):
     data = f"_id{delimiter}text\n1{delimiter}x{BREAKS}\n".encode()
     (tmp_path / name).write_bytes(bz2.compress(data) if name.endswith("BZ2") else data)
     assert list(rows(tmp_path / name)) == [(2, {"_id": "1", "text": f"x{BREAKS}"})]
-
-
-def test_a_name_of_its_own_beside_a_folder_of_that_name(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    assert is_built_in("bm25-x", "bm25-x", "y")
-    assert not caplog.records
-    (tmp_path / "bm25-x").mkdir()
-    assert is_built_in("bm25-x", "bm25-x", "y")
-    assert not is_built_in("./bm25-x", "bm25-x", "y")
-    assert [record.getMessage() for record in caplog.records] == [
-        "bm25-x: taken for what is built in by this name, not for the file or folder here; name that one ./bm25-x"
-    ]
 
 
 def test_a_tsv_without_names_is_read_as_trec_has_it(tmp_path):
