@@ -1,5 +1,6 @@
 """Results that are shown as a short table in a shell and a notebook, and convert to a pandas DataFrame."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,15 +12,15 @@ _MAX_ROWS = 30  # pandas replaces the middle of longer tables by an ellipsis
 
 
 class Tabular:
-    """Base class of results: ``repr`` and notebooks show a short table.
+    """Base class of results, which are dataclasses with ``repr=False``: ``repr`` and notebooks show a short table."""
 
-    A dataclass that inherits from it must be declared with ``repr=False``.
-    """
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return asdict(self)  # type: ignore[call-overload]
 
     def _rows(self) -> list[dict[str, Any]]:
         """The rows of the table; by default one, with the plain values of ``to_dict``."""
-        values: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
-        return [{name: value for name, value in values.items() if value is None or isinstance(value, str | int | float)}]
+        return [{name: value for name, value in self.to_dict().items() if value is None or isinstance(value, str | int | float)}]
 
     def to_pandas(self) -> "DataFrame":
         """The table as a DataFrame, with all rows and complete values."""

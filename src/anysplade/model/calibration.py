@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -79,9 +79,6 @@ class Calibration(Tabular):
     def verdicts(self) -> tuple[Verdict, Verdict] | None:
         """Predicted outcome of SPLADE training for the raw and the calibrated head; None without probe texts."""
         return None if self.before is None or self.after is None else (_foresee(self.before), _foresee(self.after))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
         """One row for each of ``sides``, or a row of k and shift."""

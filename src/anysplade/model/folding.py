@@ -11,7 +11,7 @@ stays stock, and tied weights stay tied.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,6 @@ class Folding(Tabular):
     folded: int  # number of terms that use another term's dimension
     muted: int  # number of terms without a dimension
     live: int  # number of dimensions that are left
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fold_head(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,6 @@ class ProbeReport(Tabular):
     chance: float  # cross-entropy of guessing: log(documents)
     histogram: dict[str, list[float]]  # of the token logits: edges (bins + 1), shares (bins)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, repr=False)
 class HeadReport(Tabular):
@@ -89,9 +86,6 @@ class HeadReport(Tabular):
     rescaled: dict[str, Any] | None  # what rescale_head recorded in the checkpoint
     folding: dict[str, Any] | None  # what fold_head recorded in the checkpoint
     probe: ProbeReport | None  # None without a tokenizer
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
         """The head and its effect on the probe texts, in one row."""

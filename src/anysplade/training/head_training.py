@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,6 @@ class HeadTraining(Tabular):
     losses: dict[str, list[float]]  # unweighted parts, each with its mean over the first and the last tenth of the steps
     provenance: dict[str, Any]  # versions, commit, hardware, command
     precision: str | None = None  # of the products: bfloat16 where the machine has it; older records lack it
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def train_head(

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade.data.collections import Pair
 from anysplade.model.encoding import count_truncated, encode
 from anysplade.model.head import find_head
-from anysplade.model.modules import masked_lm, set_lengths
+from anysplade.model.modules import has_static_queries, masked_lm, set_lengths, splade_modules
 from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_QUERIES
 from anysplade.training.config import TrainingConfig
@@ -25,7 +26,8 @@ _BEFORE = 32  # training pairs for the estimate before the training
 
 def _sample(pairs: Sequence[Pair], most: int = _SAMPLE) -> list[Pair]:
     """Evenly spaced training pairs."""
-    return [pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // most))][:most]
+    count = min(most, len(pairs))
+    return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
 def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
@@ -41,11 +43,12 @@ def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) ->
             )
 
 
-def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair]) -> tuple[float, float]:
+def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair], progress: bool = False) -> tuple[float, float]:
     """Mean active dims of queries and of documents, over a sample of the training pairs."""
     sample = _sample(pairs)
-    queries = encode(encoder, [pair.query for pair in sample], "query")
-    documents = encode(encoder, [pair.positive for pair in sample], "document")
+    what = "counting active dims"
+    queries = encode(encoder, [pair.query for pair in sample], "query", progress=progress, what=what)
+    documents = encode(encoder, [pair.positive for pair in sample], "document", progress=progress, what=what)
     return queries.nnz / len(sample), documents.nnz / len(sample)
 
 
@@ -66,23 +69,28 @@ def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequenc
     return target * max(1, int((cut >= whole[most - 1]).sum())) / most if most else target
 
 
-def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None]) -> float:
+def trim_level(
+    encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[float | None, float | None], progress: bool = False
+) -> float:
     """Shift the decoder's bias by at most 1, so that a sample of the training texts meets the targets of active dims.
 
     At the end of the training the learning rate, and with it the regularizer's influence, is near 0; a constant shift corrects the
-    remaining error. With two targets, the larger error on a logarithmic scale is minimized. Because active dims are counted,
-    this works with any pooling and activation; it takes nine encodings of the sample.
+    remaining error. With two targets, the larger error on a logarithmic scale is minimized. The sample is encoded once, at the
+    highest level; its logits give the active dims at every lower one, for any pooling and activation.
     """
     biases = find_head(masked_lm(encoder)).biases
     if targets == (None, None) or not biases:
         return 0.0
     before = [bias.detach().clone() for bias in biases]
+    sample = _sample(pairs)
+    _shift(biases, before, -1.0)
+    texts: dict[Role, list[str]] = {"query": [pair.query for pair in sample], "document": [pair.positive for pair in sample]}
+    logits = [np.sort(_pooled_logits(encoder, texts[role], role, progress).data) for role in texts]
     errors: dict[float, list[float]] = {}  # of each target, by shift
     low, high = -1.0, 1.0
     while high - low > _TRIM_STEP:
         shift = (low + high) / 2  # 0 is the first, so the result is never worse than no shift
-        _shift(biases, before, shift)
-        dims = active_dims(encoder, pairs)
+        dims = [(len(sorted_) - np.searchsorted(sorted_, shift + 1, "right")) / len(sample) for sorted_ in logits]
         errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
         too_many = max(errors[shift]) + min(errors[shift]) > 0  # errors decrease with the shift, so this changes once
         low, high = (shift, high) if too_many else (low, shift)
@@ -91,30 +99,55 @@ def trim_level(encoder: SparseEncoder, pairs: Sequence[Pair], targets: tuple[flo
     return best
 
 
+def _pooled_logits(encoder: SparseEncoder, texts: Sequence[str], role: Role, progress: bool = False) -> sparse.csr_matrix:
+    """The largest logit of each term over the tokens of a text where it is above 0; infinity if the query encoder has no logits."""
+    pooling = splade_modules(encoder)[1]
+    strategy, pooling.pooling_strategy = pooling.pooling_strategy, "max"
+    try:
+        rows = encode(encoder, texts, role, progress=progress, what=f"measuring the trained model on {role} texts")
+    finally:
+        pooling.pooling_strategy = strategy
+    if role == "query" and has_static_queries(encoder):
+        rows.data[:] = np.inf
+        return rows
+    for _ in range(2 if pooling.activation_function == "log1p_relu" else 1):
+        rows.data = np.expm1(rows.data)
+    return rows
+
+
 def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> np.ndarray:
     """The expected number of products for a query and a document (arXiv 2004.05665), by kind of queries, (2,).
 
     The queries are those of a sample of the training pairs, and everyday queries. A model can become more expensive on one kind
     and cheaper on the other, and users' queries are like neither.
     """
+    return _flops(_flops_logits(encoder, pairs), 0.0)
+
+
+def _flops_logits(encoder: SparseEncoder, pairs: Sequence[Pair]) -> list[sparse.csr_matrix]:
+    """Logits of a sample's documents and queries, and of the everyday queries."""
     sample = _sample(pairs)
-    documents = encode(encoder, [pair.positive for pair in sample], "document").getnnz(axis=0)
-    queries = (encode(encoder, texts, "query") for texts in ([pair.query for pair in sample], PROBE_QUERIES))
-    return np.array([rows.getnnz(axis=0) @ documents / (rows.shape[0] * len(sample)) for rows in queries])
+    documents = _pooled_logits(encoder, [pair.positive for pair in sample], "document")
+    return [documents, *(_pooled_logits(encoder, texts, "query") for texts in ([pair.query for pair in sample], PROBE_QUERIES))]
+
+
+def _flops(logits: Sequence[sparse.csr_matrix], shift: float) -> np.ndarray:
+    """``flops`` if ``shift`` is subtracted from the logits."""
+    shares = [np.bincount(rows.indices[rows.data > shift], minlength=rows.shape[1]) / rows.shape[0] for rows in logits]
+    return np.array([queries @ shares[0] for queries in shares[1:]])
 
 
 def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: np.ndarray) -> float:
     """Lower the decoder's bias as little as possible, by at most 1, until ``flops`` is at most ``most``, (2,)."""
     biases = find_head(masked_lm(encoder)).biases
-    if not biases or (flops(encoder, pairs) <= most).all():
+    logits = _flops_logits(encoder, pairs)
+    if not biases or (_flops(logits, 0.0) <= most).all():
         return 0.0
-    before = [bias.detach().clone() for bias in biases]
     low, high = 0.0, 1.0
     while high - low > _TRIM_STEP:
         shift = (low + high) / 2
-        _shift(biases, before, shift)
-        low, high = (low, shift) if (flops(encoder, pairs) <= most).all() else (shift, high)
-    _shift(biases, before, high)
+        low, high = (low, shift) if (_flops(logits, shift) <= most).all() else (shift, high)
+    _shift(biases, [bias.detach().clone() for bias in biases], high)
     return high
 
 

@@ -70,9 +70,6 @@ class TrainingResult(Tabular):
     ranking_loss: dict[str, dict[str, float]] | None = None  # mean over the first and the last tenth of the steps
     max_seq_length: int | None = None  # tokens of a document that the finished model reads
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
 class _Attempt:
@@ -286,9 +283,8 @@ def _measured(
     """Trim the level of the trained encoder, measure it, and describe the run."""
     encoder, pairs, state = attempt.encoder, inputs.pairs, attempt.trainer.state
     set_lengths(encoder, attempt.lengths)  # to measure what an index will have
-    begin("measuring the trained model on training texts", progress, len(pairs))
-    trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims))
-    dims = active_dims(encoder, pairs)
+    trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims), progress)
+    dims = active_dims(encoder, pairs, progress)
     warn_of_missed_targets(config, dims)
     dev = None
     if inputs.dev is not None:
