@@ -11,7 +11,7 @@ from rich.text import Text
 
 from anysplade._common.figures import draw
 from anysplade._common.progress import counted, duration
-from anysplade.search.documents import join_matches
+from anysplade.search.hits import join_matches
 
 if TYPE_CHECKING:
     from anysplade.cli.demo import DemoResult
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anysplade.model.calibration import Calibration
     from anysplade.model.head import HeadReport
     from anysplade.model.terms import Terms
-    from anysplade.search.documents import Hit, WordMatch
+    from anysplade.search.hits import Hit, WordMatch
     from anysplade.search.sizing import Size
     from anysplade.study.results import StudyResult
     from anysplade.study.run import StudyPlan
