@@ -62,19 +62,19 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         OutputError: the folder holds something else, or an index that was made with other options.
     """
     if not (output / "index.json").is_file():
-        inside = {path.name for path in output.iterdir()} if output.is_dir() else set()
-        unfinished = {name for name in inside if name in ("shards", "engine") or name.startswith("documents.sqlite")}
         if output.exists() and not output.is_dir():
             require_empty(output)
-        if inside - unfinished:
+        names = [path.name for path in output.iterdir()] if output.is_dir() else []
+        if not all(name in ("shards", "engine") or name.startswith("documents.sqlite") for name in names):  # of a stopped build
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
     about = read_about(output)
-    different = [name for name in wanted if about.get(name) != wanted[name] and name != "model_beside"]
-    if wanted["precision"] == "auto" and "precision" in different:
-        different.remove("precision")
-    if wanted["model_fingerprint"] is not None and "model_fingerprint" not in different and "model" in different:
-        different.remove("model")  # it was moved
+    same = {"model_beside"}
+    if wanted["precision"] == "auto":
+        same.add("precision")
+    if wanted["model_fingerprint"] is not None and wanted["model_fingerprint"] == about.get("model_fingerprint"):
+        same.add("model")  # it may have been moved
+    different = [name for name in wanted if name not in same and about.get(name) != wanted[name]]
     if different:
         raise OutputError(
             f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name another `output`"

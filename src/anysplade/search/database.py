@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
@@ -40,15 +40,7 @@ CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- unused; earlier versions l
 _WRITABLE, _READABLE, _IMMUTABLE = "mode=rw", "mode=ro", "mode=ro&immutable=1"
 
 Found = list[tuple[int, float]]  # positions and scores, best first
-
-
-class Change(NamedTuple):
-    """A changed document, as the engine needs it."""
-
-    position: int
-    metadata: str | None = None  # JSON
-    terms: np.ndarray | None = None  # (active dims,) int32; None if the document was deleted
-    weights: np.ndarray | None = None  # (active dims,) float32
+Row = tuple[int, str | None, bytes | None, bytes | None]  # position, metadata (JSON), terms, weights; no terms if deleted
 
 
 class Database:
@@ -263,31 +255,26 @@ class Database:
 
     # ---------------------------------------------------------------------------- write, in a transaction
 
-    def _insert(self, documents: Sequence[EncodedDocument]) -> list[Change]:
-        """Add or replace documents; of those with the same id the last counts."""
-        latest = {_to_sqlite(document.id): document for document in documents}
-        known = {id_: position for position, id_ in self._among("SELECT position, id FROM ids WHERE id", list(latest))}
-        new = [id_ for id_ in latest if id_ not in known]
-        last = self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")  # the highest position that was ever given
-        known |= {id_: last + i for i, id_ in enumerate(new, 1)}
-        self._database.executemany("INSERT INTO ids VALUES (?, ?)", [(known[id_], id_) for id_ in new])
-        rows, changes = [], []
-        for id_, (_, content, terms, weights) in latest.items():
-            row = known[id_], *_content_row(content)
-            rows.append((*row, terms.tobytes(), weights.tobytes()))
-            changes.append(Change(row[0], row[3], terms, weights))
-        self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
-        return changes
+    def _insert(self, documents: Iterable[EncodedDocument]) -> list[int]:
+        """Add or replace documents, and return their positions."""
+        positions = []
+        for id_, content, terms, weights in documents:
+            query = "INSERT INTO ids (id) VALUES (?) ON CONFLICT (id) DO UPDATE SET id = id RETURNING position"
+            (position,) = self._database.execute(query, (_to_sqlite(id_),)).fetchone()
+            row = position, *_content_row(content), terms.tobytes(), weights.tobytes()
+            self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", row)
+            positions.append(position)
+        return positions
 
-    def _remove(self, ids: Iterable[str]) -> list[Change]:
-        """Delete the documents with these ids that exist."""
-        changes = []
+    def _remove(self, ids: Iterable[str]) -> list[int]:
+        """Delete the documents with these ids that exist, and return their positions."""
+        positions = []
         for id_ in ids:
             row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
             if row is not None:
                 self._database.execute("DELETE FROM contents WHERE position = ?", row)
-                changes.append(Change(row[0]))
-        return changes
+                positions += row
+        return positions
 
 
 def is_refusal(error: BaseException, *codes: int) -> bool:

@@ -101,12 +101,7 @@ class Index:
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path,
-        model: str | Path | None = None,
-        *,
-        runtime: Runtime = "auto",
-        precision: Precision = "float32",
+        cls, folder: str | Path, model: str | Path | None = None, *, runtime: Runtime = "auto", precision: Precision = "float32"
     ) -> "Index":
         """Open the index in a ``folder``.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anysplade._common.extras import extra
-from anysplade.search.database import Change, Found
+from anysplade.search.database import Found, Row
 from anysplade.search.filters import Tags, tag
 
 with extra("search"):
@@ -23,14 +23,17 @@ _MARK = 0  # the id of the mark; the ids of the others are positions, which begi
 
 def create(folder: Path) -> edge.EdgeShard:
     folder.mkdir(exist_ok=True)
-    shard = edge.EdgeShard.create(str(folder), edge.EdgeConfig(sparse_vectors={_VECTOR: edge.EdgeSparseVectorParams()}))
-    for field in Tags._fields:
-        shard.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Keyword))
-    return shard
+    return edge.EdgeShard.create(str(folder), edge.EdgeConfig(sparse_vectors={_VECTOR: edge.EdgeSparseVectorParams()}))
 
 
 def load(folder: Path) -> edge.EdgeShard:
     return edge.EdgeShard.load(str(folder))
+
+
+def index_tags(shard: edge.EdgeShard) -> None:
+    """Prepare a new shard for filters."""
+    for field in Tags._fields:
+        shard.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Keyword))
 
 
 def count_changes(shard: edge.EdgeShard) -> int | None:
@@ -39,19 +42,21 @@ def count_changes(shard: edge.EdgeShard) -> int | None:
     return marks[0].payload["writes"] if marks else None
 
 
-def apply(shard: edge.EdgeShard, changes: Sequence[Change], count: int) -> None:
+def apply(shard: edge.EdgeShard, rows: Sequence[Row], count: int) -> None:
     """Add, replace and delete documents.
 
     Args:
+        rows: the documents as the database has them now.
         count: the number of changes that the shard contains then.
     """
     points = [edge.Point(_MARK, {}, {"writes": count})]
-    for position, metadata, terms, weights in changes:
+    for position, metadata, terms, weights in rows:
         if terms is not None and weights is not None:
-            vector: Any = {_VECTOR: edge.SparseVector(terms.tolist(), weights.tolist())} if len(terms) else {}
-            points.append(edge.Point(position, vector, tag(json.loads(metadata or "null"))._asdict()))
+            vector = edge.SparseVector(np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights, np.float32).tolist())
+            vectors: Any = {_VECTOR: vector} if terms else {}
+            points.append(edge.Point(position, vectors, tag(json.loads(metadata or "null"))._asdict()))
     shard.update(edge.UpdateOperation.upsert_points(points))
-    deleted: list[Any] = [change.position for change in changes if change.terms is None]
+    deleted: list[Any] = [position for position, _, terms, _ in rows if terms is None]
     if deleted:
         shard.update(edge.UpdateOperation.delete_points(deleted))
 

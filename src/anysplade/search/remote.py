@@ -132,13 +132,8 @@ class RemoteIndex:
         index.sent = index.engine.upload(documents())
         index.left_over = len(index) - count
         if index.left_over > 0:
-            logger.warning(
-                "%s: holds %d documents that are not in %s; delete them there if they were removed from it, or choose another name "
-                "for this index",
-                index.address,
-                index.left_over,
-                corpus,
-            )
+            message = "%s: holds %d documents that are not in %s; delete those that were removed from it, or choose another name"
+            logger.warning(message, index.address, index.left_over, corpus)
         return index
 
     @cached_property

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from anysplade._common.files import make_folder, require_empty
 from anysplade.errors import AnyspladeError, OutputError
 from anysplade.search import local_engine
-from anysplade.search.database import BATCH, WRITES, Change, Database, Found, is_refusal
+from anysplade.search.database import BATCH, WRITES, Database, Found, Row, is_refusal
 from anysplade.search.documents import EncodedDocument, check_document, check_vector
 from anysplade.search.filters import Filter, check_filter, explain_filter
 
@@ -31,14 +31,15 @@ logger = logging.getLogger(__name__)
 
 _FLUSH = 32 * BATCH  # changes between flushes of the engine, which take as long for one change as for thousands
 _FREE = 2**27  # bytes that must be free on the disk: if a file that the engine maps cannot grow, the system ends the process
+_CHANGED_ROWS = "SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)"
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
 
 
 class Store(Database):
-    """The documents in one folder, made by ``create``. Methods that write raise:
+    """The documents in one folder, made by ``create``.
 
-    OutputError: another process holds the store, or it is read-only.
-    AnyspladeError: the disk is full.
+    Methods that write raise OutputError if another process holds the store or it is read-only, and AnyspladeError if the disk
+    is full.
     """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
@@ -79,14 +80,14 @@ class Store(Database):
         """
         iterator = iter(documents)
         while batch := [check_document(document, self.vocabulary) for document in islice(iterator, BATCH)]:
-            with self._writing(manual) as changes:
-                changes += self._insert(batch)
+            with self._writing(manual) as positions:
+                positions += self._insert(batch)
 
     def delete(self, ids: Iterable[str], manual: bool = False) -> int:
         """Delete documents, and return the number of those that existed. ``manual`` is as in ``put``."""
-        with self._writing(manual) as changes:
-            changes += self._remove(ids)
-        return len(changes)
+        with self._writing(manual) as positions:
+            positions += self._remove(ids)
+        return len(positions)
 
     def require_writable(self) -> None:
         """Raise the errors of writing."""
@@ -171,23 +172,22 @@ class Store(Database):
     # ---------------------------------------------------------------------- database and engine
 
     @contextlib.contextmanager
-    def _writing(self, manual: bool = False) -> Iterator[list[Change]]:
-        """A transaction of the database, after which the engine gets the changes that were put into the list."""
+    def _writing(self, manual: bool = False) -> Iterator[list[int]]:
+        """A transaction of the database, after which the engine gets the documents whose positions were put into the list."""
         with self._lock, _explained(self.folder):
             self.require_writable()
             self._require_free(_FREE)
             self._database.execute("BEGIN IMMEDIATE")
-            changes: list[Change] = []
+            positions: list[int] = []
             try:
                 self._database.execute("INSERT INTO writes VALUES (1, 1) ON CONFLICT (one) DO UPDATE SET count = count + 1")
-                yield changes
-                if manual and changes:
+                yield positions
+                if manual and positions:
                     self._database.execute("PRAGMA user_version = 1")
-                positions = json.dumps([change.position for change in changes])
-                self._database.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (positions,))
+                self._database.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (json.dumps(positions),))
                 self._database.execute("COMMIT")
-                self._apply(changes)
-                self._unflushed += len(changes)
+                self._apply(list(self._among(f"{_CHANGED_ROWS} WHERE changed.position", positions)))
+                self._unflushed += len(positions)
                 if self._unflushed >= _FLUSH:
                     self._flush()
             except BaseException:  # interruptions and panics of the engine too
@@ -211,6 +211,7 @@ class Store(Database):
             if self._engine is None:
                 self._database.execute(_ALL_CHANGED)  # first: a crash must not leave an engine that seems complete
                 self._engine = local_engine.create(folder)
+                local_engine.index_tags(self._engine)
                 self._apply([])
             self._catch_up()
         except Timeout:
@@ -240,24 +241,16 @@ class Store(Database):
 
     def _catch_up(self) -> None:
         """Apply the recorded changes to the engine: those lost in a crash, or all documents if the engine is new."""
-        query = """SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)
-                   WHERE changed.position > ? ORDER BY changed.position LIMIT ?"""
+        query = f"{_CHANGED_ROWS} WHERE changed.position > ? ORDER BY changed.position LIMIT ?"
         last = -1
         while rows := self._database.execute(query, (last, BATCH)).fetchall():
             self._require_free(_FREE)
-            self._apply(
-                [
-                    Change(position)
-                    if terms is None
-                    else Change(position, metadata, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
-                    for position, metadata, terms, weights in rows
-                ]
-            )
+            self._apply(rows)
             last = rows[-1][0]
         self._flush()
 
-    def _apply(self, changes: Sequence[Change]) -> None:
-        local_engine.apply(self._engine, changes, self._count_changes())
+    def _apply(self, rows: Sequence[Row]) -> None:
+        local_engine.apply(self._engine, rows, self._count_changes())
 
     def _count_changes(self) -> int:
         """The number of transactions that changed documents."""
