@@ -42,13 +42,13 @@ from .model.terms import WeightedTerm as WeightedTerm
 from .model.terms import terms as terms
 from .search import open_index as open_index
 from .search.documents import EncodedDocument as EncodedDocument
-from .search.documents import Hit as Hit
-from .search.documents import Hits as Hits
-from .search.documents import TermMatch as TermMatch
 from .search.engines import open_engine as open_engine
 from .search.engines.export import export_anserini as export_anserini
 from .search.engines.export import export_ciff as export_ciff
 from .search.engines.export import export_queries as export_queries
+from .search.hits import Hit as Hit
+from .search.hits import Hits as Hits
+from .search.hits import TermMatch as TermMatch
 from .search.index import Index as Index
 from .search.remote import RemoteIndex as RemoteIndex
 from .study.plan import StudyConfig as StudyConfig

@@ -598,7 +598,7 @@ def test_a_head_that_is_wider_than_the_vocabulary(collection_folder, call_json, 
     "options, message",
     [
         ([], "--out FOLDER or --to"),
-        (["--to", "lucene://host/name"], "no address of an engine"),
+        (["--to", "lucene://host/name"], "not an address of an engine"),
         (["--to", "qdrant://127.0.0.1:1/name"], "refused; check its address"),
     ],
 )

@@ -11,7 +11,7 @@ from anysplade.cli import main
 from anysplade.cli.rendering import hit_lines, table
 from anysplade.cli.study import plan_lines
 from anysplade.evaluation.runs import write_run
-from anysplade.search.documents import TermMatch, join_matches, query_words
+from anysplade.search.hits import TermMatch, join_matches, query_words
 from anysplade.serving.app import create_app
 from anysplade.serving.batching import Searcher
 from anysplade.study.run import PlannedRow, StudyPlan

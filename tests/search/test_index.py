@@ -16,6 +16,7 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 import anysplade.model.encoder
+import anysplade.search.database
 import anysplade.search.index_model
 import anysplade.search.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
@@ -125,7 +126,7 @@ def test_mistakes(built, backbone, collection_folder, tmp_path):
 
 def test_a_second_call_does_nothing_twice(built, collection_folder, tmp_path, monkeypatch):
     built.close()
-    monkeypatch.setattr("anysplade.search.build.encode_documents", None)
+    monkeypatch.setattr("anysplade.search.document_encoding.encode_documents", None)
     assert len(Index.build(tmp_path / "model", collection_folder, tmp_path / "index")) == 40
 
 
@@ -136,7 +137,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert first.changes == Changes(8, 0, 0)
         vectors = {document.id: document.terms.tolist() for document in first.store}
     encoded = []
-    monkeypatch.setattr("anysplade.search.build.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    monkeypatch.setattr("anysplade.search.document_encoding.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
     texts = {"new": "kabel"} | texts | {"d3": "lodan mifil", "newer": "kabel"}
     del texts["d5"], texts["d6"]
     corpus.write(texts)
@@ -152,7 +153,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert second.about["updated"] | {"provenance": None} == second.changes._asdict() | {"provenance": None}
         assert not (tmp_path / "index" / "update").exists()
     corpus.write(dict(list(texts.items())[1:]))  # something is deleted only: the model is not needed
-    monkeypatch.setattr("anysplade.search.build.open_encoder", None)
+    monkeypatch.setattr("anysplade.search.document_encoding.open_encoder", None)
     assert Index.build(backbone, corpus.path, tmp_path / "index").changes == Changes(0, 0, 1)
 
 
@@ -161,7 +162,7 @@ def test_an_unchanged_corpus_changes_nothing(backbone, corpus, tmp_path, monkeyp
     Index.build(backbone, corpus.path, tmp_path / "index").close()
     before = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file() and path.parts[-2] != "engine"}
     made = (tmp_path / "index" / "index.json").stat().st_mtime_ns
-    monkeypatch.setattr("anysplade.search.build.open_encoder", None)
+    monkeypatch.setattr("anysplade.search.document_encoding.open_encoder", None)
     monkeypatch.chdir(tmp_path)
     with Index.build(backbone, "corpus.jsonl", "index", precision="auto") as again:  # the same places, in other words
         assert again.changes == Changes(0, 0, 0)
@@ -198,7 +199,7 @@ def test_what_was_changed_by_hand_is_not_undone(change, backbone, corpus, tmp_pa
 
 def test_an_interrupted_build_of_a_corpus_that_changed(backbone, corpus, tmp_path, monkeypatch):
     """What was taken in before the interruption is not what the corpus says now."""
-    monkeypatch.setattr("anysplade.search.build.PART", 2)
+    monkeypatch.setattr("anysplade.search.document_encoding.PART", 2)
     put = anysplade.search.index.Store.put
     corpus.write({"a": "kabel", "b": "lodan", "c": "mifil", "d": "nugor"})
 
@@ -375,11 +376,11 @@ def test_top_k_is_kept_and_said(backbone, collection_folder, tmp_path):
 
 
 def _build(model, corpus, output):
-    import anysplade.search.build
+    import anysplade.search.document_encoding
 
-    anysplade.search.build.PART = 500
+    anysplade.search.document_encoding.PART = 500
     # Vectors of the words themselves: what is tested is the indexing, not the model.
-    anysplade.search.build.encode = _words
+    anysplade.search.document_encoding.encode = _words
     Index.build(model, corpus, output)
 
 
@@ -433,9 +434,11 @@ def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
 
 def _update(model, corpus, output):
     import anysplade.search.build
+    import anysplade.search.document_encoding
 
-    anysplade.search.build.PART = anysplade.search.index.BATCH = anysplade.search.store.BATCH = 50
-    anysplade.search.build.encode = _words
+    anysplade.search.document_encoding.PART = 50
+    anysplade.search.build.BATCH = anysplade.search.database.BATCH = anysplade.search.store.BATCH = 50
+    anysplade.search.document_encoding.encode = _words
     Index.build(model, corpus, output)
 
 
@@ -486,15 +489,15 @@ def test_a_failed_build_leaves_nothing(backbone, tmp_path):
 
 
 def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("anysplade.search.build.PART", 2)
-    monkeypatch.setattr("anysplade.search.store.BATCH", 2)
+    monkeypatch.setattr("anysplade.search.document_encoding.PART", 2)
+    monkeypatch.setattr("anysplade.search.database.BATCH", 2)
     good = [json.dumps({"_id": f"d{i}", "text": "kabel"}) for i in range(5)]
     (tmp_path / "corpus.jsonl").write_text("\n".join([*good, "{"]))
     with pytest.raises(DataError, match=r"corpus\.jsonl:6"):
         Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index")
     (tmp_path / "corpus.jsonl").write_text("\n".join(good))
     encoded = []
-    monkeypatch.setattr("anysplade.search.build.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    monkeypatch.setattr("anysplade.search.document_encoding.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
     with Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index") as index:
         assert [document.id for document in index.store] == [f"d{i}" for i in range(5)]
     assert encoded == ["d4"]

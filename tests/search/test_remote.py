@@ -79,7 +79,7 @@ def test_a_changed_corpus(server, model, collection_folder, tmp_path, caplog):
 @pytest.mark.parametrize("first, second", [(None, 8), (8, None), (8, 9)])
 def test_made_with_another_length(first, second, server, model, collection_folder, tmp_path, monkeypatch):
     RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", max_length=first)
-    monkeypatch.setattr("anysplade.search.build.encode_documents", None)  # refused before anything is encoded
+    monkeypatch.setattr("anysplade.search.document_encoding.encode_documents", None)  # refused before anything is encoded
     with pytest.raises(OutputError, match=rf"was made with another max_length \({first}\); choose another name"):
         RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", max_length=second)
 
@@ -87,7 +87,7 @@ def test_made_with_another_length(first, second, server, model, collection_folde
 def test_made_in_another_way(server, model, collection_folder, tmp_path, monkeypatch):
     first = RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", precision="auto", top_k=5)
     assert first.about["precision"] == resolve_precision("auto")
-    monkeypatch.setattr("anysplade.search.build.encode_documents", None)  # refused before anything is encoded
+    monkeypatch.setattr("anysplade.search.document_encoding.encode_documents", None)  # refused before anything is encoded
     for option in ({}, {"precision": "bfloat16", "top_k": 5} if first.about["precision"] == "float32" else {"top_k": 5}):
         with pytest.raises(OutputError, match="was made with another"):
             RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work", **option)

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import anysplade.search.store
 from anysplade import AnyspladeError, DataError, Document, OptionError, OutputError
-from anysplade.search.documents import EncodedDocument, explain_filter
+from anysplade.search.documents import EncodedDocument
+from anysplade.search.filters import explain_filter
 from anysplade.search.store import Store
 from processes import drop_privileges
 
@@ -443,7 +444,7 @@ def test_a_change_that_the_engine_did_not_get_reaches_it_later(failure, said, st
 
 def test_a_disk_that_is_almost_full(store, monkeypatch):
     store.put([encoded("a", {3: 3.0})])
-    monkeypatch.setattr("anysplade.search.store._ROOM", 2**60)
+    monkeypatch.setattr("anysplade.search.store._FREE", 2**60)
     for change in (lambda: store.put([encoded("b", {3: 2.0})]), lambda: store.delete(["a"]), store.optimize, store.rebuild):
         with pytest.raises(AnyspladeError, match="make room"):
             change()

@@ -23,7 +23,7 @@ from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.backbones import BUNDLED
 from anysplade.model.options import Choice
-from anysplade.search.documents import Hit, query_words
+from anysplade.search.hits import Hit, query_words
 from anysplade.search.index import Index
 from anysplade.training.config import TrainingConfig
 from anysplade.training.run import train

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from anysplade.search.documents import Hit, WordMatch
+    from anysplade.search.hits import Hit, WordMatch
 
 _SNIPPET = 160  # characters shown of a text
 _NAME = 12  # characters of a name in the first column that stay on one line
@@ -61,7 +61,7 @@ def hit_lines(hits: Sequence["Hit"], words: Mapping[str, str]) -> list[Renderabl
     Args:
         words: the query's words that the tokenizer split, by the term of each piece; see ``query_words``.
     """
-    from anysplade.search.documents import join_matches
+    from anysplade.search.hits import join_matches
 
     if not hits:
         return ["no document shares a term with the query"]

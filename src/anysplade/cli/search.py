@@ -151,7 +151,7 @@ def search(
     """
     from anysplade.model.queries import log_cut
     from anysplade.search import open_index
-    from anysplade.search.documents import query_words
+    from anysplade.search.hits import query_words
 
     if filter is not None and not filter:
         raise OptionError("filter: give name=value after it, such as lang=en")

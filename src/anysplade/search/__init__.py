@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def open_index(
     place: str | Path, model: str | Path | None = None, *, runtime: Runtime = "auto", precision: Precision = "float32"
 ) -> Index | RemoteIndex:
-    """Open an index at a ``place``: its folder, or its address on a server.
+    """Open the index at a ``place``, which is a folder or an address on a server.
 
     ``model``, ``runtime`` and ``precision`` are as in ``Index.load``.
 
     Raises:
-        DataError: no index there, or a damaged one.
-        OptionError: no place, or a malformed address.
+        DataError: there is no index, or it is damaged.
+        OptionError: the place is neither a folder nor a valid address.
     """
     from anysplade.search.index import Index
     from anysplade.search.remote import RemoteIndex

@@ -1,15 +1,15 @@
-"""Exact dot products in memory, over postings and over dense vectors: the reference that engines are held against."""
+"""Exact dot products in memory, over postings and over dense vectors: the reference for engines."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-_BLOCK = 2**24  # scores of dense vectors at a time: 64 MiB
+_BLOCK = 2**24  # scores of dense vectors that are computed at a time (64 MiB)
 
 
 def highest(scores: np.ndarray, k: int, above: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of the k highest scores above 0, or another bound, and those scores; ties by position."""
+    """The positions of the k highest scores above a bound, and these scores; ties by position."""
     if k < len(scores):
         bound = np.partition(scores, len(scores) - k)[len(scores) - k]
         candidates = np.flatnonzero((scores >= bound) & (scores > above))
@@ -21,7 +21,7 @@ def highest(scores: np.ndarray, k: int, above: float = 0.0) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class Postings:
-    """Documents by term, as a CSC matrix: exact dot products, one term at a time."""
+    """Documents by term: a CSC matrix."""
 
     indptr: np.ndarray  # (vocabulary + 1,)
     documents: np.ndarray  # (nonzeros,) rising within a term
@@ -35,9 +35,9 @@ class Postings:
         return cls(columns.indptr.astype(np.int64), columns.indices.astype(np.int32), columns.data, matrix.shape[0])
 
     def top(self, terms: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k documents of highest score above 0, and their scores in float64; ties by position.
+        """The k documents with the highest scores above 0, and their scores in float64; ties by position.
 
-        Time: one pass over the postings of the query's terms and two over the documents' scores.
+        Time: one pass over the postings of the query's terms, and two over the scores of all documents.
         """
         scores = np.zeros(self.count)
         for term, weight in zip(terms, weights, strict=True):
@@ -47,12 +47,11 @@ class Postings:
 
     def top_rows(self, queries: sparse.csr_matrix, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """``top`` for each row of a matrix of queries."""
-        rows = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
-        return [self.top(queries.indices[row], queries.data[row], k) for row in rows]
+        return [self.top(row.indices, row.data, k) for row in queries]
 
 
 def nearest(queries: np.ndarray, documents: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The positions of the k documents of the highest dot product with each query, and the products; ties by position.
+    """For each query, the positions of the k documents with the highest dot products, and the products; ties by position.
 
     Args:
         queries, documents: dense vectors, (queries, width) and (documents, width), float32.

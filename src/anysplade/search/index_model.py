@@ -1,10 +1,11 @@
-"""The model that an index was built with: described, found again, and opened for queries and for documents.
+"""The model that an index was built with: how the index describes it, finds it again, and opens it.
 
-What runs models is imported where it is used: it takes seconds, and queries by token need none of it.
+The modules that run models take seconds to import, so they are imported where they are used.
 """
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,14 @@ from anysplade.model.saved import fingerprint, resolve_model
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
 
-FORMAT = 3
+FORMAT = 3  # of an index in a folder
 
 
 def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
-    """What an index says of its model.
+    """The description of a model for an index.
 
     Args:
-        folder: the index's, from where a model in a folder is found too when both were moved together.
+        folder: of the index; a relative path from there finds the model if both are moved together.
     """
     known = {"format": FORMAT, "model": source, "model_fingerprint": fingerprint(source)}
     if not Path(source).is_dir():
@@ -33,40 +34,26 @@ def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
     return known | {"model": place} | ({} if folder is None else {"model_beside": os.path.relpath(place, folder.resolve())})
 
 
+@dataclass
 class IndexModel:
-    """The model of one index. Each part is opened on first use and kept; a build sets ``source`` and ``encoder``, which it has."""
+    """The model of an index. Each part is opened on first use; a build sets ``source`` and ``encoder`` itself."""
 
-    def __init__(
-        self,
-        about: Mapping[str, Any],
-        where: str | Path,
-        place: str | Path | None = None,
-        runtime: Runtime = "auto",
-        precision: Precision = "float32",
-    ) -> None:
-        """Open nothing yet.
-
-        Args:
-            about: what the index says of itself; see ``describe_model``.
-            where: the index's folder or address.
-            place: the model's, if it moved.
-            runtime: of encoding; see ``for_inference``.
-            precision: of encoding queries. That of documents is the index's.
-        """
-        self._about, self._where, self._place = about, where, place
-        self._runtime: Runtime = runtime
-        self._precision: Precision = precision
+    about: Mapping[str, Any]  # the description of the index, which contains that of the model
+    where: str | Path  # folder or address of the index
+    place: str | Path | None = None  # path or hub id of the model, if it moved
+    runtime: Runtime = "auto"
+    precision: Precision = "float32"  # for queries; documents have the precision of the index
 
     @cached_property
     def source(self) -> str:
-        """Where the model is: where it was named, or where it lay then, or as it lay from the index's folder.
+        """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index.
 
         Raises:
-            ModelError: it is gone, or is another one by now.
+            ModelError: the model is missing, or is not the one that built the index.
         """
-        places = [self._about["model"]] if self._place is None else [str(self._place)]
-        if self._place is None and "model_beside" in self._about:
-            places.append(str((Path(self._where).resolve() / self._about["model_beside"]).resolve()))
+        places = [self.about["model"]] if self.place is None else [str(self.place)]
+        if self.place is None and "model_beside" in self.about:
+            places.append(str((Path(self.where).resolve() / self.about["model_beside"]).resolve()))
         changed, missing = [], []
         for place in dict.fromkeys(places):
             try:
@@ -74,39 +61,39 @@ class IndexModel:
             except ModelError as error:
                 missing.append(str(error))
                 continue
-            if fingerprint(source) == self._about["model_fingerprint"]:
+            if fingerprint(source) == self.about["model_fingerprint"]:
                 return source
             changed.append(source)
         if changed:
             raise ModelError(
-                f"{', '.join(changed)}: the model changed since {self._where} was built; build the index again, or name the "
+                f"{', '.join(changed)}: the model changed since {self.where} was built; build the index again, or name the "
                 "place of the old model with `model`"
             )
-        raise ModelError(f"{self._where}: its model is not there; name it with `model` ({'; '.join(missing)})")
+        raise ModelError(f"{self.where}: its model is not there; name it with `model` ({'; '.join(missing)})")
 
     @cached_property
     def encoder(self) -> "SparseEncoder":
-        """The whole model as it was saved; it reads texts up to the index's length."""
+        """The whole model as it was saved; it reads texts up to the ``max_length`` of the index."""
         from anysplade.model.encoder import open_encoder
         from anysplade.model.modules import cut_within
 
-        return cut_within(open_encoder(self.source), self._about.get("max_length"))  # earlier versions recorded any length
+        return cut_within(open_encoder(self.source), self.about.get("max_length"))  # earlier versions recorded any length
 
     @cached_property
     def queries(self) -> Queries:
-        """What encodes queries: the model, or its table of weights alone where queries have a weight a token."""
+        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries."""
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
         from anysplade.model.encoding import ModelQueries
         from anysplade.model.runtimes import for_inference, resolve_precision
 
-        precision = resolve_precision(self._precision, self.encoder.device)
-        return ModelQueries(for_inference(self.encoder, self._runtime, precision), precision)
+        precision = resolve_precision(self.precision, self.encoder.device)
+        return ModelQueries(for_inference(self.encoder, self.runtime, precision), precision)
 
     @cached_property
     def documents(self) -> "SparseEncoder":
-        """What encodes documents as the index's were."""
+        """The encoder for documents, in the precision of the index."""
         from anysplade.model.runtimes import for_inference
 
-        return for_inference(self.encoder, self._runtime, self._about.get("precision", "float32"))
+        return for_inference(self.encoder, self.runtime, self.about.get("precision", "float32"))

@@ -1,9 +1,10 @@
-"""An index on a Qdrant or OpenSearch server: the same corpus, the same model, the same hits."""
+"""An index on a Qdrant or OpenSearch server, with the same hits as one in a folder."""
 
 import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -15,10 +16,11 @@ from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
-from anysplade.search.documents import EncodedDocument, Filter, Hit, Hits, check_encoding, check_hits, check_query, explain_filter
+from anysplade.search.documents import EncodedDocument
 from anysplade.search.engines import open_engine
-from anysplade.search.engines.sending import same_model
-from anysplade.search.index import explain_score
+from anysplade.search.engines.base import require_same_model
+from anysplade.search.filters import Filter, explain_filter
+from anysplade.search.hits import Hits, check_hits, check_query, explain_score
 from anysplade.search.index_model import IndexModel, describe_model
 
 if TYPE_CHECKING:
@@ -28,32 +30,28 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteIndex:
-    """What ``Index`` is, for an address such as ``qdrant://host:6333/name``.
+    """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``.
 
-    ``sent`` is how many documents ``build`` sent, and ``left_over`` how many more the server has than the corpus.
+    ``sent`` is the number of documents that ``build`` sent; ``left_over`` is the number that the server has and the corpus lacks.
     """
 
     def __init__(
-        self,
-        address: str,
-        model: str | Path | None = None,
-        runtime: Runtime = "auto",
-        precision: Precision = "float32",
+        self, address: str, model: str | Path | None = None, runtime: Runtime = "auto", precision: Precision = "float32"
     ) -> None:
-        """Connects on first use.
+        """The server is contacted on first use.
 
         Args:
-            model: where the model lies that the index was built with, if not where it lay then.
-            runtime: of encoding; see ``for_inference``.
-            precision: of encoding queries; see there too.
+            model: path or hub id of the index's model, if it moved.
+            runtime: how texts are encoded; see ``for_inference``.
+            precision: of the encoding of queries; see ``for_inference``.
 
         Raises:
-            OptionError: a malformed address, or a client that is not installed.
+            OptionError: the address is malformed.
+            ExtraError: the client of the server is not installed.
         """
         self.address = without_credentials(address)  # for messages
         self.engine = open_engine(address)
         self.sent = self.left_over = 0
-        self._about: dict[str, Any] | None = None
         self._options: tuple[str | Path | None, Runtime, Precision] = model, runtime, precision
 
     @classmethod
@@ -72,41 +70,41 @@ class RemoteIndex:
         ray: bool = False,
         progress: bool = False,
     ) -> "RemoteIndex":
-        """Encode a corpus into shards under ``work`` and send them. After an interruption, call it again: it continues.
+        """Encode a corpus into shards under ``work`` and send it. After an interruption, the same call continues.
 
-        What the server has already, in the same version, is not sent again. What is no longer in the corpus stays
-        there, as do documents of others: their number is logged as a warning. ``runtime``, ``precision``, ``top_k``,
-        ``max_length``, ``workers`` and ``ray`` are as in ``Index.build``.
+        Documents that the server already has are not sent again. Documents that are not in the corpus stay on the server, and
+        their number is logged as a warning. ``runtime``, ``precision``, ``top_k``, ``max_length``, ``workers`` and ``ray`` are
+        as in ``Index.build``.
 
         Args:
             model: a sparse encoder's folder or hub id.
             corpus: a source of ``read_corpus``.
             address: see ``open_engine``.
-            work: a folder for shards, which an interrupted call does not encode again.
+            work: a folder for shards, from which an interrupted call continues.
 
         Raises:
-            OutputError: the server holds an index of that name that another model or an earlier version made, or with another
+            OutputError: the server has an index of that name that was made by an earlier version, or with another model,
                 precision, top_k or max_length.
-            AnyspladeError: as ``encode_documents`` and the engine do.
+            AnyspladeError: encoding fails, or the server cannot be reached or refuses.
         """
         from anysplade.model.encoder import open_encoder
         from anysplade.model.runtimes import resolve_precision
-        from anysplade.search.build import Options, corpus_name, encode_documents
+        from anysplade.search.build import corpus_name
+        from anysplade.search.document_encoding import Options, check_encoding, encode_documents
 
         index = cls(address, model, runtime)
         source = resolve_model(model)
         try:
             stored = index.engine.about()  # before hours of encoding
-        except DataError:  # none yet
+        except DataError:  # there is no index
             stored = None
         known = None if stored is None else stored.get("precision")
-        # Not "auto", which can mean something else where the index is searched.
+        # "auto" is not recorded: it can mean something else on the machine that searches.
         used = known if precision == "auto" and known is not None else resolve_precision(precision)
         top_k, max_length, workers = check_encoding(top_k, max_length, workers)
-        encoding = {"precision": used, "top_k": top_k, "max_length": max_length}
-        about = describe_model(source) | encoding
+        about = describe_model(source) | {"precision": used, "top_k": top_k, "max_length": max_length}
         if stored is not None:
-            same_model(index.address, stored, about)
+            require_same_model(index.address, stored, about)
         key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
         index._model = IndexModel(about, index.address, model, runtime)
         index._model.source, index._model.encoder = source, open_encoder(source, max_length=max_length)
@@ -134,28 +132,21 @@ class RemoteIndex:
         index.sent = index.engine.upload(documents())
         index.left_over = len(index) - count
         if index.left_over > 0:
-            logger.warning(
-                "%s: holds %d documents that are not in %s; if they were removed from it, delete them there, or index it under "
-                "another name",
-                index.address,
-                index.left_over,
-                corpus,
-            )
+            message = "%s: holds %d documents that are not in %s; delete those that were removed from it, or choose another name"
+            logger.warning(message, index.address, index.left_over, corpus)
         return index
 
-    @property
+    @cached_property
     def about(self) -> dict[str, Any]:
-        """What the server says of the index.
+        """The description of the index on the server.
 
         Raises:
-            DataError: there is none, or it says nothing.
+            DataError: there is no index, or it has no description.
         """
-        if self._about is None:
-            about = self.engine.about()
-            if not about:
-                raise DataError(f"{self.address}: does not say which model its vectors are from; build it with anysplade")
-            self._about = about
-        return self._about
+        about = self.engine.about()
+        if not about:
+            raise DataError(f"{self.address}: does not say which model its vectors are from; build it with anysplade")
+        return about
 
     @cached_property
     def _model(self) -> IndexModel:
@@ -164,12 +155,12 @@ class RemoteIndex:
 
     @property
     def encoder(self) -> "SparseEncoder":
-        """The model the index was built with; it must be here under the same name, or have been named."""
+        """The model of the index, loaded on first use from its path or hub id, or from the given one."""
         return self._model.encoder
 
     @property
     def queries(self) -> Queries:
-        """What encodes queries, as ``Index.queries``."""
+        """Encodes queries; see ``Index.queries``."""
         return self._model.queries
 
     def __len__(self) -> int:
@@ -179,14 +170,14 @@ class RemoteIndex:
         return f"RemoteIndex({self.address!r})"
 
     def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
-        """Search as ``Index.search`` does, with the same arguments (``query``, ``k``, ``explain``, ``filter``). The terms of a hit
-        come from its text, encoded again as the index was built.
+        """Search as ``Index.search`` does, with the same ``query``, ``k``, ``explain`` and ``filter``.
 
-        They sum to the score up to what the engine rounds; see its class. In bfloat16 the sum also depends, in the second
-        or third digit, on the texts that are encoded together.
+        The terms of a hit come from its text, which is encoded again as for the index. Their products sum to the score, apart
+        from the rounding of the engine. In bfloat16 they also depend, in the second or third digit, on the texts that are
+        encoded together.
 
         Raises:
-            OptionError: k is below 1, no document has a name of the filter, or ``exact``, which a server cannot do.
+            OptionError: k is below 1, no document has a name of the filter, or ``exact`` is set, which a server cannot do.
         """
         check_query(query)
         k = check_hits(k)
@@ -200,14 +191,13 @@ class RemoteIndex:
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         rows = encode(self._model.documents, texts, "document", top_k=self.about.get("top_k"))
-        explained = Hits()
-        for hit, row in zip(hits, rows, strict=True):
-            terms = explain_score(self.queries.term_names, vector, row.indices, row.data)
-            explained.append(Hit(hit.id, hit.score, hit.title, hit.text, hit.metadata, terms))
-        return explained
+        names = self.queries.term_names
+        return Hits(
+            replace(hit, terms=explain_score(names, vector, row.indices, row.data)) for hit, row in zip(hits, rows, strict=True)
+        )
 
     def explain_filter(self, filter: Filter | None) -> str | None:
-        """Why a search with a ``filter`` found nothing, as ``Index.explain_filter`` says it.
+        """Why a search with a ``filter`` found nothing; see ``Index.explain_filter``.
 
         Raises:
             OptionError: no document has a name of the filter.

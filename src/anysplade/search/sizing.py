@@ -1,6 +1,6 @@
-"""What an index of many documents will need, from a sample of texts and this machine's speed.
+"""Estimate the needs of a large index from a sample of texts and the speed of this machine.
 
-The method, and how far it can be off, stand in docs/sizing.md.
+docs/sizing.md describes the method and its error.
 """
 
 import logging
@@ -24,17 +24,18 @@ from anysplade.search.exact import Postings
 
 logger = logging.getLogger(__name__)
 
-_POSTING = 8  # bytes: a document id and a float32 weight
-_POSTINGS = 20_000_000  # measured over: more than a cache holds
-_STREAM = 2**25  # float64 numbers whose sum measures the bandwidth of memory
-_SECONDS = 2.0  # of measuring
+_POSTING = 8  # bytes: a document number and a float32 weight
+_COPIES = 3  # of the vectors on disk: postings, the engine and the database
+_POSTINGS = 20_000_000  # searched to measure the speed: more than fit in a cache
+_STREAM = 2**25  # float64 numbers that are summed to measure the memory bandwidth
+_SECONDS = 2.0  # of measuring the speed
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Asked, measured and derived."""
+    """What was asked, measured and derived."""
 
     model: str
     documents: int
@@ -47,13 +48,13 @@ class Size:
     query_active_dims: float
     flops: float  # measured: sum over terms of P(in query) P(in document)
     texts_per_second: float  # measured: encoding on this machine
-    ns_per_posting: float  # measured: exact search on one core, over more postings than a cache holds
-    floor_ns_per_posting: float  # measured: reading their bytes, at this machine's bandwidth
+    ns_per_posting: float  # measured: exact search on one core, over more postings than fit in a cache
+    floor_ns_per_posting: float  # measured: reading 8 bytes at the memory bandwidth of this machine
     postings: float  # of all documents
     postings_per_query: float  # FLOPS times documents
     index_bytes: float  # postings and their table
     text_bytes: float  # texts and ids
-    disk_bytes: float  # of an index here: postings, the copies of the vectors in the engine and the database, texts and ids
+    disk_bytes: float  # of an index in a folder: postings, the vectors in the engine and in the database, texts and ids
     seconds_per_query: float  # on one core
     qps_per_core: float
     cores: int  # for the wanted QPS
@@ -79,58 +80,53 @@ def size(
     """Size an index of ``documents`` documents.
 
     Args:
-        corpus: texts like those that will be indexed; of a collection its queries are used too. Everyday texts if None.
-        sample: documents, and queries, that are encoded.
-        qps: queries a second wanted.
+        corpus: texts like those that will be indexed, also with queries if it is a collection; everyday texts if None.
+        sample: number of documents, and of queries, that are encoded.
+        qps: wanted queries per second.
         memory_gib: of a machine, for postings.
 
     Raises:
-        OptionError: a number that is not above 0.
-        ModelError, DataError: as ``open_encoder`` and ``read_corpus`` do.
+        OptionError: a number is not above 0.
+        ModelError, DataError: the model or the corpus cannot be read; see ``open_encoder`` and ``read_corpus``.
     """
     if documents < 1 or sample < 1 or not 0 < qps < float("inf") or not 0 < memory_gib < float("inf"):
         raise OptionError(f"documents {documents}, sample {sample}, qps {qps}, memory {memory_gib} GiB: all must be above 0")
     encoder = open_encoder(model)
-    texts, ids, questions, source = _sample(corpus, sample, seed)
+    sampled, questions, source = _sample(corpus, sample, seed)
     start = time.perf_counter()
-    rows = encode(encoder, texts, "document", progress=progress)
-    texts_per_second = len(texts) / (time.perf_counter() - start)
+    rows = encode(encoder, list(sampled.values()), "document", progress=progress)
+    texts_per_second = len(sampled) / (time.perf_counter() - start)
     queries = encode(encoder, questions, "query", progress=progress)
     in_document = np.bincount(rows.indices, minlength=rows.shape[1]) / rows.shape[0]
     in_query = np.bincount(queries.indices, minlength=queries.shape[1]) / queries.shape[0]
     flops = float(in_query @ in_document)
     if not flops:
         raise DataError(f"{model}: the sampled queries and documents share no term; the model collapsed, or take a larger `sample`")
-    measured, floor = _speed(rows, queries)
+    ns_per_posting, floor_ns_per_posting = _speed(rows, queries)
     postings = documents * rows.nnz / rows.shape[0]
     index_bytes = _POSTING * postings + 8 * (rows.shape[1] + 1)
-    per_query = flops * documents
-    seconds = per_query * measured * 1e-9
-    stored = np.mean(
-        [
-            len(text.encode("utf-8", "surrogatepass")) + len(id_.encode("utf-8", "surrogatepass"))
-            for text, id_ in zip(texts, ids, strict=True)
-        ]
-    )
+    stored = sum(len((id_ + text).encode("utf-8", "surrogatepass")) for id_, text in sampled.items())
+    text_bytes = documents * stored / len(sampled)
+    seconds = flops * documents * ns_per_posting * 1e-9
     return Size(
         model=str(model),
         documents=documents,
         qps=qps,
         memory_gib=memory_gib,
         sampled_from=source,
-        sampled_documents=len(texts),
+        sampled_documents=len(sampled),
         sampled_queries=len(questions),
         document_active_dims=rows.nnz / rows.shape[0],
         query_active_dims=queries.nnz / queries.shape[0],
         flops=flops,
         texts_per_second=texts_per_second,
-        ns_per_posting=measured,
-        floor_ns_per_posting=floor,
+        ns_per_posting=ns_per_posting,
+        floor_ns_per_posting=floor_ns_per_posting,
         postings=postings,
-        postings_per_query=per_query,
+        postings_per_query=flops * documents,
         index_bytes=index_bytes,
-        text_bytes=float(stored * documents),
-        disk_bytes=float(3 * _POSTING * postings + stored * documents),
+        text_bytes=text_bytes,
+        disk_bytes=_COPIES * _POSTING * postings + text_bytes,
         seconds_per_query=seconds,
         qps_per_core=1 / seconds,
         cores=int(np.ceil(qps * seconds)),
@@ -138,7 +134,7 @@ def size(
         encoding_hours=documents / texts_per_second / 3600,
         assumptions=[
             f"texts and queries are like those sampled ({source})",
-            "a query reads all postings of its terms, whose length grows with the documents",
+            "a query reads all postings of its terms, whose number grows with the documents",
             "a core of the server is like one of this machine, and its postings are in memory",
             "an engine may be faster (it skips postings that cannot matter) or slower (filters, fetching of texts)",
         ],
@@ -146,10 +142,10 @@ def size(
 
 
 def parse_count(text: str) -> int:
-    """``100M``, ``2.5B``, ``1e8``, ``100,000`` as a number.
+    """The number in a text such as ``100M``, ``2.5B``, ``1e8`` or ``100,000``.
 
     Raises:
-        OptionError: none of these, or below 1.
+        OptionError: the text is not such a number, or the number is below 1.
     """
     match = re.fullmatch(r"(\d[\d,_]*(?:\.\d+)?(?:e\d{1,2})?)([kmb]?)", text.strip().lower())
     count = float(re.sub("[,_]", "", match[1])) * _SUFFIXES[match[2]] if match else 0.0
@@ -158,39 +154,37 @@ def parse_count(text: str) -> int:
     return round(count)
 
 
-def _sample(corpus: str | Path | None, sample: int, seed: int) -> tuple[list[str], list[str], list[str], str]:
-    """Texts, ids, queries, and where they are from."""
+def _sample(corpus: str | Path | None, sample: int, seed: int) -> tuple[dict[str, str], list[str], str]:
+    """Texts of documents by id, queries, and a description of their source."""
     if corpus is None:
-        texts = list(PROBE_DOCUMENTS)[:sample]
-        return texts, [f"document-{i}" for i in range(len(texts))], list(PROBE_QUERIES)[:sample], "everyday texts"
+        texts = {f"document-{i}": text for i, text in enumerate(PROBE_DOCUMENTS[:sample])}
+        return texts, list(PROBE_QUERIES)[:sample], "everyday texts"
     generator = random.Random(seed)
     collection: Collection | None = None
     if is_collection(str(corpus)):
         try:
             collection = load_collection(corpus)
-        except DataError as error:  # a corpus alone, or a collection with a mistake in it
+        except DataError as error:  # a corpus without queries, or a collection with a mistake in it
             logger.warning("no queries in it, so everyday ones are used: %s", error)
     documents = read_corpus(corpus) if collection is None else collection.corpus
     ids = generator.sample(list(documents), min(sample, len(documents)))
     questions = list(PROBE_QUERIES) if collection is None else list(collection.queries.values())
     asked = generator.sample(questions, min(sample, len(questions)))
     source = f"{corpus}, {'everyday' if collection is None else 'its'} queries"
-    return [documents[id_].full_text for id_ in ids], ids, asked, source
+    return {id_: documents[id_].full_text for id_ in ids}, asked, source
 
 
 def _speed(rows: sparse.csr_matrix, queries: sparse.csr_matrix) -> tuple[float, float]:
-    """Nanoseconds a posting: of exact search over copies of the sample, and of reading 8 bytes from memory."""
+    """Nanoseconds per posting, of exact search over copies of the sample and of reading 8 bytes from memory."""
     copies = max(1, _POSTINGS // rows.nnz)
     postings = Postings.from_documents(sparse.vstack([rows] * copies, format="csr"))
     times: list[float] = []
     deadline = time.perf_counter() + _SECONDS
     while len(times) < 3 or time.perf_counter() < deadline:
-        row = len(times) % queries.shape[0]
-        span = slice(queries.indptr[row], queries.indptr[row + 1])
-        terms = queries.indices[span]
-        read = int((postings.indptr[terms + 1] - postings.indptr[terms]).sum())
+        query = queries[len(times) % queries.shape[0]]
+        read = int((postings.indptr[query.indices + 1] - postings.indptr[query.indices]).sum())
         start = time.perf_counter()
-        postings.top(terms, queries.data[span], 10)
+        postings.top(query.indices, query.data, 10)
         times.append((time.perf_counter() - start) / max(1, read))
     stream = np.ones(_STREAM)
     passes = []

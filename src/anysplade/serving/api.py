@@ -1,4 +1,4 @@
-"""The HTTP API: the models of its requests and responses, and the handlers. FastAPI makes the OpenAPI description from them."""
+"""The HTTP API: requests, responses and handlers, from which FastAPI derives the OpenAPI description."""
 
 import asyncio
 import json
@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect
 from anysplade import __version__
 from anysplade.errors import OptionError
 from anysplade.model.options import Role
-from anysplade.search.documents import Hit, TermMatch, check_filter
+from anysplade.search.filters import check_filter
+from anysplade.search.hits import Hit, TermMatch
 from anysplade.serving.batching import Searcher, StoppedError
 
 MAX_BODY = 2**20  # bytes
@@ -27,22 +28,20 @@ MAX_TEXT = 10_000  # characters of a query, a text, an id or a value of a filter
 MAX_TEXTS = 64  # in one request to /encode
 MAX_K = 1000
 MAX_NAMES = 32  # in a filter
-MAX_VALUES = 1000  # of a name in a filter
+MAX_VALUES = 1000  # per name in a filter
 DEFAULT_K = 10
-_BODY_SECONDS = 10  # the time that a client has to send its body
+_BODY_SECONDS = 10  # for a client to send its body
 
 
 def _check_filter(value: Any) -> Any:
-    if isinstance(value, dict):  # pydantic names every type that a value could have had; this message names the fix
-        check_filter(value)
+    if isinstance(value, dict):
+        check_filter(value)  # its message says how to fix a value; pydantic's lists the types that it tried
     return value
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-_Name = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 _Value = Annotated[str, Field(max_length=MAX_TEXT)] | int | Annotated[float, Field(allow_inf_nan=False)] | bool
-
-_Values = Annotated[  # with errors of the kind that was sent
+_Values = Annotated[  # the tags limit the errors to the kind that was sent
     Annotated[_Value, Tag("value")] | Annotated[list[_Value], Field(min_length=1, max_length=MAX_VALUES), Tag("list")],
     Discriminator(lambda value: "list" if isinstance(value, list) else "value"),
 ]
@@ -55,11 +54,11 @@ class SearchRequest(BaseModel, extra="forbid", strict=True):
     k: Annotated[int, Field(ge=1, le=MAX_K)] = DEFAULT_K
     explain: Annotated[bool, Field(description="return the terms that add up to each score")] = False
     filter: Annotated[
-        dict[_Name, _Values],
+        dict[_Text, _Values],
         Field(
             max_length=MAX_NAMES,
             description="metadata that a hit must have: a value by name, or a list of values of which one must match; numbers and "
-            "truth values are the same as their texts, and neither blanks around a text nor its case matter",
+            "bools equal their texts; case and surrounding blanks do not matter",
         ),
         BeforeValidator(_check_filter),
     ] = {}
@@ -84,7 +83,7 @@ class SearchResponse(BaseModel):
 
     query: str
     hits: list[Hit]
-    note: Annotated[str | None, Field(description="without hits: which name or value of the filter no document has")] = None
+    note: Annotated[str | None, Field(description="without hits: the name or value of the filter that no document has")] = None
 
 
 class Vector(BaseModel):
@@ -110,7 +109,7 @@ class ExplainResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """The index that is being served."""
+    """The served index."""
 
     status: Literal["ok"]
     documents: int
@@ -119,13 +118,13 @@ class HealthResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The reason of an error, in one line."""
+    """The reason for an error, in one line."""
 
     error: str
 
 
 def errors(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    """Error responses as FastAPI describes them, from descriptions by status."""
+    """Error responses for FastAPI, from descriptions by status."""
     return {status: {"model": ErrorResponse, "description": text} for status, text in descriptions.items()}
 
 
@@ -140,17 +139,17 @@ _POST_ERRORS = {
 
 
 class ASCIIResponse(JSONResponse):
-    """JSON in ASCII: ids and texts of documents can hold lone surrogates, which UTF-8 cannot encode."""
+    """JSON in ASCII: ids and texts of documents can contain lone surrogates, which UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode()
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request, within limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)
+    """The body of a request, with limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)
 
     Raises:
-        HTTPException: 415 if it is compressed, 413, 408, or 400 if the client disconnected.
+        HTTPException: 415 if the body is compressed, 413 or 408 above a limit, or 400 if the client disconnected.
     """
     encodings = ",".join(request.headers.getlist("content-encoding")).lower().replace(" ", "").split(",")
     if compressed := ", ".join(encoding for encoding in encodings if encoding not in ("", "identity")):
@@ -171,12 +170,12 @@ async def read_body(request: Request) -> bytes:
 
 
 class _JSONRequest(Request):
-    """A request with a JSON body. FastAPI by itself sets no limits, accepts NaN, and answers an empty body with 422."""
+    """A request with a JSON body. FastAPI alone sets no limits, accepts NaN, and answers an empty body with 422."""
 
     async def body(self) -> bytes:
         if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "send the body as application/json")
-        self._body = await read_body(self)  # Starlette's own name for it: the stream can be read once
+        self._body = await read_body(self)  # where Starlette looks for it: the stream can be read only once
         if not self._body:
             raise HTTPException(400, "the body is empty; send JSON")
         return self._body
@@ -194,7 +193,7 @@ def _refuse_constant(name: str) -> Any:
 
 def _parse_float(text: str) -> float | int:
     value = float(text)
-    return int(value) if value.is_integer() else value  # 5.0 is an integer in JSON Schema, and so in the OpenAPI description
+    return int(value) if value.is_integer() else value  # 5.0 is an integer in JSON Schema, and thus in the OpenAPI description
 
 
 class _JSONRoute(APIRoute):
@@ -221,7 +220,7 @@ async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     try:
         hits = await searcher.search(body.query, body.k, body.explain, body.filter)
         note = await searcher.run(lambda: searcher.index.explain_filter(body.filter)) if body.filter and not hits else None
-    except OptionError as error:  # no document has a name of the filter: the next one that is added may have it
+    except OptionError as error:  # no document has a name of the filter, but a later one may have it
         hits, note = [], str(error)
     found = {"query": body.query, "hits": [hit.to_dict() for hit in hits]}
     return ASCIIResponse(found if note is None else found | {"note": note})
@@ -261,13 +260,13 @@ async def metrics(request: Request) -> Response:
 
 
 def _vector(names: Sequence[str], row: sparse.csr_matrix) -> dict[str, list[Any]]:
-    """A vector, (1, vocabulary), as the API has it."""
+    """A vector, (1, vocabulary), as ``Vector``."""
     order = np.argsort(-row.data, kind="stable")
     terms = row.indices[order].tolist()
     return {"indices": terms, "values": row.data[order].tolist(), "terms": [names[term] for term in terms]}
 
 
 def short_name(model: str) -> str:
-    """A hub id as it is; for a folder its name, and the folder above it too if the name is only "model"."""
+    """A hub id; or the name of a folder, with the name of its parent if it is only "model"."""
     path = Path(model)
     return model if not path.is_absolute() else "/".join(path.parts[-2:]) if path.name == "model" else path.name

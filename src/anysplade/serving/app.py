@@ -32,11 +32,11 @@ from anysplade.serving.batching import OverloadedError, Searcher, StoppedError
 
 logger = logging.getLogger(__name__)
 
-_CONNECTIONS = 1000
+_CONNECTIONS = 1000  # at the same time
 _STOP_SECONDS = 10  # for running requests when the server stops
 _LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 _STATIC = Path(__file__).with_name("static")
-_PATHS = {
+_PATHS = {  # that metrics name
     "/openapi.json",
     *(f"/static/{file.name}" for file in _STATIC.iterdir()),
     *(route.path for route in (*api.router.routes, *pages.router.routes) if isinstance(route, APIRoute)),
@@ -52,13 +52,13 @@ _HEADERS = (
 
 
 def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str] | None = _LOOPBACK) -> FastAPI:
-    """The application of pages and API; it starts the searcher and stops it.
+    """The application of pages and API, which starts and stops the searcher.
 
     Args:
-        searcher: the index, not started.
-        token: what every request must send, as a bearer token or, from the pages, as a cookie.
-        hosts: host names that requests may use, IPv6 addresses in brackets; None for any. Others are refused: a web page
-            elsewhere could let its own name point here, to read the responses (DNS rebinding).
+        searcher: not yet started.
+        token: that every request must send, as a bearer token or (from the pages) as a cookie.
+        hosts: host names that requests may use, IPv6 addresses in brackets; None for any. Other names are refused, because a
+            web page elsewhere could let its own name point here to read the responses (DNS rebinding).
     """
 
     @contextlib.asynccontextmanager
@@ -70,7 +70,7 @@ def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str
     app = FastAPI(
         title="anysplade",
         version=__version__,
-        docs_url=None,  # these pages load scripts from elsewhere, which the content security policy forbids
+        docs_url=None,  # these pages load scripts from other servers, which the content security policy forbids
         redoc_url=None,
         lifespan=lifespan,
         responses=None if token is None else api.errors({401: "the token is missing or wrong"}),
@@ -86,7 +86,7 @@ def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str
     app.add_middleware(_OuterMiddleware, token=token, registry=registry)  # added last: it runs first
     for error in (HTTPException, RequestValidationError, AnyspladeError):
         app.add_exception_handler(error, _error_response)
-    if token is not None:  # the middleware checks it, also for unknown paths, so FastAPI does not know of it
+    if token is not None:  # the middleware checks it, so that FastAPI cannot describe it
         description = app.openapi()
         description["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         description["security"] = [{"token": []}]
@@ -103,7 +103,7 @@ async def _error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         place = "/".join(str(part) for part in first["loc"][1:])[:100] or "the body"
-        message = " ".join(f"{place}: {first['msg'].removeprefix('Value error, ')[:250]}".split())  # names can hold line breaks
+        message = " ".join(f"{place}: {first['msg'].removeprefix('Value error, ')[:250]}".split())  # names can contain line breaks
     elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, dict(error.headers or {})
     elif isinstance(error, OverloadedError | StoppedError):
@@ -121,9 +121,9 @@ def _wants_html(request: Request) -> bool:
 
 
 class _OuterMiddleware:
-    """Checks the token, adds the headers to every response, and counts requests.
+    """Checks the token, adds headers to every response, and counts requests.
 
-    Plain ASGI: Starlette's BaseHTTPMiddleware runs the application in a task of its own, which cancelling does not reach.
+    Plain ASGI, because Starlette's BaseHTTPMiddleware runs the application in a task that is not cancelled with the request.
     """
 
     def __init__(self, app: ASGIApp, token: str | None, registry: CollectorRegistry) -> None:
@@ -152,11 +152,11 @@ class _OuterMiddleware:
             app = RedirectResponse("/login", 303) if _wants_html(request) else ASCIIResponse(error, 401)
         try:
             await app(scope, receive, send_with_headers)
-        except asyncio.CancelledError:  # uvicorn cancels what is still running when it stops, and would print a traceback
+        except asyncio.CancelledError:  # uvicorn stops and cancels running requests; it would print a traceback
             if status is None:
                 await ASCIIResponse({"error": "the server is stopping"}, 503)(scope, receive, send_with_headers)
         finally:
-            path = scope["path"] if scope["path"] in _PATHS else "other"  # or clients could add metrics without bound
+            path = scope["path"] if scope["path"] in _PATHS else "other"  # so that clients cannot add metrics without bound
             self.requests.labels(path, str(status or 500)).inc()
             self.seconds.labels(path).observe(time.perf_counter() - start)
 
@@ -170,7 +170,7 @@ class _OuterMiddleware:
 
 @dataclass(frozen=True)
 class Served:
-    """Where a server ran and how many requests it answered."""
+    """The address of a server, and the number of requests that it answered."""
 
     index: str
     address: str
@@ -186,10 +186,10 @@ def _listen(host: str, port: int) -> socket.socket:
     dualstack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4 too
     try:
         listener = socket.create_server((host, port), family=family, backlog=_CONNECTIONS, dualstack_ipv6=dualstack)
-    except (OSError, OverflowError, ValueError, TypeError) as error:  # the last three: no port, or no host, could have that value
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # the last three: an impossible port or host
         why = getattr(error, "strerror", None) or error
         raise OptionError(f"host {host}, port {port}: {why}; choose another port (0 to 65535) or host") from error
-    # For connections too. asyncio would leave Nagle's algorithm on: responses wait 40 ms for the client's acknowledgement.
+    # Inherited by connections, where asyncio leaves Nagle's algorithm on: responses would wait 40 ms for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -208,18 +208,14 @@ def serve(
     """Serve an index until the process gets SIGINT or SIGTERM; running requests are finished first.
 
     Args:
-        index: the folder of an index.
-        beside: another index, or bm25, for the page that compares.
-        model: where the model of the first index is, if it was moved.
-        runtime: of encoding; see ``for_inference``.
-        precision: of encoding queries; see there too. All but float32 are approximations.
-        host: an address of this machine; one that other machines can reach needs a token.
+        index, beside, model, runtime, precision: see ``Searcher``.
+        host: an address of this machine; if other machines can reach it, a token is needed.
         port: 0 for any free port.
-        token: what every request must send; at least 16 ASCII characters.
+        token: that every request must send; at least 16 ASCII characters.
 
     Raises:
-        OptionError: a host that needs a token and has none, a token that can be guessed, or a port that is in use.
-        DataError, ModelError: as ``Index.load`` and loading the model raise them.
+        OptionError: a token is missing or can be guessed, or the host or port cannot be used.
+        DataError, ModelError: see ``Searcher``.
     """
     name = f"[{host}]" if ":" in host else host
     if name not in _LOOPBACK and not token:
@@ -243,7 +239,7 @@ def serve(
             h11_max_incomplete_event_size=2**16,
         )
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops on it, and sends it again afterwards
+            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops on it, and raises it again afterwards
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
     samples = [sample for metric in app.state.registry.collect() for sample in metric.samples]

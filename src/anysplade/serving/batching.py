@@ -1,6 +1,6 @@
-"""Search one index for many concurrent clients: one thread encodes waiting requests in batches and opens a rebuilt index.
+"""Search one index for many concurrent clients: requests that wait are encoded together.
 
-A second thread reads the whole index where a page needs that, so that searches do not wait for it.
+One thread uses the model and the engine. A second thread reads the whole index for some pages, so that searches do not wait for it.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -19,8 +20,10 @@ from anysplade.data.names import is_built_in
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime
-from anysplade.search.documents import EncodedDocument, Filter, Hit, TermMatch
-from anysplade.search.index import Index, explain_score
+from anysplade.search.documents import EncodedDocument
+from anysplade.search.filters import Filter
+from anysplade.search.hits import Hit, TermMatch, explain_score
+from anysplade.search.index import Index
 
 if TYPE_CHECKING:
     from anysplade.search.bm25 import BM25
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH = 32  # requests encoded together
 MAX_WAITING = 256  # requests; more are refused
-GATHER_SECONDS = 0.005  # the longest that a request waits for others to join its batch
+GATHER_SECONDS = 0.005  # the longest time that a request waits for others to join its batch
 
 T = TypeVar("T")
 _Result = tuple[Any, Exception | None]
@@ -58,11 +61,9 @@ class _Job:
 class Searcher:
     """Searches an index for many concurrent clients; for use on one event loop, between ``start`` and ``stop``.
 
-    Only one thread uses the model and the engine. While it works, requests queue up, and it encodes them together next: the
-    higher the load, the larger the batches. Clients that were answered together send their next requests one after the other;
-    the first of these waits a few milliseconds for the rest, so that they are encoded together again.
-
-    The other index uses the same thread: a comparison costs two searches.
+    While the thread works, requests queue up, and it encodes them together next: the higher the load, the larger the batches.
+    Clients that were answered together send their next requests one after the other. The first of these waits a few milliseconds
+    for the rest, so that they are encoded together again. An index to compare with uses the same thread.
     """
 
     def __init__(
@@ -74,17 +75,17 @@ class Searcher:
         runtime: Runtime = "auto",
         precision: Precision = "float32",
     ) -> None:
-        """Open an index, and load its model unless its queries need none; then the first documents to encode load it.
+        """Open an index, and load its model if its queries need the model.
 
         Args:
-            folder: the index.
+            folder: of the index.
             beside: another index, or bm25, to compare with.
-            model: where the model of the first index is, if it was moved.
-            runtime: of encoding; see ``for_inference``.
-            precision: of encoding queries; see there too.
+            model: path or hub id of the first index's model, if it moved.
+            runtime: how texts are encoded; see ``for_inference``.
+            precision: of the encoding of queries; see ``for_inference``.
 
         Raises:
-            DataError, ModelError: as ``Index.load`` and loading the model raise them.
+            DataError, ModelError: see ``Index.load`` and ``Index.queries``.
         """
         self.folder = user_path(folder)
         self.beside = beside
@@ -92,7 +93,7 @@ class Searcher:
         self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}
         self.index = self._open(self.folder, model)
         self.documents = len(self.index)  # constant: no other process can write while this one has the index open
-        self.other = None if beside is None or is_built_in(beside, "bm25") else self._open(Path(str(beside)))
+        self.other = None if beside is None or is_built_in(beside, "bm25") else self._open(Path(beside))
         self._version = self._read_version()
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._futures: set[asyncio.Future[Any]] = set()
@@ -112,7 +113,7 @@ class Searcher:
     async def stop(self) -> None:
         """Finish the running and the waiting requests, refuse later ones, then close the index.
 
-        A pass over the whole index is abandoned, unless it is building BM25, which cannot be interrupted.
+        A pass over the whole index is abandoned, unless BM25 is being built, which cannot be interrupted.
         """
         self._stopping = True
         if self._loop is not None:
@@ -143,11 +144,11 @@ class Searcher:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         return self._jobs.qsize()
 
     async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None) -> list[Hit]:
-        """The k best hits for a query, as ``Index.search``."""
+        """See ``Index.search``."""
         return await self._submit([query], "query", lambda vector: self.index.search_vector(vector, k, explain, filter))
 
     async def search_and_encode(self, query: str, k: int) -> tuple[list[Hit], sparse.csr_matrix]:
@@ -187,11 +188,11 @@ class Searcher:
         return await self.run(work)
 
     async def _build_bm25(self, index: Index) -> "tuple[BM25, list[str]]":
-        from anysplade.search.bm25 import BM25  # here, since serving without the comparison needs no bm25s
+        from anysplade.search.bm25 import BM25  # only the comparison needs bm25s
 
         def work() -> tuple[BM25, list[str]]:
-            documents = [(document.id, document.content.full_text) for document in self.read_documents(index)]
-            return BM25([text for _, text in documents]), [id_ for id_, _ in documents]
+            texts = {document.id: document.content.full_text for document in self.read_documents(index)}
+            return BM25(list(texts.values())), list(texts)
 
         return await self.run_second(work)
 
@@ -200,7 +201,7 @@ class Searcher:
         return await self._submit([], "query", lambda _: work())
 
     async def cached(self, name: str, compute: Callable[[Index], Coroutine[Any, Any, T]]) -> T:
-        """A slow result about the index: computed once for all clients, and again after the index was rebuilt or it failed."""
+        """A slow result about the index, computed once for all clients, and again after a failure or a rebuild of the index."""
         while True:
             index = await self.run(lambda: self.index)  # the new one, if it was rebuilt
             entry = self._cache.get(name)
@@ -215,7 +216,7 @@ class Searcher:
                     raise  # otherwise the index was replaced and closed during the computation: repeat it for the new one
 
     async def run_second(self, work: Callable[[], T]) -> T:
-        """Call a function on the second thread, one at a time; it must not use the model or the engine."""
+        """Call a function on the second thread; it must not use the model or the engine."""
         if not self.running:
             raise StoppedError
         value, error = await asyncio.get_running_loop().run_in_executor(self._second_thread, _try, work)
@@ -276,12 +277,11 @@ class Searcher:
         for role in get_args(Role):
             same_role = [job for job in jobs if job.role == role and job.texts]
             if same_role:
-                texts = [text for job in same_role for text in job.texts]
+                texts = list(chain.from_iterable(job.texts for job in same_role))
                 rows = self.index.queries.encode(texts) if role == "query" else encode(self.index.encoder, texts, role)
-                start = 0
-                for job in same_role:
-                    job.vectors = rows[start : start + len(job.texts)]
-                    start += len(job.texts)
+                ends = accumulate(len(job.texts) for job in same_role)
+                for job, end in zip(same_role, ends, strict=True):
+                    job.vectors = rows[end - len(job.texts) : end]
 
     def _open(self, folder: Path, model: str | Path | None = None) -> Index:
         index = Index.load(folder, model, **self._options)
@@ -319,8 +319,8 @@ def _failed(task: "asyncio.Task[Any]") -> bool:
 def _try(work: Callable[[], Any]) -> _Result:
     """The value that a function returns, or the error that it raises.
 
-    The future of an executor must raise neither the panics of the engine, which are no Exceptions and would end the loop, nor
-    StopIteration, which asyncio does not pass on, so that the client would wait forever.
+    Two kinds of errors must not reach the future of an executor: panics of the engine, which are not Exceptions, would end the
+    loop; and asyncio does not pass on StopIteration, so that the client would wait forever.
     """
     try:
         return work(), None

@@ -26,14 +26,14 @@ from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 from anysplade.model.queries import Queries
 from anysplade.model.terms import join_terms
 from anysplade.model.vocabulary import split_words
-from anysplade.search.documents import Hit, join_matches, query_words
+from anysplade.search.hits import Hit, join_matches, query_words
 from anysplade.search.index import Index
 from anysplade.serving.api import DEFAULT_K, MAX_K, MAX_TEXT, CurrentSearcher, read_body, short_name
 from anysplade.serving.batching import Searcher
 
 COOKIE = "anysplade-token"
 _SNIPPET = 600  # characters shown of a document
-_TERMS = 24  # terms shown of a query, and of the most frequent ones
+_TERMS = 24  # terms shown of a query, and of the list of the most frequent terms
 _TEMPLATES = Environment(loader=PackageLoader("anysplade.serving"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 _TEMPLATES.filters["counted"] = counted
 
@@ -47,14 +47,9 @@ _page = partial(router.api_route, methods=["GET", "HEAD"])
 def html(template: str, request: Request, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> Response:
     """A page from a template."""
     searcher: Searcher = request.app.state.searcher
-    values |= {
-        "path": request.url.path,
-        "searcher": searcher,
-        "model": short_name(searcher.index.about["model"]),
-        "limit": MAX_TEXT,
-    }
-    text = _TEMPLATES.get_template(template).render(values)
-    return HTMLResponse(text.encode("utf-8", "replace"), status, headers)  # ids can hold lone surrogates
+    model = short_name(searcher.index.about["model"])
+    text = _TEMPLATES.get_template(template).render(values, path=request.url.path, searcher=searcher, model=model, limit=MAX_TEXT)
+    return HTMLResponse(text.encode("utf-8", "replace"), status, headers)  # ids can contain lone surrogates
 
 
 @_page("/")
@@ -118,7 +113,7 @@ async def _login_form(request: Request) -> Response:
 @router.post("/login")
 async def _login(request: Request) -> Response:
     token: str | None = request.app.state.token
-    form = parse_qs((await read_body(request)).decode("utf-8", "replace"))  # FastAPI's forms need another package
+    form = parse_qs((await read_body(request)).decode("utf-8", "replace"))  # FastAPI needs another package to read forms
     if not token_matches(token, form.get("token", [""])[0]):
         return html("login.html", request, 401, wrong=True)
     response = RedirectResponse("/", 303)
@@ -133,7 +128,7 @@ def token_matches(token: str | None, given: str) -> bool:
 
 
 def _expansion(queries: Queries, row: sparse.csr_matrix, text: str) -> dict[str, Any]:
-    """The words of the vector of a text, (1, vocabulary), and which of them the model added."""
+    """The words in the vector of a text, (1, vocabulary), and whether the model added them."""
     names, tokens = queries.term_names, queries.tokens(text)
     given = {token for token, _, _ in queries.tokens(text, special_tokens=True)}
     weights = zip(row.indices.tolist(), row.data.tolist(), strict=True)
@@ -143,13 +138,13 @@ def _expansion(queries: Queries, row: sparse.csr_matrix, text: str) -> dict[str,
 
 
 def _results(queries: Queries, query: str, hits: Sequence[Hit]) -> list[dict[str, Any]]:
-    """Each hit as the pages show it: its text in pieces, and the words that it shares with the query."""
+    """The hits for the templates: each with its text in pieces, and the words that it shares with the query."""
     words = query_words(queries, query)
     return [_pieces(queries, hit) | {"hit": hit, "matches": join_matches(hit.terms or [], words)} for hit in hits]
 
 
 def _pieces(queries: Queries, hit: Hit) -> dict[str, Any]:
-    """The text of a hit: a piece that is a token of a shared term comes with the product of the term."""
+    """The text of a hit in pieces; a token of a shared term is a piece with the product of the term."""
     products = {match.term: match.product for match in hit.terms or []}
     text = hit.text[:_SNIPPET]
     pieces: list[tuple[str, float | None]] = []
@@ -168,7 +163,7 @@ def _pieces(queries: Queries, hit: Hit) -> dict[str, Any]:
 async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any], str]:
     """The head report of the model, and the histogram as SVG.
 
-    Searches wait only for the logits, which need the model and take as long as encoding the 48 short probe texts.
+    Searches wait only for the logits, which take as long as encoding the 48 short probe texts.
     """
 
     def measure() -> tuple[PreTrainedModel, Probe]:
@@ -187,7 +182,7 @@ async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any
 
 
 async def _measure_cost(searcher: Searcher, index: Index) -> dict[str, Any]:
-    """The size of the index and its postings, counted in a pass over all documents."""
+    """The size of the index and its postings, from a pass over all documents."""
     queries, names = await searcher.run(lambda: (index.queries.encode(PROBE_QUERIES), index.queries.term_names))
 
     def count() -> dict[str, Any]:

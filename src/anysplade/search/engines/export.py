@@ -1,7 +1,6 @@
-"""Files for engines that read an index: Anserini's and Pyserini's JSONL, the Common Index File Format, and queries for both.
+"""Files for engines that import an index: Anserini's JSONL, the Common Index File Format (CIFF), and queries for both.
 
-All hold whole numbers: weights times ``quantization``, rounded, zeros dropped. Terms are written by the names that
-``name_terms`` gives them.
+They contain integers: each weight times ``quantization``, rounded; zeros are dropped. Terms have the names of ``name_terms``.
 """
 
 import json
@@ -21,7 +20,7 @@ from anysplade.errors import DataError, OptionError
 from anysplade.model.vocabulary import name_terms
 from anysplade.search.documents import EncodedDocument, check_vector
 
-_DOCUMENTS_A_FILE = 100_000
+_DOCUMENTS_PER_FILE = 100_000
 _INT32 = 2**31 - 1
 
 
@@ -33,20 +32,21 @@ def export_anserini(
     Only the ids of the documents stay in memory.
 
     Args:
-        tokens: (vocabulary,) by term id; None where a term has none.
-        quantization: weights are written as whole numbers, times this.
-        folder: gets ``0000.jsonl`` and so on, of 100,000 documents each.
+        documents: encoded by one model.
+        tokens: (vocabulary,) by term id; None for a term without a token.
+        folder: gets ``0000.jsonl`` and so on, with 100,000 documents each.
+        quantization: factor of the weights, which are then rounded.
 
     Raises:
         OutputError: ``folder`` is not empty.
-        DataError: a vector is malformed, or an id is a duplicate, is empty or holds white space, which run files cannot.
+        DataError: a vector is malformed, or an id is repeated, empty or contains white space, which run files cannot represent.
     """
     names, count = name_terms(tokens), 0
     with atomic_folder(folder) as work, ExitStack() as files:
         for document, terms, impacts in _quantized(documents, len(names), quantization):
-            if count % _DOCUMENTS_A_FILE == 0:
+            if count % _DOCUMENTS_PER_FILE == 0:
                 files.close()
-                file = files.enter_context(open(work / f"{count // _DOCUMENTS_A_FILE:04}.jsonl", "w", encoding="utf-8"))
+                file = files.enter_context(open(work / f"{count // _DOCUMENTS_PER_FILE:04}.jsonl", "w", encoding="utf-8"))
             vector = {names[term]: impact for term, impact in zip(terms.tolist(), impacts.tolist(), strict=True)}
             file.write(json.dumps({"id": document.id, "contents": document.content.full_text, "vector": vector}) + "\n")
             count += 1
@@ -59,16 +59,18 @@ def export_ciff(
 ) -> int:
     """Write a Common Index File (https://github.com/osirrc/ciff); returns the number of documents.
 
-    Postings by term need all documents at once: about 20 bytes of memory a posting at the peak. The length of a document
-    is the sum of its quantized weights.
+    All postings are in memory to be sorted by term, which takes about 20 bytes per posting. The length of a document is the sum
+    of its quantized weights.
 
     Args:
-        tokens: (vocabulary,) by term id; None where a term has none.
-        quantization: weights are written as whole numbers, times this.
+        documents: encoded by one model.
+        tokens: (vocabulary,) by term id; None for a term without a token.
+        path: the file.
+        quantization: factor of the weights, which are then rounded.
 
     Raises:
         OutputError: ``path`` is a folder, or cannot be written.
-        DataError: as ``export_anserini``.
+        DataError: see ``export_anserini``.
     """
     names, ids, lengths = name_terms(tokens), [], array("q")
     indices, data, indptr = array("i"), array("i"), array("q", [0])
@@ -81,7 +83,7 @@ def export_ciff(
         if lengths[-1] > _INT32:
             raise DataError(f"document {document.id[:80]!r}: its weights' sum times {quantization} is no int32; quantize with less")
     rows = sparse.csr_matrix((np.asarray(data), np.asarray(indices), np.asarray(indptr)), shape=(len(ids), len(names)))
-    columns = rows.tocsc()  # document numbers rise within a term
+    columns = rows.tocsc()  # the document numbers of a term rise
     used = sorted(np.flatnonzero(np.diff(columns.indptr)).tolist(), key=lambda term: names[term].encode())
     total = sum(lengths)
     with whole_file(path) as file:
@@ -102,27 +104,23 @@ def export_ciff(
 def export_queries(
     ids: Sequence[str], vectors: sparse.csr_matrix, tokens: Sequence[str | None], path: str | Path, quantization: int = 100
 ) -> int:
-    """Write queries as Anserini's and PISA's tools read them; returns how many.
+    """Write queries for Anserini (``-topicReader TsvString`` with ``-impact -pretokenized``) and PISA; returns their number.
 
-    A line is an id, a tab, and each term as often as its quantized weight says: counts are the weights of such queries
-    (``-topicReader TsvString`` with ``-impact -pretokenized``).
+    A line has the id, a tab, and each term as many times as its quantized weight, because these tools weight a term by its count.
 
     Args:
         ids: of the queries.
-        vectors: (queries, vocabulary), in their order.
-        tokens: (vocabulary,) by term id; None where a term has none.
-        quantization: weights are written as whole numbers, times this.
+        vectors: (queries, vocabulary), in the order of the ids.
+        tokens: (vocabulary,) by term id; None for a term without a token.
+        path: the file.
+        quantization: factor of the weights, which are then rounded.
 
     Raises:
         OutputError: ``path`` is a folder, or cannot be written.
-        DataError: a vector is malformed, or an id is a duplicate, is empty or holds white space.
+        DataError: see ``export_anserini``.
     """
     names = name_terms(tokens)
-    spans = [slice(*vectors.indptr[i : i + 2]) for i in range(len(ids))]
-    rows = (
-        EncodedDocument(id_, Document("", ""), vectors.indices[span], vectors.data[span])
-        for id_, span in zip(ids, spans, strict=True)
-    )
+    rows = (EncodedDocument(id_, Document("", ""), row.indices, row.data) for id_, row in zip(ids, vectors, strict=True))
     with whole_file(path) as file:
         for query, terms, impacts in _quantized(rows, len(names), quantization, "query"):
             words = (" ".join([names[term]] * impact) for term, impact in zip(terms.tolist(), impacts.tolist(), strict=True))
@@ -133,7 +131,7 @@ def export_queries(
 def _quantized(
     documents: Iterable[EncodedDocument], vocabulary: int, quantization: int, kind: str = "document"
 ) -> Iterator[tuple[EncodedDocument, np.ndarray, np.ndarray]]:
-    """Documents, the terms (active dims,) int32 that are left of each, and their impacts (active dims,) int64."""
+    """Documents with their terms, (active dims,) int32, and impacts, (active dims,) int64, without zeros."""
     if quantization < 1:
         raise OptionError(f"quantization {quantization}: give 1 or more")
     seen: set[str] = set()
@@ -144,9 +142,7 @@ def _quantized(
         if document.id in seen:
             raise DataError(f"{label}: duplicate id; ids must be unique")
         seen.add(document.id)
-        terms, weights = check_vector(label, document.terms, document.weights)
-        if len(terms) and terms[-1] >= vocabulary:
-            raise DataError(f"{label}: term {terms[-1]} of a vocabulary of {vocabulary}; give the tokens of the same model")
+        terms, weights = check_vector(label, document.terms, document.weights, vocabulary)
         impacts = np.rint(weights.astype(np.float64) * quantization)
         if len(impacts) and impacts.max() > _INT32:
             raise DataError(f"{label}: a weight of {weights.max()} times {quantization} is no int32; quantize with less")
@@ -154,11 +150,11 @@ def _quantized(
         yield document, terms[kept], impacts[kept].astype(np.int64)
 
 
-# ------------------------------------------------------- protobuf, as much of it as CIFF's four messages need
+# ------------------------------------------------------------------- protobuf, for the messages of CIFF
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    """Seven bits per byte, the lowest first; the eighth bit is set in all bytes but the last."""
     data = bytearray()
     while value > 0x7F:
         data.append(value & 0x7F | 0x80)
@@ -172,7 +168,7 @@ def _number(field: int, value: int) -> bytes:
 
 
 def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
+    return _varint(field << 3 | 2) + _delimited(value)
 
 
 def _delimited(message: bytes) -> bytes:
@@ -180,7 +176,7 @@ def _delimited(message: bytes) -> bytes:
 
 
 def _varints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of n numbers below 2^31 the bytes, (n, 5) uint8, and how many of the five each has, (n,)."""
+    """The varints of n numbers below 2^31: bytes, (n, 5) uint8, and the number of them that are used, (n,)."""
     groups = values[:, None] >> np.arange(0, 35, 7)  # (n, 5)
     sizes = np.maximum(1, (groups > 0).sum(axis=1))
     more = np.arange(5) < sizes[:, None] - 1
@@ -188,7 +184,7 @@ def _varints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _postings(gaps: np.ndarray, impacts: np.ndarray) -> bytes:
-    """Field 4 of a postings list, once a posting: its docid (field 1, from the last one on) and tf (field 2)."""
+    """Field 4 of a postings list, repeated: the gap to the previous document number (field 1) and the impact (field 2)."""
     (first, first_sizes), (second, second_sizes) = _varints(gaps), _varints(impacts)
     rows = np.empty((len(gaps), 14), np.uint8)
     rows[:, 0], rows[:, 1] = 4 << 3 | 2, 2 + first_sizes + second_sizes

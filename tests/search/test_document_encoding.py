@@ -10,14 +10,14 @@ from anysplade._common.files import only_process
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.modules import masked_lm
-from anysplade.search import build
-from anysplade.search.build import Options, encode_documents
+from anysplade.search import document_encoding
+from anysplade.search.document_encoding import Options, encode_documents
 from tiny import counted_copy
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(build, "PART", 16)
+    monkeypatch.setattr(document_encoding, "PART", 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of several workers has
     yield
@@ -59,7 +59,7 @@ def test_several_processes_give_the_same_bytes(backbone, corpus):
 
 
 def test_a_worker_that_dies_is_reported(backbone, corpus, tmp_path, monkeypatch):
-    read = build._read_shard
+    read = document_encoding._read_shard
 
     def kill_them(folder, number, part):
         if number == 2:
@@ -68,7 +68,7 @@ def test_a_worker_that_dies_is_reported(backbone, corpus, tmp_path, monkeypatch)
         return read(folder, number, part)
 
     with monkeypatch.context() as patched:
-        patched.setattr(build, "_read_shard", kill_them)
+        patched.setattr(document_encoding, "_read_shard", kill_them)
         with pytest.raises(AnyspladeError, match="fewer `workers`"):
             batches(corpus, options(backbone), workers=2, shards=tmp_path)
     assert len(rows(batches(corpus, options(backbone), workers=2, shards=tmp_path))) == 40
@@ -106,13 +106,13 @@ def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monke
     (tmp_path / "000001.npz").unlink()
     torn = tmp_path / "000002.npz"
     torn.write_bytes(torn.read_bytes()[:100])
-    encoded, encode_part = [], build._encode
+    encoded, encode_part = [], document_encoding._encode
 
     def recorded(encoder, part, top_k):
         encoded.append(part.ids[0])
         return encode_part(encoder, part, top_k)
 
-    monkeypatch.setattr(build, "_encode", recorded)
+    monkeypatch.setattr(document_encoding, "_encode", recorded)
     assert rows(batches(corpus, options(backbone), shards=tmp_path)) == whole
     assert encoded == ["d16", "d32"]
     encoded.clear()
@@ -157,7 +157,7 @@ def test_faults(backbone, corpus, tmp_path):
     ],
 )
 def test_what_an_actor_asks_of_a_cluster(nodes, workers, share):
-    assert build._share(nodes, workers) == share
+    assert document_encoding._share(nodes, workers) == share
 
 
 @pytest.mark.slow  # half a minute, and Ray is large: CI does without

@@ -1,0 +1,319 @@
+"""The documents of an index in SQLite, which can be read and searched without the engine."""
+
+import contextlib
+import json
+import logging
+import shutil
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import sparse
+
+from anysplade._common.files import READ_ONLY, make_folder
+from anysplade.data.corpus import Document
+from anysplade.errors import DataError
+from anysplade.search.documents import EncodedDocument
+from anysplade.search.exact import Postings
+from anysplade.search.filters import Tags, tag
+
+logger = logging.getLogger(__name__)
+
+BATCH = 1024  # documents per transaction and values per query, whose number SQLite limits
+WRITES = "CREATE TABLE IF NOT EXISTS writes (one INTEGER PRIMARY KEY CHECK (one = 1), count INTEGER NOT NULL)"
+_SCHEMA = f"""
+PRAGMA page_size = 32768;  -- a document takes about 1,500 bytes
+CREATE TABLE ids (position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE);  -- narrow: every search reads it
+CREATE TABLE contents (
+    position INTEGER PRIMARY KEY, title NOT NULL, text NOT NULL, metadata TEXT, terms BLOB NOT NULL, weights BLOB NOT NULL
+);
+CREATE VIEW documents AS SELECT position, id, title, text, metadata, terms, weights FROM ids JOIN contents USING (position);
+CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- changes that the engine may lack
+CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- unused; earlier versions look for it
+{WRITES};
+"""
+_WRITABLE, _READABLE, _IMMUTABLE = "mode=rw", "mode=ro", "mode=ro&immutable=1"
+
+Found = list[tuple[int, float]]  # positions and scores, best first
+Row = tuple[int, str | None, bytes | None, bytes | None]  # position, metadata (JSON), terms, weights; no terms if deleted
+
+
+class Database:
+    """The documents in ``documents.sqlite``. A position is the number of a document, which it keeps and no other ever gets."""
+
+    def __init__(self, folder: Path, vocabulary: int) -> None:
+        """Open the database in a folder.
+
+        Raises:
+            DataError: the database is damaged, or cannot be read by this process.
+        """
+        self.folder = folder
+        self.vocabulary = vocabulary
+        self.read_only = False
+        self._lock = threading.RLock()  # also while reading: the connection would see another thread's open transaction
+        self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # version of the database, postings, positions
+        self._state: tuple[int, ...] | None = None  # of the files if opened as immutable: SQLite then looks for no changes
+        self._connect()
+
+    @staticmethod
+    def create(folder: Path) -> None:
+        """Create an empty database, in place of one that an interrupted call left there."""
+        make_folder(folder)
+        for path in folder.glob("documents.sqlite*"):
+            path.unlink()
+        shutil.rmtree(folder / "engine", ignore_errors=True)
+        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as database:
+            database.executescript(_SCHEMA)
+
+    def _connect(self) -> None:
+        """Open the database for writing, else for reading, else without the files that SQLite creates even for reading."""
+        path = (self.folder / "documents.sqlite").absolute()
+        for mode in (_WRITABLE, _READABLE, _IMMUTABLE):
+            state = None
+            try:
+                if mode == _IMMUTABLE:
+                    state = self._file_state()
+                    if state[-1]:
+                        raise DataError(
+                            f"{self.folder}: read-only here, and its last changes are still in documents.sqlite-wal; "
+                            "open it once where it can be written"
+                        )
+                database = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, check_same_thread=False, isolation_level=None)
+                if mode == _WRITABLE:
+                    database.execute("PRAGMA journal_mode = WAL")
+                    database.execute("PRAGMA synchronous = FULL")  # fsync per transaction: the engine must never be ahead on disk
+                    database.execute("PRAGMA wal_autocheckpoint = 4096")  # pages (128 MiB), so that busy pages are copied rarely
+                database.execute("PRAGMA cache_size = -65536")  # KiB: enough for the ids of millions of documents
+                database.execute("SELECT count(*) FROM changed")
+            except FileNotFoundError as error:
+                raise DataError(f"{self.folder}: the index is damaged (documents.sqlite is missing); build it again") from error
+            except (OSError, sqlite3.Error) as error:
+                if not is_refusal(error, sqlite3.SQLITE_CANTOPEN):
+                    raise DataError(f"{self.folder}: the index is damaged (documents.sqlite: {error}); build it again") from error
+                if mode == _IMMUTABLE:
+                    raise DataError(
+                        f"{self.folder}: cannot be read here (documents.sqlite: {error}); change its permissions, or copy it"
+                    ) from error
+            else:
+                self._database, self._state = database, state
+                # A second connection for passes over all documents: they see one state, and do not block the first connection.
+                reading = _READABLE if mode == _WRITABLE else mode
+                self._passes = sqlite3.connect(f"{path.as_uri()}?{reading}", uri=True, check_same_thread=False)
+                if mode != _WRITABLE:
+                    self._become_read_only()
+                return
+
+    def _file_state(self) -> tuple[int, int, int]:
+        """Time and size of the database file, and the size of its log; a process that writes changes them."""
+        status = (self.folder / "documents.sqlite").stat()
+        try:
+            waiting = (self.folder / "documents.sqlite-wal").stat().st_size
+        except FileNotFoundError:
+            waiting = 0
+        return status.st_mtime_ns, status.st_size, waiting
+
+    def _become_read_only(self) -> None:
+        if not self.read_only:
+            logger.info("%s: read-only here; searched exactly, which is slower", self.folder)
+        self.read_only = True
+
+    def close(self) -> None:
+        self._database.close()
+        self._passes.close()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block that sees one state of the database: a document that a search in it finds is not deleted before it is fetched."""
+        with self._lock:
+            if self._state is not None and self._state != self._file_state():
+                self._database.close()
+                self._connect()
+            if self._database.in_transaction:  # of an enclosing block
+                yield
+                return
+            self._database.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._database.execute("COMMIT")
+
+    # ------------------------------------------------------------------------------------- read
+
+    def __len__(self) -> int:
+        return int(self._one("SELECT count(*) FROM ids"))
+
+    @property
+    def postings(self) -> int:
+        """Number of weights above 0 in all documents."""
+        return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
+
+    @property
+    def edited(self) -> bool:
+        """Whether documents were changed with ``manual``."""
+        return bool(self._one("PRAGMA user_version"))
+
+    def _one(self, query: str) -> Any:
+        with self._lock:
+            return self._database.execute(query).fetchone()[0]
+
+    def _among(self, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Rows of a query that ends in the name of a column, where the column has one of the values."""
+        for start in range(0, len(values), BATCH):
+            part = values[start : start + BATCH]
+            with self._lock:
+                rows = self._database.execute(f"{query} IN ({','.join('?' * len(part))})", part).fetchall()
+            yield from rows
+
+    def compare(self, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document, int | None, bool]]:
+        """Look up documents by id.
+
+        Returns:
+            For each document: id, document, position (None if the id is new), and whether the stored document is the same.
+        """
+        query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
+        iterator = iter(documents)
+        while batch := list(islice(iterator, BATCH)):
+            stored = {row[0]: row[1:] for row in self._among(query, [_to_sqlite(id_) for id_, _ in batch])}
+            for id_, document in batch:
+                position, *content = stored.get(_to_sqlite(id_), (None,))
+                yield id_, document, position, tuple(content) == _content_row(document)
+
+    def positions(self) -> np.ndarray:
+        """The positions of all documents, rising, (documents,)."""
+        with self._lock:
+            return np.fromiter((row[0] for row in self._database.execute("SELECT position FROM ids ORDER BY position")), np.int64)
+
+    def ids(self, positions: Sequence[int]) -> list[str]:
+        """The ids at these positions, in their order."""
+        rows = dict(self._among("SELECT position, id FROM ids WHERE position", positions))
+        return [_from_sqlite(rows[position]) for position in positions]
+
+    def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
+        """The documents at these positions, in their order."""
+        rows = {row[0]: row for row in self._among("SELECT * FROM documents WHERE position", positions)}
+        return [_from_row(rows[position]) for position in positions]
+
+    def find(self, id_: str) -> EncodedDocument | None:
+        """The document with this id."""
+        return next(map(_from_row, self._among("SELECT * FROM documents WHERE id", [_to_sqlite(id_)])), None)
+
+    def items(self) -> Iterator[tuple[int, EncodedDocument]]:
+        """All documents with their positions, in the order in which they were added, without changes made meanwhile."""
+        for row in self._passes.execute("SELECT * FROM documents ORDER BY position"):
+            yield row[0], _from_row(row)
+
+    def __iter__(self) -> Iterator[EncodedDocument]:
+        return (document for _, document in self.items())
+
+    # ----------------------------------------------------------------------------------- search
+
+    def search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
+        """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change.
+
+        Args:
+            terms, weights: the vector of the query, (active dims,) each.
+            conditions: what ``check_filter`` returns.
+        """
+        version = (int(self._one("PRAGMA data_version")), self._database.total_changes, self._state)
+        if self._exact is None or self._exact[0] != version:
+            rows = self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
+            indptr = np.cumsum([0, *(len(row[1]) // 4 for row in rows)], dtype=np.int64)
+            columns = np.frombuffer(b"".join(row[1] for row in rows), np.int32)
+            data = np.frombuffer(b"".join(row[2] for row in rows), np.float32)
+            matrix = sparse.csr_matrix((data, columns, indptr), shape=(len(rows), self.vocabulary))
+            self._exact = version, Postings.from_documents(matrix), np.array([row[0] for row in rows], np.int64)
+        _, postings, positions = self._exact
+        if not postings.count:
+            return []
+        found, scores = postings.top(terms, weights, postings.count if conditions else k)
+        hits = list(zip(positions[found].tolist(), scores.tolist(), strict=True))
+        if conditions:
+            wanted = [values for _, values in conditions]
+            matching = {position for position, tags in self._tagged() if _has_all(tags.values, wanted)}
+            hits = [hit for hit in hits if hit[0] in matching]
+        return hits[:k]
+
+    def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
+        """Whether some document has at least one of the tags of each condition."""
+        with self.reading():
+            return any(_has_all(getattr(tags, kind), conditions) for _, tags in self._tagged())
+
+    def names(self, limit: int) -> list[str]:
+        """The names in the metadata of the documents, the most frequent first."""
+        with self.reading():
+            counts = Counter(name for _, tags in self._tagged() for name in tags.names)
+            return [name for name, _ in counts.most_common(limit)]
+
+    def _tagged(self) -> Iterator[tuple[int, Tags]]:
+        rows = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
+        return ((position, tag(json.loads(metadata))) for position, metadata in rows)
+
+    # ---------------------------------------------------------------------------- write, in a transaction
+
+    def _insert(self, documents: Iterable[EncodedDocument]) -> list[int]:
+        """Add or replace documents, and return their positions."""
+        positions = []
+        for id_, content, terms, weights in documents:
+            query = "INSERT INTO ids (id) VALUES (?) ON CONFLICT (id) DO UPDATE SET id = id RETURNING position"
+            (position,) = self._database.execute(query, (_to_sqlite(id_),)).fetchone()
+            row = position, *_content_row(content), terms.tobytes(), weights.tobytes()
+            self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", row)
+            positions.append(position)
+        return positions
+
+    def _remove(self, ids: Iterable[str]) -> list[int]:
+        """Delete the documents with these ids that exist, and return their positions."""
+        positions = []
+        for id_ in ids:
+            row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
+            if row is not None:
+                self._database.execute("DELETE FROM contents WHERE position = ?", row)
+                positions += row
+        return positions
+
+
+def is_refusal(error: BaseException, *codes: int) -> bool:
+    """Whether the system does not let this process write (or read), while nothing is damaged.
+
+    Args:
+        codes: SQLite's codes that mean a refusal besides the usual ones.
+    """
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code, without SQLite's extension
+        return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, *codes)
+    return isinstance(error, OSError) and error.errno in READ_ONLY
+
+
+def _has_all(tags: Iterable[str], conditions: Sequence[Sequence[str]]) -> bool:
+    held = set(tags)
+    return all(not held.isdisjoint(condition) for condition in conditions)
+
+
+def _content_row(document: Document) -> tuple[str | bytes, str | bytes, str | None]:
+    metadata = None if document.metadata is None else json.dumps(document.metadata)
+    return _to_sqlite(document.title), _to_sqlite(document.text), metadata
+
+
+def _from_row(row: tuple[Any, ...]) -> EncodedDocument:
+    """A document from a row of the view ``documents``."""
+    _, id_, title, text, metadata, terms, weights = row
+    content = Document(_from_sqlite(title), _from_sqlite(text), None if metadata is None else json.loads(metadata))
+    return EncodedDocument(_from_sqlite(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
+
+
+def _to_sqlite(text: str) -> str | bytes:
+    """Text as SQLite stores it: UTF-8, or bytes if it has a lone surrogate, which JSON allows and UTF-8 does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def _from_sqlite(value: str | bytes) -> str:
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value

@@ -1,0 +1,112 @@
+"""The result of a search: hits, and the terms that explain their scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from anysplade._common.arguments import require
+from anysplade._common.tables import Tabular
+from anysplade.errors import OptionError
+from anysplade.model.options import checked_option
+from anysplade.model.queries import Queries
+from anysplade.model.vocabulary import split_words
+
+
+@dataclass(frozen=True)
+class TermMatch:
+    """A term that a query and a document share."""
+
+    term: str  # its token, or ``[term:ID]``
+    query_weight: float  # in the vector of the query
+    document_weight: float  # in the vector of the document
+    product: float  # of the two weights: the share of the term in the score
+
+
+class WordMatch(NamedTuple):
+    """A shared word, as shown to a person."""
+
+    word: str  # a term's name, or a word of the query that the tokenizer split into terms
+    terms: list[TermMatch]  # the term, or the shared terms of the word
+    product: float  # the sum of the products of the terms
+
+
+@dataclass(frozen=True, repr=False)
+class Hit(Tabular):
+    """A document that a search returned."""
+
+    id: str  # of the document
+    score: float  # dot product of the two vectors
+    title: str  # of the document; empty without one
+    text: str  # of the document
+    metadata: dict[str, Any] | None = None  # of the document
+    terms: list[TermMatch] | None = None  # with ``explain``: the largest product first; the products sum to the score
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """One row without the metadata; each term is shown with its product."""
+        terms = {} if self.terms is None else {"terms": " ".join(f"{match.term} {match.product:.2f}" for match in self.terms)}
+        return [{"id": self.id, "score": self.score, "title": self.title, "text": self.text} | terms]
+
+
+class Hits(list[Hit], Tabular):
+    """The hits of a search, the best first: a list that is shown as a table."""
+
+    __repr__ = Tabular.__repr__
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"rank": rank} | hit._rows()[0] for rank, hit in enumerate(self, 1)]
+
+
+def check_query(query: object) -> None:
+    """Raise OptionError unless the query is one text."""
+    require("query", query, str, "give one text; of several, search each by itself")
+
+
+def check_hits(k: object) -> int:
+    """The number of hits as an int.
+
+    Raises:
+        OptionError: ``k`` is not a whole number of at least 1.
+    """
+    count: int = checked_option("k", k, int)
+    if count < 1:
+        raise OptionError(f"k is {count}: ask for at least 1 hit")
+    return count
+
+
+def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
+    """The terms that a query and a document share, the largest product first.
+
+    Args:
+        names: the name of each term, (vocabulary,).
+        query: the vector of the query, (1, vocabulary).
+        terms, weights: the vector of the document, (active dims,) each.
+    """
+    shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
+    pairs = zip(shared, query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
+    matches = [TermMatch(names[term], ours, theirs, ours * theirs) for term, ours, theirs in pairs]
+    return sorted(matches, key=lambda match: -match.product)
+
+
+def query_words(queries: Queries, text: str) -> dict[str, str]:
+    """The words of a query that the tokenizer split, by the name of each of their terms."""
+    names = queries.term_names
+    return {names[term]: word for term, word in split_words(text, queries.tokens(text), names).items()}
+
+
+def join_matches(matches: Sequence[TermMatch], words: Mapping[str, str]) -> list[WordMatch]:
+    """Shared terms as words, the largest product first.
+
+    Args:
+        words: the words of the query; see ``query_words``.
+    """
+    joined: dict[tuple[str, bool], list[TermMatch]] = {}  # the bool: a word can have the name of another term
+    for match in matches:
+        joined.setdefault((words.get(match.term, match.term), match.term in words), []).append(match)
+    found = [WordMatch(word, terms, sum(term.product for term in terms)) for (word, _), terms in joined.items()]
+    return sorted(found, key=lambda match: -match.product)
