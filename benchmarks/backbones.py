@@ -1,4 +1,4 @@
-"""Backbones of real sizes with random weights, and texts for them: speed does not depend on what they learned."""
+"""Backbones of real sizes with random weights, and texts for them, to measure speed, which does not depend on the weights."""
 
 import random
 from pathlib import Path
@@ -29,7 +29,7 @@ def random_model(geometry: str) -> PreTrainedModel:
         return ModernBertForMaskedLM(config)
     if geometry == "bert-base":
         return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0))
-    if geometry == "bert-17m":  # as many parameters as Ettin-17M in each layer, in the architecture that most runtimes know
+    if geometry == "bert-17m":  # as many parameters per layer as Ettin-17M, in the architecture that most runtimes support
         sizes = {"hidden_size": 256, "intermediate_size": 576, "num_hidden_layers": 7, "num_attention_heads": 4}
         return BertForMaskedLM(BertConfig(vocab_size=50_368, pad_token_id=0, **sizes))
     if geometry == "minilm":
@@ -40,7 +40,7 @@ def random_model(geometry: str) -> PreTrainedModel:
 
 
 def save_backbone(geometry: str, folder: Path) -> str:
-    """A checkpoint with a tokenizer that knows ``w5``, ``w6``, ..., a token a word."""
+    """Save a checkpoint with a tokenizer whose tokens are the words ``w5``, ``w6``, ...; returns its folder."""
     torch.manual_seed(0)
     model = random_model(geometry)
     vocabulary = {token: i for i, token in enumerate(_SPECIAL)} | {f"w{i}": i for i in range(5, model.config.vocab_size)}

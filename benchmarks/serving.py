@@ -1,6 +1,6 @@
-"""Load on a server over loopback: latency at several numbers of clients, batching, overload, and memory over a soak.
+"""Load on a server over loopback: latency for several numbers of clients, batching, overload, and memory under a long load.
 
-Starts `anysplade serve INDEX` and sends POST /search from the threads of another process; each thread keeps one connection and
+Starts `anysplade serve INDEX` and sends POST /search from the threads of another process. Each thread keeps one connection and
 sends one request at a time.
 """
 
@@ -23,7 +23,7 @@ from harness import finish, parser
 
 
 def send_requests(port: int, queries: list[str], seconds: float, clients: int, offset: int, out: Any) -> None:
-    """Send requests from a number of clients for some seconds; puts latencies (seconds) and counts by status into ``out``."""
+    """Send requests from several clients for some seconds; puts latencies (seconds) and counts by status into ``out``."""
     latencies: list[float] = []
     statuses: dict[int, int] = {}
     lock = threading.Lock()

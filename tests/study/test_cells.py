@@ -16,8 +16,10 @@ from anysplade.cli import app, main
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import find_head
-from anysplade.study import cells
-from anysplade.study.cells import Cell, commands, edited, read_cell, run_cell
+from anysplade.study import cells, edits, inputs
+from anysplade.study.cells import commands, read_cell, run_cell
+from anysplade.study.edits import edited
+from anysplade.study.plan import Cell
 from anysplade.training.config import TrainingConfig
 from tiny import make_backbone, make_collection
 from vocabularies import byte_level, make_cased
@@ -67,7 +69,7 @@ def test_edits_are_written_once_and_refused_where_impossible(tmp_path, monkeypat
     backbone = make_backbone("bert", tmp_path / "backbone")
     assert edited(backbone, (), tmp_path) == backbone
     folder = edited(backbone, (("folded", 2.0),), tmp_path / "edited")
-    monkeypatch.setattr(cells, "_edit", None)  # editing again would need it
+    monkeypatch.setattr(edits, "_edit", None)  # editing again would need it
     assert edited(backbone, (("folded", 2.0),), tmp_path / "edited") == folder
     monkeypatch.undo()
     with pytest.raises(OptionError, match="'bent' is not an edit"):
@@ -75,7 +77,7 @@ def test_edits_are_written_once_and_refused_where_impossible(tmp_path, monkeypat
     model = AutoModelForMaskedLM.from_pretrained(backbone)
     model.cls.predictions.transform.LayerNorm = torch.nn.Identity()
     with pytest.raises(ModelError, match="no LayerNorm before the decoder"):
-        cells._edit(model, "folded", 2.0)
+        edits._edit(model, "folded", 2.0)
 
 
 def test_a_runtime_scalar_is_a_learning_rate(tmp_path):
@@ -224,7 +226,7 @@ def test_a_cell_is_not_read_for_a_collection_that_changed(place, tmp_path):
     assert read_cell(tmp_path, cell, (str(collection),)).hash == cell.hash
     with open(collection / "corpus.jsonl", "a") as file:
         file.write('{"_id": "new", "text": "kabel"}\n')
-    cells.clear_caches()
+    inputs.clear_caches()
     assert read_cell(tmp_path, cell, (str(collection),)) is None
 
 
@@ -265,7 +267,7 @@ def named(place, tmp_path):
 
 
 def hash_of(cell, **changes):
-    cells.clear_caches()
+    inputs.clear_caches()
     return replace(cell, options=cell.options | changes).hash
 
 
@@ -306,7 +308,7 @@ def test_a_default_or_a_rule_that_changes_makes_another_cell(place, monkeypatch)
     cell = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
     bare = replace(cell, options={name: value for name, value in OPTIONS.items() if name not in ("k", "shift")})  # auto
     known = cell.hash, bare.hash
-    monkeypatch.setattr(cells, "ACTIVE_SHARE", 0.5)
+    monkeypatch.setattr("anysplade.study.plan.ACTIVE_SHARE", 0.5)
     assert (cell.hash == known[0], bare.hash == known[1]) == (True, False)
     assert hash_of(cell, on_collapse="recalibrate") not in known
     monkeypatch.undo()

@@ -56,11 +56,11 @@ def evaluate(
     from anysplade._common import files
     from anysplade._common.files import default_cache
     from anysplade.cli import rendering as report
-    from anysplade.evaluation import comparisons as comparison
+    from anysplade.evaluation.grid import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all(
+    found = evaluate_all(
         *_split(names),
         measured,
         split=split,
@@ -96,11 +96,11 @@ def compare(
     """
     from anysplade._common.files import default_cache
     from anysplade.cli import rendering as report
-    from anysplade.evaluation import comparisons as comparison
+    from anysplade.evaluation.grid import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more, the first is what the others are compared with")
     measured = metrics or list(METRICS)
-    found = comparison.evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
+    found = evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
     return Result(found.to_dict(), report.evaluations_parts(found, measured))

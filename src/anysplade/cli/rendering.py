@@ -16,14 +16,15 @@ from anysplade.search.documents import join_matches
 if TYPE_CHECKING:
     from anysplade.cli.demo import DemoResult
     from anysplade.data.document_pairs import MadePairs
-    from anysplade.evaluation.comparisons import Comparison, Evaluations
+    from anysplade.evaluation.comparisons import Comparison
+    from anysplade.evaluation.grid import Evaluations
     from anysplade.model.calibration import Calibration
     from anysplade.model.head import HeadReport
     from anysplade.model.terms import Terms
     from anysplade.search.documents import Hit, WordMatch
     from anysplade.search.sizing import Size
+    from anysplade.study.pipeline import StudyPlan
     from anysplade.study.results import StudyResult
-    from anysplade.study.run import StudyPlan
     from anysplade.training.adaptation import Adaptation
     from anysplade.training.head_training import HeadTraining
     from anysplade.training.run import TrainingResult

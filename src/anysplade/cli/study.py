@@ -42,8 +42,8 @@ def study(
             nothing is trained.
     """
     from anysplade.cli import rendering as report
+    from anysplade.study.pipeline import plan_study, run_study
     from anysplade.study.plan import StudyConfig
-    from anysplade.study.run import plan_study, run_study
 
     options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
     if backbones:
