@@ -37,6 +37,7 @@ from anysplade.data.collections import Collection, load_collection
 from anysplade.data.pairs import sample_pairs
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.significance import holm, paired_p
 from anysplade.model.calibration import choose
 from anysplade.model.folding import fold_head, plan_folding
@@ -260,10 +261,9 @@ def largest(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
 
 
 def ndcg(queries: sparse.csr_matrix, documents: sparse.csr_matrix, collection: Collection) -> float:
-    ids = list(collection.corpus)
-    rankings = Postings.from_documents(documents).top_rows(queries, 10)
-    run = {query: [ids[row] for row in rows] for query, (rows, _) in zip(collection.queries, rankings, strict=True)}
-    return measure(parse_metrics([METRIC]), collection.qrels, run)[0][METRIC]
+    ranker = Ranker(collection, 10)
+    run = ranker.as_run(Postings.from_documents(documents).top_rows(queries, ranker.hits))
+    return measure(parse_metrics(METRIC), collection.qrels, run)[0][METRIC]
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -59,9 +59,9 @@ def peak_extra_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory to the system, so that new memory is counted
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     function()
-    return _memory("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 def bandwidth() -> float:
@@ -85,8 +85,9 @@ def peaks() -> dict[str, float]:
     return found | {"read_gb_per_second": bandwidth() / 1e9}
 
 
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def memory(field: str, pid: int | str = "self") -> int:
+    """Bytes of a process by a field of its status, such as VmRSS (resident) or VmHWM (peak)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)

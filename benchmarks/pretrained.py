@@ -34,7 +34,9 @@ from anysplade import TrainingConfig, adapt, evaluate, load_collection, mine, tr
 from anysplade._common.files import write_atomic
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.evaluation.rankings import Ranker
 from anysplade.model.pooling import native_bfloat16
+from anysplade.search.exact import nearest
 from anysplade.study.cells import METRIC
 from anysplade.training import head_training as head_module
 from anysplade.training.teachers import kept_vectors, open_teacher
@@ -142,13 +144,10 @@ def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str]
     kept = kept_vectors(teacher, options.out / "vectors", progress=True)
     results = {}
     for name in collections:
-        collection = load_collection(options.data / name)
-        documents = kept.vectors([document.full_text for document in collection.corpus.values()], "document").astype(np.float32)
-        queries = kept.vectors(list(collection.queries.values()), "query").astype(np.float32)
-        ids, ranking = list(collection.corpus), {}
-        for query, scores in zip(collection.queries, queries @ documents.T, strict=True):
-            ranking[query] = {ids[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[:100]}
-        results[name] = measure(parse_metrics([METRIC]), collection.qrels, ranking)[0]
+        ranker = Ranker(load_collection(options.data / name), 100)
+        vectors = {role: kept.vectors(texts, role).astype(np.float32) for role, texts in ranker.texts.items()}
+        run = ranker.as_run(nearest(vectors["query"], vectors["document"], ranker.hits))
+        results[name] = measure(parse_metrics(METRIC), ranker.collection.qrels, run)[0]
     return {"model": Path(model).name, "results": results}
 
 
