@@ -81,7 +81,7 @@ def groups_of(terms: np.ndarray) -> dict[int, Tensor]:
     return {int(terms[part[0]]): torch.from_numpy(part) for part in parts if len(part) > 1 and terms[part[0]] >= 0}
 
 
-def made(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
+def folded_row(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
     """The row of a group followed by its bias, (width + 1,)."""
     rows = torch.cat([weight[group], bias[group, None]], dim=1)
     if rule == "first":
@@ -116,13 +116,13 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         hidden = tokens(model, tokenizer, [*fitted[0], *fitted[1]])[:TOKENS].clone()
         others = tokens(model, tokenizer, [*queries, *documents])[:TOKENS]
         prior = (hidden @ weight.T + bias).softmax(dim=1).mean(dim=0)
-        untie_head(model)  # rows change
+        untie_head(model)  # the input embeddings must not change with the rows
         for rule in RULES:
             head = find_head(model)
             errors, spread = [], []
             with torch.inference_mode():
                 for kept, group in groups.items():
-                    row = made(rule, weight, bias, hidden, prior, group)
+                    row = folded_row(rule, weight, bias, hidden, prior, group)
                     head.decoder.weight[kept], head.biases[0].view(-1)[kept] = row[:-1], row[-1]
                     largest = (others @ weight[group].T + bias[group]).amax(dim=1)
                     errors.append(float((others @ row[:-1] + row[-1] - largest).square().mean()))
@@ -209,7 +209,7 @@ def words(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def writings(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The words of a text in lower case, each with the entries that hold it."""
+    """The words of a text in lower case, each with the vocabulary entries that it is written with."""
     given = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     entries = list(zip(given["input_ids"], given["offset_mapping"], strict=True))
     return [
@@ -245,17 +245,17 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summed(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
-    """Vectors whose terms have the weight of all their forms."""
+    """Vectors in which a term has the sum of the weights of its forms."""
     rows = np.arange(len(terms))
     return vectors @ sparse.csr_matrix((np.ones(len(terms), np.float32), (rows, terms)), shape=(len(terms), len(terms)))
 
 
 def largest(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
-    """Vectors whose terms have the largest weight of their forms."""
-    given = vectors.tocoo()
-    columns = terms[given.col]
-    order = np.lexsort((given.data, columns, given.row))
-    row, column, weight = given.row[order], columns[order], given.data[order]
+    """Vectors in which a term has the largest weight of its forms."""
+    entries = vectors.tocoo()
+    columns = terms[entries.col]
+    order = np.lexsort((entries.data, columns, entries.row))
+    row, column, weight = entries.row[order], columns[order], entries.data[order]
     last = np.append((row[1:] != row[:-1]) | (column[1:] != column[:-1]), True)
     return sparse.csr_matrix((weight[last], (row[last], column[last])), shape=vectors.shape)
 
@@ -271,7 +271,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], Cell] = {}  # by backbone and way
     for place, backbone in enumerate(options.backbones):
         ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
-        ways |= {name: (made[place], {}) for name in ("twin", "moved") if place < len(made := getattr(options, name))}
+        ways |= {name: (others[place], {}) for name in ("twin", "moved") if place < len(others := getattr(options, name))}
         for name, (base, changes) in ways.items():
             groups[Path(backbone).name, name] = Cell(base, options.data, given | changes)
     records = run_groups(groups, options.seeds, options.collections, options.out, options.workers)

@@ -102,12 +102,7 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
 
 
 def _compare(
-    base: Evaluation,
-    other: Evaluation,
-    metric: str,
-    parsed: Any,
-    base_values: dict[str, float],
-    collection: Collection | None,
+    base: Evaluation, other: Evaluation, metric: str, parsed: Any, base_values: dict[str, float], collection: Collection | None
 ) -> Comparison:
     """Compare two evaluations in one metric, without the corrected p.
 

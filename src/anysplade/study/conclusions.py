@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anysplade.evaluation.significance import SIGNIFICANT
-from anysplade.study.aggregate import (
-    RAW_HEADS,
-    Records,
-    by_arm,
-    control_pairs,
-    correlations,
-    means,
-    paired_tests,
-    training_curves,
-)
+from anysplade.study.aggregate import RAW_HEADS, Records, by_arm, control_pairs, correlations, means, paired_tests, training_curves
 from anysplade.study.arms import Arm
 from anysplade.study.cells import METRIC
 from anysplade.study.controls import CONTROLS
@@ -99,6 +90,16 @@ def _verdict(test: PairedTest | ControlPair, better: str, worse: str, none: str,
     return none
 
 
+def _relation(test: PairedTest, subject: str) -> str:
+    return _verdict(
+        test,
+        f"{subject} is better than",
+        f"{subject} is worse than",
+        f"no difference shows between {subject} and",
+        f"single trainings do not tell {subject} from",
+    )
+
+
 def _size(test: PairedTest) -> str:
     return f"{plus_minus(test.difference, test.noise, '+')} (p {test.p_corrected:.2g})"
 
@@ -145,38 +146,26 @@ def _auto_against_fixed(study: Study) -> list[str]:
     for test in study.tests or ():
         if test.key == Arm.RAW:
             continue
-        verdict = _verdict(
-            test,
-            "auto is better than",
-            "auto is worse than",
-            "no difference shows between auto and",
-            "single trainings do not tell auto from",
-        )
         cost = f"{test.flops:.2f} FLOPS against 0."
         if test.flops_of_other:
             ratio = test.flops / test.flops_of_other
             cost = f"{_times(ratio)} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
         place = Path(test.collection).name
-        lines.append(f"{test.backbone} on {place}: {verdict} the best fixed k ({test.against}): {_size(test)}, at {cost}")
+        lines.append(
+            f"{test.backbone} on {place}: {_relation(test, 'auto')} the best fixed k ({test.against}): {_size(test)}, at {cost}"
+        )
     return lines
 
 
 def _folding(study: Study) -> list[str]:
     lines = []
     for test in study.tests or ():
-        verdict = _verdict(
-            test,
-            "it is better than",
-            "it is worse than",
-            "no difference shows between it and",
-            "single trainings do not tell it from",
-        )
         ours, none = (
             next(row for row in study.rows if (row.backbone, row.arm) == (test.backbone, arm)).results[test.collection]
             for arm in (test.head, test.against)
         )
         lines.append(
-            f"{test.backbone} folded {test.head}, on {Path(test.collection).name}: {verdict} the vocabulary as it is: {_size(test)}; "
+            f"{test.backbone} folded {test.head}, on {Path(test.collection).name}: {_relation(test, 'it')} the vocabulary as it is: {_size(test)}; "
             f"{ours.document_active_dims:.0f} active dims per document against {none.document_active_dims:.0f}, FLOPS {ours.flops:.2f} against {none.flops:.2f}."
         )
     return lines

@@ -86,46 +86,44 @@ def _sds(points: Iterable[Means]) -> list[float]:
     return [math.nan if point.ndcg_sd is None else point.ndcg_sd for point in points]
 
 
-def _errorbars(axes: Any, x: Sequence[float], points: Sequence[Means], line: str, arm: str, arms: dict[str, Arm]) -> None:
-    axes.errorbar(
-        x, [point.ndcg for point in points], _sds(points),
-        fmt=_MARKERS.get(arms[arm], "^") + line, color=_color(arm, arms), capsize=3, label=arm,
-    )  # fmt: skip
+def _paint_points(
+    rows: Sequence[RowResult], collection: str, label: str, x: Callable[[RowResult], float], line: str, figure: Any
+) -> None:
+    """Effectiveness of each arm against a quantity ``x`` on a logarithmic axis; ``line`` is matplotlib's style of a line or ""."""
+    arms = _arms(rows)
+    axes = _axes(figure, label, METRIC)
+    for arm, key in arms.items():
+        group = [row for row in rows if row.arm == arm]
+        if line:
+            group.sort(key=x)
+        points = [row.results[collection] for row in group]
+        axes.errorbar(
+            [x(row) for row in group], [point.ndcg for point in points], _sds(points),
+            fmt=_MARKERS.get(key, "^") + line, color=_color(arm, arms), capsize=3, label=arm,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.legend(**_LEGEND, ncols=3)
 
 
 def _norm(rows: Sequence[RowResult], collection: str) -> Sketch:
-    arms = _arms(rows)
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, "mean row norm of the decoder, as trained", METRIC)
-        for arm in arms:
-            group = [row for row in rows if row.arm == arm]
-            _errorbars(axes, [row.after.mean_row_norm for row in group], [row.results[collection] for row in group], "", arm, arms)
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
-        axes.legend(**_LEGEND, ncols=3)
-
+    label = "mean row norm of the decoder, as trained"
     raw = sorted((row for row in rows if row.key == Arm.RAW), key=lambda row: row.after.mean_row_norm)
     caption = (
         f"{METRIC} on {Path(collection).name} against the norm of the head that training started from. Raw heads from left to "
         f"right: {', '.join(row.backbone for row in raw)}."
     )
-    return "norm", caption, _HEIGHT, paint
+    return "norm", caption, _HEIGHT, partial(_paint_points, rows, collection, label, lambda row: row.after.mean_row_norm, "")
 
 
 def _tradeoff(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
-    arms = _arms(rows)
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, "FLOPS", METRIC)
-        for arm in arms:
-            points = sorted((row.results[collection] for row in rows if row.arm == arm), key=lambda point: point.flops)
-            _errorbars(axes, [point.flops for point in points], points, "-", arm, arms)
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
-        axes.legend(**_LEGEND, ncols=3)
-
-    return backbone, f"{backbone}: one point for each weight of the regularizers; bars are standard deviations.", _HEIGHT, paint
+    caption = f"{backbone}: one point for each weight of the regularizers; bars are standard deviations."
+    return (
+        backbone,
+        caption,
+        _HEIGHT,
+        partial(_paint_points, rows, collection, "FLOPS", lambda row: row.results[collection].flops, "-"),
+    )
 
 
 def _dynamics(rows: Sequence[RowCurves]) -> list[Sketch]:
