@@ -43,6 +43,7 @@ from anysplade.search.store import Store
 from anysplade.serving.batching import Searcher
 from harness import alternate, bandwidth, finish, parser, summary
 
+CLIENTS = {"Index.search": 0, "Searcher, 1 client": 1, "Searcher, 8 clients": 8}  # of a ``Searcher``, by what is measured
 WORDS = 60  # approximate length of a passage
 SEISMIC = [(5, 0.9), (10, 0.8), (24, 0.7), (1000, 0.5)]  # query_cut (number of query terms that are used), heap_factor
 COLD = """
@@ -146,8 +147,8 @@ async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[
     searcher.start()
     index = searcher.index
     parts: list[tuple[float, float]] = []
-    latencies: dict[int, list[float]] = {0: [], 1: [], 8: []}
-    rates: dict[int, list[float]] = {0: [], 1: [], 8: []}
+    latencies: dict[str, list[float]] = {name: [] for name in CLIENTS}
+    rates: dict[str, list[float]] = {name: [] for name in CLIENTS}
 
     async def client(asked: list[str], taken: list[float]) -> None:
         for query in asked:
@@ -156,7 +157,7 @@ async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[
             taken.append(time.perf_counter() - start)
 
     for turn in range(rounds + 1):
-        for clients in rates:
+        for name, clients in CLIENTS.items():
             taken: list[float] = []
             begin = time.perf_counter()
             if clients:
@@ -172,13 +173,10 @@ async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[
                     if turn:
                         parts.append((middle - start, end - middle))
             if turn:
-                rates[clients].append(len(queries) / (time.perf_counter() - begin))
-                latencies[clients] += taken
+                rates[name].append(len(queries) / (time.perf_counter() - begin))
+                latencies[name] += taken
     await searcher.stop()
-    names = {0: "Index.search", 1: "Searcher, 1 client", 8: "Searcher, 8 clients"}
-    result: dict[str, dict[str, Any]] = {
-        names[clients]: {"qps": summary(rates[clients])} | percentiles(latencies[clients]) for clients in rates
-    }
+    result: dict[str, Any] = {name: {"qps": summary(rates[name])} | percentiles(latencies[name]) for name in CLIENTS}
     result["Index.search"] |= {
         "encoding": percentiles([encoding for encoding, _ in parts]),
         "searching": percentiles([searching for _, searching in parts]),
