@@ -1,7 +1,8 @@
-"""Backbones of real sizes with random weights, and texts for them: speed does not depend on what they learned."""
+"""Backbones of real sizes with random weights, and texts for them, to measure speed, which does not depend on the weights."""
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -16,33 +17,31 @@ from transformers import (
     XLMRobertaForMaskedLM,
 )
 
-GEOMETRIES = ("ettin-17m", "bert-17m", "minilm", "bert-base", "xlm-r-base", "xlm-r-minilm")
+
+def _sizes(width: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (width, intermediate, layers, heads), strict=True))
+
+
 _SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-
-
-def random_model(geometry: str) -> PreTrainedModel:
-    ids = {"pad_token_id": 0, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}
-    if geometry == "ettin-17m":
-        config = ModernBertConfig(
-            vocab_size=50_368, hidden_size=256, intermediate_size=384, num_hidden_layers=7, num_attention_heads=4, **ids
-        )
-        return ModernBertForMaskedLM(config)
-    if geometry == "bert-base":
-        return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0))
-    if geometry == "bert-17m":  # as many parameters as Ettin-17M in each layer, in the architecture that most runtimes know
-        sizes = {"hidden_size": 256, "intermediate_size": 576, "num_hidden_layers": 7, "num_attention_heads": 4}
-        return BertForMaskedLM(BertConfig(vocab_size=50_368, pad_token_id=0, **sizes))
-    if geometry == "minilm":
-        small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
-        return BertForMaskedLM(BertConfig(vocab_size=30_522, pad_token_id=0, **small))
-    sizes = {} if geometry == "xlm-r-base" else {"hidden_size": 384, "intermediate_size": 1536}
-    return XLMRobertaForMaskedLM(XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, **sizes, **ids))
+_IDS = {"pad_token_id": 0, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}
+_XLM_R = {"vocab_size": 250_002, "max_position_embeddings": 514, **_IDS}
+GEOMETRIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
+    "ettin-17m": (ModernBertForMaskedLM, ModernBertConfig(vocab_size=50_368, **_sizes(256, 384, 7, 4), **_IDS)),
+    # As many parameters per layer as Ettin-17M, in the architecture that most runtimes support.
+    "bert-17m": (BertForMaskedLM, BertConfig(vocab_size=50_368, pad_token_id=0, **_sizes(256, 576, 7, 4))),
+    "minilm": (BertForMaskedLM, BertConfig(vocab_size=30_522, pad_token_id=0, **_sizes(384, 1536, 6, 12))),
+    "bert-base": (BertForMaskedLM, BertConfig(vocab_size=30_522, pad_token_id=0)),
+    "xlm-r-base": (XLMRobertaForMaskedLM, XLMRobertaConfig(**_XLM_R)),
+    "xlm-r-minilm": (XLMRobertaForMaskedLM, XLMRobertaConfig(**_XLM_R, **_sizes(384, 1536, 12, 12))),
+}
 
 
 def save_backbone(geometry: str, folder: Path) -> str:
-    """A checkpoint with a tokenizer that knows ``w5``, ``w6``, ..., a token a word."""
+    """Save a checkpoint with a tokenizer whose tokens are the words ``w5``, ``w6``, ...; returns its folder."""
     torch.manual_seed(0)
-    model = random_model(geometry)
+    kind, config = GEOMETRIES[geometry]
+    model = kind(config)
     vocabulary = {token: i for i, token in enumerate(_SPECIAL)} | {f"w{i}": i for i in range(5, model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,13 +1,11 @@
 """Which k and shift train a head best, and how near calibration comes: many short trainings.
 
-For every backbone: a grid of scale and level, the paper's k alone, nothing at all, and ``auto``, for heads inflated by 1/4, 1,
-4 and 16. Every training is a cell of the study's engine, kept in --out: what is there is not run again. The table shows
-effectiveness over seeds, cost, and the findings of the monitor.
+For every backbone: a grid of scale and level, the paper's k alone, neither of them, and ``auto``, for heads inflated by 1/4, 1, 4
+and 16. Every training is a cell, kept in --out: an interrupted experiment resumes. The table shows effectiveness over seeds, cost,
+and the findings of the monitor.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,23 +18,23 @@ from scipy.stats import spearmanr
 
 from anysplade import load_pairs, write_collection
 from anysplade._common.files import atomic_folder
-from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_python_docs
 from anysplade.data.pairs import sample_pairs
+from anysplade.evaluation.costs import COSTS
 from anysplade.model.calibration import mean_excess
 from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.head import find_head
 from anysplade.model.measuring import Probe, measure_logits
-from anysplade.study.cells import Cell, CellRecord, QueryScores
-from anysplade.study.plan import SMALL
-from anysplade.study.run import run_cells
+from anysplade.study.cells import CellRecord, QueryScores
+from anysplade.study.plan import SMALL, Cell
 from anysplade.training.monitoring import diagnose
+from experiments import NEVER, parser, run_all, with_seeds, write_json
 
-SETTINGS: dict[str, Any] = SMALL | {"checkpoint_steps": 10**6}
+SETTINGS: dict[str, Any] = SMALL | {"checkpoint_steps": NEVER}
 INFLATIONS = (0.25, 1, 4, 16)
-SHARES = (0.01, 0.003, 0.001, 0.0003)  # of the token logits above zero: the grid's levels
-SCALE_SHARE = 0.003  # of the token logits, whose mean excess over the lowest of them is a grid cell's scale
-EXCESSES = (0.34, 0.68, 1.35, 2.7, 5.4)  # of the highest 0.3 % on average: the grid's scales
+SHARES = (0.01, 0.003, 0.001, 0.0003)  # levels of the grid: shares of the token logits above zero
+SCALE_SHARE = 0.003  # share of the highest token logits, whose mean excess over the lowest of them measures the scale
+EXCESSES = (0.34, 0.68, 1.35, 2.7, 5.4)  # scales of the grid: that mean excess
 PAPER_K = (2, 4, 8, 16)
 LEARNING_RATES = (2e-4, 2.4e-3)
 WEIGHTS = (1e-3, 1e-2, 3e-2)  # of both regularizers
@@ -47,29 +45,28 @@ Records = dict[str, CellRecord]
 
 @dataclass(frozen=True)
 class Row:
-    """The same training with several seeds."""
+    """One training with several seeds."""
 
     mode: str
     cells: tuple[Cell, ...]  # by seed
     inflation: float = 1
-    changes: tuple[tuple[str, Any], ...] = ()  # options that differ from those of the mode's other rows
+    changes: tuple[tuple[str, Any], ...] = ()  # options that differ from those of the other rows of the mode
 
     def records(self, records: Records) -> list[CellRecord]:
         return [records[cell.hash] for cell in self.cells if cell.hash in records]
 
     def with_seeds(self, count: int) -> "Row":
-        first = self.cells[0]
-        return replace(self, cells=tuple(replace(first, options={**first.options, "seed": seed}) for seed in range(count)))
+        return replace(self, cells=tuple(with_seeds(self.cells[0], count)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A backbone's rows."""
+    """The rows of a backbone."""
 
     grid: list[Row]
     paper: list[Row]
-    others: list[Row]  # auto and nothing at all over the inflations, a shift for each term, other learning rates
-    sparsity: list[Row]  # active dims as a target, and weights set by hand
+    others: list[Row]  # auto and none for each inflation, a shift for each term, other learning rates
+    sparsity: list[Row]  # a target of active dims, and regularizer weights set by hand
 
     @property
     def rows(self) -> list[Row]:
@@ -106,7 +103,7 @@ def plan(folder: str, out: Path) -> Plan:
 
 
 def per_term(folder: str, probe: Probe, out: Path) -> str:
-    """A checkpoint whose terms all have the same 99th percentile over probe tokens: a shift for each term."""
+    """A checkpoint with a shift for each term, so that all terms have the same 99th percentile over probe tokens."""
     target = out / "backbones" / f"{Path(folder).name}-per-term"
     if not target.exists():
         model, tokenizer = load_masked_lm(folder)
@@ -121,7 +118,7 @@ def per_term(folder: str, probe: Probe, out: Path) -> str:
 
 
 def write_data(out: Path) -> None:
-    """Training pairs, and every second query, 500 of them, over 1,000 documents: evaluation takes half of a cell otherwise."""
+    """Write the training pairs, and every second of the first 1,000 queries over 1,000 documents, so that evaluation is fast."""
     whole, pairs = load_python_docs()
     queries = dict(list(whole.queries.items())[::2][:500])
     qrels = {query_id: whole.qrels[query_id] for query_id in queries}
@@ -133,7 +130,7 @@ def write_data(out: Path) -> None:
 
 
 def best(rows: Sequence[Row], records: Records, count: int) -> list[Row]:
-    """The rows of highest RR@10 with the first seed."""
+    """The rows with the highest RR@10 for the first seed."""
     return sorted(rows, key=lambda row: -scores(records[row.cells[0].hash]).rr)[:count]
 
 
@@ -157,10 +154,7 @@ def spread(records: Sequence[CellRecord]) -> dict[str, Any]:
         "RR@10 sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "RR@10 lowest": min(values),
         "nDCG@10": float(np.mean([result.ndcg for result in results])),
-        **{
-            name: float(np.mean([getattr(result, name) for result in results]))
-            for name in ("query_active_dims", "document_active_dims", "flops")
-        },
+        **{name: float(np.mean([getattr(result, name) for result in results])) for name in COSTS},
     }
 
 
@@ -186,7 +180,7 @@ def summarize(backbone: str, folder: str, planned: Plan, records: Records) -> di
 
 
 def start(rows: Sequence[Row], records: Records, top: float) -> dict[str, Any]:
-    """The statistics of the grid's and the paper's cells before the first step, and their correlation with RR@10 (Spearman)."""
+    """Statistics of the grid's and the paper's cells before the first step, and their Spearman correlation with RR@10."""
     cells = []
     for row in rows:
         record = records[row.cells[0].hash]
@@ -200,7 +194,7 @@ def start(rows: Sequence[Row], records: Records, top: float) -> dict[str, Any]:
 
 
 def alarms(rows: Sequence[Row], records: Records, top: float, vocabulary: int) -> dict[str, Any]:
-    """The monitor's findings in runs that ended badly (under a quarter of the best), well (over 0.8), and between."""
+    """The monitor's findings in runs that ended badly (below 0.25 of the best), well (above 0.8), and between."""
     counts: dict[str, Any] = {name: {"runs": 0, "flagged": 0} for name in ("collapsed", "between", "healthy")}
     wrong = []
     for row, record in [(one, record) for one in rows for record in one.records(records)]:
@@ -217,7 +211,7 @@ def alarms(rows: Sequence[Row], records: Records, top: float, vocabulary: int) -
 
 
 def targets(rows: Sequence[Row], records: Records) -> list[dict[str, Any]]:
-    """The runs with a target beside what weights set by hand reach at the same document active dims."""
+    """Compare runs with a target to runs with weights set by hand, at the same document active dims."""
     manual = [spread(row.records(records)) for row in rows if row.mode == "lambda"]
     manual.sort(key=lambda line: line["document_active_dims"])
     costs, ndcg = ([line[name] for line in manual] for name in ("document_active_dims", "nDCG@10"))
@@ -256,33 +250,27 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for cells and what they need")
-    parser.add_argument("--backbones", nargs="+", required=True, metavar="FOLDER")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the summary here")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--out", type=Path, required=True, help="folder for cells and what they need")
+    arguments.add_argument("--backbones", nargs="+", required=True, metavar="FOLDER")
+    options = arguments.parse_args()
     backbones = {Path(folder).name: str(Path(folder).resolve()) for folder in options.backbones}
     if len(backbones) < len(options.backbones):  # their folders are named after them
-        parser.error("two backbones have the same name; rename a folder")
+        arguments.error("two backbones have the same name; rename a folder")
     out = options.out.resolve()
     if not (out / "collection").exists():
         write_data(out)
     plans = {name: plan(folder, out) for name, folder in backbones.items()}
 
     def run(rows: Sequence[Row]) -> Records:
-        cells = [cell for row in rows for cell in row.cells]
-        records, failed = run_cells(cells, (str(out / "held-out"),), out, options.workers, progress=True)
-        return records if not failed else sys.exit(f"{len(failed)} cells failed, the first one: {next(iter(failed.values()))}")
+        return run_all([cell for row in rows for cell in row.cells], (str(out / "held-out"),), out, options.workers)
 
     records = run([row for planned in plans.values() for row in planned.rows])
-    for planned in plans.values():  # the best rows of one seed get two more
+    for planned in plans.values():  # the rows that are best with one seed get two more
         records |= run([row.with_seeds(3) for row in (*best(planned.grid, records, 3), *best(planned.paper, records, 1))])
     summary = {name: summarize(name, backbones[name], planned, records) for name, planned in plans.items()}
     show(summary)
-    if options.json:
-        record = {"settings": SETTINGS, "backbones": summary, "provenance": provenance()}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.json, {"settings": SETTINGS, "backbones": summary})
 
 
 if __name__ == "__main__":

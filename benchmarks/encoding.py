@@ -1,8 +1,8 @@
-"""Documents a second and milliseconds a query: ours on each runtime, sentence-transformers on each backend at its best batch size.
+"""Documents per second and milliseconds per query: our runtimes, and sentence-transformers' backends at their best batch size.
 
-One process, the same number of threads for all, in turns. Weights are random, since speed does not depend on what they learned,
-and the head's level is shifted until a text has as many active dims as a trained model's. sentence-transformers' OpenVINO
-backend takes part where optimum-intel is installed.
+All run in one process, with the same number of threads, in turns. Weights are random, since speed does not depend on them, and the
+level of the head is shifted so that a text has as many active dims as with a trained model. sentence-transformers' OpenVINO backend
+is included if optimum-intel is installed.
 """
 
 import contextlib
@@ -35,18 +35,18 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--geometry", default="ettin-17m", choices=GEOMETRIES)
     arguments.add_argument("--texts", type=int, default=128)
-    arguments.add_argument("--tokens", type=int, default=128, help="a text is cut at")
+    arguments.add_argument("--tokens", type=int, default=128, help="after which a text is cut")
     arguments.add_argument("--queries", type=int, default=20)
-    arguments.add_argument("--query-tokens", type=int, default=12, help="two of them special")
-    arguments.add_argument("--active-dims", type=int, default=150, help="of a text, as a trained model has them")
+    arguments.add_argument("--query-tokens", type=int, default=12, help="including two special ones")
+    arguments.add_argument("--active-dims", type=int, default=150, help="per text, as with a trained model")
     arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="tried by sentence-transformers")
     arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--memory-texts", type=int, default=0, help="also measure the peak memory of encoding so many")
-    arguments.add_argument("--exact-texts", type=int, default=0, help="also compare the weights of so many texts")
+    arguments.add_argument("--memory-texts", type=int, default=0, help="also measure the peak memory of encoding this many texts")
+    arguments.add_argument("--exact-texts", type=int, default=0, help="also compare the weights of this many texts")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     generator = random.Random(0)
-    # Passages as collections have them: half of them shorter than 90 tokens.
+    # Lengths as in real collections: half of the passages are shorter than 90 tokens.
     count = max(options.texts, options.exact_texts)
     lengths = [max(3, min(options.tokens - 2, round(generator.lognormvariate(4.5, 0.7)))) for _ in range(count)]
 
@@ -142,7 +142,7 @@ def main() -> None:
     for name, rate in rates.items():
         size = f", batch {batch_size[name]}" if name in batch_size else ""
         low, high = (len(texts) / times[name][bound] for bound in ("highest", "lowest"))
-        print(f"{name + size:<50} {rate:8.1f} texts/s ({low:.1f} to {high:.1f}) {query_ms[name]:7.2f} ms a query", file=sys.stderr)
+        print(f"{name + size:<50} {rate:8.1f} texts/s ({low:.1f} to {high:.1f}) {query_ms[name]:7.2f} ms/query", file=sys.stderr)
     for part in (machine, comparison, exact, memory):
         for key, value in part.items():
             print(key, value, file=sys.stderr)

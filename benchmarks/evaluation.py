@@ -1,4 +1,4 @@
-"""What evaluating costs beside encoding and searching: time and peak memory of a large synthetic collection."""
+"""Time and peak memory of evaluating a large synthetic collection, compared with encoding and searching alone."""
 
 import random
 import resource

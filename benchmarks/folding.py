@@ -1,27 +1,26 @@
-"""What folding a cased vocabulary gives, and what it saves.
+"""What folding a cased vocabulary gains and saves.
 
 Needs backbones with a cased vocabulary (``pretrain.py --vocabulary bpe``).
 
-rows     of each backbone, how near the logits of a folded dimension come to the largest of its terms' logits, the dimension that
-         an exact fold would have, what SPLADE starts from, and how good it is after a short training; on other texts than rows
-         were made from. first: the row of the lowest id, as ``fold_head`` has it; mean: of the group's rows; frequent: the row of
-         the term that the head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to
-         the largest logit by least squares
-pooling  time of pooling with a folded head, beside the same head with all rows
-words    of each backbone, folded and not, and of its --twin: the share of the words of --collections' texts that are one entry,
-         and in how many ways a word is written
-merge    the vectors of a model that was trained with the vocabulary as it is, and what is left of them when the weights of a word's
-         forms are summed, or the largest one is kept: active dims saved, and nDCG@10
-compare  the ways to one dimension a word at equal active dims, three seeds, paired tests against the cased vocabulary as it is:
+rows     for each backbone, how near the logits of a folded dimension come to the largest logit of its terms (an exact fold), how
+         SPLADE training starts, and how good it is after a short training; on other texts than rows were made from. The rules:
+         first: the row of the lowest id, as in ``fold_head``; mean: of the group's rows; frequent: the row of the term that the
+         head expects most often; prior: the rows weighted by how often the head expects them; ridge: fitted to the largest logit by
+         least squares
+pooling  time of pooling with a folded head and with the same head with all rows
+words    for each backbone, folded and not, and for its --twin: the share of the words in the texts of --collections that are one
+         entry, and in how many ways a word is written
+merge    the vectors of a model that was trained with the unfolded vocabulary, when the weights of a word's forms are summed or only
+         the largest one is kept: active dims saved, and nDCG@10
+compare  the ways to one dimension per word at equal active dims, three seeds, paired tests against the unfolded cased vocabulary:
          folded, and what needs pretraining: --twin, a backbone pretrained with an uncased vocabulary, and --moved, the cased one
-         moved to it (``pretrain.py --move``). Goes on where it was interrupted; each training is kept in --out
+         moved to it (``pretrain.py --move``). Trainings are kept in --out, so an interrupted run resumes
 """
 
 import argparse
 import json
 import re
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,12 +33,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade import TrainingConfig, evaluate, load_pairs, train
-from anysplade._common.files import write_atomic
-from anysplade._common.provenance import provenance
 from anysplade.data.collections import Collection, load_collection
 from anysplade.data.pairs import sample_pairs
-from anysplade.evaluation.comparisons import holm, paired_p
+from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.evaluation.rankings import Ranker
+from anysplade.evaluation.significance import holm, paired_p
 from anysplade.model.calibration import choose
 from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.folding import fold_head, plan_folding
@@ -48,22 +47,22 @@ from anysplade.model.head import find_head, live_terms, untie_head
 from anysplade.model.measuring import measure_logits
 from anysplade.model.pooling import splade_pool
 from anysplade.search.exact import Postings
-from anysplade.study.cells import Cell, QueryScores
-from anysplade.study.run import run_cells
+from anysplade.study.cells import METRIC, QueryScores
+from anysplade.study.plan import Cell
+from experiments import NEVER, named_scores, parser, run_groups, seed_means, write_json
 from harness import alternate
 
 RULES = ("first", "mean", "frequent", "prior", "ridge")
-LENGTH = 64
-TOKENS = 4000  # that rows are fitted to
+LENGTH = 64  # tokens after which probe texts are cut
+TOKENS = 4000  # number of tokens to which rows are fitted
 TRAINING: dict[str, Any] = {
-    "steps": 150, "batch_size": 32, "learning_rate": 8e-4, "max_length": 64, "checkpoint_steps": 10**6,
+    "steps": 150, "batch_size": 32, "learning_rate": 8e-4, "max_length": 64, "checkpoint_steps": NEVER,
     "query_active_dims": 16, "document_active_dims": 64,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "as is": {}, "case": {"fold": "case"}, "stem": {"fold": "stem"}, "muted": {"fold": "case", "mute": True},
 }  # fmt: skip
-COSTS = ("query_active_dims", "document_active_dims", "flops")
-RIDGE = 1e-2  # of the mean square of a hidden dimension
+RIDGE = 1e-2  # share of the mean square of a hidden dimension
 
 
 @torch.inference_mode()
@@ -78,14 +77,14 @@ def tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: li
 
 
 def groups_of(terms: np.ndarray) -> dict[int, Tensor]:
-    """The terms of each dimension that has several."""
+    """The terms of each dimension that has several terms, by the id of the dimension."""
     order = np.argsort(terms, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(terms[order])) + 1)
     return {int(terms[part[0]]): torch.from_numpy(part) for part in parts if len(part) > 1 and terms[part[0]] >= 0}
 
 
-def made(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
-    """A group's row with its bias behind it, (width + 1,)."""
+def folded_row(rule: str, weight: Tensor, bias: Tensor, hidden: Tensor, prior: Tensor, group: Tensor) -> Tensor:
+    """The row of a group followed by its bias, (width + 1,)."""
     rows = torch.cat([weight[group], bias[group, None]], dim=1)
     if rule == "first":
         return rows[group.argmin()]
@@ -119,13 +118,13 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         hidden = tokens(model, tokenizer, [*fitted[0], *fitted[1]])[:TOKENS].clone()
         others = tokens(model, tokenizer, [*queries, *documents])[:TOKENS]
         prior = (hidden @ weight.T + bias).softmax(dim=1).mean(dim=0)
-        untie_head(model)  # rows change
+        untie_head(model)  # the input embeddings must not change with the rows
         for rule in RULES:
             head = find_head(model)
             errors, spread = [], []
             with torch.inference_mode():
                 for kept, group in groups.items():
-                    row = made(rule, weight, bias, hidden, prior, group)
+                    row = folded_row(rule, weight, bias, hidden, prior, group)
                     head.decoder.weight[kept], head.biases[0].view(-1)[kept] = row[:-1], row[-1]
                     largest = (others @ weight[group].T + bias[group]).amax(dim=1)
                     errors.append(float((others @ row[:-1] + row[-1] - largest).square().mean()))
@@ -152,12 +151,12 @@ def effectiveness(backbone: str, options: argparse.Namespace, seed: int) -> dict
     """nDCG@10 and cost after a short training on --data."""
     with TemporaryDirectory() as work:
         result = train(TrainingConfig(backbone, options.data, output=f"{work}/run", seed=seed, **TRAINING))
-        found = evaluate(result.model, options.collections[0], ["nDCG@10"], depth=10, max_length=128)
+        found = evaluate(result.model, options.collections[0], [METRIC], depth=10, max_length=128)
     return found.metrics | {"document_active_dims": found.document_active_dims, "flops": found.flops}
 
 
 def pooling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The texts are random hidden states; the level is that of calibration, 0.1 % of the logits above zero."""
+    """The texts are random hidden states; the level is that of calibration: 0.1 % of the logits are above zero."""
     found = []
     for backbone in options.backbones:
         model, tokenizer = load_masked_lm(backbone)
@@ -212,7 +211,7 @@ def words(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def writings(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The words of a text in lower case, each with the entries that hold it."""
+    """The words of a text in lower case, each with the vocabulary entries that it is written with."""
     given = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     entries = list(zip(given["input_ids"], given["offset_mapping"], strict=True))
     return [
@@ -231,7 +230,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
             model = train(TrainingConfig(backbone, options.data, output=f"{work}/run", **TRAINING | given)).model
             for name in options.collections:
                 collection = load_collection(name)
-                evaluation = evaluate(model, collection, ["nDCG@10"], max_length=128)
+                evaluation = evaluate(model, collection, [METRIC], max_length=128)
                 assert evaluation.vectors
                 queries, documents = evaluation.vectors
                 for how, merged in (("sum", summed), ("max", largest)):
@@ -239,7 +238,7 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
                     found.append(
                         {
                             "backbone": Path(backbone).name, "collection": Path(name).name, "merged": how,
-                            "nDCG@10": [evaluation.metrics["nDCG@10"], ndcg(*pair, collection)],
+                            METRIC: [evaluation.metrics[METRIC], ndcg(*pair, collection)],
                             "query_active_dims": [queries.nnz / queries.shape[0], pair[0].nnz / queries.shape[0]],
                             "document_active_dims": [documents.nnz / documents.shape[0], pair[1].nnz / documents.shape[0]],
                         }
@@ -248,91 +247,79 @@ def merge(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summed(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
-    """Vectors whose terms have the weight of all their forms."""
+    """Vectors in which a term has the sum of the weights of its forms."""
     rows = np.arange(len(terms))
     return vectors @ sparse.csr_matrix((np.ones(len(terms), np.float32), (rows, terms)), shape=(len(terms), len(terms)))
 
 
 def largest(vectors: sparse.csr_matrix, terms: np.ndarray) -> sparse.csr_matrix:
-    """Vectors whose terms have the largest weight of their forms."""
-    given = vectors.tocoo()
-    columns = terms[given.col]
-    order = np.lexsort((given.data, columns, given.row))
-    row, column, weight = given.row[order], columns[order], given.data[order]
+    """Vectors in which a term has the largest weight of its forms."""
+    entries = vectors.tocoo()
+    columns = terms[entries.col]
+    order = np.lexsort((entries.data, columns, entries.row))
+    row, column, weight = entries.row[order], columns[order], entries.data[order]
     last = np.append((row[1:] != row[:-1]) | (column[1:] != column[:-1]), True)
     return sparse.csr_matrix((weight[last], (row[last], column[last])), shape=vectors.shape)
 
 
 def ndcg(queries: sparse.csr_matrix, documents: sparse.csr_matrix, collection: Collection) -> float:
-    ids = list(collection.corpus)
-    rankings = Postings.from_documents(documents).top_rows(queries, 10)
-    run = {query: [ids[row] for row in rows] for query, (rows, _) in zip(collection.queries, rankings, strict=True)}
-    return measure(parse_metrics(["nDCG@10"]), collection.qrels, run)[0]["nDCG@10"]
+    ranker = Ranker(collection, 10)
+    run = ranker.as_run(Postings.from_documents(documents).top_rows(queries, ranker.hits))
+    return measure(parse_metrics(METRIC), collection.qrels, run)[0][METRIC]
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     given = TRAINING | {"k": "auto", "shift": "auto", "steps": options.steps, "max_length": 128, "precision": options.precision}
-    groups: dict[tuple[str, str], list[Cell]] = {}  # by backbone and way, a cell for each seed
+    groups: dict[tuple[str, str], Cell] = {}  # by backbone and way
     for place, backbone in enumerate(options.backbones):
         ways = {name: (backbone, changes) for name, changes in WAYS.items() if name in options.ways}
-        ways |= {name: (made[place], {}) for name in ("twin", "moved") if place < len(made := getattr(options, name))}
+        ways |= {name: (others[place], {}) for name in ("twin", "moved") if place < len(others := getattr(options, name))}
         for name, (base, changes) in ways.items():
-            cells = [Cell(base, options.data, given | changes | {"seed": seed}) for seed in range(options.seeds)]
-            groups[Path(backbone).name, name] = cells
-    every = [cell for cells in groups.values() for cell in cells]
-    records, failed = run_cells(every, options.collections, options.out, options.workers, progress=True)
-    if failed:
-        sys.exit(f"{len(failed)} cells failed, the first one: {next(iter(failed.values()))}")
+            groups[Path(backbone).name, name] = Cell(base, options.data, given | changes)
+    records = run_groups(groups, options.seeds, options.collections, options.out, options.workers)
     found = []
-    for (backbone, name), cells in groups.items():
+    for (backbone, way), seeds in records.items():
         for collection in options.collections:
-            results = [records[cell.hash].results[collection] for cell in cells]
-            row = {"backbone": backbone, "way": name, "collection": Path(collection).name}
-            row |= {"nDCG@10": statistics.mean(r.ndcg for r in results), "seeds": [r.ndcg for r in results]}
-            row |= {cost: statistics.mean(getattr(result, cost) for result in results) for cost in COSTS}
-            if name != "as is":
-                theirs = [records[cell.hash].results[collection] for cell in groups[backbone, "as is"]]
-                row["difference"] = row["nDCG@10"] - statistics.mean(r.ndcg for r in theirs)
-                row["p"] = paired_p(of_queries(theirs), of_queries(results))
-            row["collapsed"] = sum(any(finding["collapse"] for finding in records[cell.hash].findings) for cell in cells)
+            results = [record.results[collection] for record in seeds]
+            means = seed_means(named_scores(results, (METRIC, *COSTS)))
+            row = {"backbone": backbone, "way": way, "collection": Path(collection).name}
+            row |= {METRIC: means[METRIC], "seeds": [result.ndcg for result in results]} | means
+            if way != "as is":
+                base_results = [record.results[collection] for record in records[backbone, "as is"]]
+                row["difference"] = row[METRIC] - statistics.mean(result.ndcg for result in base_results)
+                row["p"] = paired_p(of_queries(base_results), of_queries(results))
+            row["collapsed"] = sum(any(finding["collapse"] for finding in record.findings) for record in seeds)
             found.append(row)
     corrected = iter(holm([row["p"] for row in found if "p" in row]))
     return [row | ({"p_corrected": next(corrected)} if "p" in row else {}) for row in found]
 
 
 def of_queries(results: list[QueryScores]) -> np.ndarray:
-    """nDCG@10 of each query, its mean over the seeds."""
+    """nDCG@10 of each query, mean over seeds."""
     return np.mean([list(result.per_query.values()) for result in results], axis=0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rows", "pooling", "words", "merge", "compare"))
-    parser.add_argument("--backbones", nargs="+", required=True)
-    parser.add_argument("--by", choices=("case", "stem"), default="case")
-    parser.add_argument("--data", default="python-docs", help="training pairs; rows are fitted to their texts and judged on them")
-    parser.add_argument("--seeds", type=int, default=3, help="rows, compare: trainings of each; rows: 0 leaves them out")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
-    parser.add_argument(
-        "--twin", nargs="+", default=[], help="words, compare: for each backbone, one pretrained with an uncased vocabulary"
-    )
-    parser.add_argument(
-        "--moved", nargs="+", default=[], help="compare: for each of the first, itself moved to an uncased vocabulary"
-    )
-    parser.add_argument(
-        "--collections", nargs="+", default=["python-docs"], help="what is evaluated on, the first one in-domain; rows: that alone"
-    )
-    parser.add_argument("--steps", type=int, default=150, help="merge, compare: of the training")
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="merge, compare: of the training")
-    parser.add_argument("--workers", type=int, default=2, help="compare: trainings at a time")
-    parser.add_argument("--out", type=Path, default=Path("folding"), help="compare: folder of the trainings")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    options = parser.parse_args()
-    found = {"rows": rows, "pooling": pooling, "words": words, "merge": merge, "compare": compare}[options.what](options)
+    experiments = {"rows": rows, "pooling": pooling, "words": words, "merge": merge, "compare": compare}
+    arguments = parser(__doc__)
+    add = arguments.add_argument
+    add("what", choices=experiments)
+    add("--backbones", nargs="+", required=True)
+    add("--by", choices=("case", "stem"), default="case")
+    add("--data", default="python-docs", help="training pairs; rows are fitted to their texts and judged on them")
+    add("--seeds", type=int, default=3, help="rows, compare: number of trainings for each; rows: 0 for none")
+    add("--rounds", type=int, default=9)
+    add("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="compare: which foldings")
+    add("--twin", nargs="+", default=[], help="words, compare: for each backbone, one pretrained with an uncased vocabulary")
+    add("--moved", nargs="+", default=[], help="compare: for the first backbones, the same moved to an uncased vocabulary")
+    add("--collections", nargs="+", default=["python-docs"], help="to evaluate on, the first one in-domain; rows: only the first")
+    add("--steps", type=int, default=150, help="merge, compare: of the training")
+    add("--precision", default="float32", choices=("float32", "bfloat16"), help="merge, compare: of the training")
+    add("--out", type=Path, default=Path("folding"), help="compare: folder of the trainings")
+    options = arguments.parse_args()
+    found = experiments[options.what](options)
     print(json.dumps(found, indent=1))
-    if options.json:
-        write_atomic(options.json, json.dumps({"what": options.what, "rows": found, "provenance": provenance()}, indent=1) + "\n")
+    write_json(options.json, {"what": options.what, "rows": found})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing in pairs, peak memory, and what a result was measured on."""
+"""Measure time in turns, peak memory and the machine; print the result as JSON."""
 
 import argparse
 import ctypes
@@ -21,7 +21,7 @@ from anysplade.model.hardware import native_bfloat16
 
 
 def alternate(variants: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Seconds of each variant: one warm-up, then ``rounds`` rounds in which every variant runs once."""
+    """Seconds of each variant: one round to warm up, then ``rounds`` rounds in which every variant runs once."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, variant in variants.items():
@@ -48,7 +48,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_extra_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
-    """How far memory rises above where it was when ``function`` began. Linux; on a GPU, of the allocator."""
+    """Bytes by which memory rises during ``function``: on a GPU, those of the allocator; otherwise of the process (Linux)."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -57,21 +57,21 @@ def peak_extra_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand back what was freed, or new memory would not show
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _memory("VmRSS")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory to the system, so that new memory is counted
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = memory("VmRSS")
     function()
-    return _memory("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 def bandwidth() -> float:
-    """Bytes a second that one core reads: the sum of an array that no cache holds."""
+    """Bytes per second that one core reads, from the sum of an array that is larger than the caches."""
     array = np.ones(2**26)
     return array.nbytes / alternate({"sum": array.sum}, 5)["sum"]["lowest"]
 
 
 def peaks() -> dict[str, float]:
-    """What this machine does at most with the threads that torch has: products of matrices, and reading memory."""
+    """Upper bounds of this machine with the current torch threads: matrix products and reading memory."""
     tokens, width, rows = 1024, 768, 3072
     pairs = {
         str(kind).removeprefix("torch."): (torch.ones(tokens, width).to(kind), torch.ones(rows, width).to(kind))
@@ -85,8 +85,9 @@ def peaks() -> dict[str, float]:
     return found | {"read_gb_per_second": bandwidth() / 1e9}
 
 
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def memory(field: str, pid: int | str = "self") -> int:
+    """Bytes of a process by a field of its status, such as VmRSS (resident) or VmHWM (peak)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
@@ -94,7 +95,7 @@ def _memory(field: str) -> int:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=5, help="measured runs of each variant, taken in turns")
+    arguments.add_argument("--rounds", type=int, default=5, help="measured runs of each variant, in turns")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments.add_argument("--out", type=Path, help="write the JSON here")
@@ -102,7 +103,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def finish(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Print the result as JSON, and write it where it was asked for."""
+    """Print the result as JSON with the machine, and write it to ``--out``."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     record = {
         "benchmark": name,

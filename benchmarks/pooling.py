@@ -1,4 +1,4 @@
-"""The SPLADE head alone, forward and backward: fused, sentence-transformers' modules, and the bare product."""
+"""Forward and backward pass of the SPLADE head: fused, sentence-transformers' modules, and the bare matrix product."""
 
 import sys
 
@@ -17,7 +17,7 @@ def main() -> None:
     arguments.add_argument("--width", type=int, default=768)
     arguments.add_argument("--vocabulary", type=int, default=50_368)
     arguments.add_argument("--active", type=float, default=1.0, help="share of the pooled entries above zero")
-    arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out, where they do not fit")
+    arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out if they do not fit")
     options = arguments.parse_args()
     dtype, device = getattr(torch, options.dtype), options.device
 
@@ -26,7 +26,7 @@ def main() -> None:
     decoder = nn.Linear(options.width, options.vocabulary, device=device, dtype=dtype)
     mask = torch.ones(options.batch, options.length, dtype=torch.long, device=device)
     upstream = torch.randn(options.batch, options.vocabulary, device=device, dtype=dtype)
-    with torch.no_grad():  # put the bias where the wanted share of the maxima lies above zero
+    with torch.no_grad():  # set the bias so that the wanted share of the maxima is above zero
         decoder.bias.fill_(100.0)
         maxima = torch.expm1(splade_pool(hidden.float(), decoder.weight.float(), decoder.bias.float(), mask)) - 100
         level = maxima.flatten()[:: max(1, maxima.numel() // 2**20)].quantile(1 - options.active).item()
@@ -77,7 +77,7 @@ def main() -> None:
         active = float((forward_fused() > 0).float().mean())
 
     rows = [f"{name:<18} {t['median']:8.3f} s   {t['lowest']:.3f} to {t['highest']:.3f}" for name, t in times.items()]
-    rows += [f"{name:<18} {size / 2**20:8.0f} MiB at most, above what inputs take" for name, size in memory.items()]
+    rows += [f"{name:<18} {size / 2**20:8.0f} MiB at most, without the inputs" for name, size in memory.items()]
     ratios = {
         "forward / product": ratio(times, "fused forward", "bare product"),
         "backward / product": ratio(times, "fused backward", "bare product"),

@@ -4,19 +4,18 @@ Needs --data, a folder of collections and training pairs in BEIR layout, and mod
 sentence-transformers without an MLM head (all-MiniLM-L6-v2); --teacher, a better one (all-mpnet-base-v2); --splade, a published
 SPLADE. Everything is kept in --out: an interrupted experiment resumes.
 
-heads        what a head is trained on, and whether the encoder is trained too; nDCG@10 after a short training is the measure
-calibration  the dense model with a head, raw, with fixed k and with auto, three seeds at one learning rate and one at a quarter
-             and four times of it
-teachers     the same, trained on pairs with hard negatives, with a teacher and without, three seeds at equal cost; with both
-             losses one seed
+heads        on which loss a head is trained, and whether the encoder is trained too; measured by nDCG@10 after a short training
+calibration  the dense model with a head, raw, with fixed k and with auto: three seeds at one learning rate, one at a quarter
+             of it and one at four times of it
+teachers     the same model, trained on pairs with hard negatives, with and without a teacher, three seeds at equal cost; one seed
+             with both losses
 adapt        the SPLADE adapted to the documents of each of --collections without labels, three seeds
-epochs       how long a step takes with a teacher whose vectors are known, beside one without
+epochs       time per step with a teacher whose vectors are known, and without a teacher
 """
 
 import argparse
 import json
 import multiprocessing
-import random
 import statistics
 import sys
 import time
@@ -31,23 +30,26 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM
 
-from anysplade import TrainingConfig, adapt, evaluate, load_collection, load_pairs, mine, train, train_head
+from anysplade import TrainingConfig, adapt, evaluate, load_collection, mine, train, train_head
 from anysplade._common.files import write_atomic
-from anysplade._common.provenance import provenance
+from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.evaluation.rankings import Ranker
 from anysplade.model.hardware import native_bfloat16
+from anysplade.search.exact import nearest
+from anysplade.study.cells import METRIC
 from anysplade.training.head_trainer import WEIGHTS
 from anysplade.training.teacher_cache import open_vector_cache
 from anysplade.training.teachers import open_teacher
+from experiments import NEVER, bm25_row, parser, sample_examples, seed_means, write_json
 
-METRIC = "nDCG@10"
 TRAINING = ("squad-dev", "squad-nqg-sentences", "medquad", "wikipedia-title-para", "tldr")
 COLLECTIONS = ("squad-dev", "vaswani", "cisi", "cosqa")
 EXAMPLES = 7200  # of the 110,507 pairs
 SEEDS = (0, 1, 2)
 LEARNING_RATE = 1e-4
 PRECISION = "bfloat16" if native_bfloat16("cpu") else "float32"
-SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 48, "precision": PRECISION, "checkpoint_steps": 10**6}
+SHORT: dict[str, Any] = {"batch_size": 16, "max_length": 48, "precision": PRECISION, "checkpoint_steps": NEVER}
 HEADS: dict[str, dict[str, Any]] = {
     "raw": {"k": 1, "shift": 0},
     "k=4": {"k": 4, "shift": 0},
@@ -55,7 +57,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "auto": {"k": "auto", "shift": "auto"},
 }
 HEAD: dict[str, Any] = {"steps": 300, "batch_size": 16, "max_length": 96, "learning_rate": 2e-3}
-# Weights of the parts of the head's loss, and options of ``train_head``.
+# For each arm, the weights of the parts of the head's loss and the options of ``train_head``.
 ARMS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "named and bag of words": ({}, {}),
     "masked words": ({"masked": 1.0, "named": 0.0, "bag": 0.0}, {}),
@@ -71,20 +73,15 @@ TAUGHT: dict[str, Any] = SHORT | {
     "document_active_dims": 150,
 }  # fmt: skip
 FEW = ("squad-dev", "cisi")  # in-domain and zero-shot, where the four would take too long
-LENGTH = 256  # tokens to which texts are cut in evaluation
-PLACES = ("backbone", "data", "output", "teacher")  # settings that name a folder, which may lie elsewhere when a run resumes
-COSTS = ("query_active_dims", "document_active_dims", "flops")
+LENGTH = 256  # tokens after which texts are cut in evaluation
+PLACES = ("backbone", "data", "output", "teacher")  # settings that name a folder, which may have moved when a run resumes
 ADAPT: dict[str, Any] = {"steps": 200, "batch_size": 16, "learning_rate": 1e-4, "max_length": 96, "precision": PRECISION}
 
 
 def examples(options: argparse.Namespace) -> str:
     """A sample of the pairs of all training sets, in one file."""
-    path: Path = options.out / f"pairs-{EXAMPLES}.jsonl"
-    if not path.exists():
-        pairs = [pair for name in TRAINING for pair in load_pairs(options.data / name / "pairs.jsonl")]
-        sample = random.Random(0).sample(pairs, EXAMPLES)
-        write_atomic(path, "".join(json.dumps({"query": p.query, "positive": p.positive}) + "\n" for p in sample))
-    return str(path)
+    sources = [options.data / name / "pairs.jsonl" for name in TRAINING]
+    return sample_examples(sources, options.out / f"pairs-{EXAMPLES}.jsonl", EXAMPLES)
 
 
 def with_head(options: argparse.Namespace, name: str = "head", **changes: Any) -> str:
@@ -96,7 +93,7 @@ def with_head(options: argparse.Namespace, name: str = "head", **changes: Any) -
 def run(
     trainings: dict[str, TrainingConfig], collections: Sequence[str], options: argparse.Namespace, length: int = LENGTH
 ) -> dict[str, dict[str, Any]]:
-    """Train and evaluate, several at a time; what each did is kept in ``runs/NAME.json``."""
+    """Train and evaluate in parallel; each record is kept in ``runs/NAME.json``."""
     paths = [str(options.data / name) for name in collections]
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {
@@ -109,9 +106,9 @@ def run(
 def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, length: int) -> dict[str, Any]:
     known = json.loads(record.read_text()) if record.exists() else {}
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in PLACES}))
-    # Options newer than the record have their defaults; the precision is the machine's.
+    # The record may lack newer options, which have their defaults; the precision depends on the machine.
     if known and any(settings[name] != value for name, value in known["config"].items() if name != "precision"):
-        sys.exit(f"{record}: is of another training; remove it or choose another --out")
+        sys.exit(f"{record}: belongs to another training; remove it or choose another --out")
     if not known:
         torch.set_num_threads(1)
         trained = train(config)
@@ -128,17 +125,18 @@ def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, le
 
 
 def row(label: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each collection the mean over seeds, the values themselves and the cost."""
-    results = {}
+    """Means over seeds for each collection, the single values and the cost."""
+    results: dict[str, Any] = {}
     for name in records[0]["results"]:
-        found = [record["results"][name] for record in records]
-        means = {key: statistics.mean(one[key] for one in found) for key in (METRIC, *COSTS)}
-        results[name] = means | {"by seed": [one[METRIC] for one in found]}
-    start = {name: records[0][name] for name in ("k", "shift")}
-    findings = sorted({name for record in records for name in record["findings"]})
-    mean = statistics.mean(result[METRIC] for result in results.values())
-    precision = sorted({record["config"]["precision"] for record in records})
-    return label | {"mean": mean, "start": start, "findings": findings, "precision": precision, "results": results}
+        scores = [record["results"][name] for record in records]
+        results[name] = seed_means(scores) | {"by seed": [score[METRIC] for score in scores]}
+    return label | {
+        "mean": statistics.mean(result[METRIC] for result in results.values()),
+        "start": {name: records[0][name] for name in ("k", "shift")},
+        "findings": sorted({name for record in records for name in record["findings"]}),
+        "precision": sorted({record["config"]["precision"] for record in records}),
+        "results": results,
+    }
 
 
 def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
@@ -147,19 +145,11 @@ def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str]
     kept = open_vector_cache(teacher, options.out / "vectors", progress=True)
     results = {}
     for name in collections:
-        collection = load_collection(options.data / name)
-        documents = kept.vectors([document.full_text for document in collection.corpus.values()], "document").astype(np.float32)
-        queries = kept.vectors(list(collection.queries.values()), "query").astype(np.float32)
-        ids, ranking = list(collection.corpus), {}
-        for query, scores in zip(collection.queries, queries @ documents.T, strict=True):
-            ranking[query] = {ids[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[:100]}
-        results[name] = measure(parse_metrics([METRIC]), collection.qrels, ranking)[0]
+        ranker = Ranker(load_collection(options.data / name), 100)
+        vectors = {role: kept.vectors(texts, role).astype(np.float32) for role, texts in ranker.texts.items()}
+        run = ranker.as_run(nearest(vectors["query"], vectors["document"], ranker.hits))
+        results[name] = measure(parse_metrics(METRIC), ranker.collection.qrels, run)[0]
     return {"model": Path(model).name, "results": results}
-
-
-def bm25(options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
-    results = {name: evaluate("bm25", options.data / name, [METRIC], depth=100).metrics for name in collections}
-    return {"model": "bm25", "results": results}
 
 
 def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -178,7 +168,7 @@ def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
         if "encoder_learning_rate" in ARMS[arm][1]:  # what it costs the dense model
             dense = with_encoder_of(config.backbone, options)
             line["as a dense model"] = as_dense(dense, options, FEW)["results"]
-    return [*rows, as_dense(options.dense, options, FEW), bm25(options, FEW)]
+    return [*rows, as_dense(options.dense, options, FEW), bm25_row(options.data, FEW)]
 
 
 def with_encoder_of(backbone: str, options: argparse.Namespace) -> str:
@@ -205,7 +195,7 @@ def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
                 trainings[name] = TrainingConfig(backbone, data, output=str(options.out / name), **settings)
     records = run(trainings, FEW, options, LENGTH // 2)  # raw heads make every text long, and twenty runs are evaluated
     rows = [row({"head": head, "learning_rate": rate}, [records[name] for name in names]) for (head, rate), names in groups.items()]
-    return [*rows, bm25(options, FEW)]
+    return [*rows, bm25_row(options.data, FEW)]
 
 
 def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -226,7 +216,7 @@ def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     records = run(trainings, COLLECTIONS, options)
     rows = [row({"objective": arm}, [records[names[arm, seed]] for seed in seeds]) for arm, (_, seeds) in arms.items()]
-    return [*rows, as_dense(options.dense, options), bm25(options)]
+    return [*rows, as_dense(options.dense, options), bm25_row(options.data, COLLECTIONS)]
 
 
 def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -252,7 +242,7 @@ def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "pairs": found[0].pairs,
             }
         )
-    return [*rows, bm25(options, options.collections)]
+    return [*rows, bm25_row(options.data, options.collections)]
 
 
 def epochs(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -277,24 +267,20 @@ EXPERIMENTS = {"heads": heads, "calibration": calibration, "teachers": teachers,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--data", type=Path, required=True, help=f"folder of {', '.join(dict.fromkeys((*TRAINING, *COLLECTIONS)))}")
-    parser.add_argument("--dense", help="folder of a dense model without an MLM head")
-    parser.add_argument("--teacher", help="folder of a dense model")
-    parser.add_argument("--splade", help="folder of a published SPLADE")
-    parser.add_argument("--text", help="what heads are trained on: a file with one text a line")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the cells and what they need")
-    parser.add_argument("--collections", nargs="+", default=["vaswani", "cisi", "cosqa"], help="of adapt")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("experiment", choices=EXPERIMENTS)
+    folders = ", ".join(dict.fromkeys((*TRAINING, *COLLECTIONS)))
+    arguments.add_argument("--data", type=Path, required=True, help=f"folder of {folders}")
+    arguments.add_argument("--dense", help="folder of a dense model without an MLM head")
+    arguments.add_argument("--teacher", help="folder of a dense model")
+    arguments.add_argument("--splade", help="folder of a published SPLADE")
+    arguments.add_argument("--text", help="file with one text per line, to train heads on")
+    arguments.add_argument("--out", type=Path, required=True, help="folder for the trainings and what they need")
+    arguments.add_argument("--collections", nargs="+", default=["vaswani", "cisi", "cosqa"], help="for adapt")
+    options = arguments.parse_args()
     rows = EXPERIMENTS[options.experiment](options)
     print(json.dumps(rows, indent=1))
-    if options.json:
-        write_atomic(
-            options.json, json.dumps({"experiment": options.experiment, "rows": rows, "provenance": provenance()}, indent=1) + "\n"
-        )
+    write_json(options.json, {"experiment": options.experiment, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Searching and building on a trained model's vectors of real texts: end to end, and beside other engines.
+"""Search and build with a trained model's vectors of real texts: end to end, and compared with other engines.
 
-End to end: the text of a query in, the ten best documents with their texts out. Cold: a fresh process opens the index, whose
-files the system has in memory; warm: one client in the process, and 1 and 8 clients of a ``Searcher``.
+End to end: from the text of a query to the ten best documents with their texts. Cold: a fresh process opens the index, whose files
+are in the system's cache. Warm: one client in the process, and 1 and 8 clients of a ``Searcher``.
 
-Beside others: the vector of a query in, documents out, every engine in turns. bm25s is there for scale: it searches the
-texts, and its time has the query's tokenizing. Recall is against the exact product.
+Other engines: from the vector of a query to documents, all engines in turns. bm25s is there for scale: it searches the texts, and
+its time includes tokenizing the query. Recall is against the exact product.
 
-Everything but the encoding of the corpus runs on one thread. Each build has a process of its own: in one that built before,
-memory that was used already makes the next build faster. The floor is the bytes of the postings that a query reads over the
-measured bandwidth of memory.
+Everything but encoding the corpus runs on one thread. Each build has its own process, because memory from an earlier build makes
+the next one faster. The floor is the bytes of the postings that a query reads, divided by the measured bandwidth of memory.
 """
 
 import asyncio
@@ -35,7 +34,7 @@ from scipy import sparse
 from anysplade import for_inference, open_encoder
 from anysplade.data.corpus import Document
 from anysplade.data.rows import rows
-from anysplade.evaluation.evaluations import _cache_folders
+from anysplade.evaluation.rankings import vector_folders
 from anysplade.model.encoding import encode
 from anysplade.search.bm25 import BM25
 from anysplade.search.documents import EncodedDocument
@@ -44,8 +43,9 @@ from anysplade.search.store import Store
 from anysplade.serving.batching import Searcher
 from harness import alternate, bandwidth, finish, parser, summary
 
-WORDS = 60  # of a passage, about
-SEISMIC = [(5, 0.9), (10, 0.8), (24, 0.7), (1000, 0.5)]  # query_cut (terms of a query that are looked at), heap_factor
+CLIENTS = {"Index.search": 0, "Searcher, 1 client": 1, "Searcher, 8 clients": 8}  # of a ``Searcher``, by what is measured
+WORDS = 60  # approximate length of a passage
+SEISMIC = [(5, 0.9), (10, 0.8), (24, 0.7), (1000, 0.5)]  # query_cut (number of query terms that are used), heap_factor
 COLD = """
 import json, sys, time
 stamps = [float(sys.argv[1]), time.perf_counter()]
@@ -68,7 +68,7 @@ STAGES = ["python", "import", "opening", "model", "first encoding", "first searc
 
 
 def read_passages(path: Path, count: int) -> list[str]:
-    """The first passages of a text: its paragraphs, the long ones cut evenly."""
+    """The first passages of a text: its paragraphs, with long ones cut into equal parts."""
     passages: list[str] = []
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         for words in map(str.split, lines):
@@ -112,7 +112,7 @@ def build_store(folder: Path, documents: sparse.csr_matrix, texts: list[str]) ->
 
 
 def timed_build(build: Callable[..., Any], folder: Path, documents: sparse.csr_matrix, texts: list[str]) -> float:
-    """Seconds, in a process of its own."""
+    """Seconds of a build in its own process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         seconds = process.submit(_seconds, build, folder, documents, texts).result()
     shutil.rmtree(folder)
@@ -131,7 +131,7 @@ def _seconds(build: Callable[..., Any], *arguments: Any) -> float:
 
 
 def cold(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of a fresh process, and of those until the first hits."""
+    """Seconds of each stage of a fresh process, and of all stages until the first hits."""
     stages: list[np.ndarray] = []
     for turn in range(rounds):
         asked = [queries[(2 * turn + i) % len(queries)] for i in range(2)]
@@ -142,13 +142,13 @@ def cold(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[str, f
 
 
 async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Queries a second and latencies of ``Index.search``, whose parts are timed too, and of a ``Searcher``'s clients."""
+    """Queries per second and latencies of ``Index.search``, with its parts, and of the clients of a ``Searcher``."""
     searcher = Searcher(folder)
     searcher.start()
     index = searcher.index
     parts: list[tuple[float, float]] = []
-    latencies: dict[int, list[float]] = {0: [], 1: [], 8: []}
-    rates: dict[int, list[float]] = {0: [], 1: [], 8: []}
+    latencies: dict[str, list[float]] = {name: [] for name in CLIENTS}
+    rates: dict[str, list[float]] = {name: [] for name in CLIENTS}
 
     async def client(asked: list[str], taken: list[float]) -> None:
         for query in asked:
@@ -157,13 +157,13 @@ async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[
             taken.append(time.perf_counter() - start)
 
     for turn in range(rounds + 1):
-        for clients in rates:
+        for name, clients in CLIENTS.items():
             taken: list[float] = []
             begin = time.perf_counter()
             if clients:
                 await asyncio.gather(*(client(queries[i::clients], taken) for i in range(clients)))
             else:
-                for query in queries:  # as ``Index.search`` does
+                for query in queries:  # the parts of ``Index.search``
                     start = time.perf_counter()
                     vector = index.queries.encode([query])
                     middle = time.perf_counter()
@@ -173,13 +173,10 @@ async def warm(folder: Path, queries: list[str], rounds: int) -> dict[str, dict[
                     if turn:
                         parts.append((middle - start, end - middle))
             if turn:
-                rates[clients].append(len(queries) / (time.perf_counter() - begin))
-                latencies[clients] += taken
+                rates[name].append(len(queries) / (time.perf_counter() - begin))
+                latencies[name] += taken
     await searcher.stop()
-    names = {0: "Index.search", 1: "Searcher, 1 client", 8: "Searcher, 8 clients"}
-    result: dict[str, dict[str, Any]] = {
-        names[clients]: {"qps": summary(rates[clients])} | percentiles(latencies[clients]) for clients in rates
-    }
+    result: dict[str, Any] = {name: {"qps": summary(rates[name])} | percentiles(latencies[name]) for name in CLIENTS}
     result["Index.search"] |= {
         "encoding": percentiles([encoding for encoding, _ in parts]),
         "searching": percentiles([searching for _, searching in parts]),
@@ -206,7 +203,7 @@ def rate(count: int, seconds: dict[str, float]) -> dict[str, float]:
 
 
 class Stub:
-    """What splade-index asks of a model: vectors that are there already, and a vocabulary."""
+    """A model for splade-index: it returns known vectors and has a vocabulary."""
 
     def __init__(self, documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> None:
         self.documents = documents
@@ -226,7 +223,7 @@ class Stub:
 
 
 def splade_index(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[str, Engine]:
-    """splade-index with numba, its fastest; nothing where it is not installed."""
+    """splade-index with numba, its fastest backend; empty if it is not installed."""
     try:
         from splade_index import SPLADE
     except ImportError:
@@ -237,14 +234,14 @@ def splade_index(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> di
 
 
 def seismic(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[str, Engine]:
-    """Seismic (arXiv 2404.18812), approximate, its weights float16; nothing where pyseismic-lsr is not installed."""
+    """Seismic (arXiv 2404.18812), which is approximate and has float16 weights; empty if pyseismic-lsr is not installed."""
     try:
         import seismic
     except ImportError:
         return {}
     string = seismic.get_seismic_string()
     dataset = seismic.SeismicDataset()
-    for i in np.flatnonzero(np.diff(documents.indptr)):  # of an empty row it makes nothing
+    for i in np.flatnonzero(np.diff(documents.indptr)):  # it rejects empty rows
         terms, weights = row(documents, i)
         dataset.add_document(str(i), terms.astype(string), weights)
     index = seismic.SeismicIndex.build_from_dataset(dataset)
@@ -261,7 +258,7 @@ def seismic(documents: sparse.csr_matrix, queries: sparse.csr_matrix) -> dict[st
 
 
 def recalls(engines: dict[str, Engine], documents: sparse.csr_matrix, queries: sparse.csr_matrix, k: int) -> dict[str, float]:
-    """Of the k best by the exact product, ties aside: how many of those found score as high as the k-th; means of the queries."""
+    """Share of the found documents that score at least as high as the exact k-th best, mean over queries; ties count."""
     shares: dict[str, list[float]] = {name: [] for name in engines}
     for i in range(queries.shape[0]):
         scores = documents @ queries[i].toarray()[0].astype(np.float64)
@@ -275,7 +272,7 @@ def recalls(engines: dict[str, Engine], documents: sparse.csr_matrix, queries: s
 
 
 def show(result: dict[str, Any]) -> None:
-    """The result as tables, on stderr."""
+    """Print the result as tables on stderr."""
 
     def line(name: str, *cells: str) -> None:
         print(f"{name:38}" + "".join(f"{cell:>22}" for cell in cells), file=sys.stderr)
@@ -307,16 +304,16 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--text", type=Path, required=True, help="an .xz of texts, a paragraph a line")
-    arguments.add_argument("--model", type=Path, required=True, help="a trained SPLADE model's folder")
+    arguments.add_argument("--text", type=Path, required=True, help="an .xz file of texts, one paragraph per line")
+    arguments.add_argument("--model", type=Path, required=True, help="folder of a trained SPLADE model")
     arguments.add_argument("--queries", type=Path, required=True, help="JSON lines with ``text``")
-    arguments.add_argument("--cache", type=Path, required=True, help="a folder that keeps the vectors by model and texts")
+    arguments.add_argument("--cache", type=Path, required=True, help="folder that keeps the vectors by model and texts")
     arguments.add_argument("--documents", type=int, default=100_000)
-    arguments.add_argument("--count", type=int, default=200, help="queries of a round")
+    arguments.add_argument("--count", type=int, default=200, help="number of queries per round")
     options = arguments.parse_args()
     texts = read_passages(options.text, options.documents)
     asked = [row["text"] for _, row in islice(rows(options.queries), options.count)]
-    folders = _cache_folders(options.model, options.cache, "float32", {"document": texts, "query": asked})
+    folders = vector_folders(options.model, options.cache, "float32", None, {"document": texts, "query": asked})
     encoder = for_inference(open_encoder(options.model))
     documents = encode(encoder, texts, "document", cache=folders["document"], progress=True)
     queries = encode(encoder, asked, "query", cache=folders["query"])

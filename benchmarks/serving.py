@@ -1,10 +1,9 @@
-"""Load on a server over loopback: latency at several numbers of clients, batching, overload, and memory over a soak.
+"""Load on a server over loopback: latency for several numbers of clients, batching, overload, and memory under a long load.
 
-Starts `anysplade serve INDEX` and sends POST /search from the threads of another process; each thread keeps one connection and
+Starts `anysplade serve INDEX` and sends POST /search from the threads of another process. Each thread keeps one connection and
 sends one request at a time.
 """
 
-import argparse
 import http.client
 import json
 import multiprocessing
@@ -15,44 +14,36 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from anysplade import Index
-from harness import finish, parser
+from harness import finish, memory, parser
 
 
 def send_requests(port: int, queries: list[str], seconds: float, clients: int, offset: int, out: Any) -> None:
-    """Send requests from a number of clients for some seconds; puts latencies (seconds) and counts by status into ``out``."""
-    latencies: list[float] = []
-    statuses: dict[int, int] = {}
-    lock = threading.Lock()
+    """Send requests from several clients for some seconds; puts the seconds and the status of each answer into ``out``."""
+    answers: list[tuple[float, int]] = []
     end = time.perf_counter() + seconds
 
     def client(seed: int) -> None:
         generator = random.Random(seed)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        own_latencies: list[float] = []
-        own_statuses: dict[int, int] = {}
         while time.perf_counter() < end:
             body = json.dumps({"query": generator.choice(queries), "k": 10})
             start = time.perf_counter()
             connection.request("POST", "/search", body, {"content-type": "application/json"})
             response = connection.getresponse()
             response.read()
-            own_latencies.append(time.perf_counter() - start)
-            own_statuses[response.status] = own_statuses.get(response.status, 0) + 1
-        with lock:
-            latencies.extend(own_latencies)
-            for status, count in own_statuses.items():
-                statuses[status] = statuses.get(status, 0) + count
+            answers.append((time.perf_counter() - start, response.status))
 
     threads = [threading.Thread(target=client, args=(offset + i,)) for i in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    out.put((latencies, statuses))
+    out.put(answers)
 
 
 def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[str, Any]:
@@ -60,9 +51,10 @@ def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[st
     out: Any = context.Queue()
     process = context.Process(target=send_requests, args=(port, queries, seconds, clients, clients, out))
     process.start()
-    latencies, statuses = out.get()
+    answers = out.get()
     process.join()
-    latencies.sort()
+    latencies = sorted(seconds for seconds, _ in answers)
+    statuses = Counter(status for _, status in answers)
     return {
         "clients": clients,
         "requests": len(latencies),
@@ -73,25 +65,17 @@ def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[st
     }
 
 
-def memory(pid: int) -> float:
-    """Resident memory of a process in MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise KeyError("VmRSS")
-
-
-def soak(process: "subprocess.Popen[str]", port: int, queries: list[str], seconds: float) -> list[float]:
-    """Memory in MiB, ten samples, under the load of eight clients."""
+def soak(pid: int, port: int, queries: list[str], seconds: float) -> list[float]:
+    """Resident memory of the server in MiB, ten samples, under the load of eight clients."""
     samples: list[float] = []
     for _ in range(10):
         load(port, queries, seconds / 10, 8)
-        samples.append(round(memory(process.pid), 1))
+        samples.append(round(memory("VmRSS", pid) / 2**20, 1))
     return samples
 
 
 def main() -> None:
-    arguments: argparse.ArgumentParser = parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--index", type=Path, required=True)
     arguments.add_argument("--seconds", type=float, default=15, help="length of a round")
     arguments.add_argument("--soak", type=float, default=0, help="length of the soak in seconds; 0 for none")
@@ -134,7 +118,7 @@ def main() -> None:
                 "eight_over_one": medians["8"]["queries_per_second"] / medians["1"]["queries_per_second"],
                 "overload": overload,
                 "after_overload": after,
-                "soak_mib": soak(process, port, queries, options.soak) if options.soak else None,
+                "soak_mib": soak(process.pid, port, queries, options.soak) if options.soak else None,
             },
         )
     finally:

@@ -1,6 +1,6 @@
-"""Milliseconds a query of 12 words whose tokens have a weight each: the lookup, and sentence-transformers' ``encode_query``.
+"""Milliseconds per query of 12 words whose tokens have fixed weights: the lookup, and sentence-transformers' ``encode_query``.
 
-Each time is of one query at a time, and includes tokenizing.
+Queries are encoded one at a time; the times include tokenizing.
 """
 
 import sys
@@ -54,7 +54,7 @@ def main() -> None:
     }
     for name, found in milliseconds.items():
         print(
-            f"{name:<14} {found['median']:.3f} ms a query ({found['lowest']:.3f} to {found['highest']:.3f}); "
+            f"{name:<14} {found['median']:.3f} ms per query ({found['lowest']:.3f} to {found['highest']:.3f}); "
             f"opened in {opened[name]:.2f} s",
             file=sys.stderr,
         )

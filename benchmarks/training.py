@@ -1,7 +1,4 @@
-"""One optimiser step of SPLADE training: fused pooling, the same monitored, and sentence-transformers' modules.
-
-Random weights and ids.
-"""
+"""One optimiser step of SPLADE training with random weights and ids: fused pooling, fused with the monitor, and stock modules."""
 
 import resource
 import sys
@@ -24,10 +21,10 @@ from harness import alternate, finish, parser, peak_extra_bytes, ratio
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--geometry", default="ettin-17m", choices=GEOMETRIES)
-    arguments.add_argument("--batch", type=int, default=16, help="queries a step; each has one document of the same length")
+    arguments.add_argument("--batch", type=int, default=16, help="queries per step; each has one document of the same length")
     arguments.add_argument("--length", type=int, default=128)
     arguments.add_argument("--gradient-checkpointing", action="store_true")
-    arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out, where they do not fit")
+    arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out if they do not fit")
     options = arguments.parse_args()
     dtype, device = getattr(torch, options.dtype), options.device
 
@@ -74,7 +71,7 @@ def main() -> None:
     for name in variants:
         t = times[name]
         print(
-            f"{name:<16} {t['median']:8.3f} s a step   {t['lowest']:.3f} to {t['highest']:.3f}   "
+            f"{name:<16} {t['median']:8.3f} s per step   {t['lowest']:.3f} to {t['highest']:.3f}   "
             f"{memory[name] / 2**20:,.0f} MiB above weights and optimiser state",
             file=sys.stderr,
         )
@@ -83,7 +80,7 @@ def main() -> None:
         ratios |= {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": memory["fused"] / memory["stock"]}
     print(ratios, file=sys.stderr)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"the process took {peak / 2**30:.2f} GiB at most", file=sys.stderr)
+    print(f"peak memory of the process: {peak / 2**30:.2f} GiB", file=sys.stderr)
     finish("training", options, {"seconds": times, "peak_extra_bytes": memory, "ratios": ratios, "process_peak_bytes": peak})
 
 

@@ -21,11 +21,11 @@ from .errors import OptionError as OptionError
 from .errors import OutputError as OutputError
 from .errors import UsageError as UsageError
 from .evaluation.comparisons import Comparison as Comparison
-from .evaluation.comparisons import Evaluations as Evaluations
 from .evaluation.comparisons import compare as compare
-from .evaluation.comparisons import evaluate_all as evaluate_all
 from .evaluation.evaluations import Evaluation as Evaluation
 from .evaluation.evaluations import evaluate as evaluate
+from .evaluation.grid import Evaluations as Evaluations
+from .evaluation.grid import evaluate_all as evaluate_all
 from .model.calibration import Calibration as Calibration
 from .model.calibration import calibrate as calibrate
 from .model.encoder import load_encoder as load_encoder
@@ -51,9 +51,9 @@ from .search.hits import Hits as Hits
 from .search.hits import TermMatch as TermMatch
 from .search.index import Index as Index
 from .search.remote import RemoteIndex as RemoteIndex
+from .study.pipeline import run_study as run_study
 from .study.plan import StudyConfig as StudyConfig
 from .study.results import StudyResult as StudyResult
-from .study.run import run_study as run_study
 from .training.adaptation import Adaptation as Adaptation
 from .training.adaptation import adapt as adapt
 from .training.config import TrainingConfig as TrainingConfig

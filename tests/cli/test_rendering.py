@@ -14,7 +14,7 @@ from anysplade.evaluation.runs import write_run
 from anysplade.search.hits import TermMatch, join_matches, query_words
 from anysplade.serving.app import create_app
 from anysplade.serving.batching import Searcher
-from anysplade.study.run import PlannedRow, StudyPlan
+from anysplade.study.pipeline import PlannedRow, StudyPlan
 
 
 def drawn(parts, width=200):

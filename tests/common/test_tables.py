@@ -5,8 +5,8 @@ import pytest
 import anysplade
 from anysplade import Collection, Document, Hit, Hits
 from anysplade._common.tables import Tabular
-from anysplade.evaluation.comparisons import Evaluations
 from anysplade.evaluation.evaluations import evaluate
+from anysplade.evaluation.grid import Evaluations
 
 
 @dataclass(frozen=True, repr=False)

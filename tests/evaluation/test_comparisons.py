@@ -17,11 +17,11 @@ from anysplade import (
     evaluate,
     evaluate_all,
     load_collection,
-    load_encoder,
 )
 from anysplade.cli import main
-from anysplade.evaluation.comparisons import _over_collections, _over_seeds, _products, distinct_names, holm, interval, paired_p
+from anysplade.evaluation.comparisons import _main_terms
 from anysplade.evaluation.runs import write_run
+from anysplade.evaluation.significance import holm
 from tiny import make_collection
 
 
@@ -73,7 +73,7 @@ def test_terms_by_their_part_of_the_score(pair):
     query_id, document_id = list(collection.queries)[3], list(collection.corpus)[5]
     parts = evaluation.vectors[0][3].toarray()[0] * evaluation.vectors[1][5].toarray()[0]
     largest = np.sort(parts)[::-1][:5]
-    found = _products(evaluation, collection, query_id, document_id)
+    found = _main_terms(evaluation, collection, query_id, document_id)
     assert list(found.values()) == pytest.approx(largest, abs=6e-4)  # rounded to a thousandth
     assert [parts[evaluation.terms.index(term)] for term in found] == pytest.approx(largest)
 
@@ -112,92 +112,6 @@ def test_different_queries_cannot_be_compared(pair):
         compare([bm25, other.__class__(**vars(other) | {"per_query": fewer})])
 
 
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-def test_the_interval_by_hand():
-    """The mean of a hundred fair coins has a standard error of 0.5 / √100, and 95 % of a normal distribution lie within 1.96."""
-    low, high = interval(np.repeat([0.0, 1.0], 50))
-    assert (low, high) == (pytest.approx(0.5 - 1.96 * 0.05, abs=0.006), pytest.approx(0.5 + 1.96 * 0.05, abs=0.006))
-
-
-def test_intervals_cover():
-    """The mean of a skewed sample lies in its 95 % interval about as often as it says."""
-    generator = np.random.default_rng(1)
-    covered = 0
-    for _ in range(100):
-        low, high = interval(generator.exponential(1.0, 100))
-        covered += low <= 1 <= high
-    assert 85 <= covered <= 100
-
-
-def test_means_by_hand(pair):
-    """Of 0.2, 0.4 and 0.9 the mean is 0.5, and the standard deviation of a sample √((0.09 + 0.01 + 0.16) / 2)."""
-    _, (bm25, evaluation) = pair
-    seeds = [replace(evaluation, metrics={"RR@10": value}, flops=10 * value) for value in (0.2, 0.4, 0.9)]
-    (row,) = _over_seeds([bm25, *seeds], ["RR@10"])
-    assert row["model"] == "mean of 3"
-    assert (row["RR@10"], row["RR@10 sd"]) == (pytest.approx(0.5), pytest.approx(0.13**0.5))
-    assert (row["flops"], row["flops sd"]) == (pytest.approx(5), pytest.approx(13**0.5))
-    assert _over_seeds([bm25, seeds[0]], ["RR@10"]) == []
-    mean = _over_collections(seeds, ["RR@10"])
-    assert (mean["RR@10"], mean["flops"], mean["query_active_dims"]) == pytest.approx((0.5, 5, evaluation.query_active_dims))
-    assert _over_collections([bm25, bm25], ["RR@10"])["flops"] is None
-
-
-@pytest.mark.parametrize("models, collections, folders", [(1, 1, 0), (2, 1, 2), (1, 2, 2), (2, 2, 4)])
-def test_one_evaluation_has_the_folder_to_itself(models, collections, folders, namesakes, tmp_path):
-    evaluate_all(["bm25"] * models, namesakes[:collections], ["RR@10"], output=tmp_path / "out")
-    assert (tmp_path / "out" / "run.trec").exists() == (tmp_path / "out" / "evaluation.json").exists() == (folders == 0)
-    assert (tmp_path / "out" / "evaluations.json").exists() == (folders > 0)
-    assert len(list((tmp_path / "out").glob("*/*/run.trec"))) == folders
-
-
-def test_everything_at_once(backbone, collection_folder, tmp_path):
-    found = evaluate_all(
-        ["bm25", backbone, backbone], collection_folder, ["nDCG@10"], seeds=True, curves=True, output=tmp_path / "out"
-    )
-    assert [e.model for e in found.evaluations] == ["bm25", backbone, backbone]
-    (mean,) = found.means
-    assert mean["nDCG@10"] == pytest.approx(found.evaluations[1].metrics["nDCG@10"])
-    assert mean["nDCG@10 sd"] == 0
-    assert len(found.comparisons) == 2
-    points = found.curves[0]["points"]
-    assert points[0]["nDCG@10"] == found.evaluations[1].metrics["nDCG@10"]
-    flops = [point["flops"] for point in points if point["document_top_k"] is not None]
-    assert flops == sorted(flops)
-    assert all(point["document_active_dims"] <= point["document_top_k"] for point in points if point["document_top_k"] is not None)
-    written = json.loads((tmp_path / "out" / "evaluations.json").read_text())
-    assert written == json.loads(json.dumps(found.to_dict()))
-    assert sorted(p.parent.name.split("-")[0] for p in (tmp_path / "out").rglob("run.trec")) == ["1", "2", "3"]
-
-
-def test_a_run_file_stands_in_the_table(collection_folder, tmp_path):
-    collection = load_collection(collection_folder)
-    bm25 = evaluate("bm25", collection)
-    write_run(tmp_path / "a.trec", bm25.run, "bm25")
-    found = evaluate_all(["bm25", tmp_path / "a.trec"], collection)
-    assert found.evaluations[0].metrics == found.evaluations[1].metrics
-    assert all(comparison.difference == 0 for comparison in found.comparisons)
-
-
-@pytest.mark.parametrize("models, collections", [([], "python-docs"), ("bm25", []), ([], [])])
-def test_no_model_or_no_collection(models, collections):
-    with pytest.raises(OptionError, match="at least one model and one collection"):
-        evaluate_all(models, collections)
-
-
-def test_loaded_models_and_collections(backbone, collection_folder, tmp_path):
-    encoder, collection = load_encoder(backbone, 1, 0), load_collection(collection_folder)
-    found = evaluate_all(encoder, [collection, collection], "RR@10")
-    assert [e.metrics for e in found.evaluations] == [evaluate(backbone, collection_folder, "RR@10").metrics]
-    evaluate_all([encoder, "bm25"], collection, ["RR@10"], output=tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out" / "tiny").iterdir()} == {"1-SparseEncoder", "2-bm25"}
-
-
 def test_evaluations_are_compared_in_a_list(pair):
     first, second = pair[1]
     with pytest.raises(OptionError, match=r"`evaluations` is a Evaluation; give a list: \[first, second\]"):
@@ -225,55 +139,6 @@ def namesakes(collection_folder, tmp_path):
     moved = [f"q{i}\td{(i + 1) % len(rows)}\t1" for i in range(len(rows))]
     qrels.write_text("\n".join([head, *moved, ""]))
     return [str(tmp_path / name / "docs") for name in ("a", "b")]
-
-
-def test_collections_of_one_name_are_told_apart(backbone, namesakes, tmp_path, capsys):
-    found = evaluate_all(["bm25", backbone], namesakes, ["nDCG@10"], output=tmp_path / "out")
-    assert [e.collection for e in found.evaluations] == ["a/docs", "a/docs", "b/docs", "b/docs"]
-    apart = [evaluate_all(["bm25", backbone], name, ["nDCG@10"]) for name in namesakes]
-    assert [e.metrics for e in found.evaluations] == [e.metrics for one in apart for e in one.evaluations]
-    assert [c.difference for c in found.comparisons] == [one.comparisons[0].difference for one in apart]
-    assert [(c.collection, c.baseline, c.model) for c in found.comparisons] == [(n, "bm25", backbone) for n in ("a/docs", "b/docs")]
-    written = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").rglob("evaluation.json"))]
-    assert [one["nDCG@10"] for one in written] == [e.metrics["nDCG@10"] for e in found.evaluations]
-    assert main(["evaluate", "bm25", backbone, *namesakes]) == 0
-    assert "a/docs" in (shown := capsys.readouterr().out)
-    assert "b/docs" in shown
-
-
-def test_a_collection_named_twice_is_one(namesakes, tmp_path):
-    (tmp_path / "link").symlink_to(namesakes[0])
-    again = [namesakes[0], f"{namesakes[0]}/", str(tmp_path / "link"), str(Path(namesakes[0]) / ".." / "docs")]
-    found = evaluate_all("bm25", again, ["nDCG@10"])
-    assert [e.collection for e in found.evaluations] == ["docs"]
-
-
-def test_a_model_named_twice_has_means_of_its_own(backbone, namesakes):
-    found = evaluate_all(["bm25", "bm25"], namesakes, ["nDCG@10"])
-    assert [row["collection"] for row in found.means] == ["mean of 2", "mean of 2"]
-
-
-@pytest.mark.parametrize(
-    "names, paths, expected",
-    [
-        (["docs", "docs"], ["/x/a/docs", "/x/b/docs"], ["a/docs", "b/docs"]),
-        (["docs", "docs", "docs"], ["/x/a/docs", "/y/a/docs", "/y/b/docs"], ["x/a/docs", "y/a/docs", "b/docs"]),
-        (["docs", "docs"], ["/x/docs", "/x/docs.zip"], ["docs", "docs.zip"]),
-        (["a/docs", "docs", "docs"], [None, "/x/a/docs", "/x/b/docs"], ["a/docs", "x/a/docs", "b/docs"]),
-        (["docs", "other"], ["/x/a/docs", "/x/b/other"], ["docs", "other"]),
-    ],
-)
-def test_the_shortest_names_that_differ(names, paths, expected):
-    assert distinct_names(names, [path and Path(path) for path in paths]) == expected
-
-
-def test_output_folders_do_not_meet(namesakes, tmp_path):
-    """a/docs and a-docs would be one folder."""
-    third = tmp_path / "a-docs"
-    shutil.copytree(namesakes[1], third)
-    evaluate_all("bm25", [*namesakes, third], ["nDCG@10"], output=tmp_path / "out")
-    found = [json.loads(path.read_text())["collection"] for path in (tmp_path / "out").rglob("evaluation.json")]
-    assert sorted(found) == ["a-docs", "a/docs", "b/docs"]
 
 
 def test_evaluations_of_namesakes_are_not_compared(namesakes):
@@ -313,37 +178,6 @@ def test_the_changed_queries_name_the_models_and_cannot_be_misread(backbone, tmp
     assert "\n    bm25: document 1215110 at rank 1\n" in shown
     assert f"\n    {names[1]}: document 1215110 at rank 2\n" in shown
     assert f"\n    {names[2]}: document 1215110 not found\n" in shown
-
-
-@pytest.mark.parametrize(
-    "difference, expected",
-    [
-        ([0.5], 1),
-        ([0.5, 0.5], 0.5),
-        ([-0.5, -0.5], 0.5),
-        ([0.1 + 0.2, 0.3, 0.3], 0.25),  # the same up to rounding
-        ([0.5] * 60, 2**-59),
-        ([0.5] * 5000, np.finfo(float).tiny),  # 2^-4999 is 0 in floating point
-        ([0, 0], 1),
-        ([0], 1),
-        ([], 1),
-        ([0.5, 0], stats.ttest_1samp([0.5, 0], 0).pvalue),
-        ([0.5, 0.4, 0.6], stats.ttest_1samp([0.5, 0.4, 0.6], 0).pvalue),
-        ([0.5, np.nan], np.nan),
-    ],
-)
-def test_p_of_differences(difference, expected):
-    after = np.array(difference, float)
-    assert paired_p(np.zeros(len(after)), after) == pytest.approx(expected, rel=1e-6, nan_ok=True)
-
-
-def test_a_p_that_is_no_number_does_not_touch_the_others():
-    assert holm([np.nan, 0.01, 0.04]) == pytest.approx([np.nan, 0.02, 0.04], nan_ok=True)
-
-
-@pytest.mark.parametrize("values, expected", [([0.5], None), ([0.5, 0.5, 0.5], None), ([0.0], (0, 0)), ([0.0, 0.0], (0, 0))])
-def test_values_that_are_all_the_same_have_no_interval(values, expected):
-    assert interval(np.array(values)) == expected
 
 
 @pytest.fixture
@@ -422,7 +256,7 @@ def test_runs_without_a_query_in_common(collection_folder, tmp_path, capsys, cap
     for name, queries in zip(names, (range(10), range(10, 20)), strict=True):
         Path(name).write_text("".join(f"q{i} Q0 d{i} 1 1 x\n" for i in queries))
     assert main(["compare", *names, "--collection", str(collection_folder)]) == 2
-    assert f"{names[1]} and {names[0]}: has no query in common, such as" in capsys.readouterr().err
+    assert f"{names[1]} and {names[0]}: none of the 20 queries are in both runs (" in capsys.readouterr().err
     Path(names[1]).write_text("".join(f"q{i} Q0 d{i} 1 1 x\n" for i in range(9, 20)))
     assert main(["compare", *names, "--collection", str(collection_folder)]) == 0
-    assert "only 1 of 20 queries of either are in both (5 %)" in caplog.text
+    assert "only 1 of 20 queries are in both runs (5 %; " in caplog.text

@@ -22,8 +22,9 @@ import anysplade.model.encoding as encoding
 from anysplade import Collection, DataError, Document, MeasureError, OutputError, evaluate, load_collection, load_encoder
 from anysplade.cli.evaluation import evaluations_parts
 from anysplade.errors import OptionError
-from anysplade.evaluation.comparisons import evaluate_all
-from anysplade.evaluation.evaluations import cost, curve
+from anysplade.evaluation.costs import search_cost
+from anysplade.evaluation.evaluations import curve
+from anysplade.evaluation.grid import evaluate_all
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.encoding import prune
@@ -126,12 +127,12 @@ def test_what_gdeval_cannot_compute_is_one_line():
     [
         (20, ["d{}"], []),
         (18, ["d{}"], []),
-        (3, ["d{}"], ["only 3 of 20 queries of tiny are in the run (15 %)"]),
-        (20, ["d{}", "other{}"], ["only 20 of 40 documents of the run are in tiny (50 %); 'other"]),
+        (3, ["d{}"], ["only 3 of 20 queries of tiny are in the run (15 %; "]),
+        (20, ["d{}", "other{}"], ["only 20 of 40 documents of the run are in tiny (50 %; 'other"]),
         (
             1,
             ["d{}", "x{}", "y{}"],
-            ["only 1 of 20 queries of tiny are in the run (5 %)", "only 1 of 3 documents of the run are in"],
+            ["only 1 of 20 queries of tiny are in the run (5 %; ", "only 1 of 3 documents of the run are in"],
         ),
     ],
 )
@@ -312,9 +313,12 @@ def test_a_run_with_ties_written_and_read_is_the_same(rankings, tmp_path_factory
         ("q0 Q0 d0 1 nan x\n", "run:1: the score 'nan' is not a number"),
         ("q0 Q0 d0 first 1 x\n", "run:1: the rank 'first' is not a number"),
         ("q0 Q0 d0 1 2 x\nq0 Q0 d0 2 1 x\n", "run:2: duplicate document 'd0'"),
-        ("other Q0 d0 1 2 x\n", "has no query of tiny, such as 'q0'; name the collection that it was made on"),
-        ("q0 Q0 one 1 2 x\nq0 Q0 two 2 1 x\n", "has no document of tiny, such as 'one'; name"),
-        ("q0 Q0 one 1 2 x\nother Q0 d0 1 2 x\n", "has no document of tiny, such as 'one'; name"),
+        (
+            "other Q0 d0 1 2 x\n",
+            r"none of the 20 queries of tiny are in the run \('q0' is missing\); name the collection",
+        ),
+        ("q0 Q0 one 1 2 x\nq0 Q0 two 2 1 x\n", r"none of the 2 documents of the run are in tiny \('one' is missing\); name"),
+        ("q0 Q0 one 1 2 x\nother Q0 d0 1 2 x\n", r"none of the 1 documents of the run are in tiny \('one' is missing\); name"),
     ],
 )
 def test_faulty_run_files(content, message, collection_folder, tmp_path):
@@ -416,7 +420,7 @@ def test_costs_by_hand(backbone, collection_folder):
 def test_costs_of_a_few_numbers():
     queries = sparse.csr_matrix(np.array([[3, 5, 0, 0], [0, 2, 0, 0]], np.float32))  # terms are in 1, 2, 0 and 0 queries
     documents = sparse.csr_matrix(np.array([[1, 0, 4, 0], [2, 2, 2, 0], [0, 0, 7, 0]], np.float32))  # in 2, 1, 3 and 0 documents
-    assert cost(queries, documents) == {
+    assert search_cost(queries, documents) == {
         "query_active_dims": {"mean": 1.5, "median": 1.5, "p95": pytest.approx(1.95)},  # between 1 and 2
         "document_active_dims": {"mean": 2, "median": 2, "p95": pytest.approx(2.9)},  # between 1, 2 and 3
         "flops": pytest.approx((1 * 2 + 2 * 1) / (2 * 3)),

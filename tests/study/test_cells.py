@@ -1,8 +1,6 @@
-import copy
 import json
 import shlex
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,92 +12,13 @@ from anysplade import evaluate, train
 from anysplade._common.hashing import DataHash
 from anysplade.cli import app, main
 from anysplade.data.pairs import load_pairs
-from anysplade.errors import ModelError, OptionError
 from anysplade.model.head import find_head
-from anysplade.study import cells
-from anysplade.study.cells import Cell, commands, edited, read_cell, run_cell
+from anysplade.study import cells, inputs
+from anysplade.study.cells import commands, read_cell, run_cell
+from anysplade.study.plan import Cell
 from anysplade.training.config import TrainingConfig
 from tiny import make_backbone, make_collection
 from vocabularies import byte_level, make_cased
-
-IDS = torch.arange(5, 29).reshape(2, 12)
-
-
-def logits(folder):
-    with torch.no_grad():
-        return AutoModelForMaskedLM.from_pretrained(folder).eval()(input_ids=IDS).logits
-
-
-@pytest.mark.parametrize("architecture", ["bert", "modernbert", "roberta", "distilbert"])
-def test_edits(architecture, tmp_path):
-    backbone = make_backbone(architecture, tmp_path / "backbone")
-    raw = logits(backbone)
-
-    def head_of(*edits):
-        folder = edited(backbone, edits, tmp_path / "edited")
-        model = AutoModelForMaskedLM.from_pretrained(folder)
-        return logits(folder), find_head(model).decoder.weight, model.get_input_embeddings().weight
-
-    original = find_head(AutoModelForMaskedLM.from_pretrained(backbone)).decoder.weight
-    output, weight, embeddings = head_of(("untied", 1.0))
-    assert torch.equal(output, raw)
-    assert weight is not embeddings
-
-    output, weight, embeddings = head_of(("scaled", 4.0))
-    torch.testing.assert_close(output, raw / 4)
-    torch.testing.assert_close(embeddings, original)
-
-    output, weight, embeddings = head_of(("folded", 4.0))
-    torch.testing.assert_close(output, raw / 4)
-    assert weight is embeddings
-    torch.testing.assert_close(weight, original)
-
-    _, weight, embeddings = head_of(("tied", 4.0))
-    assert weight is embeddings
-    torch.testing.assert_close(weight, original / 4)
-
-    output, weight, _ = head_of(("scaled", 4.0), ("folded", 0.25))  # the raw function with a quarter of the norm
-    torch.testing.assert_close(output, raw)
-    torch.testing.assert_close(weight, original / 4)
-
-
-def test_edits_are_written_once_and_refused_where_impossible(tmp_path, monkeypatch):
-    backbone = make_backbone("bert", tmp_path / "backbone")
-    assert edited(backbone, (), tmp_path) == backbone
-    folder = edited(backbone, (("folded", 2.0),), tmp_path / "edited")
-    monkeypatch.setattr(cells, "_edit", None)  # editing again would need it
-    assert edited(backbone, (("folded", 2.0),), tmp_path / "edited") == folder
-    monkeypatch.undo()
-    with pytest.raises(OptionError, match="'bent' is not an edit"):
-        edited(backbone, (("bent", 2.0),), tmp_path / "edited")
-    model = AutoModelForMaskedLM.from_pretrained(backbone)
-    model.cls.predictions.transform.LayerNorm = torch.nn.Identity()
-    with pytest.raises(ModelError, match="no LayerNorm before the decoder"):
-        cells._edit(model, "folded", 2.0)
-
-
-def test_a_runtime_scalar_is_a_learning_rate(tmp_path):
-    """W with 1/k behind it, under Adam, goes where W/k goes at a kth of the learning rate."""
-    torch.manual_seed(0)
-    k, rate = 8.0, 1e-2
-    hidden, goal = torch.randn(16, 6), torch.randn(16, 9)
-    scaled_at_run_time = torch.nn.Linear(6, 9)
-    folded = copy.deepcopy(scaled_at_run_time)
-    with torch.no_grad():
-        for tensor in folded.parameters():
-            tensor /= k
-    optimizers = [
-        torch.optim.AdamW(scaled_at_run_time.parameters(), lr=rate, eps=1e-12, weight_decay=0),
-        torch.optim.AdamW(folded.parameters(), lr=rate / k, eps=1e-12, weight_decay=0),
-    ]
-    for _ in range(20):
-        outputs = scaled_at_run_time(hidden) / k, folded(hidden)
-        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-        for output, optimizer in zip(outputs, optimizers, strict=True):
-            optimizer.zero_grad()
-            (output - goal).square().mean().backward()
-            optimizer.step()
-
 
 OPTIONS = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3, "k": 2.0, "shift": 0.0, "seed": 0}
 
@@ -110,20 +29,6 @@ def place(tmp_path_factory):
     make_backbone("bert", folder / "backbone")
     make_collection(folder / "collection")
     return folder
-
-
-def test_what_makes_a_cell(place):
-    base = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
-    turned = dict(reversed(OPTIONS.items()))
-    assert Cell(base.backbone, base.data, turned).hash == base.hash
-    other = make_backbone("modernbert", place / "other")
-    others = [
-        Cell(other, base.data, OPTIONS),
-        Cell(base.backbone, base.data, OPTIONS | {"seed": 1}),
-        Cell(base.backbone, base.data, OPTIONS, edits=(("folded", 2.0),)),
-        Cell(base.backbone, base.data, OPTIONS, level=0.01),
-    ]
-    assert len({base.hash, *(cell.hash for cell in others)}) == 5
 
 
 def test_a_cell_is_run_once_and_its_commands_make_it_again(place, monkeypatch, capsys):
@@ -224,7 +129,7 @@ def test_a_cell_is_not_read_for_a_collection_that_changed(place, tmp_path):
     assert read_cell(tmp_path, cell, (str(collection),)).hash == cell.hash
     with open(collection / "corpus.jsonl", "a") as file:
         file.write('{"_id": "new", "text": "kabel"}\n')
-    cells.clear_caches()
+    inputs.clear_caches()
     assert read_cell(tmp_path, cell, (str(collection),)) is None
 
 
@@ -239,80 +144,6 @@ def test_a_damaged_record_is_no_record(content, tmp_path, caplog):
     (tmp_path / "cell.json").write_bytes(content)
     assert cells.read_record(tmp_path / "cell.json") is None
     assert "cell.json: is damaged, or of an older version; the cell is run again" in caplog.text
-
-
-def test_the_hash_covers_the_scores_of_a_teacher(place, tmp_path):
-    pair = {"query": "a", "positive": "b", "negatives": ["c"]}
-    hashes = set()
-    for i, scores in enumerate(({}, {"scores": [2.0, 1.0]}, {"scores": [3.0, 1.0]})):
-        data = written(tmp_path / f"{i}.jsonl", [pair | scores])
-        hashes.add(Cell(str(place / "backbone"), data, OPTIONS).hash)
-    assert len(hashes) == 3
-
-
-@pytest.fixture
-def named(place, tmp_path):
-    """Options whose content lies in other files: the texts of ids, a teacher, a dev collection."""
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text("{}")
-    make_collection(tmp_path / "dev")
-    written(tmp_path / "texts" / "corpus.jsonl", [{"_id": f"d{i}", "text": f"document {i}"} for i in range(4)])
-    written(tmp_path / "texts" / "queries.jsonl", [{"_id": "q", "text": "query"}])
-    data = written(tmp_path / "ids.jsonl", [{"query_id": "q", "positive_id": "d0", "negative_ids": ["d1", "d2"]}])
-    options = {"texts": str(tmp_path / "texts"), "negatives": 1, "teacher": str(tmp_path / "teacher")}
-    options |= {"dev": str(tmp_path / "dev"), "dev_split": "test"}
-    return Cell(str(place / "backbone"), data, OPTIONS | options)
-
-
-def hash_of(cell, **changes):
-    cells.clear_caches()
-    return replace(cell, options=cell.options | changes).hash
-
-
-@pytest.mark.parametrize(
-    "file, before, after",
-    [
-        ("teacher/config.json", "{}", "{ }"),
-        ("dev/qrels/test.tsv", "q0\td0\t1", "q0\td0\t2"),
-        ("dev/queries.jsonl", '"q0"', '"q0", "text2": ""'),
-        ("texts/corpus.jsonl", "document 0", "another document"),
-        ("texts/corpus.jsonl", "document 1", "another document"),
-        ("texts/queries.jsonl", "query", "question"),
-        ("ids.jsonl", '"d1", "d2"', '"d2", "d1"'),
-    ],
-)
-def test_the_hash_covers_the_content_of_what_options_name(file, before, after, named, tmp_path):
-    known = hash_of(named)
-    text = (tmp_path / file).read_text()
-    assert before in text
-    (tmp_path / file).write_text(text.replace(before, after))
-    assert (hash_of(named) == known) == (file == "dev/queries.jsonl")  # a column that is not read changes nothing
-    assert hash_of(named) != hash_of(named, seed=1)
-
-
-def test_the_hash_covers_nothing_else(named, tmp_path):
-    """Neither places nor trackers, nor a default that is given, nor negatives and documents that are not used."""
-    known = hash_of(named)
-    for name in ("teacher", "dev", "texts"):
-        assert hash_of(named, **{name: str(shutil.copytree(tmp_path / name, tmp_path / f"other-{name}"))}) == known
-    assert hash_of(named, report_to=("tensorboard",), warmup_ratio=TrainingConfig.warmup_ratio) == known
-    corpus = tmp_path / "texts" / "corpus.jsonl"
-    corpus.write_text(corpus.read_text().replace("document 2", "another document").replace("document 3", "another"))
-    assert hash_of(named) == known
-    assert len({known, hash_of(named, negatives=2), hash_of(named, negatives=0)}) == 3
-
-
-def test_a_default_or_a_rule_that_changes_makes_another_cell(place, monkeypatch):
-    cell = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
-    bare = replace(cell, options={name: value for name, value in OPTIONS.items() if name not in ("k", "shift")})  # auto
-    known = cell.hash, bare.hash
-    monkeypatch.setattr(cells, "ACTIVE_SHARE", 0.5)
-    assert (cell.hash == known[0], bare.hash == known[1]) == (True, False)
-    assert hash_of(cell, on_collapse="recalibrate") not in known
-    monkeypatch.undo()
-    assert (cell.hash, bare.hash) == known
-    monkeypatch.setitem(TrainingConfig.__init__.__kwdefaults__, "warmup_ratio", 0.2)
-    assert not {cell.hash, bare.hash} & {*known}
 
 
 def test_a_cell_reads_texts_and_negatives(place, tmp_path):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from anysplade.study.aggregate import noise
 from anysplade.study.arms import Arm, Axis
-from anysplade.study.cells import Cell, CellRecord, QueryScores, Start
-from anysplade.study.conclusions import _PAIRS, conclude, noise, summarize
-from anysplade.study.plan import STUDIES, StudyConfig, plan
+from anysplade.study.cells import CellRecord, QueryScores, Start
+from anysplade.study.conclusions import conclude, summarize
+from anysplade.study.controls import CONTROLS
+from anysplade.study.plan import STUDIES, Cell, StudyConfig, plan
 from anysplade.study.results import ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, StudyResult
 from anysplade.training.monitoring import Observation
 
@@ -182,8 +184,8 @@ def test_conclusions_and_plan_have_the_same_arms(name):
     result = summary(name, rows, records)
     assert result.conclusions
     if name == "controls":
-        assert len(result.pairs) == 2 * len(_PAIRS) - 2  # each backbone has the other's norm alone
-        assert {row.key for row in rows} == {arm for _, one, other, *_ in _PAIRS for arm in (one, other)}
+        assert len(result.pairs) == 2 * len(CONTROLS) - 2  # each backbone has the other's norm alone
+        assert {row.key for row in rows} == {arm for _, one, other, *_ in CONTROLS for arm in (one, other)}
     for key in {"controls": [Arm.TEMPERATURE], "dynamics": [], "norm": [Arm.RAW]}.get(name, [Arm.AUTO]):
         with pytest.raises(ValueError, match=f"{name}, bert-tiny: the plan lacks {key}"):
             summary(name, [row for row in rows if row.key != key], records)
@@ -282,7 +284,7 @@ def test_what_is_said_of_a_difference(change, said, values):
     main = Study(settings=SETTINGS, rows=[], tests=[replace(TEST, **change)], conclusions=[], provenance={})
     (line,) = conclude("main", main)
     assert f"{said} the best fixed k (k=8): {values}" in line
-    for about, _, _, helps, harms in _PAIRS:
+    for about, _, _, helps, harms in CONTROLS:
         (line,) = conclude("controls", replace(main, pairs=[replace(PAIR, about=about, **change)]))
         meaning = {BETTER: helps, WORSE: harms, NONE: "no difference shows", UNKNOWN: "single trainings do not tell"}[said]
         assert line.endswith(f": {meaning}.")

@@ -11,9 +11,10 @@ import pytest
 
 from anysplade.cli import main
 from anysplade.errors import OutputError
-from anysplade.study.cells import Cell, read_cell
-from anysplade.study.plan import PAPER, StudyConfig
-from anysplade.study.run import run_cells, run_study
+from anysplade.study.cells import read_cell
+from anysplade.study.pipeline import run_study
+from anysplade.study.plan import PAPER, Cell, StudyConfig
+from anysplade.study.run import run_cells
 from tiny import make_backbone, make_collection
 from vocabularies import byte_level, make_cased
 

@@ -16,7 +16,8 @@ from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
 
 if TYPE_CHECKING:
-    from anysplade.evaluation.comparisons import Comparison, Evaluations
+    from anysplade.evaluation.comparisons import Comparison
+    from anysplade.evaluation.grid import Evaluations
 
 _Metrics = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
@@ -53,7 +54,7 @@ def evaluate(
     """
     from anysplade._common.files import default_cache, write_atomic
     from anysplade.data.collections import is_collection
-    from anysplade.evaluation.comparisons import evaluate_all
+    from anysplade.evaluation.grid import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
@@ -91,7 +92,7 @@ def compare(*runs: str, collection: str, metrics: _Metrics = None, split: str = 
         split: the qrels to read.
     """
     from anysplade._common.files import default_cache
-    from anysplade.evaluation.comparisons import evaluate_all
+    from anysplade.evaluation.grid import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
     if len(runs) < 2:

@@ -14,7 +14,7 @@ from anysplade.cli.config import read_options
 from anysplade.cli.rendering import table
 
 if TYPE_CHECKING:
-    from anysplade.study.run import StudyPlan
+    from anysplade.study.pipeline import StudyPlan
 
 _Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
@@ -49,8 +49,8 @@ def study(
         plan: train nothing, and show what would be trained, what is done already and, after one training per backbone, how
             long the rest takes.
     """
+    from anysplade.study.pipeline import plan_study, run_study
     from anysplade.study.plan import StudyConfig
-    from anysplade.study.run import plan_study, run_study
 
     options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
     if backbones:

@@ -1,4 +1,4 @@
-"""Measures of rankings by ir-measures: parse their names, compute their values."""
+"""Parse the names of ranking measures and compute them with ir-measures."""
 
 import re
 import subprocess
@@ -19,13 +19,16 @@ METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")  # the default
 
 
 def parse_metrics(names: str | Sequence[str]) -> dict[str, Any]:
-    """Measures of ir-measures by the names given, in the same order; a measure may have several, such as RR@10 and MRR@10.
+    """Parse names of ir-measures, in order. Two names, such as RR@10 and MRR@10, may stand for the same measure.
 
     Args:
-        names: a list, or one alone.
+        names: a list or a single name.
+
+    Returns:
+        Measures by the given names.
 
     Raises:
-        OptionError: no name at all, or no text.
+        OptionError: there is no name, or one is not a string.
         MeasureError: ir-measures does not know a name, or no installed library computes it.
     """
     names = [names] if isinstance(names, str) else names
@@ -43,13 +46,13 @@ def parse_metrics(names: str | Sequence[str]) -> dict[str, Any]:
 
 
 def _parse(name: str) -> Any | None:
-    """A measure of ir-measures; None if it has no such name or options."""
+    """Parse one name; None if the name or its options are unknown."""
     try:
         found = ir_measures.parse_measure(name.strip())
         found.validate_params()
     except (NameError, ValueError, SyntaxError, TypeError, AttributeError, AssertionError):
         return None
-    # ir-measures lets these pass, and some of what computes the measures then ends the process.
+    # ir-measures accepts impossible counts, and some of its providers then end the process.
     counts = [found.params[option] for option in ("cutoff", "rel") if option in found.params]
     return found if all(type(count) is int and 0 < count < 2**31 for count in counts) else None
 
@@ -73,21 +76,22 @@ def _suggestion(name: str) -> str:
 def measure(
     measures: dict[str, Any], qrels: dict[str, dict[str, int]], run: Run
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Measure a run: the mean of each measure over all judged queries, and its value for each query.
+    """Compute measures of a run. A query without a ranking counts as 0.
 
-    A query without a ranking counts as 0. Documents keep the order they have in the run: ir-measures' providers sort by score
-    themselves, break ties by id in opposite directions, and some compare in float32, so they get scores that fall by 1 a rank.
-    Some divide by the length of a ranking, so they get no empty ones. One takes no query ids but numbers, so all get these.
+    The rankings are changed for the providers of ir-measures. Providers sort by score, break ties by id in different directions,
+    and some compare in float32: they get scores that fall by 1 per rank, so the order is that of the run. Some divide by the length
+    of a ranking: they get no empty ones. One accepts only numbers as query ids: the queries are numbered.
 
     Args:
         measures: from ``parse_metrics``.
         qrels: grade by query id and document id.
+        run: score by query id and document id, the best document first.
 
     Returns:
-        Means by name, and values by name and query id.
+        Means over all judged queries by name, and values by name and query id.
 
     Raises:
-        MeasureError: the program that computes one of them failed.
+        MeasureError: the program that computes one of the measures failed.
     """
     values: dict[Any, dict[str, float]] = {measure: dict.fromkeys(qrels, 0.0) for measure in measures.values()}
     ids = {str(number): id_ for number, id_ in enumerate(qrels, 1)}

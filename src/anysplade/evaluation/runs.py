@@ -1,4 +1,4 @@
-"""TREC run files: read and write them."""
+"""Read, write and check TREC run files."""
 
 import contextlib
 import logging
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 Run = dict[str, dict[str, float]]  # score by query id and document id, the best document first
 
-_MOST = 0.9  # of the ids that have to match; fewer are worth a warning
+_EXPECTED_SHARE = 0.9  # of the ids that should match; below it there is a warning
 
 
 def read_run(path: str | Path) -> Run:
     """Read a TREC run file, compressed or not: query, Q0, document, rank, score, tag.
 
-    Documents are ordered by score; those of equal score by rank, then by their order in the file.
+    Documents are ordered by score, then by rank, then by their order in the file.
 
     Raises:
-        DataError: a malformed line, whose number the message has, or no line at all.
+        DataError: a line is malformed (the message has its number), or the file has no lines.
     """
     path = user_path(path)
     keys: dict[str, dict[str, tuple[float, float]]] = {}  # (-score, rank) by query id and document id
@@ -58,15 +58,15 @@ def _number(path: Path, line: int, name: str, text: str) -> float:
 
 
 def as_name(text: str) -> str:
-    """A text, such as a model's path, as one readable word: for a file's name or a run's tag."""
+    """Turn a text, such as a model's path, into one readable word for the name of a file or the tag of a run."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")[-80:] or "unnamed"
 
 
 def write_run(path: str | Path, run: Run, model: str) -> None:
-    """Write a TREC run file. It has all digits of the scores, and ranks for ties, so that it measures the same when read.
+    """Write a TREC run file, with all digits of the scores and distinct ranks, so that the file gives the same measures.
 
     Args:
-        model: what made the run: the tag, made one word; reading ignores it.
+        model: what made the run; its tag, as one word. ``read_run`` ignores the tag.
     """
     tag = as_name(model)
     rows = [
@@ -77,39 +77,47 @@ def write_run(path: str | Path, run: Run, model: str) -> None:
     write_atomic(path, "".join(rows))
 
 
-def check_run(place: str | Path, run: Run, collection: Collection) -> None:
-    """Check that a run belongs to a collection: by the ids of the judged queries, and of the documents that it ranks for them.
+def check_run(source: str | Path, run: Run, collection: Collection) -> None:
+    """Check that a run belongs to a collection, by the ids of the judged queries and of the documents ranked for them.
 
     Raises:
-        DataError: it has no such query, or no document of the corpus.
+        DataError: the run has none of the judged queries, or none of the ranked documents is in the corpus.
     """
     judged, name = collection.qrels.keys(), collection.name
-    require_match(place, "query", f"queries of {name} are in the run", f"of {name}", judged, judged & run.keys())
+    require_match(source, f"queries of {name} are in the run", judged, judged & run.keys())
     ranked = dict.fromkeys(id_ for query_id in judged for id_ in run.get(query_id, ())).keys()
-    require_match(place, "document", f"documents of the run are in {name}", f"of {name}", ranked, ranked & collection.corpus.keys())
+    require_match(source, f"documents of the run are in {name}", ranked, ranked & collection.corpus.keys())
 
 
-def require_match(place: object, kind: str, counted: str, whose: str, wanted: Set[str], found: Set[str]) -> None:
-    """Raise DataError if none of the wanted ids is found, and warn of the share if it is less than nine in ten.
+def require_match(source: object, expected: str, ids: Set[str], found: Set[str]) -> None:
+    """Require that some ids were found, and warn if less than nine in ten were.
 
     Args:
-        place: the run, or the two.
-        kind, counted, whose: of what the ids are, for the messages.
+        source: the run, or both runs.
+        expected: what should be the case, such as "queries are in both runs".
+
+    Raises:
+        DataError: no id was found.
     """
-    missing = next((id_ for id_ in wanted if id_ not in found), None)
+    missing = next((id_ for id_ in ids if id_ not in found), None)
     if not found:
-        raise DataError(f"{place}: has no {kind} {whose}, such as {missing!r}; name the collection that it was made on")
-    if len(found) < _MOST * len(wanted):
-        numbers = len(found), len(wanted), counted, 100 * len(found) / len(wanted), missing
-        logger.warning("%s: only %d of %d %s (%.2g %%); %r is not, for example", place, *numbers)
+        fault = f"none of the {len(ids)} {expected} ({missing!r} is missing)"
+        raise DataError(f"{source}: {fault}; name the collection that the run was made on")
+    if len(found) < _EXPECTED_SHARE * len(ids):
+        share = f"{100 * len(found) / len(ids):.2g} %"
+        logger.warning("%s: only %d of %d %s (%s; %r is missing)", source, len(found), len(ids), expected, share, missing)
 
 
 def require_trec_ids(collection: Collection) -> None:
-    """Raise OutputError if a run file cannot hold an id of the collection: one with white space or half a character."""
+    """Require that a run file can hold all ids of the collection.
+
+    Raises:
+        OutputError: an id contains white space or a lone surrogate (half of a character).
+    """
     for role, ids in (("query", collection.queries), ("document", collection.corpus)):
         for id_ in ids:
-            if id_.split() != [id_] or id_ != replace_surrogates(id_):
-                fault = "white space" if id_.split() != [id_] else "a lone surrogate"
+            fault = "white space" if id_.split() != [id_] else "a lone surrogate" if id_ != replace_surrogates(id_) else None
+            if fault:
                 raise OutputError(
                     f"{role} id {id_[:80]!r}: {fault} is not possible in a run file; rename the id, or give no `output`"
                 )

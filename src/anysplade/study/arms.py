@@ -1,11 +1,11 @@
-"""The heads that a study trains: an arm has a key for code and files, a label for people, and a point on the varied axis."""
+"""The variants of the head that a study trains, called arms, and the quantities that a study varies within an arm."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Arm(StrEnum):
-    """A head as a study trains it: its key, as in ``study.json``, and its label."""
+    """A variant of the head: its key in ``study.json`` and a template of its label in reports."""
 
     RAW = "raw", "raw"
     FIXED = "fixed k", "k={k:g}"
@@ -35,14 +35,14 @@ class Arm(StrEnum):
         return arm
 
     def label(self, k: float, level: float | None = None) -> str:
-        """The label of the arm with numbers for k and the level."""
+        """The label of the arm for a value of k and of the level."""
         return self._template.format(k=k, level=level)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The quantities that a study varies between rows of one arm; None: not varied."""
+    """The quantities that differ between rows of the same arm; None if a study does not vary them."""
 
     k: float | None = None
     level: float | None = None
-    weight: float | None = None
+    weight: float | None = None  # of the regularizers

@@ -21,7 +21,7 @@ _WIDTH, _HEIGHT = 4.4, 3.2  # inches
 _LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.15), "frameon": False}
 _QUANTITIES = {
     "loss": "ranking loss",
-    "document_active_dims": "active dims a document",
+    "document_active_dims": "active dims per document",
     "gradient_norm": "gradient norm",
     "score_std": "spread of the scores",
 }
@@ -29,18 +29,18 @@ _QUANTITIES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG image, its text and axes in the colour ``INK``."""
+    """An SVG image, with text and axes in the colour ``INK``."""
 
-    name: str  # of its file, unique within a report
+    name: str  # of the file, unique within a report
     caption: str
     svg: str
 
 
-Sketch = tuple[str, str, float, Callable[[Any], None]]  # subject, caption, height in inches, and what draws it
+Sketch = tuple[str, str, float, Callable[[Any], None]]  # subject, caption, height in inches, function that draws on a figure
 
 
 def study_figures(name: str, result: StudyResult) -> list[Figure]:
-    """The figures of one study of a result."""
+    """Draw the figures of a study."""
     study = result.studies[name]
     first = study.settings.collections[0]
     sketches = {
@@ -54,14 +54,11 @@ def study_figures(name: str, result: StudyResult) -> list[Figure]:
             lambda: [_main(study, collection, result.bm25[collection]) for collection in study.settings.collections],
         ),
     }[name]()
-    return [
-        Figure(
-            f"{name}-{number}-{re.sub(r'[^a-z0-9]+', '-', subject.lower()).strip('-')}",
-            caption,
-            draw(paint, _WIDTH, height, ON_A_PAGE),
-        )
-        for number, (subject, caption, height, paint) in enumerate(sketches, 1)
-    ]
+    figures = []
+    for number, (subject, caption, height, paint) in enumerate(sketches, 1):
+        slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")
+        figures.append(Figure(f"{name}-{number}-{slug}", caption, draw(paint, _WIDTH, height, ON_A_PAGE)))
+    return figures
 
 
 def _axes(figure: Any, x: str, y: str) -> Any:
@@ -75,7 +72,7 @@ def _axes(figure: Any, x: str, y: str) -> Any:
 
 
 def _arms(rows: Sequence[RowResult] | Sequence[RowCurves]) -> dict[str, Arm]:
-    """Keys by label, in the order of the rows."""
+    """Arms by label, in the order of the rows."""
     return {row.arm: row.key for row in rows}
 
 
@@ -85,50 +82,48 @@ def _color(arm: str, arms: dict[str, Arm]) -> str:
 
 
 def _sds(points: Iterable[Means]) -> list[float]:
-    """The standard deviations; NaN, which is not drawn, of single trainings."""
+    """The standard deviations; NaN, which is not drawn, for single trainings."""
     return [math.nan if point.ndcg_sd is None else point.ndcg_sd for point in points]
 
 
-def _errorbars(axes: Any, x: Sequence[float], points: Sequence[Means], line: str, arm: str, arms: dict[str, Arm]) -> None:
-    axes.errorbar(
-        x, [point.ndcg for point in points], _sds(points),
-        fmt=_MARKERS.get(arms[arm], "^") + line, color=_color(arm, arms), capsize=3, label=arm,
-    )  # fmt: skip
+def _paint_points(
+    rows: Sequence[RowResult], collection: str, label: str, x: Callable[[RowResult], float], line: str, figure: Any
+) -> None:
+    """Effectiveness of each arm against a quantity ``x`` on a logarithmic axis; ``line`` is matplotlib's style of a line or ""."""
+    arms = _arms(rows)
+    axes = _axes(figure, label, METRIC)
+    for arm, key in arms.items():
+        group = [row for row in rows if row.arm == arm]
+        if line:
+            group.sort(key=x)
+        points = [row.results[collection] for row in group]
+        axes.errorbar(
+            [x(row) for row in group], [point.ndcg for point in points], _sds(points),
+            fmt=_MARKERS.get(key, "^") + line, color=_color(arm, arms), capsize=3, label=arm,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.legend(**_LEGEND, ncols=3)
 
 
 def _norm(rows: Sequence[RowResult], collection: str) -> Sketch:
-    arms = _arms(rows)
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, "mean row norm of the decoder, as trained", METRIC)
-        for arm in arms:
-            group = [row for row in rows if row.arm == arm]
-            _errorbars(axes, [row.after.mean_row_norm for row in group], [row.results[collection] for row in group], "", arm, arms)
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
-        axes.legend(**_LEGEND, ncols=3)
-
+    label = "mean row norm of the decoder, as trained"
     raw = sorted((row for row in rows if row.key == Arm.RAW), key=lambda row: row.after.mean_row_norm)
     caption = (
         f"{METRIC} on {Path(collection).name} against the norm of the head that training started from. Raw heads from left to "
         f"right: {', '.join(row.backbone for row in raw)}."
     )
-    return "norm", caption, _HEIGHT, paint
+    return "norm", caption, _HEIGHT, partial(_paint_points, rows, collection, label, lambda row: row.after.mean_row_norm, "")
 
 
 def _tradeoff(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
-    arms = _arms(rows)
-
-    def paint(figure: Any) -> None:
-        axes = _axes(figure, "FLOPS", METRIC)
-        for arm in arms:
-            points = sorted((row.results[collection] for row in rows if row.arm == arm), key=lambda point: point.flops)
-            _errorbars(axes, [point.flops for point in points], points, "-", arm, arms)
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
-        axes.legend(**_LEGEND, ncols=3)
-
-    return backbone, f"{backbone}: one point for each weight of the regularizers; bars are standard deviations.", _HEIGHT, paint
+    caption = f"{backbone}: one point for each weight of the regularizers; bars are standard deviations."
+    return (
+        backbone,
+        caption,
+        _HEIGHT,
+        partial(_paint_points, rows, collection, "FLOPS", lambda row: row.results[collection].flops, "-"),
+    )
 
 
 def _dynamics(rows: Sequence[RowCurves]) -> list[Sketch]:
@@ -187,7 +182,7 @@ def _paint_map(grid: Mapping[tuple[Any, Any], Means], figure: Any) -> None:
     axes.pcolormesh(values, cmap="viridis", vmin=0)
     highest = max(means.ndcg for means in grid.values())
     for (i, level), (j, k) in itertools.product(enumerate(levels), enumerate(ks)):
-        if means := grid.get((k, level)):  # otherwise it failed
+        if means := grid.get((k, level)):  # otherwise the training failed
             color = "black" if means.ndcg > 0.6 * highest else "white"
             text = f"{means.ndcg:.3f}\n{means.flops:.1f}"
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=9, color=color)
@@ -197,7 +192,7 @@ def _paint_map(grid: Mapping[tuple[Any, Any], Means], figure: Any) -> None:
 
 
 def _without_y(axes: Any, lowest: float) -> None:
-    """Rows from top to bottom, named within the axes."""
+    """Let y run from top to bottom and hide its axis; the rows are named within the figure."""
     axes.set_ylim(lowest, -0.6)
     axes.set_yticks([])
     axes.set_xlim(left=0)
@@ -220,7 +215,7 @@ def _controls(backbone: str, rows: Sequence[RowResult], collection: str) -> Sket
 
 def _main(study: Study, collection: str, bm25: Baseline) -> Sketch:
     arms = _arms(study.rows)
-    named = {row.arm: row for row in reversed(study.rows)}  # the first row of each arm has its name in the legend
+    named = {row.arm: row for row in reversed(study.rows)}  # the first row of each arm is in the legend
     groups = by_backbone(study.rows)
 
     def paint(figure: Any) -> None:

@@ -1,4 +1,4 @@
-"""The results of the studies as one HTML file, Markdown and SVG figures. Nothing is computed here."""
+"""Write the results of the studies as an HTML file, a Markdown file and SVG figures. Nothing is computed here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,14 @@ from anysplade.study.results import RowResult, Settings, Study, StudyResult, plu
 class _Table:
     title: str
     names: list[str]  # of the columns
-    texts: int  # how many columns, from the left, are text
-    rows: list[tuple[list[str], str | None]]  # values, and the id of the entry that they link to
+    texts: int  # number of columns, from the left, that contain text
+    rows: list[tuple[list[str], str | None]]  # values, and the id of the entry to which they link
 
 
 def write_report(result: StudyResult, out: Path) -> None:
     """Write ``report.html``, ``report.md`` and ``figures/*.svg`` into a folder."""
     parts = [_part(name, result) for name in result.studies]
-    content = {
-        "studies": parts,
-        "entries": _entries(result),
-        "cells": result.cells,
-        "metric": METRIC,
-    }
+    content = {"studies": parts, "entries": _entries(result), "cells": result.cells, "metric": METRIC}
     environment = Environment(loader=PackageLoader("anysplade.study"), autoescape=select_autoescape(["html"]), trim_blocks=False)
     environment.filters |= {"short": _short, "duration": duration}
     for template, name in (("study.html", "report.html"), ("study.md", "report.md")):
@@ -120,15 +115,16 @@ def _entry_id(row: RowResult) -> str:
 
 
 def _entries(result: StudyResult) -> dict[str, RowResult]:
-    """The rows of all studies by id; studies share rows."""
+    """The rows of all studies by id; of rows that studies share, the first one."""
     entries: dict[str, RowResult] = {}
-    for row in (row for study in result.studies.values() for row in study.rows):
-        entries.setdefault(_entry_id(row), row)
+    for study in result.studies.values():
+        for row in study.rows:
+            entries.setdefault(_entry_id(row), row)
     return entries
 
 
 def _inline(svg: str, prefix: str, label: str) -> str:
-    """An SVG file of matplotlib as part of an HTML page: unique ids, no namespaces, the colour of the page's text."""
+    """Turn an SVG file of matplotlib into a part of an HTML page: unique ids, no namespaces, the colour of the page's text."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
@@ -137,7 +133,7 @@ def _inline(svg: str, prefix: str, label: str) -> str:
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         attributes = {name.rpartition("}")[2]: value.replace(INK, "currentColor") for name, value in element.items()}
-        for name in attributes.keys() & {"id", "href", "clip-path"}:  # "name", "#name" and "url(#name)"
+        for name in attributes.keys() & {"id", "href", "clip-path"}:  # values: "name", "#name" and "url(#name)"
             before, mark, target = attributes[name].rpartition("#")
             attributes[name] = f"{before}{mark}{prefix}-{target}"
         element.attrib = attributes

@@ -1,4 +1,4 @@
-"""The results of the studies in a folder, and the one place that reads and writes them as JSON (``study.json``)."""
+"""The results of the studies in a folder, read and written as ``study.json``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from anysplade._common.tables import Tabular
 from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import Evaluation
 from anysplade.study.arms import Arm, Axis
-from anysplade.study.cells import METRICS, CellRecord, Scores, Start
+from anysplade.study.cells import METRICS, CellRecord, Effectiveness, Scores, Start
 
 
 def _without_none(value: Any, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -23,7 +23,7 @@ _WITHOUT_NONE = WrapSerializer(_without_none)
 
 @dataclass(frozen=True)
 class Means:
-    """Means of a row's trainings on one collection, with standard deviations over seeds (None of a single training)."""
+    """Means of a row's trainings on one collection, with standard deviations over seeds (None for a single training)."""
 
     ndcg: Annotated[float, Field(alias=METRICS[0])]
     ndcg_sd: Annotated[float | None, Field(alias=f"{METRICS[0]} sd")]
@@ -44,20 +44,20 @@ class Means:
 
 
 def plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
-    """A mean and how far it spreads, if that is known, as text; with the sign "+" a plus is shown too."""
+    """Format a mean with its spread, if known; the sign "+" shows a plus before positive means."""
     return f"{mean:{sign}.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowRuns:
-    """A row of a study and what became of its trainings."""
+    """A row of a study with its finished and failed trainings."""
 
     backbone: str
     key: Arm
-    arm: str  # the label of the key
-    cells: list[str]  # hashes of the records
+    arm: str  # label of the arm
+    cells: list[str]  # hashes of the finished cells
     axis: Annotated[Axis, _WITHOUT_NONE]
-    failed: list[str] = field(default_factory=list)  # messages of the trainings that failed
+    failed: list[str] = field(default_factory=list)  # messages of the failed trainings
 
     @property
     def label(self) -> str:
@@ -66,7 +66,7 @@ class RowRuns:
 
 @dataclass(frozen=True, kw_only=True)
 class RowResult(RowRuns):
-    """A row with its means over seeds; ``before``, ``after`` and ``temperature`` are those of the first seed."""
+    """A row with its means over seeds; ``temperature``, ``before`` and ``after`` are from the first seed."""
 
     runs: int
     k: float
@@ -75,24 +75,24 @@ class RowResult(RowRuns):
     results: dict[str, Means]  # by collection
     before: Start
     after: Start
-    findings: list[str]  # names, of all trainings
+    findings: list[str]  # names of what the monitor found in any training
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A row against another one of the same backbone, over the queries of a collection."""
+    """A row compared with another row of the same backbone, over the queries of a collection."""
 
     backbone: str
     collection: str
     key: Arm  # of the other row
-    against: str  # its label
+    against: str  # label of the other row
     difference: float
     p: float
-    noise: float | None  # of the seeds: half the width of the difference's 95 % interval; None if a row has one training
+    noise: float | None  # half the width of the difference's 95 % interval over seeds; None if a row has one training
     flops: float
     flops_of_other: Annotated[float, Field(alias="flops of the other")]
     p_corrected: float
-    head: str = "auto"  # the label of the row
+    head: str = "auto"  # label of the row
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class ControlPair:
     """Two rows that differ in one thing."""
 
     backbone: str
-    about: str  # that thing
-    one: str
+    about: str  # what they differ in
+    one: str  # label of the first row
     other: str
     difference: float
     p: float
@@ -117,7 +117,7 @@ Curve = list[tuple[int, float]]  # (step, value)
 
 @dataclass(frozen=True)
 class Curves:
-    """Quantities over the steps, a curve for each seed."""
+    """Quantities over the steps, one curve per seed."""
 
     query_active_dims: list[Curve]
     document_active_dims: list[Curve]
@@ -129,11 +129,9 @@ class Curves:
 
 @dataclass(frozen=True)
 class RowCurves:
-    """The curves of a row."""
-
     backbone: str
     key: Arm
-    arm: str
+    arm: str  # label of the arm
     curves: Curves
 
 
@@ -141,14 +139,14 @@ Grouped = TypeVar("Grouped", RowResult, RowCurves)
 
 
 def by_backbone(rows: Sequence[Grouped]) -> list[tuple[str, list[Grouped]]]:
-    """Rows grouped by backbone, in the order of its first row."""
+    """Group rows by backbone, in the order of the first rows."""
     names = dict.fromkeys(row.backbone for row in rows)
     return [(name, [row for row in rows if row.backbone == name]) for name in names]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a study was run with."""
+    """The settings with which a study was run."""
 
     backbones: tuple[str, ...]
     data: str
@@ -160,13 +158,13 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One study's rows and what follows from them; which of the optional parts it has depends on the study."""
+    """The rows of a study and what follows from them; the optional parts depend on the study."""
 
     settings: Settings
-    rows: list[RowResult]  # without rows all of whose trainings failed
+    rows: list[RowResult]  # with at least one finished training
     tests: list[PairedTest] | None = None
     pairs: list[ControlPair] | None = None
-    correlations: dict[str, dict[str, float]] | None = None  # Spearman's, by group of heads and statistic of the start
+    correlations: dict[str, dict[str, float]] | None = None  # Spearman's, by group of heads and statistic before training
     curves: list[RowCurves] | None = None
     conclusions: list[str]
     provenance: dict[str, Any]
@@ -174,7 +172,7 @@ class Study:
 
 @dataclass(frozen=True)
 class CellSummary:
-    """What a report shows of a cell's record."""
+    """The part of a cell's record that the report shows."""
 
     k: float
     shift: float
@@ -192,44 +190,40 @@ class CellSummary:
 
 
 def summarize_cell(record: CellRecord) -> CellSummary:
-    """The part of a record that ``study.json`` holds."""
+    """Reduce a record to what ``study.json`` contains."""
     findings = [finding["name"] for finding in record.findings]
     values = vars(record) | record.provenance | {"seed": record.options["seed"], "findings": findings}
     return TypeAdapter(CellSummary).validate_python(values)
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(Effectiveness):
     """BM25 on a collection."""
 
-    ndcg: Annotated[float, Field(alias=METRICS[0])]
-    rr: Annotated[float, Field(alias=METRICS[1])]
-    recall: Annotated[float, Field(alias=METRICS[2])]
     data_hash: str | None = None
 
 
 def baseline(evaluation: Evaluation) -> Baseline:
-    """The part of BM25's evaluation that ``study.json`` holds."""
+    """Reduce an evaluation of BM25 to what ``study.json`` contains."""
     return TypeAdapter(Baseline).validate_python(evaluation.to_dict())
 
 
 @dataclass(frozen=True, repr=False)
 class StudyResult(Tabular):
-    """The content of ``study.json``: every study in the folder, and every cell's numbers with the commands that reproduce them."""
+    """The content of ``study.json``: all studies in the folder, and each cell's numbers with the commands that reproduce them."""
 
     studies: dict[str, Annotated[Study, _WITHOUT_NONE]]  # by name
     cells: dict[str, CellSummary]  # by hash
     bm25: dict[str, Baseline]  # by collection
-    failed: dict[str, str]  # messages of cells that failed, by hash
+    failed: dict[str, str]  # messages of failed cells by hash
     report: str  # path of report.html
-    unstemmed: dict[str, Baseline] = field(default_factory=dict)  # BM25 without stemming, likewise, where folding was studied
+    unstemmed: dict[str, Baseline] = field(default_factory=dict)  # BM25 without stemming by collection, if folding was studied
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``study.json``."""
         return _RESULT.dump_python(self, mode="json", by_alias=True)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Each study's rows on each collection."""
         return [
             {"study": name, "backbone": row.backbone, "arm": row.label, "trainings": row.runs, "collection": collection}
             | TypeAdapter(Means).dump_python(means, by_alias=True)
@@ -246,7 +240,7 @@ def read_results(file: Path) -> StudyResult:
     """Read a ``study.json``.
 
     Raises:
-        OutputError: an older version of anysplade wrote it.
+        OutputError: the file was written by an older version of anysplade.
     """
     try:
         return _RESULT.validate_json(file.read_bytes())

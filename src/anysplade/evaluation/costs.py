@@ -1,0 +1,60 @@
+"""Cost of searching, computed from the vectors of queries and documents."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+COSTS = ("query_active_dims", "document_active_dims", "flops")  # what tables show of a cost
+_HIGH_QUANTILE = 0.95
+
+
+def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:
+    """Cost of searching with sparse vectors.
+
+    Args:
+        queries: (queries, vocabulary), at least one row.
+        documents: (documents, vocabulary), at least one row.
+
+    Returns:
+        ``query_active_dims`` and ``document_active_dims``: mean, median and 95th percentile of the terms per vector.
+        ``flops``: expected products per (query, document) pair (Paria et al., arXiv 2004.05665).
+        ``vocabulary_used``: number of terms that occur in a document.
+        ``postings_per_query``: mean number of (document, weight) pairs that a query reads.
+        ``index_bytes``: size of the postings in the index, without texts and ids.
+    """
+    query_frequency = np.bincount(queries.indices, minlength=queries.shape[1])
+    document_frequency = np.bincount(documents.indices, minlength=documents.shape[1])
+
+    def spread(matrix: sparse.csr_matrix) -> dict[str, float]:
+        active = np.diff(matrix.indptr)
+        quantiles = {"median": np.median(active), "p95": np.quantile(active, _HIGH_QUANTILE)}
+        return {"mean": float(active.mean())} | {name: float(value) for name, value in quantiles.items()}
+
+    products = float(query_frequency @ document_frequency)
+    return {
+        "query_active_dims": spread(queries),
+        "document_active_dims": spread(documents),
+        "flops": products / (queries.shape[0] * documents.shape[0]),
+        "vocabulary_used": int((document_frequency > 0).sum()),
+        "postings_per_query": products / queries.shape[0],
+        "index_bytes": 8 * documents.nnz + 8 * (documents.shape[1] + 1),
+    }
+
+
+def dense_cost(documents: int, width: int) -> dict[str, Any]:
+    """Cost of exact search with dense vectors, in the terms of ``search_cost``: every vector uses all dimensions."""
+    active_dims = dict.fromkeys(("mean", "median", "p95"), float(width))
+    return {
+        "query_active_dims": active_dims,
+        "document_active_dims": active_dims,
+        "flops": float(width),
+        "dimensions": width,
+        "index_bytes": 4 * documents * width,
+    }
+
+
+def mean_costs(cost: dict[str, Any] | None) -> dict[str, Any]:
+    """The values of ``COSTS``, means over the vectors; all None without a cost."""
+    values = [cost and cost[name] for name in COSTS]
+    return {name: value["mean"] if isinstance(value, dict) else value for name, value in zip(COSTS, values, strict=True)}

@@ -1,0 +1,188 @@
+"""Evaluate several models on several collections."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sentence_transformers import SparseEncoder
+
+from anysplade._common.arguments import require
+from anysplade._common.files import user_path, write_atomic
+from anysplade._common.tables import Tabular
+from anysplade.data.collections import Collection, collection_names, load_collection
+from anysplade.data.names import PYTHON_DOCS
+from anysplade.errors import OptionError
+from anysplade.evaluation.comparisons import Comparison, compare
+from anysplade.evaluation.costs import COSTS
+from anysplade.evaluation.evaluations import Evaluation, class_name, curve, evaluate
+from anysplade.evaluation.measures import METRICS, parse_metrics
+from anysplade.evaluation.runs import as_name
+from anysplade.model.options import Precision, Runtime
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluations(Tabular):
+    """The results of ``evaluate_all``."""
+
+    evaluations: list[Evaluation]  # by collection, then by model, in the given order
+    comparisons: list[Comparison]  # each model against the first one
+    means: list[dict[str, Any]]  # over the sparse models as seeds of one model; over the collections per model
+    curves: list[dict[str, Any]]  # effectiveness against cost by pruning, for each sparse model and collection
+
+    def to_dict(self) -> dict[str, Any]:
+        """A single evaluation as it is; otherwise a list for each field."""
+        rows = [evaluation.to_dict() for evaluation in self.evaluations]
+        if len(rows) == 1:
+            return rows[0] | ({"curve": self.curves[0]["points"]} if self.curves else {})
+        compared = [comparison.to_dict() for comparison in self.comparisons]
+        return {"evaluations": rows, "comparisons": compared, "means": self.means, "curves": self.curves}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [*(row for evaluation in self.evaluations for row in evaluation._rows()), *self.means]
+
+    def _shown(self) -> "list[DataFrame]":
+        import pandas
+
+        return [self.to_pandas(), pandas.DataFrame([row for comparison in self.comparisons for row in comparison._rows()])]
+
+
+def evaluate_all(
+    models: str | Path | SparseEncoder | Sequence[str | Path | SparseEncoder],
+    collections: str | Path | Collection | Sequence[str | Path | Collection],
+    metrics: str | Sequence[str] = METRICS,
+    *,
+    split: str = "test",
+    seeds: bool = False,
+    curves: bool = False,
+    runtime: Runtime = "auto",
+    precision: Precision = "float32",
+    max_length: int | None = None,
+    output: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Evaluations:
+    """Evaluate every model on every collection and compare each model with the first one.
+
+    Args:
+        models: a list of what ``evaluate`` takes as a model, or a single one.
+        collections: a list of collections or of what ``load_collection`` takes, or a single one. ``"nanobeir"`` stands for 13
+            collections.
+        metrics: names of ir-measures, a list or a single one. The first is the primary one: its comparisons are corrected
+            together.
+        seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added.
+        curves: add effectiveness against cost by pruning; see ``curve``.
+        output: a folder; several evaluations each get a subfolder.
+
+    ``split``, ``runtime``, ``precision``, ``max_length`` and ``cache`` are as in ``evaluate``. A collection named twice is
+    evaluated once. Collections of the same name are told apart by the shortest part of their paths that differs.
+
+    Raises:
+        OptionError: there is no model or no collection.
+        AnyspladeError: as in ``evaluate``.
+    """
+    models, collections, metrics = _as_list(models), _as_list(collections), _as_list(metrics)
+    if not models or not collections:
+        raise OptionError("name at least one model and one collection")
+    parse_metrics(metrics)  # fail before the collections are read
+    loaded = _load(collections, split, progress)
+    single = len(models) * len(loaded) == 1
+    folder = None if output is None else user_path(output)
+    places = [as_name(collection.name) for collection in loaded]
+    if len({place.lower() for place in places}) < len(places):
+        places = [f"{i}-{place}" for i, place in enumerate(places, 1)]
+    evaluations, drawn = [], []
+    for place, collection in zip(places, loaded, strict=True):
+        for i, model in enumerate(models, 1):
+            name = as_name(str(model) if isinstance(model, str | Path) else class_name(model))
+            evaluation = evaluate(
+                model,
+                collection,
+                metrics,
+                output=folder if folder is None or single else folder / place / f"{i}-{name}",
+                runtime=runtime,
+                precision=precision,
+                max_length=max_length,
+                cache=cache,
+                progress=progress,
+            )
+            if curves and evaluation.vectors is not None:
+                points = curve(evaluation, collection)
+                drawn.append({"model": evaluation.model, "collection": evaluation.collection, "points": points})
+            evaluations.append(evaluation)
+    comparisons = compare(evaluations, {collection.name: collection for collection in loaded})
+    means = _over_seeds(evaluations, metrics) if seeds else []
+    if len(loaded) > 1:
+        means += [_over_collections(evaluations[i :: len(models)], metrics) for i in range(len(models))]
+    result = Evaluations(evaluations, comparisons, means, drawn)
+    if folder is not None and (not single or curves):
+        write_atomic(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _load(sources: Sequence[str | Path | Collection], split: str, progress: bool) -> list[Collection]:
+    """Load every collection once and give each a distinct name."""
+    found: dict[Path | str | int, str | Path | Collection] = {}  # sources by resolved path, id or identity
+    for source in sources:
+        for one in collection_names(source) if isinstance(source, str) else [source]:
+            if isinstance(one, Collection):
+                found.setdefault(id(one), one)
+                continue
+            require("collections", one, (str, Path), "give names, paths or what load_collection returned")
+            path = user_path(one)
+            found.setdefault(path.resolve() if path.exists() and one != PYTHON_DOCS else str(one), one)
+    loaded = [one if isinstance(one, Collection) else load_collection(one, split, progress=progress) for one in found.values()]
+    names = distinct_names([collection.name for collection in loaded], [key if isinstance(key, Path) else None for key in found])
+    return [replace(collection, name=name) for collection, name in zip(loaded, names, strict=True)]
+
+
+def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
+    """Replace names that occur twice by the shortest end of their path that no other has.
+
+    Args:
+        names: one name per path.
+        paths: distinct paths; None for a name that is kept in any case, such as an id.
+    """
+    distinct = list(names)
+    for length in range(1, max((len(path.parts) for path in paths if path is not None), default=0) + 1):
+        count = Counter(distinct)
+        distinct = [
+            name if path is None or count[name] == 1 else "/".join(path.parts[-length:])
+            for name, path in zip(distinct, paths, strict=True)
+        ]
+    return distinct
+
+
+def _columns(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> dict[str, list[Any]]:
+    rows = [evaluation.to_dict() for evaluation in evaluations]
+    return {name: [row[name] for row in rows] for name in (*metrics, *COSTS)}
+
+
+def _over_seeds(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the sparse models for each collection that has at least two."""
+    rows = []
+    for collection in dict.fromkeys(evaluation.collection for evaluation in evaluations):
+        group = [e for e in evaluations if e.collection == collection and e.vectors is not None]
+        if len(group) > 1:
+            row: dict[str, Any] = {"model": f"mean of {len(group)}", "collection": collection}
+            for name, column in _columns(group, metrics).items():
+                row |= {name: float(np.mean(column)), f"{name} sd": float(np.std(column, ddof=1))}
+            rows.append(row)
+    return rows
+
+
+def _over_collections(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> dict[str, Any]:
+    """Means of one model's evaluations."""
+    row = {"model": evaluations[0].model, "collection": f"mean of {len(evaluations)}"}
+    columns = _columns(evaluations, metrics).items()
+    return row | {name: None if column[0] is None else float(np.mean(column)) for name, column in columns}

@@ -1,0 +1,198 @@
+"""Rank the documents of a collection with BM25, a sparse encoder or a dense model."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import sparse
+from sentence_transformers import SentenceTransformer, SparseEncoder
+
+from anysplade._common.files import user_path
+from anysplade._common.hashing import DataHash
+from anysplade._common.progress import begin
+from anysplade.data.collections import Collection
+from anysplade.errors import OptionError
+from anysplade.evaluation.costs import dense_cost, search_cost
+from anysplade.evaluation.runs import Run
+from anysplade.model.dense import encode_dense, open_dense
+from anysplade.model.encoder import open_encoder
+from anysplade.model.encoding import count_truncated, encode
+from anysplade.model.modules import term_names
+from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.queries import log_cut
+from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
+from anysplade.model.saved import fingerprint, resolve_model
+from anysplade.search.bm25 import BM25
+from anysplade.search.exact import Postings, highest, nearest
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["sparse", "dense", "bm25", "run"]
+_PLURALS: dict[Role, str] = {"document": "documents", "query": "queries"}
+
+
+@dataclass
+class Ranked:
+    """Rankings of a model; the fields mean what they mean in ``Evaluation``."""
+
+    kind: Kind
+    run: Run
+    seconds: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, Any] | None = None
+    cut: dict[str, Any] | None = None
+    precision: str | None = None
+    runtime: str | None = None
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None
+    terms: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Ranks the documents of a collection for each of its queries; the options are those of ``evaluate``."""
+
+    collection: Collection
+    depth: int
+    runtime: Runtime = "auto"
+    precision: Precision = "float32"
+    max_length: int | None = None
+    cache: str | Path | None = None
+    progress: bool = False
+
+    @cached_property
+    def self_matches(self) -> set[str]:
+        """Ids of queries that are also documents, with the same id and text."""
+        corpus = self.collection.corpus
+        return {
+            id_
+            for id_, text in self.collection.queries.items()
+            if id_ in corpus and text.strip() in (corpus[id_].text.strip(), corpus[id_].full_text)
+        }
+
+    @cached_property
+    def texts(self) -> dict[Role, list[str]]:
+        return {
+            "document": [document.full_text for document in self.collection.corpus.values()],
+            "query": list(self.collection.queries.values()),
+        }
+
+    @property
+    def hits(self) -> int:
+        """Number of documents to search for: one more than the depth if a query may find itself."""
+        return self.depth + bool(self.self_matches)
+
+    def as_run(self, rankings: Sequence[tuple[np.ndarray, np.ndarray]]) -> Run:
+        """Make a run of positions and scores per query, at the depth and without self-matches."""
+        ids = list(self.collection.corpus)
+        run: Run = {}
+        for query_id, (positions, scores) in zip(self.collection.queries, rankings, strict=True):
+            ranking = {ids[d]: s for d, s in zip(positions.tolist(), scores.tolist(), strict=True)}
+            if query_id in self.self_matches:
+                ranking.pop(query_id, None)
+            while len(ranking) > self.depth:
+                ranking.popitem()
+            run[query_id] = ranking
+        return run
+
+    def by_bm25(self, name: str) -> Ranked:
+        start = time.perf_counter()
+        texts = self.texts["document"]
+        bm25, all_documents = BM25(texts, stemmed=name == "bm25"), np.arange(len(texts))
+        rankings = [highest(bm25.score(query, all_documents), self.hits) for query in self.texts["query"]]
+        if not any(len(documents) for documents, _ in rankings):
+            logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", self.collection.name)
+        return Ranked("bm25", self.as_run(rankings), {"bm25": time.perf_counter() - start})
+
+    def by_sparse(self, model: str | Path | SparseEncoder) -> Ranked:
+        """Rank by exact dot products of sparse vectors."""
+        encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=self.max_length)
+        precision = resolve_precision(self.precision, encoder.device)
+        # A loaded model may be in training; converting it for each evaluation would cost more than it saves.
+        count = 0 if encoder is model else sum(map(len, self.texts.values()))
+        start = time.perf_counter()
+        runtime = runtime_for(count, self.runtime, precision)
+        name = "the loaded model" if encoder is model else str(model)
+        begin(f"making {name} ready for OpenVINO", self.progress and runtime == "openvino")
+        encoder = for_inference(encoder, runtime, precision)
+        used = runtime_of(encoder)
+        preparing = time.perf_counter() - start
+        key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
+        vectors, encoding, rate = self._encode(partial(encode, encoder), model, name, key)
+        queries, documents = vectors["query"], vectors["document"]
+        cut: dict[str, Any] = {}
+        for role, plural in _PLURALS.items():
+            counted = count_truncated(encoder, self.texts[role], role)
+            log_cut(counted, len(self.texts[role]), plural)
+            cut[role] = {"count": counted.texts, "max_length": counted.limit}
+        start = time.perf_counter()
+        run = self.as_run(Postings.from_documents(documents).top_rows(queries, self.hits))
+        return Ranked(
+            "sparse",
+            run,
+            {"preparing": preparing, "encoding": encoding, "search": time.perf_counter() - start},
+            search_cost(queries, documents) | {"texts_per_second": rate},
+            cut,
+            precision if used == "openvino" else str(encoder.dtype).removeprefix("torch."),  # of the weights
+            used,
+            (queries, documents),
+            term_names(encoder),
+        )
+
+    def by_dense(self, model: str | Path | SentenceTransformer) -> Ranked:
+        """Rank by exact dot products of dense vectors."""
+        if self.precision == "int8" or self.runtime == "openvino":
+            raise OptionError(f"{model}: a dense model is evaluated on torch, in float32 or bfloat16")
+        encoder = model if isinstance(model, SentenceTransformer) else open_dense(resolve_model(model), self.max_length)
+        precision = resolve_precision(self.precision, encoder.device)
+        name = "the loaded model" if encoder is model else str(model)
+        encode_role = partial(encode_dense, encoder, precision=precision)
+        vectors, encoding, rate = self._encode(encode_role, model, name, f"dense {precision}")
+        start = time.perf_counter()
+        run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits))
+        return Ranked(
+            "dense",
+            run,
+            {"encoding": encoding, "search": time.perf_counter() - start},
+            dense_cost(*vectors["document"].shape) | {"texts_per_second": rate},
+            precision=precision,
+            runtime="torch",
+        )
+
+    def _encode(
+        self, encode_role: Callable[..., Any], model: Any, name: str, precision: str
+    ) -> tuple[dict[Role, Any], float, float | None]:
+        """Encode the documents and the queries.
+
+        Returns:
+            The vectors by role, the seconds, and the texts per second, None if some vectors were in the cache.
+        """
+        folders: dict[Role, Path] = {}
+        if self.cache is not None and isinstance(model, str | Path):
+            folders = vector_folders(model, self.cache, precision, self.max_length, self.texts)
+        cached = any(folder.exists() for folder in folders.values())
+        start = time.perf_counter()
+        vectors = {
+            role: encode_role(
+                self.texts[role], role, cache=folders.get(role), progress=self.progress, what=f"encoding {plural} with {name}"
+            )
+            for role, plural in _PLURALS.items()
+        }
+        seconds = time.perf_counter() - start
+        return vectors, seconds, None if cached else round(sum(map(len, self.texts.values())) / seconds, 2)
+
+
+def vector_folders(
+    model: str | Path, cache: str | Path, precision: str, max_length: int | None, texts: dict[Role, list[str]]
+) -> dict[Role, Path]:
+    """Cache folders of vectors by role, named after everything that determines the vectors; none if the model has no hash."""
+    known = fingerprint(resolve_model(model))
+    if known is None:
+        return {}
+    keys = {role: json.dumps([known, precision, max_length, role, DataHash(parts).hexdigest()]) for role, parts in texts.items()}
+    return {role: user_path(cache) / "vectors" / hashlib.sha256(key.encode()).hexdigest()[:32] for role, key in keys.items()}
