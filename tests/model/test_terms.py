@@ -104,7 +104,7 @@ def test_a_model_is_named_not_given(encoder, tmp_path):
         Index.build(encoder, {"1": Document("", "a")}, tmp_path / "index")
     for corpus, message in (
         (["a", "b"], "documents are a list; give {"),
-        ({"1": "a"}, "document '1': a str to a str; give {"),
+        ({"1": "a"}, "document '1': maps a str to a str; give {"),
         ({1: Document("", "a")}, "document '1': a int to a Document"),
     ):
         with pytest.raises(OptionError, match=message):
