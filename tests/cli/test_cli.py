@@ -107,7 +107,8 @@ def test_texts_that_are_cut_are_said(collection_folder, tmp_path, capsys, caplog
     assert found[1]["cut"]["document"] == {"count": 40, "max_length": 8}
     assert found[0]["document_active_dims"] > 11 > 6 >= found[1]["document_active_dims"]  # vectors of another length are not taken
 
-    nowhere = str(tmp_path / "nowhere.jsonl")  # the length is looked at first
+    nowhere = str(tmp_path / "broken.jsonl")  # the length is looked at first
+    (tmp_path / "broken.jsonl").write_text("{")
     out = ["--out", str(tmp_path / "other")]
     for command in (["train", model, nowhere, *out], ["index", model, nowhere, *out], ["evaluate", model, str(collection_folder)]):
         assert main([*command, "--max-length", "65"]) == 2
@@ -274,7 +275,7 @@ def broken(collection_folder, tmp_path):
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("inspect ./nowhere", "no such model folder"),
+        ("inspect ./nowhere", "no such file or folder; check the path"),
         ("inspect nobody/no-such-model", "not found on the hub"),
         ("inspect {data}", "a collection, not a model"),
         ("rescale {model} --out {data}", "not empty"),
@@ -283,12 +284,12 @@ def broken(collection_folder, tmp_path):
         ("rescale {model} --out {tmp}/new --k eight", "eight"),
         ("rescale {model} --out {tmp}/new --fold case", "one form of each word already (uncased)"),
         ("train {model} {data} --out {tmp}/new --fold case", "one form of each word already (uncased)"),
-        ("train ./nowhere {data} --out {tmp}/new", "no such model folder"),
-        ("train {model} ./nowhere --out {tmp}/new", "no such training data"),
+        ("train ./nowhere {data} --out {tmp}/new", "no such file or folder"),
+        ("train {model} ./nowhere --out {tmp}/new", "no such file or folder"),
         ("train {model} {data} --out {data}", "not empty"),
         ("train {model} {data} --out {tmp}/new --batch-size 0", "batch_size is 0"),
-        ("train {model} {data}", "--out requires"),
-        ("evaluate ./nowhere {data}", "no such model folder"),
+        ("train {model} {data}", "train needs --out; see anysplade train --help"),
+        ("evaluate ./nowhere {data}", "no such file or folder"),
         ("evaluate {model} {tmp}/no-corpus", "no corpus.jsonl in it"),
         ("evaluate {model} {tmp}/empty-corpus", "the corpus is empty"),
         ("evaluate {model} {tmp}/unknown-id", "no document of the corpus is judged above 0"),
@@ -494,7 +495,7 @@ def test_pairs_from_documents_are_trained_on(backbone, call_json, call, tmp_path
     code, text, _ = call("pairs", corpus, "--kinds", "heading", "title", "--out", out)
     assert code == 0
     assert "8 pairs from 8 documents (8 title, 0 heading)" in text
-    assert "left out, heading: 8 without heading" in text
+    assert "left out, heading: 8 without a heading" in text
     assert text.rstrip().endswith(f"next: anysplade train MODEL {out} --out RUN")
     assert call("train", backbone, out, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 4)[0] == 0
     code, _, err = call("pairs", corpus, "--out", out)
@@ -513,6 +514,7 @@ def test_a_model_is_adapted(teachers, collection_folder, call_json, call, tmp_pa
     code, text, _ = call("adapt", teachers["sparse"], corpus, "--out", out, *options)
     assert code == 0
     assert f"kept: the {adapted['kept']} model, in {out}/model" in text
+    assert (f"the adapted one is in {out}/adapted" in text) == (adapted["kept"] == "original")
     assert "FLOPS" in text
     code, _, err = call("adapt", teachers["sparse"], corpus, "--out", out, *options[2:], "--teacher", teachers["sparse"])
     assert (code, err.count("\n")) == (2, 1)
@@ -735,3 +737,20 @@ def test_an_interruption_while_nobody_reads_the_output():
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert process.stderr.read() == b""
+
+
+def test_an_interrupted_command_says_that_it_can_be_continued(monkeypatch, call):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anysplade.data.document_pairs.make_pairs", interrupted)
+    code, out, err = call("pairs", "python-docs", "--out", "new.jsonl")
+    assert (code, out) == (130, "")
+    assert err == "anysplade: interrupted; run the same command again to continue where possible\n"
+
+
+def test_muting_alone_folds_nothing(backbone, call, tmp_path):
+    code, out, _ = call("rescale", backbone, "--mute", "--out", tmp_path / "muted")
+    assert code == 0
+    assert "folded" not in out
+    assert "terms of punctuation and special tokens muted: " in out

@@ -6,7 +6,9 @@ import pytest
 
 from anysplade import load_collection, load_encoder, write_collection
 from anysplade.cli import main
-from anysplade.data.names import held
+from anysplade.data.names import held, resolve
+from anysplade.errors import DataError, ModelError
+from anysplade.model.saved import resolve_model
 from tiny import make_lexical
 
 
@@ -25,6 +27,9 @@ def here(tmp_path_factory, collection_folder, static_index, teachers):
     (folder / "scores").mkdir()
     (folder / "scores" / "evaluation.json").write_text("{}")
     (folder / "empty").mkdir()
+    for unfinished in ("begun/run.json", "changing/options.json", "growing.parts/about.json"):
+        (folder / unfinished).parent.mkdir()
+        (folder / unfinished).write_text("{}")
     return folder
 
 
@@ -125,10 +130,10 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("evaluate splade cranfield --metrics ndcg10", "did you mean nDCG@10?"),
         ("evaluate splade cranfield --metric RR@10", "Did you mean --metrics?"),
         ("train splade cranfield --out new --batchsize 3", "Did you mean --batch-size?"),
-        ("train splade cranfield --out new --steps=ten", 'unable to convert "ten" into int'),
+        ("train splade cranfield --out new --steps=ten", "--steps is 'ten': it must be a whole number or none"),
         ("train splade cranfield --out new --objective contrastiv", "did you mean contrastive?"),
         ("evalute splade cranfield", 'Did you mean "evaluate"?'),
-        ("index ~nosuchuser/x cranfield --out new", "~nosuchuser/x: no such model folder"),
+        ("index ~nosuchuser/x cranfield --out new", "~nosuchuser/x: no such file or folder"),
         ("search ~nosuchuser/x heat", "~nosuchuser/x: no index there"),
         ("index splade cranfield --out ~nosuchuser/x", "~nosuchuser/x: no home folder of that name"),
         ("evaluate splade cranfield --out run.trec/x", "run.trec/x: cannot be written"),
@@ -139,6 +144,34 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("adapt splade cranfeild --teacher dense --out deep/new", "did you mean cranfield?"),
         ("adapt splade cranfield --teacher idx --out deep/new", "idx: an index, not a model"),
         ("train splade cranfeild --out deep/new", "did you mean cranfield?"),
+        ("search idx watch cpu use", "put it in quotation marks: anysplade search idx 'watch cpu use'"),
+        ("encode 'watch cpu' splade", "splade is a model; the model comes first: anysplade encode splade 'watch cpu'"),
+        ("encode idx heat", "idx: an index, not a model; give its model, "),
+        ("adapt splade cranfield --out new", "adapt needs --teacher; see anysplade adapt --help"),
+        ("train splade cranfield --output new", "--output: no such option of train; did you mean --out?"),
+        ("train --out new", "train needs BACKBONE; see anysplade train --help"),
+        ("train --config", "--config: give a YAML or TOML file after it"),
+        ("compare run.trec run.trec cranfield", "compare needs --collection; write --collection cranfield"),
+        ("compare run.trec run.trec --metrics RR@10", "compare needs --collection; see anysplade compare --help"),
+        ("mine cranfield --out", "--out: give a value after it; see anysplade mine --help"),
+        ("index splade cranfield more --out new", "more: more than index takes; put what has spaces in quotation marks"),
+        ("rescale splade --out new --k two", "--k is 'two': it must be a number or none or 'auto'"),
+        ("search idx heat --k two", "--k is 'two': it must be a whole number"),
+        ("encode splade heat --role qurey", 'Did you mean "query"?'),
+        ("index splade bad/nothere.jsonl --out new", "bad/nothere.jsonl: no such file; check the path"),
+        ("index splade org/data.csv.gz --out new", "org/data.csv.gz: no such file; check the path"),
+        ("evaluate splade cranfield/corpus.jsnol.gz", "cranfield/corpus.jsnol.gz: no such file"),
+        ("compare rnu.trec run.trec --collection cranfield", "rnu.trec: no such file; did you mean run.trec?"),
+        ("mine cranfield --out new --miner bm25 x/model.zip", "x/model.zip: no such file; check the path"),
+        ("train splade cranfield --out new --dev x/dev.zip", "x/dev.zip: no such file; check the path"),
+        ("evaluate bm52 cranfield", "bm52: no such name; did you mean bm25?"),
+        ("evaluate bert-tniy cranfield", "bert-tniy: no such name; did you mean bert-tiny?"),
+        ("evaluate splade cranfield/corpus.jsonl", "qrels/; name its folder: cranfield"),
+        ("mine cranfield --out deep/new", "anysplade pairs cranfield --out PAIRS.jsonl makes some"),
+        ("inspect splade --data cranfield", "anysplade pairs cranfield --out PAIRS.jsonl makes some"),
+        ("index begun cranfield --out new", "begun: has no model yet: its training is unfinished; the same command continues it"),
+        ("index changing cranfield --out new", "its adaptation is unfinished; the same command continues it"),
+        ("train growing cranfield --out new", "its training of a head is unfinished; the same command continues it"),
         ("export idxx --format ciff --out deep/new", "did you mean idx?"),
     ],
 )
@@ -156,3 +189,36 @@ def test_the_corrected_command_can_be_pasted(refused):
 def test_only_what_is_near_is_suggested(refused):
     for command in ("evaluate ./elsewhere cranfield", "index splade /no/such/corpus.jsonl --out new"):
         assert "did you mean" not in refused(*command.split())
+
+
+@pytest.mark.parametrize("command", ["evaluate bm25 x/corpus.jsonl", "evaluate bm52 here", "index ~/nowhere here --out new"])
+def test_a_name_for_nothing_costs_no_search(command, monkeypatch, capfd):
+    monkeypatch.setattr("anysplade.model.saved._require_on_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("anysplade.evaluation.comparisons.evaluate_all", lambda *_, **__: pytest.fail("was called"))
+    assert main(command.split()) == 2
+    assert "no such" in capfd.readouterr().err
+
+
+def test_a_file_that_is_missing_is_no_hub_id_in_python(here, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("anysplade.model.saved._require_on_hub", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=r"no such model folder; .*did you mean run\.trec"):
+        resolve_model("rnu.trec")
+    with pytest.raises(ModelError, match="did you mean bm25"):
+        resolve_model("bm52")
+    with pytest.raises(DataError, match=r"bad/nothere\.jsonl: no such corpus"):
+        resolve("bad/nothere.jsonl", "corpus")
+    assert resolve("org/bge-v1.5", "corpus").kind == "hub"
+
+
+def test_words_without_quotation_marks_are_noted(here, monkeypatch, caplog):
+    monkeypatch.chdir(here)
+    caplog.set_level("INFO", "anysplade")
+    assert main(["encode", "splade", "kabel", "lodan"]) == 0
+    assert "2 texts of one word each; put a text of several words in quotation marks" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "search", "train", "mine", "adapt", "pairs"])
+def test_no_option_empties_a_list(command, capfd):
+    assert main([command, "--help"]) == 0
+    assert "--empty" not in capfd.readouterr().out

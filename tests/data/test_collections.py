@@ -65,7 +65,7 @@ def test_only_judged_queries_are_kept(folder):
 
 def test_pairs_from_train_qrels(folder):
     (folder / "pairs.jsonl").unlink()
-    with pytest.raises(DataError, match=r"needs pairs\.jsonl or qrels/train\.tsv"):
+    with pytest.raises(DataError, match=r"needs pairs\.jsonl or qrels/train\.tsv, and anysplade pairs .* makes some"):
         load_pairs(folder)
     (folder / "qrels" / "train.tsv").write_text("q\ta\t1\nq\tb\t0\n")
     assert load_pairs(folder) == [Pair("query", "T one")]

@@ -313,7 +313,7 @@ def test_what_can_be_evaluated_can_be_trained_on(collection_folder, tmp_path):
 
 
 MALFORMED = {
-    "no file": (None, [], "no such training data"),
+    "no file": (None, [], "no such file; check the path"),
     "empty": ([], [], "no training pair in it"),
     "one pair": ([PAIR], [], "one pair is too few"),
     "missing column": (

@@ -89,21 +89,23 @@ def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_
 
 
 @pytest.mark.parametrize(
-    "effectiveness, flops, kept, reason",
+    "effectiveness, flops, shown, kept, reason",
     [
-        (0.51, 2.0, True, "better at no more cost"),
-        (0.51, 2.1, True, "better at no more cost"),
-        (0.51, 2.11, False, "better and costs more"),
-        (0.5, 1.0, False, "not better"),
-        (0.49, 2.0, False, "not better"),
+        (0.51, 2.0, True, True, "is better at no more cost"),
+        (0.51, 2.0, False, True, "is higher, but no difference shows, at no more cost"),
+        (0.51, 2.1, True, True, "is better at no more cost"),
+        (0.51, 2.11, True, False, "is better and costs more"),
+        (0.51, 2.11, False, False, "is higher, but no difference shows, and costs more"),
+        (0.5, 1.0, False, False, "not better"),
+        (0.49, 2.0, True, False, "not better"),
     ],
 )
-def test_what_is_kept(effectiveness, flops, kept, reason):
+def test_what_is_kept(effectiveness, flops, shown, kept, reason):
     """Against 0.5 at two FLOPS, of which a twentieth more is the same cost."""
     before, after = (
         SimpleNamespace(metrics={"nDCG@10": value}, flops=cost) for value, cost in ((0.5, 2.0), (effectiveness, flops))
     )
-    found = module._judge(before, after, SimpleNamespace(p=0.03))
+    found = module._judge(before, after, SimpleNamespace(p=0.03, is_shown=shown))
     assert found[0] == kept
     assert reason in found[1]
 
@@ -125,9 +127,12 @@ def test_trimming_takes_no_more_than_it_must(backbone, corpus, tmp_path):
     assert (flops(encoder, pairs) <= before * [0.8, 1]).all()
 
 
-def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path):
+def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
     judged = str(shutil.copytree(collection_folder, tmp_path / "judged"))
     result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS)
+    assert "k and shift" not in caplog.text  # adapt has no such options
+    assert caplog.text.count("left out") <= 1
     assert result.judged_by == load_collection(judged).name
     again = evaluate(result.model, judged)
     expected = result.after if result.kept == "adapted" else result.before

@@ -25,16 +25,18 @@ from rich.console import Console, RenderableType
 from anysplade import __version__
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
-from anysplade.cli.order import check_order
+from anysplade.cli.order import check_order, in_own_words
+from anysplade.data.names import misnamed
 from anysplade.data.text import is_utf8
-from anysplade.errors import AnyspladeError, OptionError, UsageError, without_credentials
+from anysplade.errors import AnyspladeError, DataError, OptionError, UsageError, without_credentials
 
 app = App(
     name="anysplade",
     help="Train a SPLADE sparse retriever on any masked language model.",
     version=__version__,
     result_action="return_value",
-    default_parameter=Parameter(converter=as_typed),
+    default_parameter=Parameter(converter=as_typed, negative_iterable=""),
+    suppress_keyboard_interrupt=False,  # ``main`` says that the work can be continued
 )
 
 _UNLIMITED = 10**5  # characters; no line is that long
@@ -56,6 +58,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, json: bool = False, **kwargs: Any) -> None:
         with contextlib.redirect_stdout(sys.stderr):
+            _check_inputs(signature.bind(*args, **kwargs).arguments)
             _quiet_libraries()
             result = function(*args, **kwargs)
         if not is_first_process():
@@ -78,6 +81,20 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
     run.__annotations__ = function.__annotations__ | {"json": _Json}
     app.command(run)
     return run
+
+
+# Arguments that name a model or data, in commands and in the options of ``train``.
+_INPUTS = {"model", "encoder", "teacher", "miner", "backbone", "names", "runs"}
+_INPUTS |= {"corpus", "collection", "data", "dev", "judged", "queries", "text", "texts"}
+
+
+def _check_inputs(arguments: dict[str, Any]) -> None:
+    """Raise DataError for a name that stands for nothing, before the libraries that would look for it are imported."""
+    given = arguments | vars(arguments["options"]) if "options" in arguments else arguments
+    for option in _INPUTS & given.keys():
+        for name in given[option] if isinstance(given[option], tuple) else (given[option],):
+            if wrong := misnamed(name or ""):
+                raise DataError(f"{name}: {wrong}")
 
 
 def _print(text: str) -> None:
@@ -157,7 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
         app.config = config_file(arguments)
         check_order(arguments)
         app(arguments, exit_on_error=False, print_error=False)
-    except (CycloptsError, UsageError) as error:
+    except CycloptsError as error:
+        _report(in_own_words(error, arguments))
+        return 2
+    except UsageError as error:
         _report(error)
         return 2
     except (AnyspladeError, OSError, MemoryError) as error:

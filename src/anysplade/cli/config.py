@@ -37,6 +37,8 @@ def config_file(arguments: Sequence[str]) -> list[Dict]:
     if list(arguments[:1]) != ["train"] or not named:
         return []
     argument, following = arguments[named[-1]], arguments[named[-1] + 1 : named[-1] + 2]
+    if argument == "--config" and not following:
+        raise OptionError("--config: give a YAML or TOML file after it")
     path = user_path(argument.partition("=")[2] if "=" in argument else "".join(following))
     given = read_options(path, "--config")
     options = {"out" if name == "output" else name.replace("_", "-"): value for name, value in given.items()}

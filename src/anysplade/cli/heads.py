@@ -150,5 +150,6 @@ def _folded(report: "HeadReport") -> str:
     """What folding did to the terms."""
     assert report.folding is not None
     done = report.folding
-    muted = f", {done['muted']:,} of punctuation and special tokens muted" if done["mute"] else ""
-    return f"{done['folded']:,} terms folded into others by {done['by']}{muted}: {done['live']:,} of {report.vocabulary:,} are left"
+    folded = [] if done["by"] == "none" else [f"{done['folded']:,} terms folded into others by {done['by']}"]
+    muted = [f"{done['muted']:,} terms of punctuation and special tokens muted"] if done["mute"] else []
+    return f"{', '.join(folded + muted)}: {done['live']:,} of {report.vocabulary:,} are left"

@@ -1,5 +1,6 @@
 """Commands that make vectors and search them: encode, index, search, serve, size, export."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +19,8 @@ from anysplade.model.options import Precision, Role, Runtime, runtime_for
 
 if TYPE_CHECKING:
     from anysplade.search.sizing import Size
+
+logger = logging.getLogger(__name__)
 
 
 @command
@@ -46,6 +49,8 @@ def encode(
     from anysplade.model.queries import log_cut
     from anysplade.model.terms import terms
 
+    if len(texts) > 1 and all(text.isascii() and " " not in text for text in texts):
+        logger.info("%d texts of one word each; put a text of several words in quotation marks", len(texts))
     if not texts:
         raise OptionError('no text given; for example: anysplade encode MODEL "how to invert a matrix"')
     opened = encoder.open_encoder(model, max_length=max_length)

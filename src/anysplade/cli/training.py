@@ -178,7 +178,8 @@ def adapt(
         [
             evaluation_table(rows, metrics),
             f"judged by {result.judged_by}: {result.reason}",
-            f"kept: the {result.kept} model, in {result.model}",
+            f"kept: the {result.kept} model, in {result.model}"
+            + (f"; the adapted one is in {out / 'adapted'}" if result.kept == "original" else ""),
             f"next: anysplade index {result.model} {corpus} --out INDEX",
         ],
     )
@@ -193,16 +194,15 @@ def pairs(corpus: str, /, *, out: Out, kinds: _Kinds = ("title", "heading", "sen
         out: the JSONL file to write.
         kinds: kinds of pairs: title, heading, sentence.
     """
-    from anysplade.data.document_pairs import make_pairs
+    from anysplade.data.document_pairs import in_words, make_pairs
 
     made = make_pairs(corpus, out, kinds=kinds, progress=is_first_process())
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in made.pairs.items())
     count, documents = counted(sum(made.pairs.values()), "pair"), counted(made.documents, "document")
     lines = [f"{count} from {documents} ({by_kind}), in {out}"]
     for part, found in made.left_out.items():
-        if found:
-            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in found.items())
-            lines.append(f"left out, {part}: {', '.join(reasons)}")
+        if described := in_words(found):
+            lines.append(f"left out, {part}: {described}")
     for row in made.examples:
         lines += [f"{row['kind']}: {snippet(row['query'])}", f"    {snippet(row['positive'])}"]
     lines.append(f"next: anysplade train MODEL {out} --out RUN")

@@ -20,9 +20,10 @@ from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
 from anysplade.data.corpus import Document, hub_corpus, ir_corpus, read_corpus
 from anysplade.data.external import ir_names
-from anysplade.data.names import BM25_NAMES, COLLECTION, NANO_BEIR, PYTHON_DOCS, held, is_built_in, resolve
+from anysplade.data.names import BM25_NAMES, COLLECTION, NANO_BEIR, PYTHON_DOCS, QUERY_FILES, held, is_built_in, resolve
 from anysplade.data.qrels import Qrels, hub_qrels, ir_qrels, read_qrels
 from anysplade.data.queries import hub_queries, ir_queries, read_queries
+from anysplade.data.rows import find_file
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import DataError, OutputError
 
@@ -96,7 +97,8 @@ def load_collection(source: str | Path | zipfile.Path, split: str = "test", prog
     resolved = resolve(source, "collection", split)
     name, at = resolved.name, resolved.at
     if resolved.kind == "file":
-        raise DataError(f"{at}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/")
+        hint = f"; name its folder: {at.parent}" if find_file(at.parent, QUERY_FILES) is not None else ""
+        raise DataError(f"{at}: a collection is a folder or a zip with corpus.jsonl, queries.jsonl and qrels/{hint}")
     if resolved.kind == "python-docs":
         if split != "test":
             raise DataError(f"python-docs has no split {split!r}; its only one is 'test'")

@@ -9,7 +9,7 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,19 @@ _GENERIC = frozenset(
         warnings, attributes, properties, description, details, license, changelog, todo""",
     )
 )
+
+_REASONS = {  # of ``MadePairs.left_out``, in words that follow a number
+    "without_text": "without a text",
+    "near_duplicates": "near-duplicates",
+    "without_title": "without a title",
+    "without_heading": "without a heading",
+    "without_sentence": "without a suitable sentence",
+    "generic": "too generic",
+    "too_long": "too long",
+    "text_too_short": "with a text that is too short",
+    "same_as_title": "same as the title",
+    "query_of_several_texts": "with a query that stands for several texts",
+}
 
 _LeftOut = dict[str, Counter[str]]  # counts by part ("document" or a kind) and reason
 
@@ -173,10 +186,17 @@ def _hashed(documents: Iterable[tuple[str, Document]], digest: DataHash, progres
 
 
 def _no_pair(corpus: str, read: int, reasons: dict[str, dict[str, int]]) -> str:
-    found = [f"{count:,} {reason.replace('_', ' ')}" for counted in reasons.values() for reason, count in counted.items()]
+    found = [described for counted in reasons.values() if (described := in_words(counted))]
     others = [kind for kind in KINDS if kind not in reasons]
     fix = f"try other `kinds`: {', '.join(others)}" if others else "give a corpus with titles, or with longer texts"
+    if reasons["document"].get("without_text") == read:
+        fix = "give documents with texts; titles alone are not enough"
     return f"{corpus}: none of {read:,} documents gave a pair ({', '.join(found)}); {fix}"
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Reasons why documents or pairs were left out, with their numbers, for a message."""
+    return ", ".join(f"{count:,} {_REASONS[reason]}" for reason, count in left_out.items() if count)
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from anysplade._common.arguments import near, require
+from anysplade._common.arguments import did_you_mean, near, require
 from anysplade._common.files import user_path, warn_once
 from anysplade.data.external import has_ir_datasets, ir_dataset, ir_names
 from anysplade.data.rows import TABLE_FORMATS, find_file, lines, plain_name, trec_columns
@@ -29,6 +29,7 @@ MODEL, INDEX, COLLECTION, CORPUS_FILE = "a model", "an index", "a collection", "
 DATA = (COLLECTION, CORPUS_FILE)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FILE = re.compile(r"\.(jsonl|json|csv|tsv|trec|run|parquet|txt|xml|ya?ml|gz|bz2|zst|xz|zip)$", re.IGNORECASE)
 
 
 class Source(NamedTuple):
@@ -84,11 +85,9 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
     hub_name, _, config = text.partition(":")
     if config and user_path(hub_name).is_dir():
         return Source("hub", text, user_path(hub_name), config)
-    is_hub_id = _HUB_ID.fullmatch(hub_name)
-    is_certain = is_hub_id and not plain_name(path).endswith((".json", *TABLE_FORMATS))
-    hint = "" if is_certain else near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())  # slow: thousands of names
-    if is_hub_id and not hint:
+    if _HUB_ID.fullmatch(hub_name) and not _FILE.search(hub_name):
         return Source("hub", text, hub_name, config or None)
+    hint = near(text, PYTHON_DOCS, NANO_BEIR, *ir_names())  # slow: thousands of names
     missing = "" if has_ir_datasets() else '; ir_datasets ids need: pip install "anysplade[evaluation]"'
     raise DataError(f"{text or 'an empty name'}: no such {wanted}; {fix}{missing}{hint}")
 
@@ -114,6 +113,25 @@ def is_built_in(name: object, *built_in: str) -> bool:
     if Path(str(name)).exists():
         warn_once(f"{name}: read as the built-in name, not as the file or folder here; write ./{name} for that")
     return True
+
+
+def misnamed(name: str | Path) -> str:
+    """Why a name stands for nothing, neither here nor on the hub; empty if it may stand for something.
+
+    It is a path to nothing, or nearly a built-in name. Ids of ir_datasets can have more than one slash, those of the hub cannot.
+    """
+    text = str(name)
+    if not text or "://" in text or user_path(text).exists():
+        return ""
+    if text.startswith(("/", ".", "~")) or _FILE.search(text):
+        return f"no such file{'' if _FILE.search(text) else ' or folder'}{near(text) or '; check the path'}"
+    hint = near_built_in(text)
+    return f"no such name{hint}" if hint and held(text.lower() if text.lower() == NANO_BEIR else text) is None else ""
+
+
+def near_built_in(text: str) -> str:
+    """The end of an error message that suggests the built-in name that is nearest; empty if none is near."""
+    return "" if "/" in text else did_you_mean(text, (*BM25_NAMES, *BACKBONES, PYTHON_DOCS, NANO_BEIR), cutoff=0.75)
 
 
 def held(name: str | Path) -> str | None:

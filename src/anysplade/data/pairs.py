@@ -139,7 +139,8 @@ def _open(name: str | Path, progress: bool) -> tuple[Iterable[_PlacedRow], Calla
         if find_qrels(source.at, "train")[0] is not None:
             return _qrels_rows(source), lambda: None
         if find_file(source.at, CORPUS_FILES) is not None or not any(path.is_file() for path in source.at.iterdir()):
-            raise DataError(f"{name}: nothing to train on; the folder needs pairs.jsonl or qrels/train.tsv")
+            fix = f", and anysplade pairs {name} --out PAIRS.jsonl makes some" if find_file(source.at, CORPUS_FILES) else ""
+            raise DataError(f"{name}: no training pairs in it; it needs pairs.jsonl or qrels/train.tsv{fix}")
     streamed = hub_dataset(str(source.at), source.config, streaming=True)
     return _hub_rows(source.name, streamed), lambda: open_texts(source._replace(kind="hub"))
 

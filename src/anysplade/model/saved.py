@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from anysplade._common.arguments import near
-from anysplade._common.files import user_path
+from anysplade._common.files import beside, read_record, user_path
 from anysplade.data.external import hub_advice
-from anysplade.data.names import BM25_NAMES, has_checkpoint, held, is_built_in
+from anysplade.data.names import INDEX, has_checkpoint, held, is_built_in, misnamed, near_built_in
 from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 
@@ -32,15 +32,27 @@ def resolve_model(name: str | Path) -> str:
             if has_checkpoint(folder):
                 return str(folder)
     if text and (kind := held(text)) is not None:
-        raise ModelError(f"{text}: {kind}, not a model; give a checkpoint's folder or a hub id like org/name")
+        own = (read_record(path / "index.json") or {}).get("model") if kind == INDEX else None
+        fix = f"give its model, {own}" if own else "give a checkpoint's folder or a hub id like org/name"
+        raise ModelError(f"{text}: {kind}, not a model; {fix}")
+    if text and (work := _unfinished(path)):
+        raise ModelError(f"{text}: has no model yet: its {work} is unfinished; the same command continues it")
     if text and path.is_dir():
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
-    hint = near(text, *BUNDLED, *BM25_NAMES)
-    if path.exists() or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
+    hint = near_built_in(text) or near(text)
+    if not text or path.exists() or text.count("/") > 1 or misnamed(text):
         fix = f"give a checkpoint's folder or a hub id like org/name{hint}"
         raise ModelError(f"{text or 'an empty name'}: no such model folder; {fix}")
     _require_on_hub(text, hint)
     return text
+
+
+def _unfinished(folder: Path) -> str:
+    """The work that was interrupted before it wrote a model to this folder; empty if none was."""
+    works = {"run.json": "training", "data/examples": "training", "options.json": "adaptation"}
+    found = (work for name, work in works.items() if (folder / name).exists())
+    parts = beside(folder, "{}.parts") if folder.name else folder
+    return next(found, "training of a head" if (parts / "about.json").is_file() and not folder.exists() else "")
 
 
 def _require_on_hub(name: str, hint: str) -> None:

@@ -40,7 +40,7 @@ from anysplade.training.card import CARD_FILES
 from anysplade.training.config import TrainingConfig
 from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train_as
-from anysplade.training.teachers import open_sparse, teacher_kind
+from anysplade.training.teachers import open_sparse, teacher_kind, without_advice
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         original, pairs = open_encoder(output / "original"), load_pairs(data)
         queries, documents = _targets(original, pairs)
         config = replace(config, query_active_dims=queries, document_active_dims=documents)
-        trained = train_as(config, progress, f"training {counted(options['steps'], 'step')} on {counted(len(pairs), 'pair')}")
+        with without_advice():
+            trained = train_as(config, progress, f"training {counted(options['steps'], 'step')} on {counted(len(pairs), 'pair')}")
     except AnyspladeError:
         if not (begun or (output / "training" / "run.json").exists()):  # nothing to continue
             shutil.rmtree(output)
@@ -246,9 +247,10 @@ def _judge(before: Evaluation, after: Evaluation, compared: Comparison) -> tuple
     cost = f"FLOPS {before.flops:.2f} → {after.flops:.2f}"
     if after.metrics[_METRIC] <= before.metrics[_METRIC]:
         return False, f"the adapted model is not better: {values}, {cost}"
+    better = f"the adapted model is {'better' if compared.is_shown else 'higher, but no difference shows,'}"
     if after.flops > _COSTLIER * before.flops:
-        return False, f"the adapted model is better and costs more: {values}, {cost}"
-    return True, f"the adapted model is better at no more cost: {values}, {cost}"
+        return False, f"{better} and costs more: {values}, {cost}"
+    return True, f"{better} at no more cost: {values}, {cost}"
 
 
 def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -> Collection | None:

@@ -133,13 +133,7 @@ def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:
     if file.exists() and (read_record(record_path(file)) or {}).get("sha256") != file_digest(file):
         logger.warning("%s: is damaged; it is made again", file)
         file.unlink()
-    mined = mine(config.data, file, **options, progress=progress)
-    if mined.left_out:
-        logger.warning(
-            "%s: %d examples left out, because too few hard negatives were found for them; `negatives=0` trains on all",
-            config.data,
-            mined.left_out,
-        )
+    mine(config.data, file, **options, progress=progress)
     return file
 
 

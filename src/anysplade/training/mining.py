@@ -353,7 +353,7 @@ def _in_blocks(
     write_atomic(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
     shutil.rmtree(parts)
     if mined.left_out:
-        logger.info("%d of %d examples left out, which have too few negatives", mined.left_out, len(pairs))
+        logger.warning("%d of %d examples left out, which have too few hard negatives", mined.left_out, len(pairs))
     return mined
 
 

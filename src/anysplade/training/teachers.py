@@ -6,7 +6,9 @@ together, so it scores pairs.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -146,6 +148,20 @@ def _open_cross_encoder(source: str, max_length: int | None) -> CrossEncoder:
     return model
 
 
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Do not log why a head is not calibrated and how to change that, where there are no options for it."""
+    loggers = [logging.getLogger(f"anysplade.model.{module}") for module in ("encoder", "calibration")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
     """Open a saved sparse encoder, or build one from the masked LM of a published SPLADE; ``max_length`` as in ``open_teacher``.
 
@@ -154,7 +170,8 @@ def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
     """
     if is_saved_encoder(source):
         return cut_within(open_encoder(source), max_length)
-    encoder, calibration = build_encoder(source)
+    with without_advice():
+        encoder, calibration = build_encoder(source)
     if not is_sparse(calibration):
         raise ModelError(f"{source}: a masked LM that was not trained to retrieve; give a dense model, a SPLADE or a cross-encoder")
     return cut_within(encoder, max_length)
