@@ -105,7 +105,7 @@ def test_a_model_is_named_not_given(encoder, tmp_path):
     for corpus, message in (
         (["a", "b"], "documents are a list; give {"),
         ({"1": "a"}, "document '1': maps a str to a str; give {"),
-        ({1: Document("", "a")}, "document '1': a int to a Document"),
+        ({1: Document("", "a")}, "document '1': maps a int to a Document"),
     ):
         with pytest.raises(OptionError, match=message):
             Index.build("bert-tiny", corpus, tmp_path / "index")
