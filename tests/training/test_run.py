@@ -664,7 +664,7 @@ def test_the_ranking_loss_is_reported_without_the_regularizer(config):
     assert last["mean"] == by_step[40]["base_loss"]
     seen = [observation["loss"] for observation in result.monitoring["observations"]]
     assert first["mean"] == pytest.approx(sum(seen[:10]) / 10, rel=1e-3)
-    line = f"; ranking loss {first['mean']:.3g} over steps 1-10, {last['mean']:.3g} over steps 31-40"
+    line = f"; ranking loss {first['mean']:.3g} over steps 1-10, {last['mean']:.3g} over steps 31-40 (guessing: 1.39)"  # log 4
     assert training_lines(result)[0].endswith(line)
     assert _ranking_loss([]) is None
     parts = {"loss": 9.0, "kl_loss": 1.0, "margin-mse_loss": 2.0, "document_regularizer_loss": 6.0, "step": 1}

@@ -50,7 +50,9 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
     means = [
         f"{part['mean']:.3g} over steps {part['from_step']}-{part['to_step']}" for part in (result.ranking_loss or {}).values()
     ]
-    loss = f"; ranking loss {', '.join(dict.fromkeys(means))}" if means else ""
+    chance = next((seen["chance"] for seen in result.monitoring["observations"]), None)  # None unless the loss is contrastive
+    guessing = "" if chance is None else f" (guessing: {chance:.3g})"
+    loss = f"; ranking loss {', '.join(dict.fromkeys(means))}{guessing}" if means else ""
     resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
     return [
         f"k={result.calibration['k']:g}, shift={result.calibration['shift']:g}; "
