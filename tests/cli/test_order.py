@@ -165,6 +165,7 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("mine cranfield --out new --miner bm25 x/model.zip", "x/model.zip: no such file; check the path"),
         ("train splade cranfield --out new --dev x/dev.zip", "x/dev.zip: no such file; check the path"),
         ("evaluate bm52 cranfield", "bm52: no such name; did you mean bm25?"),
+        ("inspect splayed", "built in are bm25, bm25-unstemmed, bert-tiny, modernbert-tiny"),
         ("evaluate bert-tniy cranfield", "bert-tniy: no such name; did you mean bert-tiny?"),
         ("evaluate splade cranfield/corpus.jsonl", "qrels/; name its folder: cranfield"),
         ("mine cranfield --out deep/new", "anysplade pairs cranfield --out PAIRS.jsonl makes some"),

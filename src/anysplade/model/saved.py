@@ -8,7 +8,7 @@ from typing import Any
 from anysplade._common.arguments import near
 from anysplade._common.files import beside, read_record, user_path
 from anysplade.data.external import hub_advice
-from anysplade.data.names import INDEX, has_checkpoint, held, is_built_in, misnamed, near_built_in
+from anysplade.data.names import BM25_NAMES, INDEX, has_checkpoint, held, is_built_in, misnamed, near_built_in
 from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 
@@ -39,7 +39,7 @@ def resolve_model(name: str | Path) -> str:
         raise ModelError(f"{text}: has no model yet: its {work} is unfinished; the same command continues it")
     if text and path.is_dir():
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
-    hint = near_built_in(text) or near(text)
+    hint = near_built_in(text) or near(text) or ("" if "/" in text else f"; built in are {', '.join((*BM25_NAMES, *BUNDLED))}")
     if not text or path.exists() or text.count("/") > 1 or misnamed(text):
         fix = f"give a checkpoint's folder or a hub id like org/name{hint}"
         raise ModelError(f"{text or 'an empty name'}: no such model folder; {fix}")
