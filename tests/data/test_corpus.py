@@ -34,6 +34,9 @@ def test_common_names_of_columns(names, tmp_path):
         ("c.jsonl", '{"_id": 1.5, "text": "x"}\n', r'jsonl:1: no "_id".*found: 1\.5'),
         ("c.jsonl", '{"_id": "1", "contents": ["x"]}\n', 'jsonl:1: "contents" is missing or not a string'),
         ("c.jsonl", '{"_id": "1", "text": "x", "title": ["a"]}\n', r'jsonl:1: "title" is \["a"\], not a string'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "metadata": ["a"]}\n', 'jsonl:1: "metadata" is not an object'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "metadata": {"a": [NaN]}}\n', 'jsonl:1: "metadata" has a value that JSON cannot'),
+        ("c.jsonl", '{"_id": "1", "text": "x", "metadata": {"a": Infinity}}\n', 'jsonl:1: "metadata" has a value that JSON'),
         ("c.jsonl", '{"_id": "1", "text": "x", "title": NaN}\n', 'jsonl:1: "title" is NaN, not a string'),
     ],
 )

@@ -145,7 +145,8 @@ def test_evaluations_of_namesakes_are_not_compared(namesakes):
     one, other = (evaluate("bm25", name, ["nDCG@10"]) for name in namesakes)
     with pytest.raises(DataError, match="different collections that are both called docs"):
         compare([one, other])
-    assert compare([one, replace(other, collection="other")]) == []
+    with pytest.raises(OptionError, match="no two are of the same collection"):
+        compare([one, replace(other, collection="other")])
 
 
 def test_one_query_tells_nothing(collection_folder):

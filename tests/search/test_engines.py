@@ -132,6 +132,10 @@ def test_nothing_is_sent_to_what_does_not_exist(server):
     ):
         with pytest.raises(DataError, match="create it first"):
             engine.upload([encoded("a", [1], [1])])
+        with pytest.raises(DataError, match="create it first"):
+            engine.search(np.array([1]), np.array([1.0]), 1)
+        with pytest.raises(DataError, match="create it first"):
+            engine.delete(["a"])
 
 
 def test_upload_sends_what_is_new_or_changed(engine):
@@ -253,7 +257,6 @@ def test_delete(engine):
 
 
 HOSTILE = [
-    "",
     " ",
     "🦜",
     "a/b?c=d&e#f",
@@ -305,6 +308,21 @@ def test_malformed_vectors_are_refused_before_they_are_sent(engine, terms, weigh
     assert engine.count() == 0
     with pytest.raises(DataError, match="query"):
         engine.search(np.array(terms), np.array(weights), 10)
+
+
+def test_wrong_types_are_refused(engine):
+    with pytest.raises(OptionError, match="`about` is a str"):
+        engine.create("m")
+    with pytest.raises(OptionError, match="`ids` is one str"):
+        engine.delete("a")
+    for bad, message in (
+        (Document("", "x"), "`documents` is a Document; give a list of anysplade.EncodedDocument"),
+        (encoded("a", [1], [1], text=None), "document 'a': \"text\" is null"),
+        (encoded("a", [1], [1], metadata="lang=en"), "document 'a': \"metadata\" is not an object"),
+        (encoded("", [1], [1]), "its id is no string or empty"),
+    ):
+        with pytest.raises((DataError, OptionError), match=message):
+            engine.upload([bad])
 
 
 def test_what_json_cannot_hold_is_refused(engine):

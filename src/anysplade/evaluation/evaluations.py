@@ -111,6 +111,8 @@ def evaluate(
         DataError: a run file has no query or no document of the collection. If few match, a warning gives their share.
         ModelError, DataError: as in ``open_encoder`` and ``load_collection``.
     """
+    if isinstance(model, list | tuple):
+        raise OptionError(f"`model` is a {type(model).__name__}; give one model, or several to anysplade.evaluate_all")
     measures = parse_metrics(metrics)
     depth, max_length = checked_option("depth", depth, int), checked_option("max_length", max_length, int | None)
     if depth < 1:

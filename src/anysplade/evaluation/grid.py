@@ -16,7 +16,7 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, load_collection
 from anysplade.data.names import PYTHON_DOCS
 from anysplade.errors import OptionError
-from anysplade.evaluation.comparisons import Comparison, compare
+from anysplade.evaluation.comparisons import Comparison, compare_each
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, class_name, curve, evaluate
 from anysplade.evaluation.measures import METRICS, parse_metrics
@@ -116,7 +116,7 @@ def evaluate_all(
                 points = curve(evaluation, collection)
                 drawn.append({"model": evaluation.model, "collection": evaluation.collection, "points": points})
             evaluations.append(evaluation)
-    comparisons = compare(evaluations, {collection.name: collection for collection in loaded})
+    comparisons = compare_each(evaluations, {collection.name: collection for collection in loaded})
     means = _over_seeds(evaluations, metrics) if seeds else []
     if len(loaded) > 1:
         means += [_over_collections(evaluations[i :: len(models)], metrics) for i in range(len(models))]

@@ -15,7 +15,7 @@ from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from anysplade._common.arguments import require
+from anysplade._common.arguments import require, require_list
 from anysplade._common.parts import encode_in_parts
 from anysplade._common.progress import bar
 from anysplade.data.text import replace_surrogates
@@ -103,13 +103,7 @@ def require_texts(texts: Iterable[str]) -> list[str]:
     Raises:
         OptionError: a single text, or an item that is no text.
     """
-    if isinstance(texts, str | bytes):
-        raise OptionError(f"`texts` is one {type(texts).__name__}, so each letter would be a text; give a list: [text]")
-    listed = list(texts)
-    for number, text in enumerate(listed, 1):
-        if not isinstance(text, str):
-            raise OptionError(f"`texts`: item {number} is a {type(text).__name__}; each must be a str")
-    return listed
+    return require_list("texts", texts, "text")
 
 
 def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:

@@ -1,5 +1,6 @@
 """Build an index in a folder from a corpus, continue an interrupted build, and update the index when the corpus changed."""
 
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from anysplade._common.files import beside, only_process, require_empty, user_pa
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade.data.corpus import Document, empty_corpus, iter_corpus
+from anysplade.data.names import CORPUS_FILES
+from anysplade.data.rows import find_file
 from anysplade.errors import AnyspladeError, OutputError
 from anysplade.model.encoder import open_encoder
 from anysplade.model.runtimes import resolve_precision
@@ -34,7 +37,7 @@ def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any)
         encoding: ``workers``, ``ray`` and ``progress`` of ``encode_documents``.
     """
     wanted = describe_model(options.model, output) | {
-        "corpus": corpus_name(corpus) if isinstance(corpus, str | Path) else "documents in memory",
+        **(_describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
         "precision": options.precision,
         "top_k": options.top_k,
         "max_length": options.max_length,
@@ -55,6 +58,24 @@ def corpus_name(corpus: str | Path) -> str:
     return str(path.resolve()) if path.exists() else str(corpus)
 
 
+def _describe_corpus(corpus: str | Path, folder: Path) -> dict[str, str]:
+    """The description of a corpus for an index; a relative path from there finds the corpus if both are moved together."""
+    name = corpus_name(corpus)
+    return {"corpus": name} | ({"corpus_beside": os.path.relpath(name, folder.resolve())} if Path(name).is_absolute() else {})
+
+
+def _is_same_corpus(about: dict[str, Any], wanted: dict[str, Any], folder: Path) -> bool:
+    """Whether the recorded corpus, where it was or where it was relative to the index, is read from the same file."""
+    places = [about.get("corpus"), about.get("corpus_beside") and os.path.normpath(folder.resolve() / about["corpus_beside"])]
+    return wanted["corpus"] in places or _file_of(wanted["corpus"]) in [_file_of(place) for place in places if place]
+
+
+def _file_of(corpus: str) -> str:
+    """The file that is read of a recorded corpus, or its name if it is no folder."""
+    file = find_file(Path(corpus), CORPUS_FILES) if Path(corpus).is_absolute() else None
+    return str(file or corpus)
+
+
 def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The description of the index in the folder; None if there is none.
 
@@ -69,16 +90,23 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
     about = read_about(output)
-    same = {"model_beside"}
+    same = {"model_beside", "corpus_beside"}
+    if _is_same_corpus(about, wanted, output):
+        same.add("corpus")
     if wanted["precision"] == "auto":
         same.add("precision")
     if wanted["model_fingerprint"] is not None and wanted["model_fingerprint"] == about.get("model_fingerprint"):
         same.add("model")  # it may have been moved
     different = [name for name in wanted if name not in same and about.get(name) != wanted[name]]
     if different:
-        raise OutputError(
-            f"{output}: the folder is not empty: it holds an index with another {', '.join(different)}; name another `output`"
+        names = [name for name in different if name != "model_fingerprint" or "model" not in different]
+        changes = ", ".join(
+            f"model (what {wanted['model']} holds changed)"
+            if name == "model_fingerprint"
+            else f"{name} ({about.get(name, 'none')}, not {wanted[name]})"
+            for name in names
         )
+        raise OutputError(f"{output}: the folder is not empty: it holds an index with another {changes}; name another `output`")
     return about
 
 

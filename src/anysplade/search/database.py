@@ -17,8 +17,8 @@ from scipy import sparse
 
 from anysplade._common.files import READ_ONLY, make_folder
 from anysplade.data.corpus import Document
-from anysplade.errors import DataError
-from anysplade.search.documents import EncodedDocument
+from anysplade.errors import DataError, OptionError
+from anysplade.search.documents import EncodedDocument, read_metadata
 from anysplade.search.exact import Postings
 from anysplade.search.filters import Tags, tag
 
@@ -41,6 +41,18 @@ _WRITABLE, _READABLE, _IMMUTABLE = "mode=rw", "mode=ro", "mode=ro&immutable=1"
 
 Found = list[tuple[int, float]]  # positions and scores, best first
 Row = tuple[int, str | None, bytes | None, bytes | None]  # position, metadata (JSON), terms, weights; no terms if deleted
+
+
+class _Closed:
+    """In the place of a closed connection: any use but closing it again is an error with the fix."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def close(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        raise OptionError(f"{self.folder}: the index is closed; Index.load(folder) opens it")
 
 
 class Database:
@@ -125,6 +137,12 @@ class Database:
     def close(self) -> None:
         self._database.close()
         self._passes.close()
+        closed: Any = _Closed(self.folder)
+        self._database, self._passes, self._state = closed, closed, None
+
+    @property
+    def closed(self) -> bool:
+        return isinstance(self._database, _Closed)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -251,7 +269,7 @@ class Database:
 
     def _tagged(self) -> Iterator[tuple[int, Tags]]:
         rows = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
-        return ((position, tag(json.loads(metadata))) for position, metadata in rows)
+        return ((position, tag(read_metadata(metadata))) for position, metadata in rows)
 
     # ---------------------------------------------------------------------------- write, in a transaction
 
@@ -302,7 +320,7 @@ def _content_row(document: Document) -> tuple[str | bytes, str | bytes, str | No
 def _from_row(row: tuple[Any, ...]) -> EncodedDocument:
     """A document from a row of the view ``documents``."""
     _, id_, title, text, metadata, terms, weights = row
-    content = Document(_from_sqlite(title), _from_sqlite(text), None if metadata is None else json.loads(metadata))
+    content = Document(_from_sqlite(title), _from_sqlite(text), read_metadata(metadata))
     return EncodedDocument(_from_sqlite(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
 
 

@@ -1,12 +1,18 @@
 """Documents with their sparse vectors, and the checks that every index makes of them."""
 
+import json
+import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from anysplade.data.corpus import Document
+from anysplade._common.arguments import require
+from anysplade.data.corpus import Document, checked_document
 from anysplade.errors import DataError, OptionError
+
+logger = logging.getLogger(__name__)
 
 
 class EncodedDocument(NamedTuple):
@@ -48,13 +54,20 @@ def check_vector(label: str, terms: np.ndarray, weights: np.ndarray, vocabulary:
 
 
 def check_document(document: EncodedDocument, vocabulary: int = 2**31) -> EncodedDocument:
-    """Return the document with its vector as ``check_vector`` returns it, and raise the same errors."""
+    """Return the document as ``checked_document`` and ``check_vector`` return its parts, and raise the same errors."""
+    require("documents", document, EncodedDocument, "give a list of anysplade.EncodedDocument")
+    content = _checked_content(document.id, document.content)
     terms, weights = check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, vocabulary)
-    return document._replace(terms=terms, weights=weights)
+    return document._replace(content=content, terms=terms, weights=weights)
 
 
-def check_documents(documents: object) -> None:
-    """Raise OptionError unless ``documents`` maps ids to documents."""
+def check_documents(documents: object) -> dict[str, Document]:
+    """The documents by id, each as ``checked_document`` returns it.
+
+    Raises:
+        OptionError: ``documents`` does not map ids to documents.
+        DataError: an id is empty, or a document is malformed; see ``checked_document``.
+    """
     fix = 'give {"id": anysplade.Document(title="", text="…")}'
     if not isinstance(documents, Mapping):
         raise OptionError(f"documents are a {type(documents).__name__}; {fix}, or the path of a file")
@@ -62,3 +75,26 @@ def check_documents(documents: object) -> None:
         if not isinstance(id_, str) or not isinstance(document, Document):
             kinds = f"{type(id_).__name__} to a {type(document).__name__}"
             raise OptionError(f"document {str(id_)[:80]!r}: maps a {kinds}; {fix}")
+    return {id_: _checked_content(id_, document) for id_, document in documents.items()}
+
+
+def _checked_content(id_: object, document: Document) -> Document:
+    if not isinstance(id_, str) or not id_:
+        raise DataError(f"document {str(id_)[:80]!r}: its id is no string or empty; give each document an id")
+    label = f"document {id_[:80]!r}"
+    require(label, document, Document, 'give anysplade.Document(title="", text="…")')
+    return checked_document(label, *document)
+
+
+def read_metadata(stored: str | None) -> dict[str, Any] | None:
+    """Metadata from the JSON in an index. Earlier versions stored NaN, which becomes None, and anything but an object too."""
+    metadata = None if stored is None else json.loads(stored, parse_constant=lambda _: None)
+    if isinstance(metadata, dict | None):
+        return metadata
+    _warn_of_metadata(str(stored)[:80])
+    return None
+
+
+@cache
+def _warn_of_metadata(stored: str) -> None:
+    logger.warning("the metadata %s of a document is not an object and is left out; add the document again", stored)

@@ -56,15 +56,20 @@ class Hit(Tabular):
 class Hits(list[Hit], Tabular):
     """The hits of a search, the best first: a list that is shown as a table."""
 
-    __repr__ = Tabular.__repr__
+    note: str | None = None  # without hits: the name or value of the filter that no document has
+
+    def __repr__(self) -> str:
+        return Tabular.__repr__(self) + (f" ({self.note})" if self.note else "")
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"rank": rank} | hit._rows()[0] for rank, hit in enumerate(self, 1)]
 
 
 def check_query(query: object) -> None:
-    """Raise OptionError unless the query is one text."""
+    """Raise OptionError unless the query is one text with a visible character."""
     require("query", query, str, "give one text; of several, search each by itself")
+    if not str(query).strip():
+        raise OptionError("the query is empty; give a text")
 
 
 def check_hits(k: object) -> int:

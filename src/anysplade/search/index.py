@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scipy import sparse
 
-from anysplade._common.arguments import near, require
+from anysplade._common.arguments import near, require, require_list
 from anysplade._common.files import user_path, write_atomic
 from anysplade.data.corpus import Document
 from anysplade.data.names import held
@@ -94,7 +94,7 @@ class Index:
         from anysplade.search.document_encoding import Options, check_encoding
 
         if not isinstance(corpus, str | Path):
-            check_documents(corpus)
+            corpus = check_documents(corpus)
         top_k, max_length, workers = check_encoding(top_k, max_length, workers)
         options = Options(resolve_model(model), precision, top_k, max_length, runtime)
         return build_index(corpus, user_path(output), options, workers=workers, ray=ray, progress=progress)
@@ -137,6 +137,8 @@ class Index:
         return len(self.store)
 
     def __repr__(self) -> str:
+        if self.store.closed:
+            return f"Index({str(self.folder)!r}: closed)"
         return f"Index({str(self.folder)!r}: {len(self):,} documents, model {self.about['model']!r})"
 
     @property
@@ -169,10 +171,12 @@ class Index:
 
         Raises:
             OutputError: another process holds the index, or it is read-only.
-            OptionError: ``documents`` does not map ids to ``Document``.
+            OptionError: ``documents`` does not map ids to ``Document``, or the index is closed.
+            DataError: a document is malformed, such as metadata that JSON cannot hold; nothing is added.
             ModelError: the model is missing, was changed, or gives a vector that cannot be indexed.
         """
-        check_documents(documents)
+        documents = check_documents(documents)
+        self.store.require_writable()  # before hours of encoding
         for batch in self._encode(documents.items(), progress=progress):
             self.store.put(batch, manual=True)
 
@@ -183,8 +187,9 @@ class Index:
 
         Raises:
             OutputError: another process holds the index, or it is read-only.
+            OptionError: ``ids`` is not a list of texts, or the index is closed.
         """
-        return self.store.delete(ids, manual=True)
+        return self.store.delete(require_list("ids", ids, "id"), manual=True)
 
     def snapshot(self, folder: str | Path) -> None:
         """Copy the index to a new ``folder``, consistently even during writes. Opening the copy builds its engine.
@@ -195,8 +200,9 @@ class Index:
         folder = user_path(folder)
         self.store.snapshot(folder)
         about = dict(self.about)
-        if "model_beside" in about:
-            about["model_beside"] = os.path.relpath(self.folder.resolve() / about["model_beside"], folder.resolve())
+        for name in ("model_beside", "corpus_beside"):
+            if name in about:
+                about[name] = os.path.relpath(self.folder.resolve() / about[name], folder.resolve())
         write_about(folder, about)
 
     def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
@@ -209,7 +215,7 @@ class Index:
             exact: search the vectors in memory, in float64, not in the engine, in float32.
 
         Raises:
-            OptionError: k is below 1, or no document has a name of the filter.
+            OptionError: the query is empty, k is below 1, or no document has a name of the filter.
             ModelError: the model of the index is missing or was changed.
         """
         check_query(query)
@@ -227,7 +233,9 @@ class Index:
         with self.store.reading():  # without it, a document could be deleted between the search and its fetching
             found = self.store.search(vector.indices, vector.data, k, filter, exact)
             documents = self.store.documents([position for position, _ in found])
+            note = None if found else self.explain_filter(filter)
         hits = Hits()
+        hits.note = note
         for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
             matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
             score = score if matches is None else sum(match.product for match in matches)

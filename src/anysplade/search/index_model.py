@@ -64,6 +64,11 @@ class IndexModel:
             if fingerprint(source) == self.about["model_fingerprint"]:
                 return source
             changed.append(source)
+        if changed and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())) and self.place is not None:
+            raise ModelError(
+                f"{changed[0]}: not the model of {self.where}, which was built with {self.about['model']}; give the place of that "
+                "one as `model`, or leave `model` out if it is still there"
+            )
         if changed:
             raise ModelError(
                 f"{', '.join(changed)}: the model changed since {self.where} was built; build the index again, or name the "

@@ -3,7 +3,6 @@
 One point of it, the mark, has no vector and holds the number of changes that the shard contains.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from anysplade._common.extras import extra
 from anysplade.search.database import Found, Row
+from anysplade.search.documents import read_metadata
 from anysplade.search.filters import Tags, tag
 
 with extra("search"):
@@ -54,7 +54,7 @@ def apply(shard: edge.EdgeShard, rows: Sequence[Row], count: int) -> None:
         if terms is not None and weights is not None:
             vector = edge.SparseVector(np.frombuffer(terms, np.int32).tolist(), np.frombuffer(weights, np.float32).tolist())
             vectors: Any = {_VECTOR: vector} if terms else {}
-            points.append(edge.Point(position, vectors, tag(json.loads(metadata or "null"))._asdict()))
+            points.append(edge.Point(position, vectors, tag(read_metadata(metadata))._asdict()))
     shard.update(edge.UpdateOperation.upsert_points(points))
     deleted: list[Any] = [position for position, _, terms, _ in rows if terms is None]
     if deleted:

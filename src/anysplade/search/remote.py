@@ -177,7 +177,8 @@ class RemoteIndex:
         encoded together.
 
         Raises:
-            OptionError: k is below 1, no document has a name of the filter, or ``exact`` is set, which a server cannot do.
+            OptionError: the query is empty, k is below 1, no document has a name of the filter, or ``exact`` is set, which a
+                server cannot do.
         """
         check_query(query)
         k = check_hits(k)
@@ -186,7 +187,9 @@ class RemoteIndex:
         vector = self.queries.encode([query])
         hits = self.engine.search(vector.indices, vector.data, k, filter)
         if not explain or not hits:
-            return Hits(hits)
+            found = Hits(hits)
+            found.note = None if hits else self.explain_filter(filter)
+            return found
         from anysplade.model.encoding import encode
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]

@@ -52,6 +52,7 @@ class Store(Database):
         super().__init__(folder, vocabulary)
         self._engine: Any = None  # a shard of Qdrant Edge, if this process holds it
         self._unflushed = 0  # changes in the engine that may not be on disk
+        self._inode = folder.stat().st_ino  # shows whether another folder took its place
         self._claim = FileLock(folder / "lock", timeout=0, thread_local=False)  # another thread can release it
         with _explained(folder):
             self._open_engine()
@@ -61,11 +62,18 @@ class Store(Database):
         with self._lock:
             if self._engine is not None:
                 try:
-                    self._flush()
+                    if self._is_in_place():
+                        self._flush()
                 except Exception as error:  # nothing is lost: the changes are recorded, and the next opening applies them
                     logger.warning("%s: the engine could not be flushed: %s", self.folder, str(error).splitlines()[0])
                 self._close_engine()
             super().close()
+
+    def _is_in_place(self) -> bool:
+        """Whether the folder is still the one that was opened; the engine would write to files of another one, or to none."""
+        with contextlib.suppress(OSError):
+            return self.folder.stat().st_ino == self._inode
+        return False
 
     # ----------------------------------------------------------------------------------- change
 

@@ -12,15 +12,16 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 from scipy import sparse
 from starlette.requests import ClientDisconnect
 
 from anysplade import __version__
+from anysplade._common.arguments import did_you_mean
 from anysplade.errors import OptionError
 from anysplade.model.options import Role
 from anysplade.search.filters import check_filter
-from anysplade.search.hits import Hit, TermMatch
+from anysplade.search.hits import Hit, Hits, TermMatch, check_query
 from anysplade.serving.batching import Searcher, StoppedError
 
 MAX_BODY = 2**20  # bytes
@@ -33,6 +34,12 @@ DEFAULT_K = 10
 _BODY_SECONDS = 10  # for a client to send its body
 
 
+def _check_query(value: Any) -> Any:
+    if isinstance(value, str):
+        check_query(value)  # its message says more than that of pydantic
+    return value
+
+
 def _check_filter(value: Any) -> Any:
     if isinstance(value, dict):
         check_filter(value)  # its message says how to fix a value; pydantic's lists the types that it tried
@@ -40,6 +47,7 @@ def _check_filter(value: Any) -> Any:
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+_Query = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S"), BeforeValidator(_check_query)]
 _Value = Annotated[str, Field(max_length=MAX_TEXT)] | int | Annotated[float, Field(allow_inf_nan=False)] | bool
 _Values = Annotated[  # the tags limit the errors to the kind that was sent
     Annotated[_Value, Tag("value")] | Annotated[list[_Value], Field(min_length=1, max_length=MAX_VALUES), Tag("list")],
@@ -47,10 +55,22 @@ _Values = Annotated[  # the tags limit the errors to the kind that was sent
 ]
 
 
-class SearchRequest(BaseModel, extra="forbid", strict=True):
+class _Body(BaseModel, extra="forbid", strict=True):
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """Name the field that an unknown one may mean; pydantic only says that extra inputs are not permitted."""
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                hint = did_you_mean(name[:80], cls.model_fields) or f"; fields: {', '.join(cls.model_fields)}"
+                raise ValueError(f"no field {name[:80]!r}{hint}")
+        return values
+
+
+class SearchRequest(_Body):
     """A query."""
 
-    query: _Text
+    query: _Query
     k: Annotated[int, Field(ge=1, le=MAX_K)] = DEFAULT_K
     explain: Annotated[bool, Field(description="return the terms that add up to each score")] = False
     filter: Annotated[
@@ -64,17 +84,17 @@ class SearchRequest(BaseModel, extra="forbid", strict=True):
     ] = {}
 
 
-class EncodeRequest(BaseModel, extra="forbid", strict=True):
+class EncodeRequest(_Body):
     """Texts to encode."""
 
     texts: Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)]
     role: Role = "query"
 
 
-class ExplainRequest(BaseModel, extra="forbid", strict=True):
+class ExplainRequest(_Body):
     """A query and the id of a document."""
 
-    query: _Text
+    query: _Query
     id: Annotated[str, Field(max_length=MAX_TEXT)]
 
 
@@ -219,11 +239,11 @@ async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     """The best documents for a query: scores above 0, best first."""
     try:
         hits = await searcher.search(body.query, body.k, body.explain, body.filter)
-        note = await searcher.run(lambda: searcher.index.explain_filter(body.filter)) if body.filter and not hits else None
     except OptionError as error:  # no document has a name of the filter, but a later one may have it
-        hits, note = [], str(error)
+        hits = Hits()
+        hits.note = str(error)
     found = {"query": body.query, "hits": [hit.to_dict() for hit in hits]}
-    return ASCIIResponse(found if note is None else found | {"note": note})
+    return ASCIIResponse(found if hits.note is None else found | {"note": hits.note})
 
 
 @router.post("/encode", response_model=EncodeResponse, responses=errors(_POST_ERRORS))

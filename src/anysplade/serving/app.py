@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import socket
 import threading
@@ -20,10 +21,10 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
+from anysplade._common.arguments import did_you_mean
 from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.model.options import Precision, Runtime
 from anysplade.serving import api, pages
@@ -81,9 +82,7 @@ def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=_STATIC))
-    if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    app.add_middleware(_OuterMiddleware, token=token, registry=registry)  # added last: it runs first
+    app.add_middleware(_OuterMiddleware, token=token, registry=registry, hosts=hosts)
     for error in (HTTPException, RequestValidationError, AnyspladeError):
         app.add_exception_handler(error, _error_response)
     if token is not None:  # the middleware checks it, so that FastAPI cannot describe it
@@ -106,6 +105,10 @@ async def _error_response(request: Request, error: Exception) -> Response:
         message = " ".join(f"{place}: {first['msg'].removeprefix('Value error, ')[:250]}".split())  # names can contain line breaks
     elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, dict(error.headers or {})
+        if status == 405:
+            message = f"{request.method} is not possible at {request.url.path[:100]}; send {headers.get('Allow', 'another method')}"
+        elif message == "Not Found":
+            message = f"there is no {request.url.path[:100]}{did_you_mean(request.url.path[:100], _PATHS)}"
     elif isinstance(error, OverloadedError | StoppedError):
         status, headers = 503, {"Retry-After": "1"}
     elif not isinstance(error, UsageError):
@@ -116,18 +119,23 @@ async def _error_response(request: Request, error: Exception) -> Response:
     return ASCIIResponse({"error": message}, status, headers)
 
 
+def _host_name(request: Request) -> str:
+    """The host that a request names, without its port."""
+    return re.sub(r":\d*$", "", request.headers.get("host", "").lower())
+
+
 def _wants_html(request: Request) -> bool:
     return "text/html" in request.headers.get("accept", "")
 
 
 class _OuterMiddleware:
-    """Checks the token, adds headers to every response, and counts requests.
+    """Checks the token and the host name, adds headers to every response, and counts requests.
 
     Plain ASGI, because Starlette's BaseHTTPMiddleware runs the application in a task that is not cancelled with the request.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, registry: CollectorRegistry) -> None:
-        self.app, self.token = app, token
+    def __init__(self, app: ASGIApp, token: str | None, registry: CollectorRegistry, hosts: Sequence[str] | None) -> None:
+        self.app, self.token, self.hosts = app, token, hosts
         self.requests = Counter("anysplade_requests", "requests answered", ["path", "status"], registry=registry)
         self.seconds = Histogram("anysplade_request_seconds", "time to the response", ["path"], registry=registry)
 
@@ -150,6 +158,9 @@ class _OuterMiddleware:
         if not self._is_allowed(request):
             error = {"error": "the token is missing or wrong; send the header Authorization: Bearer TOKEN"}
             app = RedirectResponse("/login", 303) if _wants_html(request) else ASCIIResponse(error, 401)
+        elif self.hosts is not None and (host := _host_name(request)) not in self.hosts:
+            message = f"the host name {host[:100]!r} is not served; use {', '.join(self.hosts)}"
+            app = await _error_response(request, HTTPException(400, message))
         try:
             await app(scope, receive, send_with_headers)
         except asyncio.CancelledError:  # uvicorn stops and cancels running requests; it would print a traceback

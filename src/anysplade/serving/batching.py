@@ -22,7 +22,7 @@ from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.filters import Filter
-from anysplade.search.hits import Hit, TermMatch, explain_score
+from anysplade.search.hits import Hit, Hits, TermMatch, explain_score
 from anysplade.search.index import Index
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Searcher:
         """Number of requests in the queue."""
         return self._jobs.qsize()
 
-    async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None) -> list[Hit]:
+    async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None) -> Hits:
         """See ``Index.search``."""
         return await self._submit([query], "query", lambda vector: self.index.search_vector(vector, k, explain, filter))
 

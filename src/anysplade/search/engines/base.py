@@ -1,16 +1,18 @@
 """The parts that engines on servers share: checks, uploads that send only changes, retries, and errors of one line."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
+from anysplade._common.arguments import require, require_list
 from anysplade._common.progress import bar
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError, without_credentials
 from anysplade.search.documents import EncodedDocument, check_document, check_vector
@@ -47,6 +49,7 @@ class ServerEngine(Tagged):
                 ``max_length``; or the server is too old to store a description.
             OptionError: ``about`` has no fingerprint.
         """
+        require("about", about, Mapping, 'give {"model": name, "model_fingerprint": fingerprint}')
         if not about.get("model_fingerprint"):
             raise OptionError("about: no model_fingerprint; without it vectors of different models would be mixed")
         stored = self._about()
@@ -89,7 +92,7 @@ class ServerEngine(Tagged):
         source = iter(documents)
         with bar("uploading", "document", show=progress) as shown:
             while part := list(islice(source, batch)):
-                hashed = {document.id: _hashed(document) for document in part}
+                hashed = {pair[0].id: pair for pair in map(_hashed, part)}
                 stored = self._stored_hashes([self.key(id_) for id_ in hashed])
                 changed = [pair for id_, pair in hashed.items() if stored.get(self.key(id_)) != pair[1]]
                 if changed:
@@ -115,7 +118,8 @@ class ServerEngine(Tagged):
         if k < 1:
             raise OptionError(f"k {k}: give 1 or more")
         conditions = check_filter(filter)
-        hits = self._search(terms, weights, k, conditions) if len(terms) else []
+        with self._created():
+            hits = self._search(terms, weights, k, conditions) if len(terms) else []
         if conditions and len(terms) and not hits:
             if not self.about().get("tagged"):
                 raise DataError(
@@ -126,10 +130,20 @@ class ServerEngine(Tagged):
 
     def delete(self, ids: Iterable[str]) -> None:
         """Delete the documents with these ids; ids without a document are ignored."""
-        keys = map(self.key, ids)
-        while part := list(islice(keys, _DELETED_AT_ONCE)):
-            self._delete(part)
-        self._refresh()
+        keys = map(self.key, require_list("ids", ids, "id"))
+        with self._created():
+            while part := list(islice(keys, _DELETED_AT_ONCE)):
+                self._delete(part)
+            self._refresh()
+
+    @contextlib.contextmanager
+    def _created(self) -> Iterator[None]:
+        """A block whose errors say so if the index does not exist."""
+        try:
+            yield
+        except (AnyspladeError, ValueError):  # ValueError: of a Qdrant client in memory
+            self.about()
+            raise
 
     def ask(self, call: Callable[..., T], *args: Any, again: bool = False, **kwargs: Any) -> T:
         """The result of a call of the client library.

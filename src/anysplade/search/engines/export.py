@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.arguments import require, require_list
 from anysplade._common.files import atomic_folder, whole_file
 from anysplade.data.corpus import Document
 from anysplade.data.text import is_utf8
@@ -119,7 +120,7 @@ def export_queries(
         OutputError: ``path`` is a folder, or cannot be written.
         DataError: see ``export_anserini``.
     """
-    names = name_terms(tokens)
+    ids, names = require_list("ids", ids, "id"), name_terms(tokens)
     rows = (EncodedDocument(id_, Document("", ""), row.indices, row.data) for id_, row in zip(ids, vectors, strict=True))
     with whole_file(path) as file:
         for query, terms, impacts in _quantized(rows, len(names), quantization, "query"):
@@ -136,6 +137,7 @@ def _quantized(
         raise OptionError(f"quantization {quantization}: give 1 or more")
     seen: set[str] = set()
     for document in documents:
+        require("documents", document, EncodedDocument, "give index.store of an index, or a list of anysplade.EncodedDocument")
         label = f"{kind} {document.id[:80]!r}"
         if document.id.split() != [document.id] or not is_utf8(document.id):
             raise DataError(f"{label}: an empty id, or one with white space, cannot stand in a run file; rename it")
