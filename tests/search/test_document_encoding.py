@@ -191,7 +191,8 @@ def test_progress_has_an_estimate_if_the_corpus_is_not_too_large_to_count(counte
     caplog.set_level("INFO", "anysplade")
     monkeypatch.setattr(document_encoding, "_COUNTED", counted)
     monkeypatch.setattr("anysplade._common.progress._MANY", 1)
-    monkeypatch.setattr("anysplade._common.progress._FIRST_WAIT", 0.0)
+    for wait in ("_FIRST_WAIT", "_WAIT"):
+        monkeypatch.setattr(f"anysplade._common.progress.{wait}", 0.0)
     batches(corpus, options(backbone), progress=True)
     assert caplog.messages[0].startswith("encoding documents")
     assert any(re.fullmatch(rf"encoding documents: \d+ {end}", line) for line in caplog.messages[1:])
