@@ -74,7 +74,7 @@ def test_work_shows_itself_in_a_pipe(collection_folder, teachers, tmp_path, caps
         "training: 4 steps",
         "measuring the trained model on training texts",
     ]
-    assert said["index", False] == ["encoding documents"]
+    assert said["index", False] == ["encoding documents: 40 documents"]
     few = [line for line in said["train", True] if "left out" not in line]
     assert few == [said["train", False][-4].replace("/run/", "/few/"), head]
     assert main(["train", "--config", str(run / "options.yaml"), "--json"]) == 0

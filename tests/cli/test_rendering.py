@@ -122,3 +122,21 @@ def test_the_page_and_the_command_join_what_the_tokenizer_of_the_query_split(tmp
 def test_a_plan_says_the_time_if_it_is_known(done, seconds, end):
     plan = StudyPlan([PlannedRow("norm", "bert", "raw", 1, done)], 1, done, 2, seconds)
     assert drawn(plan_lines(plan)).splitlines()[-1] == end
+
+
+def test_the_tables_are_written_as_markdown(collection_folder, tmp_path, capsys):
+    """The table of a paper; recalls at a depth that a ranking of all documents reaches are in the JSON alone."""
+    run = tmp_path / "a|b.trec"
+    write_run(run, {f"q{i}": {f"d{i + 1}": 1.0} for i in range(20)}, "run")
+    for names, file in ((["bm25"], "evaluation"), (["bm25", str(run)], "evaluations")):
+        assert main(["evaluate", *names, str(collection_folder), "--out", str(tmp_path / "out")]) == 0
+        printed = capsys.readouterr().out
+        written = (tmp_path / "out" / f"{file}.md").read_text()
+        assert written.startswith("| model | nDCG@10 | RR@10 | query active dims | document active dims | FLOPS |\n| --- | ---: |")
+        assert "R@100, R@1000: not shown, since it is 1 if a ranking has all documents" in printed
+    assert re.search(rf"^\| {re.escape(str(run)).replace('[|]', '|')} \|".replace(r"a\|b", r"a\\\|b"), written, re.MULTILINE)
+    assert "| against bm25 | metric | difference | 95 % | p | p, Holm | wins / ties / losses |" in written
+    assert "changed most" in printed
+    assert "changed most" not in written
+    assert main(["evaluate", "bm25", str(collection_folder), "--metrics", "R@1000"]) == 0
+    assert "R@1000" in capsys.readouterr().out.splitlines()[0]

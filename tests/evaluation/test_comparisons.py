@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 
 from anysplade import (
+    Collection,
     DataError,
+    Document,
     ModelError,
     OptionError,
     OutputError,
@@ -261,3 +263,15 @@ def test_runs_without_a_query_in_common(collection_folder, tmp_path, capsys, cap
     Path(names[1]).write_text("".join(f"q{i} Q0 d{i} 1 1 x\n" for i in range(9, 20)))
     assert main(["compare", *names, "--collection", str(collection_folder)]) == 0
     assert "only 1 of 20 queries are in both runs (5 %; " in caplog.text
+
+
+def test_the_pieces_of_a_word_are_shown_as_the_word(tmp_path, capsys):
+    corpus = {"d0": Document("", "laminarization of pipes"), "d1": Document("", "arrays")}
+    collection = Collection("words", corpus, {"q": "laminarization"}, {"q": {"d0": 1}})
+    found = evaluate("bert-tiny", collection, "RR@10")
+    pieces = [term for term, word in found.words["q"].items() if word == "laminarization"]
+    assert len(pieces) > 1
+    shown = _main_terms(found, collection, "q", "d0")
+    assert "laminarization" in shown
+    assert not shown.keys() & set(pieces)
+    assert "words" not in found.to_dict()

@@ -27,6 +27,7 @@ from anysplade.evaluation.evaluations import curve
 from anysplade.evaluation.grid import evaluate_all
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
+from anysplade.model.dense import open_dense
 from anysplade.model.encoding import prune
 
 
@@ -533,3 +534,16 @@ def test_a_dense_model_beside_others(teachers, collection_folder):
     assert found.curves == []
     text = "\n".join(map(str, evaluations_parts(found, ["nDCG@10"])))
     assert "is dense: exact nearest neighbours" in text
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_what_is_cut_is_counted_and_vectors_are_kept_by_what_is_read(kind, teachers, collection_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "anysplade")
+    model, own = teachers[kind], open_dense(teachers["dense"]).max_seq_length
+    whole, same, short = (evaluate(model, collection_folder, "nDCG@10", max_length=n, cache=tmp_path) for n in (None, own, 8))
+    assert whole.cut == same.cut == {role: {"count": 0, "max_length": own} for role in ("document", "query")}
+    assert short.cut["document"] == {"count": 40, "max_length": 8}
+    assert [one.cost["texts_per_second"] is None for one in (whole, same, short)] == [False, True, False]
+    assert same.run == whole.run != short.run
+    where = f"{model} on {whole.collection}: 40 of 40 documents were cut at 8 tokens"
+    assert [f"{where}, and what follows cannot be found; `max_length` raises the limit, up to {own}"] == caplog.messages

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -36,3 +38,9 @@ def test_texts_are_cut(teachers):
 def test_a_folder_that_holds_no_dense_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded as a dense model"):
         open_dense(str(tmp_path))
+
+
+def test_progress_is_shown_batch_by_batch(teachers):
+    seen = []
+    encode_dense(open_dense(teachers["dense"]), TEXTS, "query", batch_size=2, shown=SimpleNamespace(update=seen.append))
+    assert seen == [2, 2, 2, 1]

@@ -1,4 +1,5 @@
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -108,9 +109,9 @@ def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monke
     torn.write_bytes(torn.read_bytes()[:100])
     encoded, encode_part = [], document_encoding._encode
 
-    def recorded(encoder, part, top_k):
+    def recorded(encoder, part, *rest):
         encoded.append(part.ids[0])
-        return encode_part(encoder, part, top_k)
+        return encode_part(encoder, part, *rest)
 
     monkeypatch.setattr(document_encoding, "_encode", recorded)
     assert rows(batches(corpus, options(backbone), shards=tmp_path)) == whole
@@ -183,3 +184,15 @@ def test_two_builds_of_one_index(backbone, collection_folder, tmp_path):
         assert list(tmp_path.iterdir()) == []
     Index.build(backbone, collection_folder, output).close()
     assert [path.name for path in output.parent.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize("counted, end", [(16, "of 40 documents, about 1 second left"), (1, "documents")])
+def test_progress_has_an_estimate_if_the_corpus_is_not_too_large_to_count(counted, end, backbone, corpus, monkeypatch, caplog):
+    caplog.set_level("INFO", "anysplade")
+    monkeypatch.setattr(document_encoding, "_COUNTED", counted)
+    monkeypatch.setattr("anysplade._common.progress._MANY", 1)
+    for wait in ("_FIRST_WAIT", "_WAIT"):
+        monkeypatch.setattr(f"anysplade._common.progress.{wait}", 0.0)
+    batches(corpus, options(backbone), progress=True)
+    assert caplog.messages[0].startswith("encoding documents")
+    assert any(re.fullmatch(rf"encoding documents: \d+ {end}", line) for line in caplog.messages[1:])

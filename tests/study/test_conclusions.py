@@ -12,7 +12,7 @@ from anysplade.study.cells import CellRecord, QueryScores, Start
 from anysplade.study.conclusions import conclude, summarize
 from anysplade.study.controls import CONTROLS
 from anysplade.study.plan import STUDIES, Cell, StudyConfig, plan
-from anysplade.study.results import ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, StudyResult
+from anysplade.study.results import Baseline, ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, StudyResult
 from anysplade.training.monitoring import Observation
 
 QUERIES = [f"q{i}" for i in range(40)]
@@ -101,6 +101,18 @@ def test_main_names_collapse_and_both_directions():
     even = study("main", [("raw", {}, 0.4, 9.0), ("k=8", {}, 0.4, 1.0), ("auto", {}, 0.4, 1.0)])
     assert "no difference shows" in even.conclusions[1]
     assert {test.against for test in even.tests} == {"raw", "k=8"}
+    assert "auto is better than the raw head: +0.450" in better.conclusions[2]  # each line of the table of tests is said
+    assert "auto is worse than the raw head: -0.200" in worse.conclusions[2]
+    assert "no difference shows between auto and the raw head" in even.conclusions[2]
+
+
+@pytest.mark.parametrize(("value", "place"), [(0.6, "above"), (0.4, "below"), (0.505, "level with")])
+def test_where_bm25_stands_is_said(value, place):
+    table = [("raw", {}, 0.05, 9.0), ("k=8", {}, 0.4, 4.0), ("auto", {}, 0.5, 1.0)]
+    line = conclude("main", study("main", table), {"docs": Baseline(value, 0.5, 0.5), "other": Baseline(0.1, 0.1, 0.1)})[-1]
+    assert line == (
+        f"BM25 on docs: nDCG@10 {value:.3f}, {place} the best head (bert, auto: 0.505 ± 0.007); there is no test against BM25."
+    )
 
 
 def test_folding_is_compared_with_the_vocabulary_as_it_is():
@@ -284,6 +296,7 @@ def test_what_is_said_of_a_difference(change, said, values):
     main = Study(settings=SETTINGS, rows=[], tests=[replace(TEST, **change)], conclusions=[], provenance={})
     (line,) = conclude("main", main)
     assert f"{said} the best fixed k (k=8): {values}" in line
+    assert replace(TEST, **change).counts == (said in (BETTER, WORSE))
     for about, _, _, helps, harms in CONTROLS:
         (line,) = conclude("controls", replace(main, pairs=[replace(PAIR, about=about, **change)]))
         meaning = {BETTER: helps, WORSE: harms, NONE: "no difference shows", UNKNOWN: "single trainings do not tell"}[said]

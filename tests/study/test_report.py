@@ -62,7 +62,13 @@ def result():
         "dynamics": {"rows": rows, "curves": curves},
         "sensitivity": {"rows": [*line, *grid, row("a", "auto", 0.3)]},
         "controls": {"rows": rows},
-        "main": {"rows": rows, "tests": [PairedTest("a", "docs", Arm.RAW, "raw", 0.1, 0.01, 0.02, 1.0, 2.0, 0.01)]},
+        "main": {
+            "rows": rows,
+            "tests": [
+                PairedTest("a", "docs", Arm.RAW, "raw", 0.1, 0.01, 0.02, 1.0, 2.0, 0.01),
+                PairedTest("a", "docs", Arm.FIXED, "k=8", 0.505, 4e-14, 0.58, 1.0, 2.0, 4e-14),
+            ],
+        },
     }
     provenance = machine | {"commit": "c" * 40, "command": "anysplade"}
     studies = {
@@ -121,6 +127,10 @@ def test_markdown_shows_the_figures(out):
     named = re.findall(r"\(figures/(.*?)\)", text)
     assert sorted(named) == sorted(path.name for path in (out / "figures").iterdir())
     assert "| 0.100 ± 0.010 |" in text
+    assert "| nDCG@10 ± sd | RR@10 ± sd |" in text  # one meaning of ± in a table
+    assert "| difference in nDCG@10 ± half of its 95 % interval | p, Holm | counts |" in text
+    assert "| a | docs | auto | raw | +0.100 ± 0.020 | 0.01 | yes | 1.00 | 2.00 |" in text
+    assert "| a | docs | auto | k=8 | +0.505 ± 0.580 | 4e-14 | no | 1.00 | 2.00 |" in text
 
 
 def test_the_same_again(out, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import re
 import shutil
@@ -6,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from anysplade.cli import main
-from anysplade.errors import OutputError
+from anysplade.data.collections import load_collection
+from anysplade.errors import ModelError, OutputError
+from anysplade.model.queries import Cut, log_cut
 from anysplade.study.cells import read_cell
 from anysplade.study.pipeline import run_study
 from anysplade.study.plan import PAPER, Cell, StudyConfig
 from anysplade.study.run import run_cells
+from anysplade.study.timing import estimate
 from tiny import make_backbone, make_collection
 from vocabularies import byte_level, make_cased
 
@@ -198,3 +203,28 @@ def test_names_in_the_report_are_short(written, place):
     body = re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL)
     assert "small-bert" in body
     assert str(place) not in body
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rehearsal_says_nothing_about_its_own_texts(fails, place, tmp_path, caplog, monkeypatch):
+    def rehearsed(*_, **__):
+        log_cut(Cut(100, 32, 256), 100, "documents")
+        logging.getLogger("anysplade.training.run").warning("4 steps")
+        if fails:
+            raise ModelError("no such model")
+        return SimpleNamespace(seconds={"encoding": 1.0})
+
+    caplog.set_level("INFO", "anysplade")
+    levels = [logging.getLogger(name).level for name in ("anysplade.training", "anysplade.model.queries")]
+    trained = SimpleNamespace(seconds=1.0, model="", pairs=40, config={"max_length": 32}, max_seq_length=None)
+    monkeypatch.setattr("anysplade.study.timing.train", lambda _: trained)
+    monkeypatch.setattr("anysplade.study.timing.evaluate", rehearsed)
+    folder = str(place / "collection")
+    config = StudyConfig("norm", output=str(tmp_path), backbones=("a",), data=folder, collections=(folder,), training=TRAINING)
+    try:
+        assert estimate([Cell("a", folder, {})], config, tmp_path, {folder: load_collection(folder)}) > 0
+        assert not fails
+    except ModelError:
+        assert fails
+    assert caplog.messages == []
+    assert [logging.getLogger(name).level for name in ("anysplade.training", "anysplade.model.queries")] == levels

@@ -36,11 +36,11 @@ def test_a_killed_run_goes_on_after_its_last_shard(teachers, tmp_path, monkeypat
     monkeypatch.setattr("anysplade.training.teacher_cache.SHARD", 10)
     encode = type(teacher).encode
 
-    def dies(self, texts, role):
+    def dies(self, texts, role, shown=None):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.extend([texts])
-        return encode(self, texts, role)
+        return encode(self, texts, role, shown=shown)
 
     texts = [document for _, document in PAIRS]
     monkeypatch.setattr(type(teacher), "encode", dies)

@@ -11,7 +11,7 @@ from rich.text import Text
 from anysplade._common.figures import draw
 from anysplade._common.progress import counted
 from anysplade.cli.app import Result, command, is_first_process
-from anysplade.cli.rendering import evaluation_table, snippet, table
+from anysplade.cli.rendering import evaluation_table, markdown, snippet, table
 from anysplade.errors import OptionError
 from anysplade.model.options import Precision, Runtime
 
@@ -49,7 +49,7 @@ def evaluate(
             is faster and as exact.
         precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
-        out: a folder for TREC runs, values by query, figures and the JSON.
+        out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
         cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
     from anysplade._common.files import default_cache, write_atomic
@@ -76,9 +76,13 @@ def evaluate(
         cache=cache or default_cache(),
         progress=is_first_process(),
     )
-    if out is not None and found.curves:
-        write_atomic(out / "curve.svg", _curve_figure(found.curves, measured[0]))
-    return Result(found.to_dict(), evaluations_parts(found, measured))
+    parts = evaluations_parts(found, shown_metrics(found, metrics))
+    if out is not None:
+        if found.curves:
+            write_atomic(out / "curve.svg", _curve_figure(found.curves, measured[0]))
+        name = "evaluation" if len(found.evaluations) == 1 else "evaluations"
+        write_atomic(out / f"{name}.md", markdown(parts))
+    return Result(found.to_dict(), [*parts, *_changed_parts(found), *_curve_parts(found, shown_metrics(found, metrics))])
 
 
 @command
@@ -99,11 +103,19 @@ def compare(*runs: str, collection: str, metrics: _Metrics = None, split: str = 
         raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
     measured = metrics or list(METRICS)
     found = evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
-    return Result(found.to_dict(), evaluations_parts(found, measured))
+    return Result(found.to_dict(), [*evaluations_parts(found, shown_metrics(found, metrics)), *_changed_parts(found)])
+
+
+def shown_metrics(found: "Evaluations", metrics: Sequence[str] | None) -> list[str]:
+    """The metrics that tables show: those asked for; by default without those that a ranking of all documents makes 1."""
+    from anysplade.evaluation.measures import METRICS
+
+    most = max(evaluation.documents for evaluation in found.evaluations)
+    return list(metrics or (name for name in METRICS if not (name.startswith("R@") and int(name[2:]) >= most)))
 
 
 def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
-    """One table of all results; below it notes, tests, the queries that changed most and the curves."""
+    """One table of all results; below it notes and tests."""
     rows = [evaluation.to_dict() for evaluation in found.evaluations]
     several = len({row["collection"] for row in rows}) > 1
     names = ("model", "collection") if several else ("model",)
@@ -113,13 +125,28 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         parts.append(Text(f"{collection}: {counted(count, 'query')} {one if count == 1 else many}"))
     for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
         parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
-    if found.comparisons:
-        parts += ["", *_comparison_parts(found.comparisons, several)]
+    if hidden := [name for name in found.evaluations[0].metrics if name not in metrics]:
+        parts.append(Text(f"{', '.join(hidden)}: not shown, since it is 1 if a ranking has all documents; the JSON has it"))
+    if compared := [comparison for comparison in found.comparisons if comparison.metric in metrics]:
+        parts += ["", *_comparison_parts(compared, several)]
+    return parts
+
+
+def _changed_parts(found: "Evaluations") -> list[RenderableType]:
+    """The queries that changed most, of each model on the first collection."""
+    parts: list[RenderableType] = []
+    several = len({evaluation.collection for evaluation in found.evaluations}) > 1
+    for c in found.comparisons:
         first = found.comparisons[0]
-        for c in found.comparisons:
-            if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
-                parts.append(Text(f"\nchanged most in {c.metric}{_on(c, several)}, from {c.baseline} to {c.model}:"))
-                parts += [Text(_changed_line(change, c)) for change in c.changed]
+        if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
+            parts.append(Text(f"\nchanged most in {c.metric}{_on(c, several)}, from {c.baseline} to {c.model}:"))
+            parts += [Text(_changed_line(change, c)) for change in c.changed]
+    return parts
+
+
+def _curve_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    several = len({evaluation.collection for evaluation in found.evaluations}) > 1
     for curve in found.curves:
         title = f"{curve['model']} pruned" + (f", {curve['collection']}" if several else "")
         points = [{title: _pruned(point)} | point for point in curve["points"]]

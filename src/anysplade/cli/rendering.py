@@ -32,6 +32,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return drawn
 
 
+def markdown(parts: Iterable[RenderableType]) -> str:
+    """Tables and lines as Markdown."""
+    blocks = []
+    for part in parts:
+        if isinstance(part, Table):
+            columns = [[column.header, *column.cells] for column in part.columns]
+            lines = [[str(cell).replace("|", r"\|") for cell in row] for row in zip(*columns, strict=True)]
+            lines.insert(1, ["---", *["---:"] * (len(columns) - 1)])
+            blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        elif str(part):
+            blocks.append(str(part))
+    return "\n\n".join(blocks) + "\n"
+
+
 def snippet(text: str) -> str:
     """The beginning of a text, on one line."""
     text = " ".join(text.split())

@@ -15,6 +15,7 @@ from anysplade.evaluation.evaluations import Evaluation
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import Run, require_match
 from anysplade.evaluation.significance import SIGNIFICANT, TIE, bootstrap_interval, holm, paired_p
+from anysplade.search.hits import explain_score, join_matches
 
 _CHANGED = 5  # number of queries shown per comparison
 _TERMS = 5  # number of terms shown per query
@@ -196,11 +197,14 @@ def _decisive(
 
 
 def _main_terms(evaluation: Evaluation, collection: Collection, query_id: str, document_id: str) -> dict[str, float]:
-    """The terms that contribute most to a document's score, with their products."""
+    """The words that contribute most to a document's score, with their products; pieces of a word of the query are joined."""
     assert evaluation.vectors is not None
     assert evaluation.terms is not None
     query = evaluation.vectors[0][list(collection.queries).index(query_id)]
     document = evaluation.vectors[1][list(collection.corpus).index(document_id)]
-    products = query.multiply(document).tocoo()
-    best = np.argsort(-products.data, kind="stable")[:_TERMS]
-    return {evaluation.terms[products.col[i]]: round(float(products.data[i]), 3) for i in best}
+    matches = explain_score(evaluation.terms, query, document.indices, document.data)
+    found: dict[str, float] = {}
+    for match in join_matches(matches, (evaluation.words or {}).get(query_id, {})):
+        found[match.word] = found.get(match.word, 0.0) + match.product  # a word can have the name of another term
+    best = sorted(found, key=lambda word: -found[word])[:_TERMS]
+    return {word: round(found[word], 3) for word in best}

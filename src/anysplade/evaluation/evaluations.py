@@ -55,10 +55,11 @@ class Evaluation(Tabular):
     run: Run  # score by query id and document id, the best document first
     vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # (queries, vocabulary) and (documents, vocabulary), in order
     terms: list[str] | None  # name of each column of the vectors
+    words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
 
     def to_dict(self) -> dict[str, Any]:
-        """The evaluation as JSON, without the run, the vectors, their terms and the values per query."""
-        left_out = ("metrics", "run", "per_query", "vectors", "terms")
+        """The evaluation as JSON, without the run, the vectors, their terms and words, and the values per query."""
+        left_out = ("metrics", "run", "per_query", "vectors", "terms", "words")
         rest = {name: value for name, value in vars(self).items() if name not in left_out}
         return {"model": rest.pop("model"), "collection": rest.pop("collection")} | self.metrics | rest
 

@@ -23,14 +23,15 @@ from anysplade.evaluation.costs import dense_cost, search_cost
 from anysplade.evaluation.runs import Run
 from anysplade.model.dense import encode_dense, open_dense
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import count_truncated, encode
-from anysplade.model.modules import term_names
+from anysplade.model.encoding import ModelQueries, count_truncated, encode
+from anysplade.model.modules import cut_at, cut_within, is_splade, term_names, transformer_lengths
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
 from anysplade.model.queries import log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.bm25 import BM25
 from anysplade.search.exact import Postings, highest, nearest
+from anysplade.search.hits import query_words
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Ranked:
     runtime: str | None = None
     vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None
     terms: list[str] | None = None
+    words: dict[str, dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,11 @@ class Ranker:
 
     def by_sparse(self, model: str | Path | SparseEncoder) -> Ranked:
         """Rank by exact dot products of sparse vectors."""
-        encoder = model if isinstance(model, SparseEncoder) else open_encoder(model, max_length=self.max_length)
+        encoder = model if isinstance(model, SparseEncoder) else open_encoder(model)
+        own = transformer_lengths(encoder)
+        if encoder is not model and self.max_length is not None:
+            cut_at(encoder, self.max_length)
+        length = self.max_length if transformer_lengths(encoder) != own else None
         precision = resolve_precision(self.precision, encoder.device)
         # A loaded model may be in training; converting it for each evaluation would cost more than it saves.
         count = 0 if encoder is model else sum(map(len, self.texts.values()))
@@ -123,13 +129,9 @@ class Ranker:
         used = runtime_of(encoder)
         preparing = time.perf_counter() - start
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
-        vectors, encoding, rate = self._encode(partial(encode, encoder), model, name, key)
+        vectors, encoding, rate = self._encode(partial(encode, encoder), model, name, key, length)
         queries, documents = vectors["query"], vectors["document"]
-        cut: dict[str, Any] = {}
-        for role, plural in _PLURALS.items():
-            counted = count_truncated(encoder, self.texts[role], role)
-            log_cut(counted, len(self.texts[role]), plural)
-            cut[role] = {"count": counted.texts, "max_length": counted.limit}
+        cut = self._cut(encoder, name)
         start = time.perf_counter()
         run = self.as_run(Postings.from_documents(documents).top_rows(queries, self.hits))
         return Ranked(
@@ -142,17 +144,23 @@ class Ranker:
             used,
             (queries, documents),
             term_names(encoder),
+            self._words(encoder),
         )
 
     def by_dense(self, model: str | Path | SentenceTransformer) -> Ranked:
         """Rank by exact dot products of dense vectors."""
         if self.precision == "int8" or self.runtime == "openvino":
             raise OptionError(f"{model}: a dense model is evaluated on torch, in float32 or bfloat16")
-        encoder = model if isinstance(model, SentenceTransformer) else open_dense(resolve_model(model), self.max_length)
+        encoder = model if isinstance(model, SentenceTransformer) else open_dense(resolve_model(model))
+        own = transformer_lengths(encoder)
+        if encoder is not model:
+            cut_within(encoder, self.max_length, lengthen=False)
+        length = self.max_length if transformer_lengths(encoder) != own else None
         precision = resolve_precision(self.precision, encoder.device)
         name = "the loaded model" if encoder is model else str(model)
         encode_role = partial(encode_dense, encoder, precision=precision)
-        vectors, encoding, rate = self._encode(encode_role, model, name, f"dense {precision}")
+        vectors, encoding, rate = self._encode(encode_role, model, name, f"dense {precision}", length)
+        cut = self._cut(encoder, name, max(own, default=None))
         start = time.perf_counter()
         run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits))
         return Ranked(
@@ -160,21 +168,42 @@ class Ranker:
             run,
             {"encoding": encoding, "search": time.perf_counter() - start},
             dense_cost(*vectors["document"].shape) | {"texts_per_second": rate},
-            precision=precision,
-            runtime="torch",
+            cut,
+            precision,
+            "torch",
         )
 
+    def _words(self, encoder: SparseEncoder) -> dict[str, dict[str, str]] | None:
+        """The words that the tokenizer split, by query id and the name of each of their terms; None if terms are not tokens."""
+        if not (is_splade(encoder) and encoder.tokenizer.is_fast):
+            return None
+        queries = ModelQueries(encoder)
+        return {id_: words for id_, text in self.collection.queries.items() if (words := query_words(queries, text))}
+
+    def _cut(self, encoder: SparseEncoder | SentenceTransformer, name: str, most: int | None = None) -> dict[str, Any]:
+        """Count and log the texts that were cut, by role; ``most`` is the highest ``max_length``, if not the model's positions."""
+        cut: dict[str, Any] = {}
+        for role, plural in _PLURALS.items():
+            counted = count_truncated(encoder, self.texts[role], role)
+            counted = counted if most is None else counted._replace(maximum=most)
+            log_cut(counted, len(self.texts[role]), plural, f"{name} on {self.collection.name}")
+            cut[role] = {"count": counted.texts, "max_length": counted.limit}
+        return cut
+
     def _encode(
-        self, encode_role: Callable[..., Any], model: Any, name: str, precision: str
+        self, encode_role: Callable[..., Any], model: Any, name: str, precision: str, max_length: int | None
     ) -> tuple[dict[Role, Any], float, float | None]:
         """Encode the documents and the queries.
+
+        Args:
+            max_length: None if it is the model's own, so that both have the same vectors in the cache.
 
         Returns:
             The vectors by role, the seconds, and the texts per second, None if some vectors were in the cache.
         """
         folders: dict[Role, Path] = {}
         if self.cache is not None and isinstance(model, str | Path):
-            folders = vector_folders(model, self.cache, precision, self.max_length, self.texts)
+            folders = vector_folders(model, self.cache, precision, max_length, self.texts)
         cached = any(folder.exists() for folder in folders.values())
         start = time.perf_counter()
         vectors = {

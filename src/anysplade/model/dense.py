@@ -1,6 +1,7 @@
 """Dense embedding models of sentence-transformers, which teach sparse ones and are compared with them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def encode_dense(
     cache: Path | None = None,
     progress: bool = False,
     what: str | None = None,
+    shown: Any = None,
 ) -> np.ndarray:
     """Vectors whose dot products are the model's scores: float32, (texts, width), in the order of the texts.
 
@@ -75,27 +77,49 @@ def encode_dense(
         cache: a folder where the vectors of these texts by this model are stored; stored ones are not encoded again.
         progress: show progress.
         what: label of the progress.
+        shown: a ``bar`` to update, instead of showing one.
 
     Raises:
         ModelError: NaN or infinity in a vector.
     """
     encode = model.encode_query if role == "query" else model.encode_document
 
+    def encode_batch(batch: list[str]) -> Any:
+        return encode(
+            batch,
+            batch_size=batch_size,
+            normalize_embeddings=model.similarity_fn_name == "cosine",
+            show_progress_bar=False,
+        )
+
     def encode_part(_: int, part: Sequence[str]) -> np.ndarray:
+        texts = [replace_surrogates(text) for text in part]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            vectors = encode(
-                [replace_surrogates(text) for text in part],
-                batch_size=batch_size,
-                normalize_embeddings=model.similarity_fn_name == "cosine",
-                show_progress_bar=False,
-            )
-        vectors = np.asarray(vectors, dtype=np.float32)
+            vectors = in_batches(texts, list(map(len, texts)), batch_size, encode_batch, shown)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             raise ModelError(f"the model gives NaN or infinity for the {role} {part[int(finite.argmin())][:60]!r}")
-        shown.update(len(part))
         return vectors
 
-    with bar(what or f"encoding {role} texts", "text", len(texts), progress) as shown:
+    with bar(what or f"encoding {role} texts", "text", len(texts), progress) if shown is None else nullcontext(shown) as shown:
         parts = list(encode_in_parts(texts, _PART, encode_part, cache, ".npy", shown))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
+
+
+def in_batches(
+    items: Sequence[Any], lengths: Sequence[int], size: int, encode: Callable[[list[Any]], Any], shown: Any
+) -> np.ndarray:
+    """Encode items batch by batch, those of similar length together; returns float32 rows in the order of the items.
+
+    Args:
+        lengths: of the items; the longest ones come first.
+        encode: given a batch, returns one row or number per item.
+        shown: a ``bar`` to update after each batch.
+    """
+    order = np.argsort([-length for length in lengths], kind="stable")
+    rows = []
+    for start in range(0, len(items), size):
+        batch = [items[i] for i in order[start : start + size]]
+        rows.append(np.asarray(encode(batch), dtype=np.float32))
+        shown.update(len(batch))
+    return np.concatenate(rows)[np.argsort(order)]

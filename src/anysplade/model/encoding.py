@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from scipy import sparse
-from sentence_transformers import SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor
@@ -43,6 +44,7 @@ def encode(
     cache: Path | None = None,
     progress: bool = False,
     what: str | None = None,
+    shown: Any = None,
 ) -> sparse.csr_matrix:
     """Sparse vectors of texts, in their order: float32, (texts, vocabulary).
 
@@ -60,6 +62,7 @@ def encode(
             encoded again.
         progress: show progress.
         what: label of the progress, such as "encoding queries with MODEL".
+        shown: a ``bar`` to update, instead of showing one.
 
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
@@ -89,7 +92,7 @@ def encode(
             shown.update(len(batch))
         return rows[0] if len(part) == 1 else sparse.vstack(rows, format="csr")[np.argsort(order)]
 
-    with bar(what or f"encoding {role} texts", "text", len(texts), progress) as shown:
+    with bar(what or f"encoding {role} texts", "text", len(texts), progress) if shown is None else nullcontext(shown) as shown:
         blocks = list(encode_in_parts(texts, _CHUNK if cache is None else _SHARD, encode_part, cache, ".npz", shown))
     if not blocks:
         return sparse.csr_matrix((0, width), dtype=np.float32)
@@ -116,7 +119,7 @@ def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], starts), shape=matrix.shape)
 
 
-def count_truncated(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> Cut:
+def count_truncated(encoder: SparseEncoder | SentenceTransformer, texts: Sequence[str], role: Role) -> Cut:
     """Count the texts that are longer than what the model reads of them. Tokenizing takes a hundredth of the time of encoding."""
     module: Any = reader(encoder, role)
     if module is None:
@@ -139,7 +142,7 @@ def count_truncated(encoder: SparseEncoder, texts: Sequence[str], role: Role) ->
 # --------------------------------------------------------------------------------- batches
 
 
-def _prompt(encoder: SparseEncoder, role: Role) -> str | None:
+def _prompt(encoder: SparseEncoder | SentenceTransformer, role: Role) -> str | None:
     """The prompt that the encoder adds for a role, chosen as ``encode_query`` and ``encode_document`` do."""
     prompts = encoder.prompts or {}
     names = ("query",) if role == "query" else ("document", "passage", "corpus")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from sentence_transformers import SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
 from torch import nn
@@ -61,11 +61,11 @@ def transformer_modules(encoder: nn.Module) -> list[Transformer]:
     return [module for module in encoder.modules() if isinstance(module, Transformer)]
 
 
-def reader(encoder: SparseEncoder, role: Role) -> Transformer | SparseStaticEmbedding | None:
+def reader(encoder: SparseEncoder | SentenceTransformer, role: Role) -> Transformer | SparseStaticEmbedding | None:
     """The module that tokenizes and truncates the texts of a role; None if it is of another kind."""
     module: Any = encoder[0]
     if isinstance(module, Router):
-        module = next(iter(module.sub_modules[role].children()))
+        module = next(iter(module.sub_modules[role].children())) if role in module.sub_modules else None
     return module if isinstance(module, Transformer | SparseStaticEmbedding) else None
 
 
@@ -99,7 +99,7 @@ def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool)
 
     That is the length before, at most 512 unless the encoder was a ``saved`` one, and at least the length in training.
     """
-    before = _lengths(encoder)
+    before = transformer_lengths(encoder)
     cut_within(encoder, max_length)
     most = LARGE_INTEGER if saved else _LONGEST
     return [
@@ -109,13 +109,14 @@ def cut_in_training(encoder: SparseEncoder, max_length: int | None, saved: bool)
 
 def set_lengths(encoder: SparseEncoder, lengths: Sequence[int]) -> list[int]:
     """Truncate texts to one length for each transformer; returns the lengths before."""
-    before = _lengths(encoder)
+    before = transformer_lengths(encoder)
     for module, length in zip(transformer_modules(encoder), lengths, strict=True):
         module.max_seq_length = length
     return before
 
 
-def _lengths(encoder: SparseEncoder) -> list[int]:
+def transformer_lengths(encoder: nn.Module) -> list[int]:
+    """The length to which each transformer truncates texts."""
     return [module.max_seq_length or LARGE_INTEGER for module in transformer_modules(encoder)]
 
 

@@ -35,14 +35,14 @@ class Cut(NamedTuple):
     maximum: int | None = None  # the highest limit that the model has positions for; None if there is no such limit
 
 
-def log_cut(cut: Cut, texts: int, what: str) -> None:
-    """Log how many of a number of texts were cut, if any, and how to avoid it."""
+def log_cut(cut: Cut, texts: int, what: str, where: str = "") -> None:
+    """Log how many of a number of texts were cut, if any, and how to avoid it; ``where`` names the model."""
     if cut.texts:
         advice = f"`max_length` raises the limit{'' if cut.maximum is None else f', up to {cut.maximum:,}'}"
         if cut.maximum is not None and cut.limit == cut.maximum:
             advice = "the model reads no more"
-        message = "%s of %s %s were cut at %s tokens, and what follows cannot be found; %s"
-        logger.info(message, f"{cut.texts:,}", f"{texts:,}", what, cut.limit, advice)
+        message = "%s%s of %s %s were cut at %s tokens, and what follows cannot be found; %s"
+        logger.info(message, where and f"{where}: ", f"{cut.texts:,}", f"{texts:,}", what, cut.limit, advice)
 
 
 class Queries(Protocol):

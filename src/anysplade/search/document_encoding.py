@@ -39,6 +39,7 @@ from anysplade.model.runtimes import for_inference
 from anysplade.search.documents import EncodedDocument
 
 PART = 1024  # documents that are encoded together, and written to an index in one transaction
+_COUNTED = 16  # parts that are read before the first one is encoded: a smaller corpus has an estimate of the time
 _AHEAD = 2  # parts per worker that are prepared in advance
 
 
@@ -93,7 +94,7 @@ def encode_documents(
     were cut is logged.
 
     Args:
-        workers: number of processes, each with the model; ``2 * workers`` parts are in memory.
+        workers: number of processes, each with the model; up to ``2 * workers`` parts, or 16, are in memory.
         ray: encode on a Ray cluster instead (``pip install "anysplade[ray]"``), with ``workers`` actors; all documents are in
             memory.
         encoder: opens the encoder of a single process; ``options.open`` if None.
@@ -107,21 +108,24 @@ def encode_documents(
     """
     check_encoding(options.top_k, options.max_length, workers)
     parts = _parts(documents)
-    first = list(islice(parts, 1))
-    begin("encoding documents", progress, sum(len(part.ids) for part in first))
+    first = list(islice(parts, _COUNTED))
+    count = sum(len(part.ids) for part in first)
+    total = count if count < _COUNTED * PART else None  # of a large corpus, it is known at its end
+    if total is None:
+        begin("encoding documents", progress)
     numbered = enumerate(chain(first, parts))
     jobs = ((part, None if shards is None else _read_shard(shards, number, part)) for number, part in numbered)
-    if ray:
-        run = _on_ray(jobs, options, workers)
-    else:
-        run = _in_processes(jobs, options, workers) if workers > 1 else _here(jobs, options, encoder or options.open)
     cut, count = Cut(0), 0
-    with bar("encoding documents", "document", show=progress) as shown:
+    with bar("encoding documents", "document", total, progress) as shown:
+        if ray:
+            run = _on_ray(jobs, options, workers)
+        else:
+            run = _in_processes(jobs, options, workers) if workers > 1 else _here(jobs, options, encoder or options.open, shown)
         for number, (part, rows, is_new) in enumerate(run):
             if shards is not None and is_new:
                 write_atomic(shards / f"{number:06}.npz", _to_bytes(rows, part))
             cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
-            shown.update(len(part.ids))
+            shown.update(len(part.ids) if ray or workers > 1 or not is_new else 0)  # else updated within the part
             spans = [slice(*rows.matrix.indptr[i : i + 2]) for i in range(len(part.ids))]
             yield [
                 EncodedDocument(id_, document, rows.matrix.indices[span], rows.matrix.data[span])
@@ -153,8 +157,8 @@ def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
         yield _Part([id_ for id_, _ in chunk], [document for _, document in chunk])
 
 
-def _encode(encoder: SparseEncoder, part: _Part, top_k: int | None) -> _Rows:
-    matrix = encode(encoder, part.texts, "document", ids=part.ids, top_k=top_k)
+def _encode(encoder: SparseEncoder, part: _Part, top_k: int | None, shown: Any = None) -> _Rows:
+    matrix = encode(encoder, part.texts, "document", ids=part.ids, top_k=top_k, shown=shown)
     return _Rows(matrix, count_truncated(encoder, part.texts, "document"))
 
 
@@ -164,10 +168,10 @@ _Jobs = Iterator[tuple[_Part, _Rows | None]]  # parts, and their vectors if an e
 _Run = Iterator[tuple[_Part, _Rows, bool]]  # the parts in the same order, and whether the vectors are new
 
 
-def _here(jobs: _Jobs, options: Options, open_: Callable[[], SparseEncoder]) -> _Run:
+def _here(jobs: _Jobs, options: Options, open_: Callable[[], SparseEncoder], shown: Any) -> _Run:
     opened = cache(open_)
     for part, rows in jobs:
-        yield part, rows or _encode(opened(), part, options.top_k), rows is None
+        yield part, rows or _encode(opened(), part, options.top_k, shown), rows is None
 
 
 def _in_processes(jobs: _Jobs, options: Options, workers: int) -> _Run:

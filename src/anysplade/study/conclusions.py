@@ -1,17 +1,27 @@
 """Sentences that follow from the numbers of a study."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anysplade.evaluation.significance import SIGNIFICANT
 from anysplade.study.aggregate import RAW_HEADS, Records, by_arm, control_pairs, correlations, means, paired_tests, training_curves
 from anysplade.study.arms import Arm
 from anysplade.study.cells import METRIC
 from anysplade.study.controls import CONTROLS
-from anysplade.study.results import ControlPair, Means, PairedTest, RowResult, RowRuns, Settings, Study, by_backbone, plus_minus
+from anysplade.study.results import (
+    Baseline,
+    ControlPair,
+    Means,
+    PairedTest,
+    RowResult,
+    RowRuns,
+    Settings,
+    Study,
+    by_backbone,
+    plus_minus,
+)
 
 _COLLAPSED = 0.25  # share of the backbone's best row; a raw head below it has collapsed
 _NEAR = 0.95  # share of the best; a row above it is as good
@@ -29,13 +39,21 @@ _NEEDED = {
 }
 
 
-def summarize(name: str, rows: Sequence[RowRuns], records: Records, settings: Settings, provenance: dict[str, Any]) -> Study:
+def summarize(
+    name: str,
+    rows: Sequence[RowRuns],
+    records: Records,
+    settings: Settings,
+    provenance: dict[str, Any],
+    bm25: Mapping[str, Baseline] | None = None,
+) -> Study:
     """The rows of a study with their means, and what follows from them.
 
     Args:
         name: of the study.
         rows: all rows of the plan.
         records: of the rows' cells, by hash.
+        bm25: by collection.
 
     Raises:
         ValueError: the plan lacks a row that the conclusions refer to.
@@ -57,7 +75,7 @@ def summarize(name: str, rows: Sequence[RowRuns], records: Records, settings: Se
         conclusions=[],
         provenance=provenance,
     )
-    return replace(study, conclusions=[*(_failure(row) for row in rows if row.failed), *conclude(name, study)])
+    return replace(study, conclusions=[*(_failure(row) for row in rows if row.failed), *conclude(name, study, bm25)])
 
 
 def _failure(row: RowRuns) -> str:
@@ -67,12 +85,12 @@ def _failure(row: RowRuns) -> str:
     return f"{row.backbone}, {row.label}: {len(row.failed)} of {runs} trainings failed ({row.failed[0]}); {rest}."
 
 
-def conclude(name: str, study: Study) -> list[str]:
-    """Sentences that follow from a study's numbers alone."""
+def conclude(name: str, study: Study, bm25: Mapping[str, Baseline] | None = None) -> list[str]:
+    """Sentences that follow from the numbers of a study and of BM25 alone."""
     first = study.settings.collections[0]
     return {
-        "main": lambda: [*_raw_heads(study, first), *_auto_against_fixed(study)],
-        "folding": lambda: _folding(study),
+        "main": lambda: [*_raw_heads(study, first), *_auto_against_others(study), *_bm25(study, bm25 or {})],
+        "folding": lambda: [*_folding(study), *_bm25(study, bm25 or {})],
         "controls": lambda: [_control(pair) for pair in study.pairs or ()],
         "norm": lambda: _norm(study, first),
         "dynamics": lambda: _dynamics(study, first),
@@ -82,10 +100,10 @@ def conclude(name: str, study: Study) -> list[str]:
 
 
 def _verdict(test: PairedTest | ControlPair, better: str, worse: str, none: str, unknown: str) -> str:
-    """Choose the words for a difference. It counts if it is significant over queries and above the noise of the seeds."""
+    """Choose the words for a difference."""
     if test.noise is None:
         return unknown
-    if test.p_corrected < SIGNIFICANT and abs(test.difference) > test.noise:
+    if test.counts:
         return better if test.difference > 0 else worse
     return none
 
@@ -141,19 +159,30 @@ def _raw_heads(study: Study, collection: str) -> list[str]:
     return lines
 
 
-def _auto_against_fixed(study: Study) -> list[str]:
+def _auto_against_others(study: Study) -> list[str]:
     lines = []
-    for test in study.tests or ():
-        if test.key == Arm.RAW:
-            continue
+    for test in sorted(study.tests or (), key=lambda test: test.key == Arm.RAW):
+        other = "the raw head" if test.key == Arm.RAW else f"the best fixed k ({test.against})"
         cost = f"{test.flops:.2f} FLOPS against 0."
         if test.flops_of_other:
             ratio = test.flops / test.flops_of_other
             cost = f"{_times(ratio)} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
         place = Path(test.collection).name
-        lines.append(
-            f"{test.backbone} on {place}: {_relation(test, 'auto')} the best fixed k ({test.against}): {_size(test)}, at {cost}"
-        )
+        lines.append(f"{test.backbone} on {place}: {_relation(test, 'auto')} {other}: {_size(test)}, at {cost}")
+    return lines
+
+
+def _bm25(study: Study, bm25: Mapping[str, Baseline]) -> list[str]:
+    lines = []
+    for collection in study.settings.collections:
+        if collection in bm25 and study.rows:
+            ours, best = bm25[collection].ndcg, max(study.rows, key=lambda row: row.results[collection].ndcg)
+            value = best.results[collection]
+            place = "above" if ours > value.ndcg else "below" if ours < value.ndcg else "level with"
+            lines.append(
+                f"BM25 on {Path(collection).name}: {METRIC} {ours:.3f}, {place} the best head "
+                f"({best.backbone}, {best.label}: {value.text}); there is no test against BM25."
+            )
     return lines
 
 

@@ -144,16 +144,16 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
     if not records:
         raise AnyspladeError(f"{out}: every cell failed, the first one with: {next(iter(failed.values()))}")
-    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
-    studies = {
-        name: summarize(name, [_runs(row, records, failed) for row in study], records, settings, provenance())
-        for name, study in rows.items()
-    }
     bm25, unstemmed = dict(earlier.bm25), dict(earlier.unstemmed)
     for name, known in (("bm25", bm25), ("bm25-unstemmed", unstemmed)):
         for source, collection in collections.items() if name == "bm25" or "folding" in rows else ():
             if source not in known or known[source].data_hash != collection_hash(source):
                 known[source] = baseline(evaluate(name, collection, METRICS, depth=100))
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
+    studies = {
+        name: summarize(name, [_runs(row, records, failed) for row in study], records, settings, provenance(), bm25)
+        for name, study in rows.items()
+    }
     result = StudyResult(
         studies=dict(sorted((earlier.studies | studies).items(), key=lambda item: STUDIES.index(item[0]))),
         cells=earlier.cells | {hash_: summarize_cell(record) for hash_, record in records.items()},

@@ -75,8 +75,29 @@ def _origin(provenance: dict[str, Any]) -> str:
 
 # ----------------------------------------------------------------------------------------- tables
 
-_COLUMNS = ["backbone", "head", "seeds", "k", "shift", *METRICS, "query active dims", "document active dims", "FLOPS", "monitor"]
-_TEST_COLUMNS = ["backbone", "collection", "head", "against", f"difference in {METRIC}", "p, Holm", "FLOPS", "FLOPS of the other"]
+_COLUMNS = [
+    "backbone",
+    "head",
+    "seeds",
+    "k",
+    "shift",
+    *(f"{metric} ± sd" for metric in METRICS),
+    "query active dims",
+    "document active dims",
+    "FLOPS",
+    "monitor",
+]
+_TEST_COLUMNS = [
+    "backbone",
+    "collection",
+    "head",
+    "against",
+    f"difference in {METRIC} ± half of its 95 % interval",
+    "p, Holm",
+    "counts",
+    "FLOPS",
+    "FLOPS of the other",
+]
 
 
 def _tables(study: Study, result: StudyResult, folding: bool) -> list[_Table]:
@@ -93,7 +114,7 @@ def _tables(study: Study, result: StudyResult, folding: bool) -> list[_Table]:
         tables.append(_Table(_short(collection), _COLUMNS, 2, lines))
     tests = [
         [test.backbone, _short(test.collection), test.head, test.against, plus_minus(test.difference, test.noise, "+"),
-         f"{test.p_corrected:.2g}", f"{test.flops:.2f}", f"{test.flops_of_other:.2f}"]
+         f"{test.p_corrected:.2g}", "yes" if test.counts else "no", f"{test.flops:.2f}", f"{test.flops_of_other:.2f}"]
         for test in study.tests
     ]  # fmt: skip
     return [*tables, _Table("Tests", _TEST_COLUMNS, 4, [(values, None) for values in tests])]

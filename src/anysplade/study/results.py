@@ -10,6 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, TypeAdapter, Validati
 from anysplade._common.tables import Tabular
 from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import Evaluation
+from anysplade.evaluation.significance import SIGNIFICANT
 from anysplade.study.arms import Arm, Axis
 from anysplade.study.cells import METRICS, CellRecord, Effectiveness, Scores, Start
 
@@ -78,8 +79,21 @@ class RowResult(RowRuns):
     findings: list[str]  # names of what the monitor found in any training
 
 
+class _Difference:
+    """A tested difference of two rows."""
+
+    difference: float
+    noise: float | None
+    p_corrected: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the difference is significant over queries and above the noise of the seeds."""
+        return self.noise is not None and self.p_corrected < SIGNIFICANT and abs(self.difference) > self.noise
+
+
 @dataclass(frozen=True)
-class PairedTest:
+class PairedTest(_Difference):
     """A row compared with another row of the same backbone, over the queries of a collection."""
 
     backbone: str
@@ -96,7 +110,7 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
-class ControlPair:
+class ControlPair(_Difference):
     """Two rows that differ in one thing."""
 
     backbone: str

@@ -4,7 +4,8 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from anysplade.data.collections import Collection
@@ -38,14 +39,10 @@ def estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, collection
 
 def _rehearse(backbone: str, config: StudyConfig, out: Path, collections: Sequence[Collection]) -> float:
     """Train for a few steps, evaluate on a few texts, and extrapolate to a whole cell."""
-    training_logger = logging.getLogger("anysplade.training")
-    level = training_logger.level
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=out) as work:
-        training_logger.setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(dir=out) as work, _quiet("anysplade.training", "anysplade.model.queries"):
         options = {**config.training, "steps": _REHEARSAL_STEPS}
         trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))
-        training_logger.setLevel(level)
         overhead = time.perf_counter() - start - trained.seconds
         corpus = dict(list(collections[0].corpus.items())[:_REHEARSAL_TEXTS])
         queries = dict(list(collections[0].queries.items())[:1])
@@ -55,3 +52,16 @@ def _rehearse(backbone: str, config: StudyConfig, out: Path, collections: Sequen
     texts = sum(len(collection.corpus) + len(collection.queries) for collection in collections)
     encoding = texts * evaluation.seconds["encoding"] / (len(corpus) + 1)
     return overhead + steps * trained.seconds / _REHEARSAL_STEPS + encoding
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Show only the errors of some loggers: what they say of a rehearsal is not about the cells."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -54,7 +54,7 @@ class VectorCache:
         """Compute the vectors that are missing; one call with many texts is faster than many calls with a few."""
         if self.teacher.kind != "cross-encoder":
             keys = [_hash(role, text) for text in texts]
-            self._compute(keys, texts, lambda part: self.teacher.encode(part, role), f"encoding {role} texts")
+            self._compute(keys, texts, lambda part, shown: self.teacher.encode(part, role, shown=shown), f"encoding {role} texts")
 
     def vectors(self, texts: Sequence[str], role: Role) -> Rows:
         """The vectors of texts in their order, (texts, width); missing ones are computed."""
@@ -65,7 +65,7 @@ class VectorCache:
         """The scores of pairs of a query and a document, (pairs,), float32; missing ones are computed."""
         if self.teacher.kind == "cross-encoder":
             keys = [_hash(*pair) for pair in pairs]
-            self._compute(keys, pairs, lambda part: self.teacher.rate(part)[:, None], "scoring pairs")
+            self._compute(keys, pairs, lambda part, shown: self.teacher.rate(part, shown)[:, None], "scoring pairs")
             return np.asarray(self._rows(keys))[:, 0]
         queries, documents = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
         places = [{text: i for i, text in enumerate(texts)} for texts in (queries, documents)]
@@ -75,14 +75,13 @@ class VectorCache:
             return np.asarray(left.multiply(right).sum(axis=1), dtype=np.float32).ravel()
         return np.einsum("pw,pw->p", left.astype(np.float32), right.astype(np.float32))
 
-    def _compute(self, keys: list[bytes], items: Sequence[Any], compute: Callable[[list[Any]], Rows], what: str) -> None:
+    def _compute(self, keys: list[bytes], items: Sequence[Any], compute: Callable[[list[Any], Any], Rows], what: str) -> None:
         missing = list({key: item for key, item in zip(keys, items, strict=True) if key not in self._places}.items())
         with bar(f"{what} with {self.teacher.name}", "text", len(missing), self.progress and bool(missing)) as shown:
             for start in range(0, len(missing), SHARD):
                 part = missing[start : start + SHARD]
-                rows = compute([item for _, item in part])
+                rows = compute([item for _, item in part], shown)
                 self._write(np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), -1), rows)
-                shown.update(len(part))
 
     def _rows(self, keys: list[bytes]) -> Rows:
         """The rows of hashes in their order, read shard by shard."""

@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,11 +19,12 @@ from scipy import sparse
 from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import nn
 
+from anysplade._common.progress import bar
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.calibration import is_sparse
 from anysplade.model.checkpoints import check_weights
-from anysplade.model.dense import cut_reading, encode_dense, open_dense
+from anysplade.model.dense import cut_reading, encode_dense, in_batches, open_dense
 from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.modules import cut_within
@@ -50,8 +52,11 @@ class Teacher:
         """Default divisor of the scores; cosines are close together and need a small one."""
         return 0.05 if self.cosine else 1.0
 
-    def encode(self, texts: Sequence[str], role: Role, progress: bool = False) -> Rows:
+    def encode(self, texts: Sequence[str], role: Role, progress: bool = False, shown: Any = None) -> Rows:
         """Encode texts to vectors whose dot products are the scores.
+
+        Args:
+            shown: a ``bar`` to update, instead of showing one.
 
         Returns:
             (texts, width); float16 from a dense model, float32 from a sparse one.
@@ -60,13 +65,13 @@ class Teacher:
             ModelError: a vector has NaN, infinity or a number too large for float16.
         """
         if self.kind == "sparse":
-            rows: sparse.csr_matrix = encode(self.model, texts, role, progress=progress)
+            rows: sparse.csr_matrix = encode(self.model, texts, role, progress=progress, shown=shown)
             if self.cosine:
                 norms = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
                 rows = sparse.diags_array(1 / np.maximum(norms, 1e-12)).tocsr() @ rows
             return sparse.csr_matrix(rows, dtype=np.float32)
         options: dict[str, Any] = {"precision": self.precision, "batch_size": self.batch_size, "progress": progress}
-        options["what"] = f"encoding {role} texts with {self.name}"
+        options |= {"what": f"encoding {role} texts with {self.name}", "shown": shown}
         with np.errstate(over="ignore"):
             vectors = encode_dense(self.model, texts, role, **options).astype(np.float16)
         finite = np.isfinite(vectors).all(axis=1)
@@ -74,8 +79,11 @@ class Teacher:
             raise ModelError(f"{self.name}: gives a number above 65,504 for the {role} {texts[int(finite.argmin())][:60]!r}")
         return vectors
 
-    def rate(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    def rate(self, pairs: Sequence[tuple[str, str]], shown: Any = None) -> np.ndarray:
         """Score pairs of a query and a document with a cross-encoder.
+
+        Args:
+            shown: a ``bar`` to update; None shows nothing.
 
         Returns:
             Raw logits, (pairs,), float32.
@@ -86,8 +94,10 @@ class Teacher:
         clean = [(replace_surrogates(query), replace_surrogates(document)) for query, document in pairs]
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             # Identity keeps the logits: after a sigmoid, margins and differences between good documents would vanish.
-            scores = self.model.predict(clean, batch_size=self.batch_size, activation_fn=nn.Identity(), show_progress_bar=False)
-        scores = np.asarray(scores, dtype=np.float32).reshape(len(pairs))
+            predict = partial(self.model.predict, batch_size=self.batch_size, activation_fn=nn.Identity(), show_progress_bar=False)
+            lengths = [len(query) + len(document) for query, document in clean]
+            with bar("scoring pairs", "pair") if shown is None else nullcontext(shown) as shown:
+                scores = in_batches(clean, lengths, self.batch_size, predict, shown).reshape(len(pairs))
         finite = np.isfinite(scores)
         if not finite.all():
             raise ModelError(f"{self.name}: gives NaN or infinity for the query {pairs[int(finite.argmin())][0][:60]!r}")
