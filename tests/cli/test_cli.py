@@ -72,11 +72,12 @@ def test_work_shows_itself_in_a_pipe(collection_folder, teachers, tmp_path, caps
         f"training {model} on {data} with {options}; {run}/options.yaml has all options",
         head,
         "training: 4 steps",
-        "measuring the trained model on training texts",
+        "counting the active dims of queries: 40 texts",
+        "counting the active dims of documents: 40 texts",
     ]
     assert said["index", False] == ["encoding documents: 40 documents"]
     few = [line for line in said["train", True] if "left out" not in line]
-    assert few == [said["train", False][-4].replace("/run/", "/few/"), head]
+    assert few == [said["train", False][-5].replace("/run/", "/few/"), head]
     assert main(["train", "--config", str(run / "options.yaml"), "--json"]) == 0
     assert f"{run} already has this run's result" in caplog.text
 

@@ -46,9 +46,9 @@ def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) ->
 def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair], progress: bool = False) -> tuple[float, float]:
     """Mean active dims of queries and of documents, over a sample of the training pairs."""
     sample = _sample(pairs)
-    what = "counting active dims"
-    queries = encode(encoder, [pair.query for pair in sample], "query", progress=progress, what=what)
-    documents = encode(encoder, [pair.positive for pair in sample], "document", progress=progress, what=what)
+    what = "counting the active dims of"
+    queries = encode(encoder, [pair.query for pair in sample], "query", progress=progress, what=f"{what} queries")
+    documents = encode(encoder, [pair.positive for pair in sample], "document", progress=progress, what=f"{what} documents")
     return queries.nnz / len(sample), documents.nnz / len(sample)
 
 
