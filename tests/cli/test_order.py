@@ -195,7 +195,7 @@ def test_only_what_is_near_is_suggested(refused):
 @pytest.mark.parametrize("command", ["evaluate bm25 x/corpus.jsonl", "evaluate bm52 here", "index ~/nowhere here --out new"])
 def test_a_name_for_nothing_costs_no_search(command, monkeypatch, capfd):
     monkeypatch.setattr("anysplade.model.saved._require_on_hub", lambda *_: pytest.fail("asked the hub"))
-    monkeypatch.setattr("anysplade.evaluation.comparisons.evaluate_all", lambda *_, **__: pytest.fail("was called"))
+    monkeypatch.setattr("anysplade.evaluation.grid.evaluate_all", lambda *_, **__: pytest.fail("was called"))
     assert main(command.split()) == 2
     assert "no such" in capfd.readouterr().err
 

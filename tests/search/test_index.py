@@ -494,6 +494,7 @@ def test_a_failed_build_leaves_nothing(backbone, tmp_path):
 
 def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr("anysplade.search.document_encoding.PART", 2)
+    monkeypatch.setattr("anysplade.search.document_encoding._COUNTED", 1)
     monkeypatch.setattr("anysplade.search.database.BATCH", 2)
     good = [json.dumps({"_id": f"d{i}", "text": "kabel"}) for i in range(5)]
     (tmp_path / "corpus.jsonl").write_text("\n".join([*good, "{"]))

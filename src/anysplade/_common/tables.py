@@ -33,7 +33,11 @@ class Tabular:
         return [self.to_pandas()]
 
     def __repr__(self) -> str:
-        return "\n\n".join(_written(table, "to_string") for table in self._shown() if len(table)) or f"{type(self).__name__}: empty"
+        return "\n\n".join(_written(table, "to_string") for table in self._shown() if len(table)) or self._empty()
+
+    def _empty(self) -> str:
+        """What is shown without a row."""
+        return f"{type(self).__name__}: empty"
 
     def _repr_html_(self) -> str:
         return "\n".join(_written(table, "to_html") for table in self._shown() if len(table)) or repr(self)

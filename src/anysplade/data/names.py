@@ -121,8 +121,8 @@ def misnamed(name: str | Path) -> str:
     It is a path to nothing, or nearly a built-in name. Ids of ir_datasets can have more than one slash, those of the hub cannot.
     """
     text = str(name)
-    if not text or "://" in text or user_path(text).exists():
-        return ""
+    if not text or "://" in text or any(user_path(path).exists() for path in (text, text.rpartition(":")[0]) if path):
+        return ""  # the latter of FOLDER:CONFIG
     if text.startswith(("/", ".", "~")) or _FILE.search(text):
         return f"no such file{'' if _FILE.search(text) else ' or folder'}{near(text) or '; check the path'}"
     hint = near_built_in(text)

@@ -58,8 +58,10 @@ class Hits(list[Hit], Tabular):
 
     note: str | None = None  # without hits: the name or value of the filter that no document has
 
-    def __repr__(self) -> str:
-        return Tabular.__repr__(self) + (f" ({self.note})" if self.note else "")
+    __repr__ = Tabular.__repr__  # not that of list
+
+    def _empty(self) -> str:
+        return super()._empty() + (f" ({self.note})" if self.note else "")
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"rank": rank} | hit._rows()[0] for rank, hit in enumerate(self, 1)]
