@@ -394,7 +394,8 @@ def _words(encoder, texts, role, **options):
     return sparse.csr_matrix((np.ones(indptr[-1], np.float32), np.concatenate(tokens), indptr), shape=(len(texts), 149))
 
 
-@pytest.mark.parametrize("count, wanted", [(10_000, 5), pytest.param(50_000, 20, marks=pytest.mark.slow)])  # a minute
+@pytest.mark.parametrize("count, wanted", [(10_000, 5), (50_000, 20)])  # a third of a minute, and a minute
+@pytest.mark.slow
 def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
     """Each time the same call goes on; in the end nothing is lost, nothing is there twice, and searching is the same."""
     generator = random.Random(int(time.time()))

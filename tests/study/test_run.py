@@ -90,6 +90,7 @@ def test_a_plan_trains_nothing_and_tells_what_is_done(written, place, capsys):
     assert main([*given, "--plan"]) == 2
 
 
+@pytest.mark.slow  # its rows and cells are tested one by one
 def test_folding(place, capsys):
     cased = make_cased("modernbert", place / "cased", byte_level())
     given = arguments(place, "folding", "folding")
