@@ -50,15 +50,20 @@ def static_index(tmp_path_factory, collection_folder):
     return folder / "index"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def first_logging():
+    """The level and the formatters before any command was run, also by a fixture of a module."""
+    return logging.getLogger("anysplade").level, {handler: handler.formatter for handler in logging.getLogger().handlers}
+
+
 @pytest.fixture(autouse=True)
-def logging_is_as_before():
+def logging_is_as_before(first_logging):
     """The command line sets up logging for its process; the next test in this one may be of the library."""
-    logger = logging.getLogger("anysplade")
-    level, formatters = logger.level, [(handler, handler.formatter) for handler in logging.getLogger().handlers]
-    yield
-    logger.setLevel(level)
-    for handler, formatter in formatters:
-        handler.setFormatter(formatter)
+    level, formatters = first_logging
+    logging.getLogger("anysplade").setLevel(level)
+    for handler in logging.getLogger().handlers:
+        if handler in formatters:
+            handler.setFormatter(formatters[handler])
 
 
 @pytest.fixture(autouse=True)
