@@ -27,12 +27,6 @@ from anysplade.evaluation.significance import holm
 from tiny import make_collection
 
 
-@pytest.fixture
-def pair(backbone, collection_folder):
-    collection = load_collection(collection_folder)
-    return collection, [evaluate(model, collection, ["nDCG@10", "RR@10"]) for model in ("bm25", backbone)]
-
-
 def test_a_comparison_by_hand(pair):
     collection, evaluations = pair
     found = {c.metric: c for c in compare(evaluations, {collection.name: collection})}

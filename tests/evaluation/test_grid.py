@@ -18,12 +18,6 @@ from anysplade.evaluation.runs import write_run
 
 
 @pytest.fixture
-def pair(backbone, collection_folder):
-    collection = load_collection(collection_folder)
-    return collection, [evaluate(model, collection, ["nDCG@10", "RR@10"]) for model in ("bm25", backbone)]
-
-
-@pytest.fixture
 def namesakes(collection_folder, tmp_path):
     """a/docs and b/docs with the same ids of queries, b's judgements moved by one."""
     for name in ("a", "b"):

@@ -23,14 +23,6 @@ from vocabularies import byte_level, make_cased
 OPTIONS = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3, "k": 2.0, "shift": 0.0, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cells")
-    make_backbone("bert", folder / "backbone")
-    make_collection(folder / "collection")
-    return folder
-
-
 def test_a_cell_is_run_once_and_its_commands_make_it_again(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     odd = {"k": 1.0, "fused": False, "max_length": None, "texts": None, "query_prompt": "- it's $HOME: ", "report_to": ()}

@@ -48,14 +48,6 @@ def test_impossible_settings():
 OPTIONS = {"steps": 3, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3, "k": 2.0, "shift": 0.0, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cells")
-    make_backbone("bert", folder / "backbone")
-    make_collection(folder / "collection")
-    return folder
-
-
 def test_what_makes_a_cell(place):
     base = Cell(str(place / "backbone"), str(place / "collection"), OPTIONS)
     turned = dict(reversed(OPTIONS.items()))

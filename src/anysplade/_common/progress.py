@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -28,6 +29,11 @@ def bar(what: str, unit: str, total: int | None = None, show: bool = False, done
     if show and not sys.stderr.isatty():
         return _Lines(what, unit, total, done)
     return tqdm(desc=what, unit=unit, total=total, initial=done, disable=not show, leave=False, file=sys.stderr)
+
+
+def bar_within(shown: Any, what: str, unit: str, total: int | None = None, show: bool = False) -> Any:
+    """The ``bar`` of the caller, ``shown``, which stays open; a new one if that is None."""
+    return bar(what, unit, total, show) if shown is None else nullcontext(shown)
 
 
 def begin(what: str, show: bool, count: float = math.inf) -> None:

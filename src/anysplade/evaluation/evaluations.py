@@ -138,7 +138,7 @@ def evaluate(
         ranked = ranker.by_dense(model)
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
-        model = f"a loaded {class_name(model)}" + (f", base model {base}" if base else "")
+        model = f"a loaded {type(model).__name__}" + (f", base model {base}" if base else "")
     values, per_query = measure(measures, collection.qrels, ranked.run)
     evaluation = Evaluation(
         model=str(model),
@@ -159,11 +159,6 @@ def evaluate(
         write_atomic(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
         write_atomic(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
-
-
-def class_name(model: object) -> str:
-    """The public class of a loaded model; an encoder with fused pooling is of a private subclass."""
-    return SparseEncoder.__name__ if isinstance(model, SparseEncoder) else type(model).__name__
 
 
 def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from anysplade.data.names import PYTHON_DOCS
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import Comparison, compare_each
 from anysplade.evaluation.costs import COSTS
-from anysplade.evaluation.evaluations import Evaluation, class_name, curve, evaluate
+from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
 from anysplade.model.options import Precision, Runtime
@@ -100,7 +100,7 @@ def evaluate_all(
     evaluations, drawn = [], []
     for place, collection in zip(places, loaded, strict=True):
         for i, model in enumerate(models, 1):
-            name = as_name(str(model) if isinstance(model, str | Path) else class_name(model))
+            name = as_name(str(model) if isinstance(model, str | Path) else type(model).__name__)
             evaluation = evaluate(
                 model,
                 collection,

@@ -1,7 +1,6 @@
 """Dense embedding models of sentence-transformers, which teach sparse ones and are compared with them."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from anysplade._common.parts import encode_in_parts
-from anysplade._common.progress import bar
+from anysplade._common.progress import bar_within
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.checkpoints import check_tokens
@@ -101,7 +100,7 @@ def encode_dense(
             raise ModelError(f"the model gives NaN or infinity for the {role} {part[int(finite.argmin())][:60]!r}")
         return vectors
 
-    with bar(what or f"encoding {role} texts", "text", len(texts), progress) if shown is None else nullcontext(shown) as shown:
+    with bar_within(shown, what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         parts = list(encode_in_parts(texts, _PART, encode_part, cache, ".npy", shown))
     return np.concatenate(parts) if parts else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
 

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.arguments import require, require_list
 from anysplade._common.parts import encode_in_parts
-from anysplade._common.progress import bar
+from anysplade._common.progress import bar_within
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.checkpoints import usable_positions
@@ -92,7 +91,7 @@ def encode(
             shown.update(len(batch))
         return rows[0] if len(part) == 1 else sparse.vstack(rows, format="csr")[np.argsort(order)]
 
-    with bar(what or f"encoding {role} texts", "text", len(texts), progress) if shown is None else nullcontext(shown) as shown:
+    with bar_within(shown, what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         blocks = list(encode_in_parts(texts, _CHUNK if cache is None else _SHARD, encode_part, cache, ".npz", shown))
     if not blocks:
         return sparse.csr_matrix((0, width), dtype=np.float32)

@@ -30,6 +30,11 @@ def _sample(pairs: Sequence[Pair], most: int = _SAMPLE) -> list[Pair]:
     return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
+def _texts(pairs: Sequence[Pair], role: Role, most: int = _SAMPLE) -> list[str]:
+    """The queries or the documents of the sample."""
+    return [pair.query if role == "query" else pair.positive for pair in _sample(pairs, most)]
+
+
 def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
     targets = (config.query_active_dims, config.document_active_dims)
     for role, measured, target in zip(("query", "document"), dims, targets, strict=True):
@@ -45,11 +50,10 @@ def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) ->
 
 def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair], progress: bool = False) -> tuple[float, float]:
     """Mean active dims of queries and of documents, over a sample of the training pairs."""
-    sample = _sample(pairs)
     what = "counting the active dims of"
-    queries = encode(encoder, [pair.query for pair in sample], "query", progress=progress, what=f"{what} queries")
-    documents = encode(encoder, [pair.positive for pair in sample], "document", progress=progress, what=f"{what} documents")
-    return queries.nnz / len(sample), documents.nnz / len(sample)
+    queries = encode(encoder, _texts(pairs, "query"), "query", progress=progress, what=f"{what} queries")
+    documents = encode(encoder, _texts(pairs, "document"), "document", progress=progress, what=f"{what} documents")
+    return queries.nnz / queries.shape[0], documents.nnz / documents.shape[0]
 
 
 def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequence[int], role: Role, target: float) -> float:
@@ -58,7 +62,7 @@ def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequenc
     This is estimated on a small sample with the untrained model: counted are the largest weights, as many as give the full texts
     ``target`` active dims. ``trim_level`` corrects the error of the estimate.
     """
-    texts = [pair.query if role == "query" else pair.positive for pair in _sample(pairs, _BEFORE)]
+    texts = _texts(pairs, role, _BEFORE)
     if not count_truncated(encoder, texts, role).texts:
         return target
     cut = encode(encoder, texts, role).data
@@ -82,15 +86,15 @@ def trim_level(
     if targets == (None, None) or not biases:
         return 0.0
     before = [bias.detach().clone() for bias in biases]
-    sample = _sample(pairs)
     _shift(biases, before, -1.0)
-    texts: dict[Role, list[str]] = {"query": [pair.query for pair in sample], "document": [pair.positive for pair in sample]}
-    logits = [np.sort(_pooled_logits(encoder, texts[role], role, progress).data) for role in texts]
+    roles: tuple[Role, Role] = ("query", "document")
+    logits = [np.sort(_pooled_logits(encoder, _texts(pairs, role), role, progress).data) for role in roles]
+    count = min(_SAMPLE, len(pairs))
     errors: dict[float, list[float]] = {}  # of each target, by shift
     low, high = -1.0, 1.0
     while high - low > _TRIM_STEP:
         shift = (low + high) / 2  # 0 is the first, so the result is never worse than no shift
-        dims = [(len(sorted_) - np.searchsorted(sorted_, shift + 1, "right")) / len(sample) for sorted_ in logits]
+        dims = [(len(sorted_) - np.searchsorted(sorted_, shift + 1, "right")) / count for sorted_ in logits]
         errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
         too_many = max(errors[shift]) + min(errors[shift]) > 0  # errors decrease with the shift, so this changes once
         low, high = (shift, high) if too_many else (low, shift)
@@ -126,9 +130,8 @@ def flops(encoder: SparseEncoder, pairs: Sequence[Pair]) -> np.ndarray:
 
 def _flops_logits(encoder: SparseEncoder, pairs: Sequence[Pair]) -> list[sparse.csr_matrix]:
     """Logits of a sample's documents and queries, and of the everyday queries."""
-    sample = _sample(pairs)
-    documents = _pooled_logits(encoder, [pair.positive for pair in sample], "document")
-    return [documents, *(_pooled_logits(encoder, texts, "query") for texts in ([pair.query for pair in sample], PROBE_QUERIES))]
+    documents = _pooled_logits(encoder, _texts(pairs, "document"), "document")
+    return [documents, *(_pooled_logits(encoder, texts, "query") for texts in (_texts(pairs, "query"), PROBE_QUERIES))]
 
 
 def _flops(logits: Sequence[sparse.csr_matrix], shift: float) -> np.ndarray:
@@ -140,8 +143,10 @@ def _flops(logits: Sequence[sparse.csr_matrix], shift: float) -> np.ndarray:
 def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: np.ndarray) -> float:
     """Lower the decoder's bias as little as possible, by at most 1, until ``flops`` is at most ``most``, (2,)."""
     biases = find_head(masked_lm(encoder)).biases
+    if not biases:
+        return 0.0
     logits = _flops_logits(encoder, pairs)
-    if not biases or (_flops(logits, 0.0) <= most).all():
+    if (_flops(logits, 0.0) <= most).all():
         return 0.0
     low, high = 0.0, 1.0
     while high - low > _TRIM_STEP:

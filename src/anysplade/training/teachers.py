@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -19,7 +19,7 @@ from scipy import sparse
 from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import nn
 
-from anysplade._common.progress import bar
+from anysplade._common.progress import bar_within
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.calibration import is_sparse
@@ -96,7 +96,7 @@ class Teacher:
             # Identity keeps the logits: after a sigmoid, margins and differences between good documents would vanish.
             predict = partial(self.model.predict, batch_size=self.batch_size, activation_fn=nn.Identity(), show_progress_bar=False)
             lengths = [len(query) + len(document) for query, document in clean]
-            with bar("scoring pairs", "pair") if shown is None else nullcontext(shown) as shown:
+            with bar_within(shown, "scoring pairs", "pair") as shown:
                 scores = in_batches(clean, lengths, self.batch_size, predict, shown).reshape(len(pairs))
         finite = np.isfinite(scores)
         if not finite.all():
