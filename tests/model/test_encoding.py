@@ -9,6 +9,7 @@ from sentence_transformers import SparseEncoder
 
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
+from anysplade.model.batches import Budget, make_batches
 from anysplade.model.encoder import build_encoder
 from anysplade.model.encoding import count_truncated, encode
 from anysplade.model.modules import masked_lm
@@ -29,7 +30,7 @@ TEXTS = [" ".join(WORDS[: n % 60]) for n in (3, 50, 0, 7, 119, 1, 30, 2, 58)]
 @pytest.mark.parametrize("role", ["query", "document"])
 @pytest.mark.parametrize("tokens, chunk", [(4096, 4096), (64, 4), (1, 2)])
 def test_rows_are_those_of_sentence_transformers_in_order(encoder, role, tokens, chunk, monkeypatch):
-    monkeypatch.setattr(encoding, "_TOKENS_PER_BATCH", tokens)
+    monkeypatch.setattr("anysplade.model.batches._TOKENS", tokens)
     monkeypatch.setattr(encoding, "_CHUNK", chunk)
     method = encoder.encode_query if role == "query" else encoder.encode_document
     rows = encode(encoder, TEXTS, role)
@@ -43,15 +44,16 @@ def test_rows_are_those_of_sentence_transformers_in_order(encoder, role, tokens,
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9000), max_size=60), most=st.integers(1, 20))
 def test_batches_hold_every_text_once_within_the_budget(lengths, most):
-    batches = list(encoding._batches(np.array(lengths, np.int64), most))
+    budget = Budget(1024, most)
+    batches = list(make_batches(np.array(lengths, np.int64), budget))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= encoding._TOKENS_PER_BATCH
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget.tokens
         assert len(batch) <= most
     for batch, after in pairwise(batches):
         longest = max(lengths[i] for i in batch)
         assert longest >= min(lengths[i] for i in batch) >= max(lengths[i] for i in after)
-        assert len(batch) == most or (len(batch) + 1) * longest > encoding._TOKENS_PER_BATCH  # no more would have fitted
+        assert len(batch) == most or (len(batch) + 1) * longest > budget.tokens  # no more would have fitted
 
 
 def test_no_texts(encoder):

@@ -107,13 +107,14 @@ def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monke
     (tmp_path / "000001.npz").unlink()
     torn = tmp_path / "000002.npz"
     torn.write_bytes(torn.read_bytes()[:100])
-    encoded, encode_part = [], document_encoding._encode
+    encoded, encode_parts = [], document_encoding.encode_parts
 
-    def recorded(encoder, part, *rest):
-        encoded.append(part.ids[0])
-        return encode_part(encoder, part, *rest)
+    def recorded(encoder, parts, *rest, **options):
+        for part, *found in encode_parts(encoder, parts, *rest, **options):
+            encoded.extend([] if part.known is not None else [part.tag[0].ids[0]])
+            yield part, *found
 
-    monkeypatch.setattr(document_encoding, "_encode", recorded)
+    monkeypatch.setattr(document_encoding, "encode_parts", recorded)
     assert rows(batches(corpus, options(backbone), shards=tmp_path)) == whole
     assert encoded == ["d16", "d32"]
     encoded.clear()

@@ -5,6 +5,13 @@ from multiprocessing.context import SpawnContext
 from typing import Any
 
 
+def count_gpus() -> int:
+    """Number of workers that use every GPU that this process sees; 1 without one."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
 def device_of_worker(worker: int, count: int, visible: str | None) -> str | None:
     """``CUDA_VISIBLE_DEVICES`` for a worker: one of the parent's GPUs, in turn; None if there is no GPU.
 

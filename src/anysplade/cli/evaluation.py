@@ -32,6 +32,7 @@ def evaluate(
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
+    batch_tokens: int | None = None,
     out: Annotated[Path | None, Parameter(name="--out")] = None,
     cache: Path | None = None,
 ) -> Result:
@@ -49,6 +50,7 @@ def evaluate(
             is faster and as exact.
         precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
+        batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU by its memory.
         out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
         cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
@@ -72,6 +74,7 @@ def evaluate(
         runtime=runtime,
         precision=precision,
         max_length=max_length,
+        batch_tokens=batch_tokens,
         output=out,
         cache=cache or default_cache(),
         progress=is_first_process(),

@@ -56,8 +56,8 @@ def encode(
     opened = encoder.open_encoder(model, max_length=max_length)
     resolved = runtimes.resolve_precision(precision, opened.device)
     opened = runtimes.for_inference(opened, runtime_for(len(texts), runtime, precision), resolved)
-    vectors = encoding.encode(opened, texts, role)
-    log_cut(encoding.count_truncated(opened, texts, role), len(texts), f"{role} texts")
+    vectors, cut = encoding.encode_counted(opened, texts, role)
+    log_cut(cut, len(texts), f"{role} texts")
     found: list[dict[str, Any]] = []
     lines: list[RenderableType] = []
     for text, vector in zip(texts, vectors, strict=True):
@@ -86,7 +86,8 @@ def index(
     precision: Precision = "float32",
     top_k: int | None = None,
     max_length: int | None = None,
-    workers: int = 1,
+    workers: int | None = None,
+    batch_tokens: int | None = None,
     ray: bool = False,
 ) -> Result:
     """Encode a corpus and write an index; after an interruption or a change of the corpus, the same command updates it.
@@ -100,7 +101,8 @@ def index(
         precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
         top_k: keep only this many weights per document, the largest; this is an approximation, and recorded.
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
-        workers: processes that encode, each with its own model.
+        workers: processes that encode, each with its own model; one per GPU by default, if there are several and many documents.
+        batch_tokens: tokens that go through the model together; by default 1,024 on a CPU, more on a GPU by its memory.
         ray: encode on a Ray cluster, with this number of workers.
     """
     from anysplade._common.files import default_cache
@@ -110,7 +112,7 @@ def index(
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
     options: dict[str, Any] = {"runtime": runtime, "precision": precision, "top_k": top_k, "max_length": max_length}
-    options |= {"workers": workers, "ray": ray, "progress": is_first_process()}
+    options |= {"workers": workers, "batch_tokens": batch_tokens, "ray": ray, "progress": is_first_process()}
     if to is not None:
         work = default_cache()
         if work is None:

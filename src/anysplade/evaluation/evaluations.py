@@ -22,7 +22,7 @@ from anysplade.evaluation.rankings import Kind, Ranked, Ranker
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.dense import is_dense
 from anysplade.model.encoding import prune
-from anysplade.model.options import Precision, Runtime, checked_option
+from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
 from anysplade.model.saved import resolve_model
 from anysplade.search.exact import Postings
 
@@ -79,6 +79,7 @@ def evaluate(
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
+    batch_tokens: int | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -101,6 +102,7 @@ def evaluate(
             texts.
         precision: of encoding; see ``for_inference``. All but float32 are approximations.
         max_length: tokens after which a text is cut; see ``open_encoder``. It has no effect on a loaded encoder.
+        batch_tokens: tokens per batch of a sparse encoder; see ``encode``.
         cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
             evaluation resumes.
         progress: show progress bars.
@@ -126,7 +128,7 @@ def evaluate(
         raise DataError(f"{collection.name}: needs at least one document, one query and one judgement")
     if output is not None:
         require_trec_ids(collection)
-    ranker = Ranker(collection, depth, runtime, precision, max_length, cache, progress)
+    ranker = Ranker(collection, depth, runtime, precision, max_length, checked_batch_tokens(batch_tokens), cache, progress)
     if is_built_in(model, *BM25_NAMES):
         ranked = ranker.by_bm25(str(model))
     elif isinstance(model, str | Path) and user_path(model).is_file():

@@ -64,6 +64,7 @@ def evaluate_all(
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
+    batch_tokens: int | None = None,
     output: str | Path | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -80,8 +81,8 @@ def evaluate_all(
         curves: add effectiveness against cost by pruning; see ``curve``.
         output: a folder; several evaluations each get a subfolder.
 
-    ``split``, ``runtime``, ``precision``, ``max_length`` and ``cache`` are as in ``evaluate``. A collection named twice is
-    evaluated once. Collections of the same name are told apart by the shortest part of their paths that differs.
+    ``split``, ``runtime``, ``precision``, ``max_length``, ``batch_tokens`` and ``cache`` are as in ``evaluate``. A collection named
+    twice is evaluated once. Collections of the same name are told apart by the shortest part of their paths that differs.
 
     Raises:
         OptionError: there is no model or no collection.
@@ -109,6 +110,7 @@ def evaluate_all(
                 runtime=runtime,
                 precision=precision,
                 max_length=max_length,
+                batch_tokens=batch_tokens,
                 cache=cache,
                 progress=progress,
             )

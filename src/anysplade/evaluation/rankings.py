@@ -23,12 +23,13 @@ from anysplade.evaluation.costs import dense_cost, search_cost
 from anysplade.evaluation.runs import Run
 from anysplade.model.dense import encode_dense, open_dense
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import ModelQueries, count_truncated, encode
+from anysplade.model.encoding import ModelQueries, encode_counted
 from anysplade.model.modules import cut_at, cut_within, is_splade, term_names, transformer_lengths
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
-from anysplade.model.queries import log_cut
+from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
+from anysplade.model.tokenizing import count_truncated
 from anysplade.search.bm25 import BM25
 from anysplade.search.exact import Postings, highest, nearest
 from anysplade.search.hits import query_words
@@ -64,6 +65,7 @@ class Ranker:
     runtime: Runtime = "auto"
     precision: Precision = "float32"
     max_length: int | None = None
+    batch_tokens: int | None = None
     cache: str | Path | None = None
     progress: bool = False
 
@@ -129,9 +131,11 @@ class Ranker:
         used = runtime_of(encoder)
         preparing = time.perf_counter() - start
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
-        vectors, encoding, rate = self._encode(partial(encode, encoder), model, name, key, length)
-        queries, documents = vectors["query"], vectors["document"]
-        cut = self._cut(encoder, name)
+        encoded, encoding, rate = self._encode(
+            partial(encode_counted, encoder, batch_tokens=self.batch_tokens), model, name, key, length
+        )
+        queries, documents = encoded["query"].matrix, encoded["document"].matrix
+        cut = self._cut({role: counted for role, (_, counted) in encoded.items()}, name)
         start = time.perf_counter()
         run = self.as_run(Postings.from_documents(documents).top_rows(queries, self.hits))
         return Ranked(
@@ -160,7 +164,10 @@ class Ranker:
         name = "the loaded model" if encoder is model else str(model)
         encode_role = partial(encode_dense, encoder, precision=precision)
         vectors, encoding, rate = self._encode(encode_role, model, name, f"dense {precision}", length)
-        cut = self._cut(encoder, name, max(own, default=None))
+        counts = {role: count_truncated(encoder, texts, role) for role, texts in self.texts.items()}
+        if own:  # a dense model is never read further than it was saved for
+            counts = {role: counted._replace(maximum=max(own)) for role, counted in counts.items()}
+        cut = self._cut(counts, name)
         start = time.perf_counter()
         run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits))
         return Ranked(
@@ -180,14 +187,12 @@ class Ranker:
         queries = ModelQueries(encoder)
         return {id_: words for id_, text in self.collection.queries.items() if (words := query_words(queries, text))}
 
-    def _cut(self, encoder: SparseEncoder | SentenceTransformer, name: str, most: int | None = None) -> dict[str, Any]:
-        """Count and log the texts that were cut, by role; ``most`` is the highest ``max_length``, if not the model's positions."""
+    def _cut(self, counts: dict[Role, Cut], name: str) -> dict[str, Any]:
+        """Log the texts that were cut, by role."""
         cut: dict[str, Any] = {}
         for role, plural in _PLURALS.items():
-            counted = count_truncated(encoder, self.texts[role], role)
-            counted = counted if most is None else counted._replace(maximum=most)
-            log_cut(counted, len(self.texts[role]), plural, f"{name} on {self.collection.name}")
-            cut[role] = {"count": counted.texts, "max_length": counted.limit}
+            log_cut(counts[role], len(self.texts[role]), plural, f"{name} on {self.collection.name}")
+            cut[role] = {"count": counts[role].texts, "max_length": counts[role].limit}
         return cut
 
     def _encode(
@@ -199,7 +204,7 @@ class Ranker:
             max_length: None if it is the model's own, so that both have the same vectors in the cache.
 
         Returns:
-            The vectors by role, the seconds, and the texts per second, None if some vectors were in the cache.
+            What ``encode_role`` gives by role, the seconds, and the texts per second, None if some vectors were in the cache.
         """
         folders: dict[Role, Path] = {}
         if self.cache is not None and isinstance(model, str | Path):

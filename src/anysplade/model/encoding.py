@@ -1,36 +1,42 @@
 """Encode texts into sparse vectors."""
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from scipy import sparse
-from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.util import batch_to_device, select_max_active_dims
+from sentence_transformers import SparseEncoder
+from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
-from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.arguments import require, require_list
-from anysplade._common.parts import encode_in_parts
+from anysplade._common.parts import read_rows, write_rows
 from anysplade._common.progress import bar_within
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
-from anysplade.model.checkpoints import usable_positions
-from anysplade.model.modules import reader, term_names
+from anysplade.model.batches import Budget, Rows, batch_budget, make_batches, sparse_rows, to_device
+from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER, Role
 from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
+from anysplade.model.tokenizing import TOKENIZING, TextReader, Tokens, count_truncated, limits_of
+
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 
 _CHUNK = 4096  # texts per part, within which they are sorted by length
 _SHARD = 1024  # texts per part if each part is stored in a file
-_TOKENS_PER_BATCH = 1024  # padding included
-_WEIGHTS_PER_BATCH = 2**24  # texts x vocabulary: 64 MiB before the zeros are dropped
-_TOKENIZING = threading.Lock()  # a call sets padding and truncation of the tokenizer, which other threads must not change meanwhile
+
+
+class Encoded(NamedTuple):
+    """Sparse vectors of texts."""
+
+    matrix: sparse.csr_matrix  # float32, (texts, vocabulary)
+    cut: Cut  # how many texts are longer than what the model reads
 
 
 def encode(
@@ -40,6 +46,7 @@ def encode(
     *,
     ids: Sequence[str] | None = None,
     top_k: int | None = None,
+    batch_tokens: int | None = None,
     cache: Path | None = None,
     progress: bool = False,
     what: str | None = None,
@@ -47,9 +54,9 @@ def encode(
 ) -> sparse.csr_matrix:
     """Sparse vectors of texts, in their order: float32, (texts, vocabulary).
 
-    Texts of similar length go through the model together, as many as fit into a batch of tokens. Only the result and one batch are
-    in memory, never a dense matrix of all texts. Lone surrogates, which JSON can hold and tokenizers reject, are encoded as U+FFFD.
-    Several threads may share one encoder.
+    Texts of similar length go through the model together, as many as fit into a batch of tokens. Only the result and a few batches
+    are in memory, never a dense matrix of all texts. Lone surrogates, which JSON can hold and tokenizers reject, are encoded as
+    U+FFFD. Several threads may share one encoder.
 
     Args:
         encoder: any sparse encoder; ``for_inference`` makes one for another runtime or precision.
@@ -57,6 +64,7 @@ def encode(
         role: the texts are queries or documents.
         ids: ids of the texts, to name one in an error; None numbers them from 1.
         top_k: keep only this many of the largest weights per text: an approximation.
+        batch_tokens: tokens per batch, padding included; by default 1,024 on a CPU, and up to 65,536 on a GPU with enough memory.
         cache: a folder where the vectors of these texts by this model are stored, in parts of 1,024 texts; stored ones are not
             encoded again.
         progress: show progress.
@@ -65,38 +73,127 @@ def encode(
 
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
-        OptionError: the arguments are no encoder, no list of texts, or no role.
+        OptionError: the arguments are no encoder, no list of texts, no role, or no number of tokens.
     """
+    options = {"ids": ids, "batch_tokens": batch_tokens, "cache": cache, "progress": progress, "what": what, "shown": shown}
+    matrix = _encode(encoder, texts, role, False, **options).matrix
+    return matrix if top_k is None else prune(matrix, top_k)
+
+
+def encode_counted(encoder: SparseEncoder, texts: Sequence[str], role: Role, **options: Any) -> Encoded:
+    """``encode`` without ``top_k``, and ``count_truncated`` for the same texts, which are tokenized only once."""
+    return _encode(encoder, texts, role, True, **options)
+
+
+def _encode(
+    encoder: SparseEncoder,
+    texts: Sequence[str],
+    role: Role,
+    is_counted: bool,
+    *,
+    ids: Sequence[str] | None = None,
+    batch_tokens: int | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+    what: str | None = None,
+    shown: Any = None,
+) -> Encoded:
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     texts = require_texts(texts)
     if role not in get_args(Role):
         raise OptionError(f"`role` is {role!r}; give {' or '.join(map(repr, get_args(Role)))}")
+    size = _CHUNK if cache is None else _SHARD
+
+    def name(start: int, position: int) -> str:
+        return f"text {start + position + 1}" if ids is None else repr(ids[start + position][:80])
+
+    def part(start: int) -> Part:
+        file = None if cache is None else cache / f"{start:012}.npz"
+        return Part(file, texts[start : start + size], partial(name, start), None if file is None else read_rows(file))
+
+    blocks, cut = [], 0
+    with bar_within(shown, what or f"encoding {role} texts", "text", len(texts), progress) as shown:
+        parts = map(part, range(0, len(texts), size))
+        encoded = encode_parts(encoder, parts, role, batch_tokens=batch_tokens, shown=shown)
+        for (file, given, _, known), matrix, longer in encoded:
+            if known is not None:
+                shown.update(len(given))
+            elif file is not None:
+                write_rows(file, matrix)
+            blocks.append(matrix)
+            if is_counted:
+                cut += count_truncated(encoder, given, role).texts if longer is None else longer
     width = encoder.get_embedding_dimension() or 0
+    if not blocks:
+        whole = sparse.csr_matrix((0, width), dtype=np.float32)
+    else:
+        whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
+    return Encoded(whole, limits_of(encoder, role)._replace(texts=cut))
+
+
+class Part(NamedTuple):
+    """Texts that are encoded together."""
+
+    tag: Any  # the caller's
+    texts: Sequence[str]
+    name: Callable[[int], str]  # of the text at a position, for an error
+    known: sparse.csr_matrix | None = None  # their vectors, if there are any
+
+
+def encode_parts(
+    encoder: SparseEncoder, parts: Iterable[Part], role: Role, *, batch_tokens: int | None = None, shown: Any = None
+) -> Iterator[tuple[Part, sparse.csr_matrix, int | None]]:
+    """Encode part by part; a part's texts are tokenized while the model works on the part before.
+
+    Args:
+        parts: one more is read than is yielded.
+        shown: a ``bar`` to update with the texts that are encoded.
+
+    Yields:
+        Each part in its order, its vectors, and how many of its texts are longer than what the model reads; None if that was not
+        counted, because the vectors are known or the encoder has its own tokenization.
+
+    Raises:
+        ModelError: the model gives a vector with NaN or infinity.
+    """
+    budget = batch_budget(encoder, batch_tokens)
     if runtime_of(encoder) == "torch":  # other runtimes have no dropout
         encoder.eval()
+    texts = TextReader(encoder, role)
 
-    def encode_part(start: int, part: Sequence[str]) -> sparse.csr_matrix:
-        part = [replace_surrogates(text) for text in part]
-        order, rows = [], []
-        batches = list(_batches(_lengths(encoder, part, role), max(1, _WEIGHTS_PER_BATCH // max(1, width))))
-        for batch, features in zip(batches, _tokenized(encoder, part, role, batches), strict=True):
-            vectors = _vectors(encoder, features, role)
-            finite = vectors.isfinite().all(dim=1)
-            if not finite.all():
-                bad = start + int(batch[int((~finite).nonzero()[0])])
-                name = f"text {bad + 1}" if ids is None else repr(ids[bad][:80])
-                raise ModelError(f"the model gives NaN or infinity for {role} {name}; its training diverged")
-            rows.append(_csr(vectors))
-            order += list(batch)
+    def read(part: Part) -> Tokens | None:
+        return None if part.known is not None else texts.read([replace_surrogates(text) for text in part.texts])
+
+    done: list[Rows] = []
+    order: list[int] = []
+    for (part, tokens, batch), rows in sparse_rows(_launched(encoder, ahead(parts, read), role, budget)):
+        if rows is None:
+            assert part.known is not None
+            yield part, part.known, None
+            continue
+        if not rows.finite.all():
+            name = part.name(int(batch[int(rows.finite.argmin())]))
+            raise ModelError(f"the model gives NaN or infinity for {role} {name}; its training diverged")
+        done.append(rows)
+        order += batch.tolist()
+        if shown is not None:
             shown.update(len(batch))
-        return rows[0] if len(part) == 1 else sparse.vstack(rows, format="csr")[np.argsort(order)]
+        if len(order) == len(part.texts):
+            yield part, _in_order([rows.matrix for rows in done], order), tokens.cut
+            done, order = [], []
 
-    with bar_within(shown, what or f"encoding {role} texts", "text", len(texts), progress) as shown:
-        blocks = list(encode_in_parts(texts, _CHUNK if cache is None else _SHARD, encode_part, cache, ".npz", shown))
-    if not blocks:
-        return sparse.csr_matrix((0, width), dtype=np.float32)
-    whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
-    return whole if top_k is None else prune(whole, top_k)
+
+def ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterator[tuple[Item, Prepared]]:
+    """Items with what is prepared for them; a thread prepares the next one while the caller works on this one."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="preparing") as thread:
+        for item in iterator:
+            prepared = prepare(item)  # the first one: nothing else can be done meanwhile
+            for following in iterator:
+                waiting = thread.submit(prepare, following)
+                yield item, prepared
+                item, prepared = following, waiting.result()
+            yield item, prepared
 
 
 def require_texts(texts: Iterable[str]) -> list[str]:
@@ -118,83 +215,24 @@ def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], starts), shape=matrix.shape)
 
 
-def count_truncated(encoder: SparseEncoder | SentenceTransformer, texts: Sequence[str], role: Role) -> Cut:
-    """Count the texts that are longer than what the model reads of them. Tokenizing takes a hundredth of the time of encoding."""
-    module: Any = reader(encoder, role)
-    if module is None:
-        return Cut(0)
-    if is_transformer := isinstance(module, Transformer):
-        limit, maximum = module.max_seq_length, usable_positions(module.model)
-    else:  # a static embedding reads up to the limit of its tokenizer; its own max_seq_length may be outdated
-        limit = maximum = module.tokenizer.model_max_length
-    if limit is None or limit >= LARGE_INTEGER:
-        return Cut(0)
-    options = {"add_special_tokens": is_transformer, "verbose": False, "return_attention_mask": False}
-    prompt, count = _prompt(encoder, role) or "", 0
-    for start in range(0, len(texts), _CHUNK):
-        chunk = [prompt + replace_surrogates(text) for text in texts[start : start + _CHUNK]]
-        with _TOKENIZING:
-            count += sum(len(ids) > limit for ids in module.tokenizer(chunk, **options)["input_ids"])
-    return Cut(count, limit, maximum)
+def _launched(
+    encoder: SparseEncoder, parts: Iterable[tuple[Part, Tokens | None]], role: Role, budget: Budget
+) -> Iterator[tuple[tuple[Part, Any, Any], Tensor | None]]:
+    """Each part's tokens and the positions of its batches, with the dense vectors of the batch; None for vectors that are known."""
+    for part, tokens in parts:
+        if tokens is None:
+            yield (part, None, None), None
+            continue
+        for batch, features in ahead(make_batches(tokens.lengths, budget), partial(_inputs, tokens, encoder.device)):
+            yield (part, tokens, batch), _vectors(encoder, features, role)
 
 
-# --------------------------------------------------------------------------------- batches
+def _inputs(tokens: Tokens, device: torch.device, batch: np.ndarray) -> dict[str, Any]:
+    return to_device(tokens.batch(batch), device)
 
 
-def _prompt(encoder: SparseEncoder | SentenceTransformer, role: Role) -> str | None:
-    """The prompt that the encoder adds for a role, chosen as ``encode_query`` and ``encode_document`` do."""
-    prompts = encoder.prompts or {}
-    names = ("query",) if role == "query" else ("document", "passage", "corpus")
-    named = next((name for name in names if name in prompts), encoder.default_prompt_name)
-    return None if named is None else prompts.get(named)
-
-
-def _preprocess(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> dict[str, Any]:
-    """The model's inputs for texts, with the prompt of their role."""
-    with _TOKENIZING:
-        return encoder.preprocess(list(texts), prompt=_prompt(encoder, role), task=role)
-
-
-def _lengths(encoder: SparseEncoder, texts: list[str], role: Role) -> np.ndarray:
-    """Number of tokens that the model reads of each text; 1 for a single text, or if the model does not read tokens in order."""
-    if len(texts) == 1:
-        return np.ones(1, np.int64)
-    mask = _preprocess(encoder, texts, role).get("attention_mask")
-    return np.ones(len(texts), np.int64) if mask is None else mask.sum(dim=1).cpu().numpy()
-
-
-def _batches(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Positions of the texts in each batch of at most ``most`` texts, the longest texts first."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, min(most, _TOKENS_PER_BATCH // max(1, int(lengths[order[start]]))))
-        yield order[start : start + size]
-        start += size
-
-
-def _tokenized(encoder: SparseEncoder, texts: Sequence[str], role: Role, batches: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
-    """The inputs of each batch on the encoder's device; a thread prepares the next batch while the model works on this one."""
-    device = encoder.device
-
-    def prepare(batch: np.ndarray) -> dict[str, Any]:
-        features = _preprocess(encoder, [texts[i] for i in batch], role)
-        if device.type != "cuda":
-            return batch_to_device(features, device)
-        tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
-        # A copy from pinned memory does not wait for the model.
-        return features | {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-
-    if len(batches) == 1:
-        yield prepare(batches[0])
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as thread:
-        following = thread.submit(prepare, batches[0])
-        for batch in batches[1:]:
-            features = following.result()
-            following = thread.submit(prepare, batch)
-            yield features
-        yield following.result()
+def _in_order(matrices: list[sparse.csr_matrix], order: list[int]) -> sparse.csr_matrix:
+    return matrices[0] if len(order) == 1 else sparse.vstack(matrices, format="csr")[np.argsort(order)]
 
 
 @torch.inference_mode()
@@ -203,13 +241,6 @@ def _vectors(encoder: SparseEncoder, features: dict[str, Any], role: Role) -> Te
     options = {} if most is None else {"max_active_dims": most}
     vectors: Tensor = encoder(features, task=role, **options)["sentence_embedding"]
     return vectors if most is None else select_max_active_dims(vectors, max_active_dims=most)
-
-
-def _csr(vectors: Tensor) -> sparse.csr_matrix:
-    row, term = vectors.nonzero(as_tuple=True)
-    starts = torch.searchsorted(row, torch.arange(len(vectors) + 1, device=row.device))
-    parts = (vectors[row, term].float(), term.int(), starts)
-    return sparse.csr_matrix(tuple(part.cpu().numpy() for part in parts), shape=vectors.shape)
 
 
 class ModelQueries:
@@ -227,7 +258,7 @@ class ModelQueries:
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         read: Any = self.encoder.tokenizer
-        with _TOKENIZING:
+        with TOKENIZING:
             found = read(replace_surrogates(text), return_offsets_mapping=True, truncation=True, add_special_tokens=special_tokens)
         return [(token, *span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 

@@ -23,3 +23,11 @@ def native_bfloat16(device: str) -> bool:
 def _cpu_has(*names: str) -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.5 lacks it
     return any(capabilities.get(name) for name in names)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on a GPU; None for other devices."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -52,3 +52,11 @@ def checked_option(name: str, value: Any, kind: Any) -> Any:
     named = [wanted[one] for one in kinds if one in wanted] + [repr(choice) for choice in choices]
     shown = " ".join(repr(value).split())[:80]
     raise OptionError(f"{name} is {shown}: it must be {' or '.join(named) or 'a list of texts'}")
+
+
+def checked_batch_tokens(value: Any) -> int | None:
+    """``batch_tokens`` as an int, or None; raises OptionError unless it is a whole number of at least 1."""
+    checked: int | None = checked_option("batch_tokens", value, int | None)
+    if checked is not None and checked < 1:
+        raise OptionError(f"`batch_tokens` is {checked}: it is at least 1")
+    return checked

@@ -34,7 +34,7 @@ def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any)
 
     Args:
         options: the precision may be "auto".
-        encoding: ``workers``, ``ray`` and ``progress`` of ``encode_documents``.
+        encoding: ``workers``, ``batch_tokens``, ``ray`` and ``progress`` of ``encode_documents``.
     """
     wanted = describe_model(options.model, output) | {
         **(_describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),

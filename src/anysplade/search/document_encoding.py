@@ -27,15 +27,16 @@ from anysplade._common.extras import extra
 from anysplade._common.files import write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import bar, begin
-from anysplade._common.workers import devices_of_workers, take_device
+from anysplade._common.workers import count_gpus, devices_of_workers, take_device
 from anysplade.data.corpus import Document
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import count_truncated, encode
+from anysplade.model.encoding import Part, encode_parts, prune
 from anysplade.model.modules import cut_within
-from anysplade.model.options import Precision, Runtime, checked_option
+from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference
+from anysplade.model.tokenizing import count_truncated, limits_of
 from anysplade.search.documents import EncodedDocument
 
 PART = 1024  # documents that are encoded together, and written to an index in one transaction
@@ -82,7 +83,8 @@ def encode_documents(
     documents: Iterable[tuple[str, Document]],
     options: Options,
     *,
-    workers: int = 1,
+    workers: int | None = None,
+    batch_tokens: int | None = None,
     ray: bool = False,
     encoder: Callable[[], SparseEncoder] | None = None,
     shards: Path | None = None,
@@ -94,9 +96,11 @@ def encode_documents(
     were cut is logged.
 
     Args:
-        workers: number of processes, each with the model; up to ``2 * workers`` parts, or 16, are in memory.
-        ray: encode on a Ray cluster instead (``pip install "anysplade[ray]"``), with ``workers`` actors; all documents are in
-            memory.
+        workers: number of processes, each with the model; up to ``2 * workers`` parts, or 16, are in memory. None for one per GPU
+            if there are several and more than 16,000 documents, otherwise 1.
+        batch_tokens: tokens per batch; see ``encode``.
+        ray: encode on a Ray cluster instead (``pip install "anysplade[ray]"``), with ``workers`` actors, by default one per GPU;
+            all documents are in memory.
         encoder: opens the encoder of a single process; ``options.open`` if None.
         shards: a folder that keeps the vectors of each part in a file, so that an interrupted call does not encode the part
             again unless its documents changed.
@@ -106,11 +110,14 @@ def encode_documents(
         ModelError: the model cannot be opened, or gives NaN or infinity.
         AnyspladeError: a worker died.
     """
-    check_encoding(options.top_k, options.max_length, workers)
+    _, _, workers = check_encoding(options.top_k, options.max_length, workers)
+    batch_tokens = checked_batch_tokens(batch_tokens)
     parts = _parts(documents)
     first = list(islice(parts, _COUNTED))
     count = sum(len(part.ids) for part in first)
     total = count if count < _COUNTED * PART else None  # of a large corpus, it is known at its end
+    if workers is None and not ray:
+        workers = count_gpus() if total is None else 1
     if total is None:
         begin("encoding documents", progress)
     numbered = enumerate(chain(first, parts))
@@ -118,14 +125,16 @@ def encode_documents(
     cut, count = Cut(0), 0
     with bar("encoding documents", "document", total, progress) as shown:
         if ray:
-            run = _on_ray(jobs, options, workers)
+            run = _on_ray(jobs, options, workers, batch_tokens)
+        elif workers != 1:
+            run = _in_processes(jobs, options, workers, batch_tokens)
         else:
-            run = _in_processes(jobs, options, workers) if workers > 1 else _here(jobs, options, encoder or options.open, shown)
+            run = _here(jobs, encoder or options.open, options.top_k, batch_tokens, shown)
         for number, (part, rows, is_new) in enumerate(run):
             if shards is not None and is_new:
                 write_atomic(shards / f"{number:06}.npz", _to_bytes(rows, part))
             cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
-            shown.update(len(part.ids) if ray or workers > 1 or not is_new else 0)  # else updated within the part
+            shown.update(len(part.ids) if ray or workers != 1 or not is_new else 0)  # else updated within the part
             spans = [slice(*rows.matrix.indptr[i : i + 2]) for i in range(len(part.ids))]
             yield [
                 EncodedDocument(id_, document, rows.matrix.indices[span], rows.matrix.data[span])
@@ -134,7 +143,7 @@ def encode_documents(
     log_cut(cut, count, "documents")
 
 
-def check_encoding(top_k: Any, max_length: Any, workers: Any) -> tuple[int | None, int | None, int]:
+def check_encoding(top_k: Any, max_length: Any, workers: Any) -> tuple[int | None, int | None, int | None]:
     """The options of encoding as ints.
 
     Raises:
@@ -143,7 +152,7 @@ def check_encoding(top_k: Any, max_length: Any, workers: Any) -> tuple[int | Non
     checked = {
         "top_k": checked_option("top_k", top_k, int | None),
         "max_length": checked_option("max_length", max_length, int | None),
-        "workers": checked_option("workers", workers, int),
+        "workers": checked_option("workers", workers, int | None),
     }
     for name, value in checked.items():
         if value is not None and value < 1:
@@ -157,9 +166,22 @@ def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
         yield _Part([id_ for id_, _ in chunk], [document for _, document in chunk])
 
 
-def _encode(encoder: SparseEncoder, part: _Part, top_k: int | None, shown: Any = None) -> _Rows:
-    matrix = encode(encoder, part.texts, "document", ids=part.ids, top_k=top_k, shown=shown)
-    return _Rows(matrix, count_truncated(encoder, part.texts, "document"))
+def _as_given(part: _Part, rows: _Rows | None = None) -> Part:
+    """A part for ``encode_parts``."""
+    return Part((part, rows), part.texts, lambda i: repr(part.ids[i][:80]), None if rows is None else rows.matrix)
+
+
+def _rows(encoder: SparseEncoder, part: _Part, matrix: sparse.csr_matrix, longer: int | None, top_k: int | None) -> _Rows:
+    if longer is None:
+        cut = count_truncated(encoder, part.texts, "document")
+    else:
+        cut = limits_of(encoder, "document")._replace(texts=longer)
+    return _Rows(matrix if top_k is None else prune(matrix, top_k), cut)
+
+
+def _encode(encoder: SparseEncoder, part: _Part, top_k: int | None, batch_tokens: int | None) -> _Rows:
+    ((_, matrix, longer),) = encode_parts(encoder, [_as_given(part)], "document", batch_tokens=batch_tokens)
+    return _rows(encoder, part, matrix, longer, top_k)
 
 
 # ------------------------------------------------------------------------------ where parts are encoded
@@ -168,13 +190,21 @@ _Jobs = Iterator[tuple[_Part, _Rows | None]]  # parts, and their vectors if an e
 _Run = Iterator[tuple[_Part, _Rows, bool]]  # the parts in the same order, and whether the vectors are new
 
 
-def _here(jobs: _Jobs, options: Options, open_: Callable[[], SparseEncoder], shown: Any) -> _Run:
-    opened = cache(open_)
-    for part, rows in jobs:
-        yield part, rows or _encode(opened(), part, options.top_k, shown), rows is None
+def _here(jobs: _Jobs, open_: Callable[[], SparseEncoder], top_k: int | None, batch_tokens: int | None, shown: Any) -> _Run:
+    for first, rows in jobs:
+        if rows is None:
+            break
+        yield first, rows, False
+    else:
+        return
+    encoder = open_()
+    parts = (_as_given(part, rows) for part, rows in chain([(first, rows)], jobs))
+    for given, matrix, longer in encode_parts(encoder, parts, "document", batch_tokens=batch_tokens, shown=shown):
+        part, rows = given.tag
+        yield part, rows or _rows(encoder, part, matrix, longer, top_k), rows is None
 
 
-def _in_processes(jobs: _Jobs, options: Options, workers: int) -> _Run:
+def _in_processes(jobs: _Jobs, options: Options, workers: int, batch_tokens: int | None) -> _Run:
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use torch's threads
     waiting: deque[tuple[_Part, Future[_Rows] | _Rows]] = deque()
@@ -186,7 +216,7 @@ def _in_processes(jobs: _Jobs, options: Options, workers: int) -> _Run:
     with ProcessPoolExecutor(workers, context, _start_worker, (devices_of_workers(context, workers), threads)) as pool:
         try:
             for part, rows in jobs:
-                waiting.append((part, rows or pool.submit(_work, part, options)))
+                waiting.append((part, rows or pool.submit(_work, part, options, batch_tokens)))
                 while len(waiting) > _AHEAD * workers:
                     yield oldest()
             while waiting:
@@ -206,11 +236,11 @@ def _start_worker(devices: Any, threads: int) -> None:
 _opened = cache(Options.open)  # the encoder of a worker process; not opened in _start_worker, whose errors the pool hides
 
 
-def _work(part: _Part, options: Options) -> _Rows:
-    return _encode(_opened(options), part, options.top_k)
+def _work(part: _Part, options: Options, batch_tokens: int | None) -> _Rows:
+    return _encode(_opened(options), part, options.top_k, batch_tokens)
 
 
-def _on_ray(jobs: _Jobs, options: Options, workers: int) -> _Run:
+def _on_ray(jobs: _Jobs, options: Options, workers: int | None, batch_tokens: int | None) -> _Run:
     with extra("ray"):
         import ray.data
     ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -220,11 +250,13 @@ def _on_ray(jobs: _Jobs, options: Options, workers: int) -> _Run:
     if missing:
         if not ray.is_initialized():
             ray.init()
-        cores, gpus = _share([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        workers = workers or max(1, int(sum(node.get("GPU", 0) for node in nodes)))
+        cores, gpus = _share(nodes, workers)
         actor: Any = _RayActor
         dataset = ray.data.from_items(missing, override_num_blocks=len(missing))
         asked = {"concurrency": workers, "num_cpus": cores} | ({"num_gpus": gpus} if gpus else {})
-        encoded = iter(dataset.map(actor, fn_constructor_args=(options, cores), **asked).iter_rows())
+        encoded = iter(dataset.map(actor, fn_constructor_args=(options, cores, batch_tokens), **asked).iter_rows())
     for part, rows in found:
         if rows is not None:
             yield part, rows, False
@@ -251,14 +283,14 @@ def _share(nodes: Sequence[Mapping[str, float]], workers: int) -> tuple[int, flo
 
 
 class _RayActor:
-    def __init__(self, options: Options, threads: int) -> None:
+    def __init__(self, options: Options, threads: int, batch_tokens: int | None) -> None:
         torch.set_num_threads(threads)
-        self.encoder, self.top_k = options.open(), options.top_k
+        self.encoder, self.options = options.open(), (options.top_k, batch_tokens)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         ids, documents = json.loads(row["part"])
         part = _Part(ids, [Document(*document) for document in documents])
-        return {"shard": _to_bytes(_encode(self.encoder, part, self.top_k), part)}
+        return {"shard": _to_bytes(_encode(self.encoder, part, *self.options), part)}
 
 
 # ---------------------------------------------------------------------------------------- shards

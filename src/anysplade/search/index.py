@@ -16,7 +16,7 @@ from anysplade._common.files import user_path, write_atomic
 from anysplade.data.corpus import Document
 from anysplade.data.names import held
 from anysplade.errors import DataError
-from anysplade.model.options import Precision, Runtime
+from anysplade.model.options import Precision, Runtime, checked_batch_tokens
 from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, check_documents
@@ -62,7 +62,8 @@ class Index:
         precision: Precision = "float32",
         top_k: int | None = None,
         max_length: int | None = None,
-        workers: int = 1,
+        workers: int | None = None,
+        batch_tokens: int | None = None,
         ray: bool = False,
         progress: bool = False,
     ) -> "Index":
@@ -82,7 +83,9 @@ class Index:
             top_k: keep only the ``top_k`` largest weights of each document: an approximation, and recorded.
             max_length: tokens that are read of a document or query; see ``open_encoder``. The number of documents that are cut
                 is logged.
-            workers: number of processes that encode, each with the model.
+            workers: number of processes that encode, each with the model; None for one per GPU if there are several and many
+                documents, otherwise 1.
+            batch_tokens: tokens per batch; see ``encode``.
             ray: encode on a Ray cluster with ``workers`` actors instead.
 
         Raises:
@@ -97,7 +100,9 @@ class Index:
             corpus = check_documents(corpus)
         top_k, max_length, workers = check_encoding(top_k, max_length, workers)
         options = Options(resolve_model(model), precision, top_k, max_length, runtime)
-        return build_index(corpus, user_path(output), options, workers=workers, ray=ray, progress=progress)
+        encoding: dict[str, Any] = {"workers": workers, "batch_tokens": checked_batch_tokens(batch_tokens)}
+        encoding |= {"ray": ray, "progress": progress}
+        return build_index(corpus, user_path(output), options, **encoding)
 
     @classmethod
     def load(

@@ -66,15 +66,16 @@ class RemoteIndex:
         precision: Precision = "float32",
         top_k: int | None = None,
         max_length: int | None = None,
-        workers: int = 1,
+        workers: int | None = None,
+        batch_tokens: int | None = None,
         ray: bool = False,
         progress: bool = False,
     ) -> "RemoteIndex":
         """Encode a corpus into shards under ``work`` and send it. After an interruption, the same call continues.
 
         Documents that the server already has are not sent again. Documents that are not in the corpus stay on the server, and
-        their number is logged as a warning. ``runtime``, ``precision``, ``top_k``, ``max_length``, ``workers`` and ``ray`` are
-        as in ``Index.build``.
+        their number is logged as a warning. ``runtime``, ``precision``, ``top_k``, ``max_length``, ``workers``,
+        ``batch_tokens`` and ``ray`` are as in ``Index.build``.
 
         Args:
             model: a sparse encoder's folder or hub id.
@@ -112,6 +113,7 @@ class RemoteIndex:
             iter_corpus(corpus, progress=progress),
             Options(source, used, top_k, max_length, runtime),
             workers=workers,
+            batch_tokens=batch_tokens,
             ray=ray,
             encoder=lambda: index._model.documents,
             shards=user_path(work) / "shards" / key,

@@ -10,11 +10,12 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade.data.collections import Pair
-from anysplade.model.encoding import count_truncated, encode
+from anysplade.model.encoding import encode
 from anysplade.model.head import find_head
 from anysplade.model.modules import has_static_queries, masked_lm, set_lengths, splade_modules
 from anysplade.model.options import Role
 from anysplade.model.probe import PROBE_QUERIES
+from anysplade.model.tokenizing import count_truncated
 from anysplade.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)

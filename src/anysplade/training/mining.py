@@ -72,6 +72,7 @@ def mine(
     margin: float = 0.05,
     max_length: int | None = None,
     precision: str = "float32",
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> Mined:
     """Find hard negatives: documents that retrievers rank high and that are not relevant to the query.
@@ -92,6 +93,7 @@ def mine(
         margin: share of the positive's score, in [0, 1).
         max_length: tokens after which models truncate a text; if None, each model's own limit.
         precision: of the models' matrix products, float32 or bfloat16.
+        batch_tokens: tokens per batch of a sparse encoder; see ``encode``.
         progress: show progress bars.
 
     Raises:
@@ -123,7 +125,9 @@ def mine(
     options = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
     given = {"teacher": teacher, "max_length": max_length, "precision": None if precision == "float32" else precision}
     options |= {name: value for name, value in given.items() if value is not None}
-    opened = functools.partial(open_teacher, max_length=max_length, precision=precision)
+    opened = functools.partial(
+        open_teacher, max_length=max_length, precision=precision, batch_tokens=checked_batch_tokens(batch_tokens)
+    )
     output = user_path(output)
 
     # Models are opened when they are first needed; a finished output needs none.
@@ -182,6 +186,7 @@ def score(
     texts: str | None = None,
     max_length: int | None = 512,
     batch_size: int = 32,
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> Mined:
     """Score each example's positive and negatives with a teacher.
@@ -193,6 +198,7 @@ def score(
         texts: source of the texts, if the data have ids.
         max_length: tokens after which a query with a document is truncated.
         batch_size: texts, or pairs of texts, per forward pass of the teacher.
+        batch_tokens: tokens per batch of a sparse encoder, which ignores ``batch_size``; see ``encode``.
         progress: show progress bars.
 
     Raises:
@@ -206,7 +212,8 @@ def score(
     documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
     options = {"data": data, "teacher": teacher, "max_length": max_length}
     output = user_path(output)
-    judge = functools.cache(lambda: _judge(teacher, documents, max_length, batch_size, _parts_of(output) / "teacher"))
+    opened = {"max_length": max_length, "batch_size": batch_size, "batch_tokens": checked_batch_tokens(batch_tokens)}
+    judge = functools.cache(lambda: _judge(teacher, documents, opened, _parts_of(output) / "teacher"))
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
         read = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
@@ -292,9 +299,9 @@ def _nearest(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Fou
     return result
 
 
-def _judge(teacher: str, documents: list[str], max_length: int | None, batch_size: int, fallback: Path) -> Judge:
+def _judge(teacher: str, documents: list[str], opened: dict[str, Any], fallback: Path) -> Judge:
     if teacher != "bm25":
-        return open_vector_cache(open_teacher(teacher, max_length=max_length, batch_size=batch_size), fallback).scores
+        return open_vector_cache(open_teacher(teacher, **opened), fallback).scores
     from anysplade.search.bm25 import BM25
 
     bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}

@@ -28,7 +28,7 @@ from anysplade.model.dense import cut_reading, encode_dense, in_batches, open_de
 from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.modules import cut_within
-from anysplade.model.options import Role
+from anysplade.model.options import Role, checked_batch_tokens
 from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json, saved_kind
 
 Kind = Literal["dense", "sparse", "cross-encoder"]
@@ -46,6 +46,7 @@ class Teacher:
     precision: str  # of the matrix products: float32 or bfloat16
     batch_size: int  # texts, or pairs of texts, per forward pass
     key: str  # SHA-256 of everything that the scores depend on
+    batch_tokens: int | None = None  # tokens per forward pass of a sparse encoder; see ``encode``
 
     @property
     def temperature(self) -> float:
@@ -65,7 +66,9 @@ class Teacher:
             ModelError: a vector has NaN, infinity or a number too large for float16.
         """
         if self.kind == "sparse":
-            rows: sparse.csr_matrix = encode(self.model, texts, role, progress=progress, shown=shown)
+            rows: sparse.csr_matrix = encode(
+                self.model, texts, role, batch_tokens=self.batch_tokens, progress=progress, shown=shown
+            )
             if self.cosine:
                 norms = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
                 rows = sparse.diags_array(1 / np.maximum(norms, 1e-12)).tocsr() @ rows
@@ -125,10 +128,18 @@ def teacher_kind(source: str) -> Kind:
     )
 
 
-def open_teacher(name: str, *, max_length: int | None = None, precision: str = "float32", batch_size: int = 32) -> Teacher:
+def open_teacher(
+    name: str,
+    *,
+    max_length: int | None = None,
+    precision: str = "float32",
+    batch_size: int = 32,
+    batch_tokens: int | None = None,
+) -> Teacher:
     """Load a teacher from a folder or the hub.
 
-    Texts are truncated to ``max_length`` tokens, or the model's own limit if it is lower; ``batch_size`` is per forward pass.
+    Texts are truncated to ``max_length`` tokens, or the model's own limit if it is lower; ``batch_size`` is per forward pass,
+    ``batch_tokens`` per forward pass of a sparse encoder.
 
     Raises:
         ModelError: the model is not found, cannot teach, or has scores that are not dot products.
@@ -142,7 +153,8 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
         model = open_sparse(source, max_length) if kind == "sparse" else open_dense(source, max_length)
     cosine = kind != "cross-encoder" and model.similarity_fn_name == "cosine"
     decisive = [fingerprint(source) or source, kind, max_length, precision, cosine]
-    return Teacher(name, kind, model, cosine, precision, batch_size, hashlib.sha256(json.dumps(decisive).encode()).hexdigest())
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+    return Teacher(name, kind, model, cosine, precision, batch_size, key, checked_batch_tokens(batch_tokens))
 
 
 def _open_cross_encoder(source: str, max_length: int | None) -> CrossEncoder:
