@@ -224,6 +224,7 @@ def mine(
     negatives: int = 8,
     depth: int = 100,
     margin: float = 0.05,
+    batch_tokens: int | None = None,
 ) -> Result:
     """Find hard negatives for training examples; after an interruption, the same command continues.
 
@@ -238,6 +239,7 @@ def mine(
         negatives: negatives per example.
         depth: length of the ranking to take them from.
         margin: a document that scores above (1 - margin) times the positive is likely an answer too, and left out.
+        batch_tokens: tokens that go through a sparse encoder together; see index.
     """
     from anysplade.training import mining
 
@@ -251,6 +253,7 @@ def mine(
         negatives=negatives,
         depth=depth,
         margin=margin,
+        batch_tokens=batch_tokens,
         progress=is_first_process(),
     )
     line = f"{counted(mined.examples, 'example')} with {counted(negatives, 'negative')} each, in {out}"
@@ -258,7 +261,16 @@ def mine(
 
 
 @command
-def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512) -> Result:
+def score(
+    data: str,
+    /,
+    *,
+    teacher: str,
+    out: Out,
+    texts: str | None = None,
+    max_length: int = 512,
+    batch_tokens: int | None = None,
+) -> Result:
     """Score examples and their negatives with a teacher, for distillation; after an interruption, the same command continues.
 
     Args:
@@ -267,8 +279,10 @@ def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max
         out: the JSONL file to write.
         texts: a collection with the texts of ids in the data.
         max_length: tokens to cut a query with a document to.
+        batch_tokens: tokens that go through a sparse encoder together; see index.
     """
     from anysplade.training import mining
 
-    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=is_first_process())
+    options: dict[str, Any] = {"teacher": teacher, "texts": texts, "max_length": max_length, "batch_tokens": batch_tokens}
+    scored = mining.score(data, out, **options, progress=is_first_process())
     return Result(scored.to_dict() | {"out": str(out)}, [f"{counted(scored.examples, 'example')} scored by {teacher}, in {out}"])

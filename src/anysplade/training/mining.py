@@ -31,7 +31,7 @@ from anysplade.data.corpus import read_corpus
 from anysplade.data.names import is_built_in
 from anysplade.data.pairs import load_pairs
 from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
-from anysplade.model.options import Role, checked_option
+from anysplade.model.options import Role, checked_batch_tokens, checked_option
 from anysplade.search.exact import Postings
 from anysplade.training.teacher_cache import VectorCache, open_vector_cache
 from anysplade.training.teachers import Rows, Teacher, open_teacher
