@@ -51,10 +51,12 @@ def splade_pool(
     if keep:
         drop_screen(weight)  # the weight is about to change
     elif pooling == "max" and device == "cpu" and torch.float64 not in (hidden.dtype, weight.dtype) and native_int8():
+        is_half = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False):
-            screened = screened_max(hidden, weight, bias, mask, double_log, live)
+            in_bfloat16 = is_half or hidden.dtype == torch.bfloat16
+            screened = screened_max(hidden, weight, bias, mask, double_log, live, in_bfloat16)
         if screened is not None:
-            return screened if torch.is_autocast_enabled(device) else screened.to(hidden.dtype)
+            return screened if is_half else screened.to(hidden.dtype)
     return _apply(_SumPool if pooling == "sum" else _MaxPool, hidden, weight, bias, mask, 2 if double_log else 1, keep, live)
 
 

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _INT8_GROUP = 128  # inputs of a product that share a scale: the fastest on AVX-512, from 32 to the whole width
+_FEW_TOKENS = 256  # of a batch, up to which converting the decoder's weights takes longer than it saves
 _TOLERANCE = 1e-4  # relative to the largest hidden state: two orders of adding float32 numbers differ by less
 
 
@@ -52,7 +53,7 @@ def for_inference(
 
     float32 is exact on every runtime: vectors of two runtimes differ by the order of float additions. bfloat16 (two to three
     digits) and int8 (weights and inputs of each product in 8 bits) are approximations. On OpenVINO they apply to the masked LM up
-    to its decoder; logits and pooling stay in float32.
+    to its decoder. Its logits are computed in float32, or in bfloat16 where so many are positive that this is faster.
 
     Args:
         encoder: any sparse encoder. It is not changed, and shares its weights with the result, except for bfloat16 on torch.
@@ -139,6 +140,7 @@ def _on_openvino(encoder: SparseEncoder, precision: Precision, cache_folder: Pat
     result: Any = copy.deepcopy(encoder, shared).eval()
     result.__class__ = OpenVINOEncoder
     result.requests = _Requests(compiled)
+    result.in_bfloat16 = precision != "float32" and native_bfloat16("cpu")
     return result
 
 
@@ -151,9 +153,20 @@ class _Requests(threading.local):
 
 
 class OpenVINOEncoder(FusedEncoder):
-    """A fused encoder whose hidden states OpenVINO computes, in float32."""
+    """A fused encoder whose hidden states OpenVINO computes."""
 
     requests: _Requests
+    in_bfloat16: bool  # whether logits may be computed in bfloat16
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Pool under autocast if logits may be in bfloat16. For few tokens, converting the weights would take longer."""
+        is_half = (
+            self.in_bfloat16
+            and self._module_of(input, kwargs) is splade_modules(self)[0]
+            and input["input_ids"].numel() > _FEW_TOKENS
+        )
+        with torch.autocast("cpu", torch.bfloat16) if is_half else contextlib.nullcontext():
+            return super().forward(input, **kwargs)
 
     def _hidden_states(self, transformer: Any, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = {name: features[name].numpy() for name in self.requests.inputs}

@@ -2,6 +2,7 @@
 
 The product runs in int8 first, and only the entries that may be above zero within its error bound are computed in float32. A
 trained model has a few hundred of them per text. The weight in int8, its *screen*, is made once and kept until the weight changes.
+A sample of the terms tells whether so many entries may be above zero that computing all of them is faster.
 """
 
 import functools
@@ -13,7 +14,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from anysplade.model.tiles import count_terms, fill_padding, index_terms, tiles
 
-_MAX_SHARE = 0.2  # of the entries: if more may be above zero, screening costs more than it saves
+# Of an entry and per dimension, in units of an int8 product: with the other products it took 3.1 times as long in float32 and 1.5
+# times in bfloat16, and to compute one that may be above zero 350 times, for reading its term's weights, and 1.7 times per token.
+_FLOAT32_COST, _BFLOAT16_COST, _READ_COST, _TOKEN_COST = 3.1, 1.5, 350.0, 1.7
+_FEW_SHARE = 0.2  # of the entries that may be above zero, for few tokens, where each product takes the time of reading the weights
+_SAMPLE = slice(None, None, 32)  # of the terms
 _FEW_TOKENS = 64  # up to here, reading the weight takes most of a product's time
 _ROWS = 4096  # of the weight that are rounded at once
 _FLOAT32 = 2.0**-24  # unit roundoff: half of torch.finfo(torch.float32).eps, which is the distance from 1 to the next number
@@ -31,6 +36,7 @@ class _Screen(NamedTuple):
     lost_factor: Tensor  # (terms,): |r|, multiplies the norm of a token
     finite: bool
     packed: Tensor | None  # the rounded weight in oneDNN's own order, for few tokens; None if not available
+    sample: Tensor  # rows of the rounded weight
 
 
 _screens = WeakTensorKeyDictionary()  # of weights
@@ -43,9 +49,17 @@ def drop_screen(weight: Tensor) -> None:
 
 @torch.no_grad()
 def screened_max(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, double_log: bool, live: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    double_log: bool,
+    live: Tensor | None = None,
+    in_bfloat16: bool = False,
 ) -> Tensor | None:
     """Max pooling in float32, (batch, vocabulary); None if too many entries may be above zero, or if NaN or infinity occurs.
+
+    ``in_bfloat16`` says that None leads to products in bfloat16, which are faster than those in float32.
 
     An entry is computed in float32 unless its int8 value is below zero by more than its error bound. Let the rows of the weight be
     w = ŵ + r and the tokens h = ĥ + s, where ŵ and ĥ are multiples of whole numbers up to 127, and r and s are the rounding errors.
@@ -57,38 +71,46 @@ def screened_max(
     batch, length, width = hidden.shape
     if width == 1 or (live is not None and not len(live)):  # torch._int_mm (2.13) returns uninitialised memory
         return None
+    screen = _screen(weight, live)
     hidden = hidden.float()
     tokens, _ = fill_padding(hidden, mask)
     texts = tokens.view(batch, length, width)
     rounded, scale, norms, lost = _round(texts, (1, 2))
-    screen = _screen(weight, live)
     if not (lost.isfinite().all() and screen.finite):
         return None
     longest, lost = (norms + lost).amax(dim=1, keepdim=True), lost.amax(dim=1, keepdim=True)  # (batch, 1)
-    found_rows, found_terms = [], []
-    count = len(screen.rounded)
-    left = int(_MAX_SHARE * batch * count)
-    rounded = rounded.view(-1, width)
-    few = len(rounded) <= _FEW_TOKENS and screen.packed is not None
-    for start, end in [(0, count)] if few else tiles(count, 4 * len(rounded), hidden.device):
-        if few:
-            products = _packed_product(rounded, screen.packed, screen.scale)
-            rough = products.view(batch, length, -1).amax(dim=1) * scale.unsqueeze(1)
-        else:
-            products = torch._int_mm(rounded, screen.rounded[start:end].T)
-            rough = products.view(batch, length, -1).amax(dim=1) * screen.scale[start:end] * scale.unsqueeze(1)
-        error = screen.norm_factor[start:end] * lost + screen.lost_factor[start:end] * longest
+
+    def candidates(terms: slice, rough: Tensor) -> Tensor:
+        """Which entries may be above zero, (batch, terms), given the int8 values of these terms."""
+        error = screen.norm_factor[terms] * lost + screen.lost_factor[terms] * longest
         if bias is not None:
-            part = bias[index_terms(live, start, end)]
-            rough += part
+            part = bias[terms] if live is None else bias[live[terms]]
+            rough = rough + part
             error.add_(part.abs(), alpha=2 * _FLOAT32)  # the sum is rounded, here and in float32
-        row, term = (~(rough + error <= 0)).nonzero(as_tuple=True)  # true for NaN too, which must not be lost
-        left -= len(term)
-        if left < 0:
+        return ~(rough + error <= 0)  # true for NaN too, which must not be lost
+
+    def largest(rows: Tensor, terms: slice) -> Tensor:
+        products = torch._int_mm(rounded, rows.T)
+        return products.view(batch, length, -1).amax(dim=1) * screen.scale[terms] * scale.unsqueeze(1)
+
+    rounded, count = rounded.view(-1, width), len(screen.rounded)
+    few = len(rounded) <= _FEW_TOKENS
+    most = _FEW_SHARE if few else _worthwhile_share(length, in_bfloat16)
+    if few and screen.packed is not None:
+        products = _packed_product(rounded, screen.packed, screen.scale)
+        found = candidates(slice(0, count), products.view(batch, length, -1).amax(dim=1) * scale.unsqueeze(1))
+        row, term = found.nonzero(as_tuple=True)
+        if len(term) > most * found.numel():
             return None
-        found_rows.append(row)
-        found_terms.append(term + start)
-    row, term = torch.cat(found_rows), torch.cat(found_terms)
+    else:
+        sampled = candidates(_SAMPLE, largest(screen.sample, _SAMPLE))
+        if sampled.sum() > most * sampled.numel():
+            return None
+        parts = []
+        for start, end in tiles(count, 4 * len(rounded), hidden.device):
+            row, term = candidates(slice(start, end), largest(screen.rounded[start:end], slice(start, end))).nonzero(as_tuple=True)
+            parts.append((row, term + start))
+        row, term = (torch.cat(part) for part in zip(*parts, strict=True))
     term = term if live is None else live[term]
     result = hidden.new_zeros(batch, len(weight))
     for i in mask.bool().any(dim=1).nonzero()[:, 0].tolist():
@@ -98,6 +120,12 @@ def screened_max(
             values += bias[chosen]
         result[i, chosen] = values.relu_().log1p_()
     return result.log1p_() if double_log else result
+
+
+def _worthwhile_share(length: int, in_bfloat16: bool) -> float:
+    """The share of entries that may be above zero up to which screening is faster than all products."""
+    saved = ((_BFLOAT16_COST if in_bfloat16 else _FLOAT32_COST) - 1) * length
+    return saved / (_READ_COST + _TOKEN_COST * length)
 
 
 @torch.no_grad()
@@ -128,6 +156,7 @@ def _screen(weight: Tensor, live: Tensor | None = None) -> _Screen:
         lost_factor=lost * (1 + slack) + slack * (norm + lost),
         finite=bool(lost.isfinite().all()),
         packed=torch.ops.onednn.qlinear_prepack(rounded, None) if _packing_works() else None,
+        sample=rounded[_SAMPLE].contiguous(),
     )
     if counted:
         _screens[weight] = made
