@@ -1,15 +1,10 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
 
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
-from anysplade.model.batches import Budget, make_batches
 from anysplade.model.encoder import build_encoder
 from anysplade.model.encoding import count_truncated, encode
 from anysplade.model.modules import masked_lm
@@ -39,21 +34,6 @@ def test_rows_are_those_of_sentence_transformers_in_order(encoder, role, tokens,
     assert (rows.data > 0).all()
     expected = method(TEXTS, convert_to_sparse_tensor=False).numpy()
     np.testing.assert_allclose(rows.toarray(), expected, rtol=1e-4, atol=1e-5)
-
-
-@settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9000), max_size=60), most=st.integers(1, 20))
-def test_batches_hold_every_text_once_within_the_budget(lengths, most):
-    budget = Budget(1024, most)
-    batches = list(make_batches(np.array(lengths, np.int64), budget))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget.tokens
-        assert len(batch) <= most
-    for batch, after in pairwise(batches):
-        longest = max(lengths[i] for i in batch)
-        assert longest >= min(lengths[i] for i in batch) >= max(lengths[i] for i in after)
-        assert len(batch) == most or (len(batch) + 1) * longest > budget.tokens  # no more would have fitted
 
 
 def test_no_texts(encoder):

@@ -73,19 +73,23 @@ class TextReader:
     def _tokenize(self, texts: Sequence[str], extras: dict[str, Any]) -> "_Tokenized":
         module, tokenizer = self._module, self._module.tokenizer
         options: dict[str, Any] = {"truncation": True, "return_attention_mask": False, "verbose": False}
-        options |= {"add_special_tokens": isinstance(module, Transformer), "return_overflowing_tokens": not tokenizer.is_fast}
+        options["add_special_tokens"] = isinstance(module, Transformer)
         prompt = prompt_of(self._encoder, self._role) or ""
         parts: list[dict[str, np.ndarray]] = []
         lengths: list[int] = []
         cut = 0
         for start in range(0, len(texts), _TEXTS):
+            part = [prompt + text for text in texts[start : start + _TEXTS]]
+            found: Any
             with TOKENIZING:
-                found = tokenizer([prompt + text for text in texts[start : start + _TEXTS]], **options)
+                if tokenizer.is_fast:
+                    found = tokenizer(part, **options)
+                    cut += sum(bool(encoding.overflowing) for encoding in found.encodings)
+                else:  # one by one, since they do not return the overflow of several texts
+                    singles = [tokenizer(text, return_overflowing_tokens=True, **options) for text in part]
+                    cut += sum("num_truncated_tokens" in single for single in singles)
+                    found = {name: [single[name] for single in singles] for name in _PADDED if name in singles[0]}
             lengths += map(len, found["input_ids"])
-            if tokenizer.is_fast:
-                cut += sum(bool(encoding.overflowing) for encoding in found.encodings)
-            else:
-                cut += len(found.get("num_truncated_tokens", ()))  # only texts that were cut have one
             flat = {name: np.fromiter(chain.from_iterable(found[name]), np.int32) for name in _PADDED if name in found}
             parts.append(flat)
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
