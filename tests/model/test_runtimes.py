@@ -13,6 +13,7 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SpladePooling
 
+import anysplade.model.fused as fused
 import anysplade.model.runtimes as runtimes
 from anysplade import Index, ModelError, OptionError, evaluate, load_encoder
 from anysplade.cli import main
@@ -54,6 +55,25 @@ def test_approximations_are_near(encoder, precision, cache_folder):
     assert not np.array_equal(got, exact) or not runtimes.native_bfloat16("cpu")
     lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(exact, axis=1)
     assert ((got * exact).sum(axis=1) >= 0.98 * lengths).all()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_logits_of_a_dense_head_are_computed_in_the_precision(precision, encoder, cache_folder, monkeypatch):
+    """With many tokens at a time, and where many terms are active; the vectors stay float32."""
+    made = for_inference(encoder, "openvino", precision, cache_folder)
+    assert made.in_bfloat16 == runtimes.native_bfloat16("cpu")
+    assert not for_inference(encoder, "openvino", "float32", cache_folder).in_bfloat16
+    seen, pool = [], fused.splade_pool
+    monkeypatch.setattr(fused, "splade_pool", lambda *given: (seen.append(torch.is_autocast_enabled("cpu")), pool(*given))[1])
+    few = encode(made, TEXTS[:2], "document")
+    monkeypatch.setattr(made, "in_bfloat16", True)
+    many = encode(made, TEXTS * 4, "document")
+    assert seen[0] is False
+    assert True in seen
+    assert few.dtype == many.dtype == np.float32
+    exact = encode(encoder, TEXTS * 4, "document").toarray()
+    lengths = np.linalg.norm(many.toarray(), axis=1) * np.linalg.norm(exact, axis=1)
+    assert ((many.toarray() * exact).sum(axis=1) >= 0.98 * lengths).all()
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])

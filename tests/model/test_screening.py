@@ -6,7 +6,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from anysplade.model.pooling import splade_pool
-from anysplade.model.screening import _screen, screened_max
+from anysplade.model.screening import _screen, _worthwhile_share, screened_max
 from architectures import stock_pooling as reference
 
 
@@ -115,3 +115,21 @@ def test_the_screen_is_that_of_these_terms():
     assert _screen(weight, some.clone()) is first
     assert len(_screen(weight, others[:5]).rounded) == 5
     assert len(_screen(weight).rounded) == 30
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("length", [4, 16, 128])
+def test_a_sample_of_the_terms_tells_whether_screening_is_worth_it(length, in_bfloat16):
+    """The fewer tokens a text has and the faster all products are, the fewer entries may be above zero."""
+    torch.manual_seed(0)
+    hidden, weight, mask = torch.randn(32, length, 64), torch.randn(3200, 64), torch.ones(32, length)
+    maxima = (hidden @ weight.T).amax(dim=1).flatten()
+    most = _worthwhile_share(length, in_bfloat16)
+    for share, wanted in ((most / 20, True), (min(1.0, 1.5 * most), False)):
+        bias = torch.full((3200,), -maxima.kthvalue(max(1, round((1 - share) * len(maxima)))).values.item())
+        screened = screened_max(hidden, weight, bias, mask, False, None, in_bfloat16)
+        assert (screened is not None) == wanted
+        if screened is not None:
+            torch.testing.assert_close(screened, reference(hidden, weight, bias, mask, "max", False), rtol=1e-4, atol=1e-4)
+    assert _worthwhile_share(length, True) < _worthwhile_share(length, False) < 1
+    assert _worthwhile_share(length, in_bfloat16) < _worthwhile_share(2 * length, in_bfloat16)

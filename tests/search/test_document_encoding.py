@@ -8,9 +8,10 @@ from sentence_transformers import SparseEncoder
 
 from anysplade import AnyspladeError, Document, Index, ModelError, OptionError, OutputError, UsageError, load_collection
 from anysplade._common.files import only_process
+from anysplade._common.workers import count_gpus
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import encode
-from anysplade.model.modules import masked_lm
+from anysplade.model.encoding import encode, encode_counted
+from anysplade.model.modules import cut_within, masked_lm
 from anysplade.search import document_encoding
 from anysplade.search.document_encoding import Options, encode_documents
 from tiny import counted_copy
@@ -124,6 +125,39 @@ def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monke
     assert [a == b for a, b in zip(changed, whole, strict=True)].count(False) >= 1
     assert changed[:16] == whole[:16]
     assert changed[32:] == whole[32:]
+
+
+def test_texts_in_several_processes(backbone, corpus, tmp_path, monkeypatch):
+    """The same vectors and count as in this process; parts in the cache are not encoded again."""
+    encoder = cut_within(open_encoder(backbone), 8)
+    texts = [document.full_text for document in corpus.values()]
+    texts[3] = ""
+    expected = encode_counted(encoder, texts, "document")
+    assert 0 < expected.cut.texts < 40
+    chosen = options(backbone, max_length=8)
+    got = document_encoding.encode_texts(encoder, texts, chosen, 2, cache=tmp_path / "cache")
+    assert got.cut == expected.cut
+    np.testing.assert_allclose(got.matrix.toarray(), expected.matrix.toarray(), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(document_encoding, "_work", None)
+    again = document_encoding.encode_texts(encoder, texts, chosen, 2, cache=tmp_path / "cache")
+    assert (again.matrix != got.matrix).nnz == 0
+    assert again.cut == expected.cut
+
+
+def test_one_worker_per_gpu_for_many_documents(backbone, corpus, monkeypatch):
+    assert count_gpus() == max(1, torch.cuda.device_count())
+    monkeypatch.setattr(document_encoding, "count_gpus", lambda: 4)
+    monkeypatch.setattr(document_encoding, "_COUNTED", 2)
+    assert [document_encoding.workers_for(count) for count in (31, 32)] == [1, 4]
+    used = []
+    monkeypatch.setattr(
+        document_encoding, "_in_processes", lambda jobs, options, workers, tokens: used.append((workers, tokens)) or ()
+    )
+    batches(corpus, options(backbone), batch_tokens=99)
+    batches(corpus, options(backbone), workers=3)
+    assert len(batches(corpus, options(backbone), workers=1)) == 3
+    batches(dict(list(corpus.items())[:31]), options(backbone))
+    assert used == [(4, 99), (3, None)]
 
 
 def test_only_the_largest_weights(backbone, corpus):

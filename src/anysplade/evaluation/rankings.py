@@ -23,7 +23,7 @@ from anysplade.evaluation.costs import dense_cost, search_cost
 from anysplade.evaluation.runs import Run
 from anysplade.model.dense import encode_dense, open_dense
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import ModelQueries, encode_counted
+from anysplade.model.encoding import Encoded, ModelQueries, encode_counted
 from anysplade.model.modules import cut_at, cut_within, is_splade, term_names, transformer_lengths
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
 from anysplade.model.queries import Cut, log_cut
@@ -31,6 +31,7 @@ from anysplade.model.runtimes import for_inference, resolve_precision, runtime_o
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.model.tokenizing import count_truncated
 from anysplade.search.bm25 import BM25
+from anysplade.search.document_encoding import Options, encode_texts, workers_for
 from anysplade.search.exact import Postings, highest, nearest
 from anysplade.search.hits import query_words
 
@@ -131,9 +132,15 @@ class Ranker:
         used = runtime_of(encoder)
         preparing = time.perf_counter() - start
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
-        encoded, encoding, rate = self._encode(
-            partial(encode_counted, encoder, batch_tokens=self.batch_tokens), model, name, key, length
-        )
+        workers = 1 if isinstance(model, SparseEncoder) or used != "torch" else workers_for(len(self.texts["document"]))
+        options = Options(str(model), precision, None, self.max_length, used)
+
+        def encode_role(texts: list[str], role: Role, **given: Any) -> Encoded:
+            if role == "document" and workers > 1:
+                return encode_texts(encoder, texts, options, workers, batch_tokens=self.batch_tokens, **given)
+            return encode_counted(encoder, texts, role, batch_tokens=self.batch_tokens, **given)
+
+        encoded, encoding, rate = self._encode(encode_role, model, name, key, length)
         queries, documents = encoded["query"].matrix, encoded["document"].matrix
         cut = self._cut({role: counted for role, (_, counted) in encoded.items()}, name)
         start = time.perf_counter()

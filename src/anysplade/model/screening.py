@@ -14,9 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from anysplade.model.tiles import count_terms, fill_padding, index_terms, tiles
 
-# Of an entry and per dimension, in units of an int8 product: with the other products it took 3.1 times as long in float32 and 1.5
-# times in bfloat16, and to compute one that may be above zero 350 times, for reading its term's weights, and 1.7 times per token.
-_FLOAT32_COST, _BFLOAT16_COST, _READ_COST, _TOKEN_COST = 3.1, 1.5, 350.0, 1.7
+# Time of an entry in units of its int8 product with one token, measured at a width of 384 on AVX-512: the other products per token,
+# pooling them, and for an entry that may be above zero, reading its term's weights and a product per token.
+_FLOAT32_COST, _BFLOAT16_COST, _POOL_COST, _READ_COST, _TOKEN_COST = 2.9, 1.4, 10.0, 350.0, 1.7
 _FEW_SHARE = 0.2  # of the entries that may be above zero, for few tokens, where each product takes the time of reading the weights
 _SAMPLE = slice(None, None, 32)  # of the terms
 _FEW_TOKENS = 64  # up to here, reading the weight takes most of a product's time
@@ -124,7 +124,7 @@ def screened_max(
 
 def _worthwhile_share(length: int, in_bfloat16: bool) -> float:
     """The share of entries that may be above zero up to which screening is faster than all products."""
-    saved = ((_BFLOAT16_COST if in_bfloat16 else _FLOAT32_COST) - 1) * length
+    saved = ((_BFLOAT16_COST if in_bfloat16 else _FLOAT32_COST) - 1) * length + _POOL_COST
     return saved / (_READ_COST + _TOKEN_COST * length)
 
 

@@ -26,12 +26,13 @@ from sentence_transformers import SparseEncoder
 from anysplade._common.extras import extra
 from anysplade._common.files import write_atomic
 from anysplade._common.hashing import DataHash
+from anysplade._common.parts import read_rows, write_rows
 from anysplade._common.progress import bar, begin
 from anysplade._common.workers import count_gpus, devices_of_workers, take_device
 from anysplade.data.corpus import Document
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import Part, encode_parts, prune
+from anysplade.model.encoding import Encoded, Part, encode_parts, prune
 from anysplade.model.modules import cut_within
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
 from anysplade.model.queries import Cut, log_cut
@@ -70,6 +71,17 @@ class _Part(NamedTuple):
 
     def hash(self) -> str:
         return DataHash(zip(self.ids, self.texts, strict=True)).hexdigest()
+
+
+class _Texts(NamedTuple):
+    """A part of texts without ids."""
+
+    start: int  # number of the first one
+    texts: Sequence[str]
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"text {self.start + i + 1}" for i in range(len(self.texts))]
 
 
 class _Rows(NamedTuple):
@@ -117,7 +129,7 @@ def encode_documents(
     count = sum(len(part.ids) for part in first)
     total = count if count < _COUNTED * PART else None  # of a large corpus, it is known at its end
     if workers is None and not ray:
-        workers = count_gpus() if total is None else 1
+        workers = workers_for(count)
     if total is None:
         begin("encoding documents", progress)
     numbered = enumerate(chain(first, parts))
@@ -143,6 +155,48 @@ def encode_documents(
     log_cut(cut, count, "documents")
 
 
+def encode_texts(
+    encoder: SparseEncoder,
+    texts: Sequence[str],
+    options: Options,
+    workers: int,
+    *,
+    batch_tokens: int | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+    what: str = "encoding documents",
+) -> Encoded:
+    """``encode_counted`` for documents, in several processes that each open the model of ``options``.
+
+    Args:
+        encoder: the same model, which counts the texts whose vectors are in the ``cache``.
+    """
+
+    def file(start: int) -> Path | None:
+        return None if cache is None else cache / f"{start:012}.npz"
+
+    def jobs() -> _Jobs:
+        for start in range(0, len(texts), PART):
+            part, kept = _Texts(start, texts[start : start + PART]), file(start)
+            known = None if kept is None else read_rows(kept)
+            yield part, None if known is None else _Rows(known, count_truncated(encoder, part.texts, "document"))
+
+    matrices, count = [], 0
+    with bar(what, "text", len(texts), progress) as shown:
+        for part, rows, is_new in _in_processes(jobs(), options, workers, batch_tokens):
+            if is_new and (kept := file(part.start)) is not None:
+                write_rows(kept, rows.matrix)
+            matrices.append(rows.matrix)
+            count += rows.cut.texts
+            shown.update(len(part.texts))
+    return Encoded(sparse.vstack(matrices, format="csr"), limits_of(encoder, "document")._replace(texts=count))
+
+
+def workers_for(documents: int) -> int:
+    """One worker per GPU, if there are several and so many documents that they take longer than opening the model again."""
+    return count_gpus() if documents >= _COUNTED * PART else 1
+
+
 def check_encoding(top_k: Any, max_length: Any, workers: Any) -> tuple[int | None, int | None, int | None]:
     """The options of encoding as ints.
 
@@ -166,12 +220,12 @@ def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
         yield _Part([id_ for id_, _ in chunk], [document for _, document in chunk])
 
 
-def _as_given(part: _Part, rows: _Rows | None = None) -> Part:
+def _as_given(part: _Part | _Texts, rows: _Rows | None = None) -> Part:
     """A part for ``encode_parts``."""
     return Part((part, rows), part.texts, lambda i: repr(part.ids[i][:80]), None if rows is None else rows.matrix)
 
 
-def _rows(encoder: SparseEncoder, part: _Part, matrix: sparse.csr_matrix, longer: int | None, top_k: int | None) -> _Rows:
+def _rows(encoder: SparseEncoder, part: _Part | _Texts, matrix: sparse.csr_matrix, longer: int | None, top_k: int | None) -> _Rows:
     if longer is None:
         cut = count_truncated(encoder, part.texts, "document")
     else:
@@ -179,15 +233,15 @@ def _rows(encoder: SparseEncoder, part: _Part, matrix: sparse.csr_matrix, longer
     return _Rows(matrix if top_k is None else prune(matrix, top_k), cut)
 
 
-def _encode(encoder: SparseEncoder, part: _Part, top_k: int | None, batch_tokens: int | None) -> _Rows:
+def _encode(encoder: SparseEncoder, part: _Part | _Texts, top_k: int | None, batch_tokens: int | None) -> _Rows:
     ((_, matrix, longer),) = encode_parts(encoder, [_as_given(part)], "document", batch_tokens=batch_tokens)
     return _rows(encoder, part, matrix, longer, top_k)
 
 
 # ------------------------------------------------------------------------------ where parts are encoded
 
-_Jobs = Iterator[tuple[_Part, _Rows | None]]  # parts, and their vectors if an earlier call kept them
-_Run = Iterator[tuple[_Part, _Rows, bool]]  # the parts in the same order, and whether the vectors are new
+_Jobs = Iterator[tuple[Any, _Rows | None]]  # parts, and their vectors if an earlier call kept them
+_Run = Iterator[tuple[Any, _Rows, bool]]  # the parts in the same order, and whether the vectors are new
 
 
 def _here(jobs: _Jobs, open_: Callable[[], SparseEncoder], top_k: int | None, batch_tokens: int | None, shown: Any) -> _Run:
@@ -207,9 +261,9 @@ def _here(jobs: _Jobs, open_: Callable[[], SparseEncoder], top_k: int | None, ba
 def _in_processes(jobs: _Jobs, options: Options, workers: int, batch_tokens: int | None) -> _Run:
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use torch's threads
-    waiting: deque[tuple[_Part, Future[_Rows] | _Rows]] = deque()
+    waiting: deque[tuple[Any, Future[_Rows] | _Rows]] = deque()
 
-    def oldest() -> tuple[_Part, _Rows, bool]:
+    def oldest() -> tuple[Any, _Rows, bool]:
         part, rows = waiting.popleft()
         return (part, rows.result(), True) if isinstance(rows, Future) else (part, rows, False)
 
@@ -236,7 +290,7 @@ def _start_worker(devices: Any, threads: int) -> None:
 _opened = cache(Options.open)  # the encoder of a worker process; not opened in _start_worker, whose errors the pool hides
 
 
-def _work(part: _Part, options: Options, batch_tokens: int | None) -> _Rows:
+def _work(part: _Part | _Texts, options: Options, batch_tokens: int | None) -> _Rows:
     return _encode(_opened(options), part, options.top_k, batch_tokens)
 
 
