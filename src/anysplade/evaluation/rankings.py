@@ -133,7 +133,7 @@ class Ranker:
         preparing = time.perf_counter() - start
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
         workers = 1 if isinstance(model, SparseEncoder) or used != "torch" else workers_for(len(self.texts["document"]))
-        options = Options(str(model), precision, None, self.max_length, used)
+        options = Options(str(model), precision, None, self.max_length, "torch")
 
         def encode_role(texts: list[str], role: Role, **given: Any) -> Encoded:
             if role == "document" and workers > 1:

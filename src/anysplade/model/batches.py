@@ -48,7 +48,7 @@ def batch_budget(encoder: SparseEncoder, batch_tokens: int | None = None) -> Bud
     free = free_memory(encoder.device)
     if free is None:
         return Budget(asked or _TOKENS, max(1, _WEIGHTS // vocabulary))
-    size, free = encoder.dtype.itemsize, int(_SHARE * free)
+    size, free = (encoder.dtype or torch.float32).itemsize, int(_SHARE * free)
     weights = min(_GPU_WEIGHTS, free // (2 * _COPIES * size))
     tokens, per_token = _GPU_TOKENS, _bytes_per_token(encoder, vocabulary, size)
     while tokens > _TOKENS and tokens * per_token > free // 2:
@@ -102,8 +102,8 @@ class Rows(NamedTuple):
 class _Copied(NamedTuple):
     """The entries of a batch on the host, or on their way there."""
 
-    entries: tuple[Tensor, Tensor, Tensor, Tensor]  # weights, terms, starts and finite
-    shape: tuple[int, int]
+    entries: tuple[Tensor, ...]  # weights, terms, starts and finite
+    shape: tuple[int, ...]
     arrived: Any  # an event; None if they are there
 
 
@@ -130,10 +130,11 @@ def sparse_rows(batches: Iterable[tuple[Tag, Tensor | None]], behind: int | None
         return tag, None if copied is None else _read(copied)
 
     for tag, vectors in batches:
-        is_gpu = vectors is not None and vectors.is_cuda
-        if is_gpu and stream is None:
-            stream = torch.cuda.Stream(vectors.device, priority=-1)
-        launched.append((tag, vectors, torch.cuda.current_stream(vectors.device).record_event() if is_gpu else None))
+        ready = None
+        if vectors is not None and vectors.is_cuda:
+            stream = stream or torch.cuda.Stream(vectors.device, priority=-1)
+            ready = torch.cuda.current_stream(vectors.device).record_event()
+        launched.append((tag, vectors, ready))
         late = behind if behind is not None else int(stream is not None)
         if len(launched) > late:
             ask()

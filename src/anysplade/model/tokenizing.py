@@ -34,8 +34,13 @@ TOKENIZING = threading.Lock()  # a call sets padding and truncation of the token
 class Tokens(Protocol):
     """Texts as an encoder reads them."""
 
-    lengths: np.ndarray  # (texts,) tokens that are read of each text
-    cut: int | None  # number of texts that are longer; None if not known
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that are read of each text, (texts,)."""
+
+    @property
+    def cut(self) -> int | None:
+        """Number of texts that are longer; None if not known."""
 
     def batch(self, positions: np.ndarray) -> dict[str, Any]:
         """The model's inputs for some of the texts, on the CPU."""
@@ -140,7 +145,7 @@ class _Tokenized(NamedTuple):
 class _Preprocessed:
     """Texts that ``encoder.preprocess`` reads, once for their lengths and once for each batch."""
 
-    cut = None
+    cut: int | None = None
 
     def __init__(self, encoder: SparseEncoder, role: Role, texts: Sequence[str]) -> None:
         self._encoder, self._role, self._texts = encoder, role, texts

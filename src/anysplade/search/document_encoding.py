@@ -128,7 +128,7 @@ def encode_documents(
     first = list(islice(parts, _COUNTED))
     count = sum(len(part.ids) for part in first)
     total = count if count < _COUNTED * PART else None  # of a large corpus, it is known at its end
-    if workers is None and not ray:
+    if workers is None and not ray:  # a cluster has its own number of GPUs
         workers = workers_for(count)
     if total is None:
         begin("encoding documents", progress)
@@ -138,7 +138,7 @@ def encode_documents(
     with bar("encoding documents", "document", total, progress) as shown:
         if ray:
             run = _on_ray(jobs, options, workers, batch_tokens)
-        elif workers != 1:
+        elif workers is not None and workers > 1:
             run = _in_processes(jobs, options, workers, batch_tokens)
         else:
             run = _here(jobs, encoder or options.open, options.top_k, batch_tokens, shown)
