@@ -271,8 +271,9 @@ def test_a_single_training_has_no_deviation(one, other):
     assert noise(of_seeds(*one), of_seeds(*other), "docs") is None
 
 
-TEST = PairedTest("bert", "docs", Arm.FIXED, "k=8", 0.1, 0.001, 0.05, 1.0, 4.0, 0.001)
-PAIR = ControlPair("bert", "", "a", "b", 0.1, 0.001, 0.05, ("0.5", "0.4"), (1.0, 4.0), 0.001, "")
+DIFFERENCE = {"backbone": "bert", "difference": 0.1, "p": 0.001, "noise": 0.05, "p_corrected": 0.001}
+TEST = PairedTest(**DIFFERENCE, collection="docs", key=Arm.FIXED, against="k=8", flops=1.0, flops_of_other=4.0)
+PAIR = ControlPair(**DIFFERENCE, about="", one="a", other="b", values=("0.5", "0.4"), flops=(1.0, 4.0))
 BETTER, WORSE = "auto is better than", "auto is worse than"
 NONE, UNKNOWN = "no difference shows between auto and", "single trainings do not tell auto from"
 
