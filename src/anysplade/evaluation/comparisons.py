@@ -1,7 +1,7 @@
 """Compare evaluations: the difference in each metric, how certain it is, and the queries that made it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -43,9 +43,6 @@ class Comparison(Tabular):
     def is_shown(self) -> bool:
         """Whether the corrected p is below 0.05; only the primary metric has one."""
         return self.p_corrected is not None and self.p_corrected < SIGNIFICANT
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
         low, high = self.interval or (None, None)
@@ -114,13 +111,7 @@ def compare_each(evaluations: Sequence[Evaluation], collections: Mapping[str, Co
 def _compare(
     base: Evaluation, other: Evaluation, metric: str, parsed: Any, base_values: dict[str, float], collection: Collection | None
 ) -> Comparison:
-    """Compare two evaluations in one metric, without the corrected p.
-
-    Args:
-        metric: its name in ``other``.
-        parsed: the metric as an object of ir-measures.
-        base_values: value of the metric in ``base`` by query id.
-    """
+    """Compare two evaluations in one metric, without the corrected p; ``base_values`` are those of ``base`` by query id."""
     ids = list(base_values)
     before = np.array([base_values[id_] for id_ in ids])
     after = np.array([other.per_query[metric][id_] for id_ in ids])
@@ -170,16 +161,8 @@ def _decisive(
 ) -> str:
     """The document that explains most of a query's change.
 
-    Each document is moved alone from its old rank to its new one in the old ranking, and back in the new ranking. The two changes
-    of the metric are added.
-
-    Args:
-        ids: of the candidate documents; the first one wins ties.
-        parsed: the metric as an object of ir-measures.
-        rose: whether the value of the query rose.
-        grades: grade by document id.
-        before: document ids of the old ranking, in order.
-        after: document ids of the new ranking, in order.
+    Each of the candidate ``ids`` is moved alone from its old rank to its new one in the old ranking, and back in the new ranking.
+    The two changes of the metric are added; the first one wins ties.
     """
     cutoff = parsed.params.get("cutoff")
     rankings = [ranking if cutoff is None else ranking[: cutoff + 1] for ranking in (before, after)]  # deeper ranks do not count
