@@ -83,22 +83,21 @@ def compare_each(evaluations: Sequence[Evaluation], collections: Mapping[str, Co
         base = next(first for first in evaluations if first.collection == other.collection)
         if base is other:
             continue
+        both = f"{other.model} and {base.model}"
         known = {parsed: base.per_query[name] for name, parsed in parse_metrics(list(base.metrics)).items()}
         measures = parse_metrics(list(other.metrics))
         for metric, parsed in measures.items():
             if parsed not in known:
                 raise DataError(f"{base.model}: evaluated without {metric}; give it the `metrics` of {other.model}")
             if known[parsed].keys() != other.per_query[metric].keys():
-                raise DataError(f"{other.model} and {base.model}: evaluated on different queries of {other.collection}")
+                raise DataError(f"{both}: evaluated on different queries of {other.collection}")
         if base.data_hash != other.data_hash:
             raise DataError(
-                f"{other.model} and {base.model}: evaluated on different collections that are both called {other.collection}; "
+                f"{both}: evaluated on different collections that are both called {other.collection}; "
                 "load each with load_collection and give it a name of its own with dataclasses.replace"
             )
-        require_match(
-            f"{other.model} and {base.model}", "queries are in both runs", base.run.keys() | other.run.keys(),
-            base.run.keys() & other.run.keys(),
-        )  # fmt: skip
+        ids, others = base.run.keys(), other.run.keys()
+        require_match(both, "queries are in both runs", ids | others, ids & others)
         collection = (collections or {}).get(other.collection)
         for metric, parsed in measures.items():
             made.append(_compare(base, other, metric, parsed, known[parsed], collection))

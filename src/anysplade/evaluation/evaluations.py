@@ -162,14 +162,7 @@ def evaluate(
 
 
 def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:
-    """Effectiveness and cost when documents, or queries, keep only their largest weights; nothing is trained or encoded again.
-
-    Returns:
-        One row for the full vectors, then one for each number of kept weights.
-
-    Raises:
-        OptionError: the evaluation is of BM25 or a run file, which have no vectors.
-    """
+    """Effectiveness and cost of the full vectors, and of documents, or queries, that keep only their largest weights."""
     if evaluation.vectors is None:
         raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
     measures = parse_metrics(list(evaluation.metrics))

@@ -27,18 +27,6 @@ from anysplade.study.results import (
 _COLLAPSED = 0.25  # share of the backbone's best row; a raw head below it has collapsed
 _NEAR = 0.95  # share of the best; a row above it is as good
 
-# The arms that the conclusions refer to.
-_NOT_PLANNED_FOR_ALL = {Arm.LOWEST_NORM, Arm.HIGHEST_NORM}  # the backbone that has this norm has no such row
-_NEEDED = {
-    "main": {Arm.RAW, Arm.FIXED, Arm.AUTO},
-    "folding": {Arm.AUTO, Arm.BY_STEM, Arm.MUTED},
-    "controls": {arm for control in CONTROLS for arm in (control.one, control.other)} - _NOT_PLANNED_FOR_ALL,
-    "norm": {Arm.RAW},
-    "tradeoff": {Arm.AUTO},
-    "sensitivity": {Arm.LEVEL, Arm.AUTO},
-    "dynamics": set(),
-}
-
 
 def summarize(
     name: str,
@@ -49,10 +37,6 @@ def summarize(
     bm25: Mapping[str, Baseline] | None = None,
 ) -> Study:
     """All rows of a study's plan with their means, and what follows from them and from BM25 on each collection."""
-    for backbone in dict.fromkeys(row.backbone for row in rows):
-        missing = _NEEDED[name] - {row.key for row in rows if row.backbone == backbone}
-        if missing:
-            raise ValueError(f"{name}, {backbone}: the plan lacks {', '.join(sorted(missing))}, which the conclusions refer to")
     trained = [means(row, records, settings.collections) for row in rows if row.cells]
     first = settings.collections[0]
     pairs = control_pairs(trained, records, first) if name == "controls" else None
@@ -118,7 +102,7 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-# Rows and lists below are empty, or an arm is missing, only where trainings failed.
+# Rows and lists below are empty, or an arm is missing, only where trainings failed: a test compares these arms with the plan's.
 
 
 def _raw_heads(study: Study, collection: str) -> Iterator[str]:
