@@ -7,7 +7,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
 from anysplade.model.pooling import splade_pool
-from harness import alternate, finish, parser, peak_extra_bytes, ratio
+from harness import alternate, finish, parser, peak_extra_bytes, ratio, spread
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
     with torch.no_grad():
         active = float((forward_fused() > 0).float().mean())
 
-    rows = [f"{name:<18} {t['median']:8.3f} s   {t['lowest']:.3f} to {t['highest']:.3f}" for name, t in times.items()]
+    rows = [f"{name:<18} {spread(taken)} s" for name, taken in times.items()]
     rows += [f"{name:<18} {size / 2**20:8.0f} MiB at most, without the inputs" for name, size in memory.items()]
     ratios = {
         "forward / product": ratio(times, "fused forward", "bare product"),

@@ -1,6 +1,5 @@
 """One optimiser step of SPLADE training with random weights and ids: fused pooling, fused with the monitor, and stock modules."""
 
-import resource
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from anysplade.model.fused import fuse_pooling, unfuse_pooling
 from anysplade.training.monitoring import Monitor
 from anysplade.training.observers import ObservedLoss
 from backbones import GEOMETRIES, save_backbone
-from harness import alternate, finish, parser, peak_extra_bytes, ratio
+from harness import alternate, finish, memory, parser, peak_extra_bytes, ratio, spread
 
 
 def main() -> None:
@@ -67,21 +66,17 @@ def main() -> None:
         variants["stock"] = lambda: step(False)
     times = alternate(variants, options.rounds, device)
     optimizer.zero_grad()
-    memory = {name: peak_extra_bytes(variant, device) for name, variant in variants.items() if not optimizer.zero_grad()}
-    for name in variants:
-        t = times[name]
-        print(
-            f"{name:<16} {t['median']:8.3f} s per step   {t['lowest']:.3f} to {t['highest']:.3f}   "
-            f"{memory[name] / 2**20:,.0f} MiB above weights and optimiser state",
-            file=sys.stderr,
-        )
+    extra = {name: peak_extra_bytes(variant, device) for name, variant in variants.items() if not optimizer.zero_grad()}
+    for name, size in extra.items():
+        more = f"{size / 2**20:,.0f} MiB above weights and optimiser state"
+        print(f"{name:<16} {spread(times[name])} s per step   {more}", file=sys.stderr)
     ratios = {"monitored / not": ratio(times, "fused, monitored", "fused")}
     if "stock" in variants:
-        ratios |= {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": memory["fused"] / memory["stock"]}
+        ratios |= {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": extra["fused"] / extra["stock"]}
     print(ratios, file=sys.stderr)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory("VmHWM")
     print(f"peak memory of the process: {peak / 2**30:.2f} GiB", file=sys.stderr)
-    finish("training", options, {"seconds": times, "peak_extra_bytes": memory, "ratios": ratios, "process_peak_bytes": peak})
+    finish("training", options, {"seconds": times, "peak_extra_bytes": extra, "ratios": ratios, "process_peak_bytes": peak})
 
 
 if __name__ == "__main__":
