@@ -1,6 +1,5 @@
 """Tests and intervals for paired differences."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,10 +39,7 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float] | None:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: the p of rank i among m, counted from 0, is multiplied by m - i, and no corrected p is below
     that of a lower rank. NaN stays NaN and does not count in m."""
-    corrected = [math.nan] * len(p_values)
-    ranked = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
-    highest = 0.0
-    for rank, i in enumerate(ranked):
-        highest = max(highest, min(1.0, p_values[i] * (len(ranked) - rank)))
-        corrected[i] = highest
-    return corrected
+    p = np.array(p_values, float)
+    ranked = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN is last
+    p[ranked] = np.minimum(1, np.maximum.accumulate(p[ranked] * np.arange(len(ranked), 0, -1)))
+    return p.tolist()

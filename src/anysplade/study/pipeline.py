@@ -4,14 +4,14 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from anysplade._common.arguments import require
 from anysplade._common.files import only_process, user_path, write_atomic
 from anysplade._common.progress import counted, duration
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import load_python_docs, write_collection
 from anysplade.data.names import PYTHON_DOCS, is_built_in
 from anysplade.errors import AnyspladeError
@@ -68,8 +68,8 @@ class PlannedRow:
     done: int  # number of finished trainings
 
 
-@dataclass(frozen=True)
-class StudyPlan:
+@dataclass(frozen=True, repr=False)
+class StudyPlan(Tabular):
     """What a study would train."""
 
     rows: list[PlannedRow]
@@ -77,9 +77,6 @@ class StudyPlan:
     done: int  # number of finished trainings
     workers: int  # number of cells that run at the same time
     seconds: float | None  # time for the missing cells; None unless each of their backbones has a finished cell
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan_study(config: StudyConfig) -> StudyPlan:
