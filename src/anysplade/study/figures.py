@@ -19,7 +19,11 @@ _COLORS = {Arm.RAW: "#d1495b", Arm.AUTO: "#2a9d8f"}
 _OTHERS = ("#e9a23b", "#7b6fd0", "#4c8bd6", "#9a9a9a")
 _MARKERS = {Arm.RAW: "s", Arm.AUTO: "o"}
 _WIDTH, _HEIGHT = 4.4, 3.2  # inches
-_LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.15), "frameon": False}
+_LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.15)}
+_STYLE = ON_A_PAGE | {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
+    "legend.frameon": False,
+}  # fmt: skip
 _QUANTITIES = {
     "loss": "ranking loss",
     "document_active_dims": "active dims per document",
@@ -56,18 +60,8 @@ def study_figures(name: str, result: StudyResult) -> list[Figure]:
     figures = []
     for number, (subject, caption, height, paint) in enumerate(sketches, 1):
         slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")
-        figures.append(Figure(f"{name}-{number}-{slug}", caption, draw(paint, _WIDTH, height, ON_A_PAGE)))
+        figures.append(Figure(f"{name}-{number}-{slug}", caption, draw(paint, _WIDTH, height, _STYLE)))
     return figures
-
-
-def _axes(figure: Any, x: str, y: str) -> Any:
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    return axes
 
 
 def _colors(rows: Sequence[RowResult] | Sequence[RowCurves]) -> dict[str, str]:
@@ -85,7 +79,7 @@ def _paint_points(
     rows: Sequence[RowResult], collection: str, label: str, x: Callable[[RowResult], float], line: str, figure: Any
 ) -> None:
     """Effectiveness of each arm against a quantity ``x`` on a logarithmic axis; ``line`` is matplotlib's style of a line or ""."""
-    axes = _axes(figure, label, METRIC)
+    axes = figure.add_subplot(xlabel=label, ylabel=METRIC, xscale="log")
     for arm, color in _colors(rows).items():
         group = [row for row in rows if row.arm == arm]
         if line:
@@ -93,7 +87,6 @@ def _paint_points(
         marker = _MARKERS.get(group[0].key, "^") + line
         means, sds = _means([row.results[collection] for row in group])
         axes.errorbar([x(row) for row in group], means, sds, fmt=marker, color=color, capsize=3, label=arm)
-    axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.legend(**_LEGEND, ncols=3)
 
@@ -123,17 +116,14 @@ def _dynamics(rows: Sequence[RowCurves]) -> list[Sketch]:
 
 
 def _paint_curves(rows: Sequence[RowCurves], name: str, label: str, figure: Any) -> None:
-    axes = _axes(figure, "step", label)
+    axes = figure.add_subplot(xlabel="step", ylabel=label, yscale="log")
     colors = _colors(rows)
     for row in rows:
         seeds = getattr(row.curves, name)
         steps = [step for step, _ in seeds[0]]
-        columns = list(zip(*([max(value, 1e-3) for _, value in seed[: len(steps)]] for seed in seeds), strict=True))
-        steps = steps[: len(columns)]
-        color = colors[row.arm]
-        axes.plot(steps, [sum(values) / len(values) for values in columns], color=color, label=row.arm)
-        axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2, linewidth=0)
-    axes.set_yscale("log")
+        values = np.maximum([[value for _, value in seed[: len(steps)]] for seed in seeds], 1e-3)  # (seeds, steps)
+        axes.plot(steps, values.mean(axis=0), color=colors[row.arm], label=row.arm)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colors[row.arm], alpha=0.2, linewidth=0)
     axes.legend(**_LEGEND, ncols=3)
 
 
@@ -148,7 +138,7 @@ def _sensitivity(backbone: str, rows: Sequence[RowResult], collection: str) -> l
 
 
 def _paint_k(rows: Sequence[RowResult], collection: str, figure: Any) -> None:
-    axes = _axes(figure, "k", METRIC)
+    axes = figure.add_subplot(xlabel="k", ylabel=METRIC)
     points = {row.axis.k: row.results[collection] for row in rows if row.axis.k and not row.axis.level}
     means, sds = _means(list(points.values()))
     axes.errorbar(list(points), means, sds, fmt="^-", color=_OTHERS[0], capsize=3, label="k alone")
@@ -163,7 +153,7 @@ def _paint_k(rows: Sequence[RowResult], collection: str, figure: Any) -> None:
 
 
 def _paint_map(grid: Mapping[tuple[Any, Any], Means], figure: Any) -> None:
-    axes = _axes(figure, "k", "token logits above zero")
+    axes = figure.add_subplot(xlabel="k", ylabel="token logits above zero")
     axes.grid(visible=False)
     ks, levels = sorted({k for k, _ in grid}), sorted({level for _, level in grid}, reverse=True)
     values = [[grid[k, level].ndcg if (k, level) in grid else float("nan") for k in ks] for level in levels]
@@ -189,7 +179,7 @@ def _without_y(axes: Any, lowest: float) -> None:
 
 def _controls(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
     def paint(figure: Any) -> None:
-        axes = _axes(figure, METRIC, "")
+        axes = figure.add_subplot(xlabel=METRIC)
         for i, row in enumerate(rows):
             means = row.results[collection]
             color = _COLORS.get(row.key, _OTHERS[2])
@@ -207,7 +197,7 @@ def _main(study: Study, collection: str, bm25: Baseline) -> Sketch:
     groups = by_backbone(study.rows)
 
     def paint(figure: Any) -> None:
-        axes = _axes(figure, METRIC, "")
+        axes = figure.add_subplot(xlabel=METRIC)
         for i, (backbone, rows) in enumerate(groups):
             axes.text(0, i - 0.3, backbone, va="bottom", ha="left", fontsize=9)
             for row in rows:
