@@ -156,7 +156,7 @@ def effectiveness(backbone: str, options: argparse.Namespace, seed: int) -> dict
 
 
 def pooling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The texts are random hidden states; the level is that of calibration: 0.1 % of the logits are above zero."""
+    """The texts are random hidden states; the level is the one of calibration: 0.1 % of the logits are above zero."""
     found = []
     for backbone in options.backbones:
         model, tokenizer = load_masked_lm(backbone)

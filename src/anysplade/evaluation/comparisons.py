@@ -24,7 +24,7 @@ _TEXT = 200  # characters of a document that are shown
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Tabular):
-    """One metric of a model compared with that of the first model on the same queries."""
+    """A model compared with the first model, in one metric and on the same queries."""
 
     model: str  # the compared model
     baseline: str  # the first model
@@ -77,8 +77,7 @@ def compare(evaluations: Sequence[Evaluation], collections: Mapping[str, Collect
 
 def compare_each(evaluations: Sequence[Evaluation], collections: Mapping[str, Collection] | None = None) -> list[Comparison]:
     """``compare`` of checked arguments; empty if no two evaluations are of the same collection."""
-    made: list[Comparison] = []
-    primary: list[int | None] = []  # for each comparison in a primary metric, which may have two names, its evaluation
+    made: list[tuple[int | None, Comparison]] = []  # with the number of the evaluation if the metric is its primary one
     for i, other in enumerate(evaluations):
         base = next(first for first in evaluations if first.collection == other.collection)
         if base is other:
@@ -99,12 +98,13 @@ def compare_each(evaluations: Sequence[Evaluation], collections: Mapping[str, Co
         ids, others = base.run.keys(), other.run.keys()
         require_match(both, "queries are in both runs", ids | others, ids & others)
         collection = (collections or {}).get(other.collection)
+        first, *_ = measures.values()  # the primary one, which may have a second name
         for metric, parsed in measures.items():
-            made.append(_compare(base, other, metric, parsed, known[parsed], collection))
-            primary.append(i if parsed == next(iter(measures.values())) else None)
-    p_values = {i: comparison.p for i, comparison in zip(primary, made, strict=True) if i is not None}
+            compared = _compare(base, other, metric, parsed, known[parsed], collection)
+            made.append((i if parsed == first else None, compared))
+    p_values = {i: compared.p for i, compared in made if i is not None}
     corrected: dict[int | None, float] = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [replace(comparison, p_corrected=corrected.get(i)) for i, comparison in zip(primary, made, strict=True)]
+    return [replace(compared, p_corrected=corrected.get(i)) for i, compared in made]
 
 
 def _compare(

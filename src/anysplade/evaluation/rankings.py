@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,9 @@ class Ranker:
         ids = list(self.collection.corpus)
         run: Run = {}
         for query_id, (positions, scores) in zip(self.collection.queries, rankings, strict=True):
-            ranking = {ids[d]: s for d, s in zip(positions.tolist(), scores.tolist(), strict=True)}
-            if query_id in self.self_matches:
-                ranking.pop(query_id, None)
-            while len(ranking) > self.depth:
-                ranking.popitem()
-            run[query_id] = ranking
+            itself = query_id if query_id in self.self_matches else None
+            found = ((ids[d], s) for d, s in zip(positions.tolist(), scores.tolist(), strict=True) if ids[d] != itself)
+            run[query_id] = dict(islice(found, self.depth))
         return run
 
     def by_bm25(self, name: str) -> dict[str, Any]:

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def run_cells(
-    cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int | None = None, progress: bool = False
+    cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int, progress: bool = False
 ) -> tuple[dict[str, CellRecord], dict[str, str]]:
     """Run the cells that are missing in a folder; returns all records, and the messages of failed cells, both by hash."""
     done = read_cells(out, cells, collections)
     missing = list({cell.hash: cell for cell in cells if cell.hash not in done}.values())
-    failed = _run_missing(missing, collections, out, workers or default_workers(), progress) if missing else {}
+    failed = _run_missing(missing, collections, out, workers, progress) if missing else {}
     return read_cells(out, cells, collections), failed
 
 
