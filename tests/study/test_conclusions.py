@@ -284,7 +284,7 @@ def test_a_single_training_has_no_deviation(one, other):
 
 DIFFERENCE = {"backbone": "bert", "difference": 0.1, "p": 0.001, "noise": 0.05, "p_corrected": 0.001}
 TEST = PairedTest(**DIFFERENCE, collection="docs", key=Arm.FIXED, against="k=8", flops=1.0, flops_of_other=4.0)
-PAIR = ControlPair(**DIFFERENCE, about="", one="a", other="b", values=("0.5", "0.4"), flops=(1.0, 4.0))
+PAIR = ControlPair(**DIFFERENCE, about="", one="a", other="b", values=("0.5", "0.4"), flops=(1.0, 4.0), conclusion="")
 BETTER, WORSE = "auto is better than", "auto is worse than"
 NONE, UNKNOWN = "no difference shows between auto and", "single trainings do not tell auto from"
 

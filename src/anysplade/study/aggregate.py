@@ -1,5 +1,6 @@
 """The numbers of a study: means over seeds, tests between rows, correlations and curves."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -98,6 +99,7 @@ def control_pairs(rows: Sequence[RowResult], records: Records, collection: str) 
                     other=arms[other].arm,
                     values=(a.text, b.text),
                     flops=(a.flops, b.flops),
+                    conclusion="",
                     **_difference(arms[one], arms[other], records, collection),
                 )
             )
@@ -116,6 +118,7 @@ def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -
         "difference": a.results[collection].ndcg - b.results[collection].ndcg,
         "p": paired_p(theirs, ours),
         "noise": noise(a, b, collection),
+        "p_corrected": math.nan,
     }
 
 

@@ -1,6 +1,5 @@
 """The results of the studies in a folder, read and written as ``study.json``."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +87,7 @@ class _Difference:
     difference: float
     p: float
     noise: float | None  # half the width of the difference's 95 % interval over seeds; None if a row has one training
-    p_corrected: float = math.nan
+    p_corrected: float
 
     @property
     def counts(self) -> bool:
@@ -117,7 +116,7 @@ class ControlPair(_Difference):
     other: str
     values: tuple[str, str]
     flops: tuple[float, float]
-    conclusion: Annotated[str, Field(alias="said")] = ""
+    conclusion: Annotated[str, Field(alias="said")]
 
 
 Curve = list[tuple[int, float]]  # (step, value)
