@@ -44,8 +44,11 @@ class Source(NamedTuple):
     at: Any = None
     config: str | None = None  # of a hub dataset
 
+    def __str__(self) -> str:
+        return self.name
 
-def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -> Source:
+
+def resolve(name: str | Path | Source, wanted: str, split: str = "test") -> Source:
     """Find the source that the name of a corpus, a collection, training data, queries or texts stands for.
 
     These are tried in order: ``"python-docs"``, unless it is a Path; an existing file or folder, where a folder with a README
@@ -53,6 +56,7 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
     part, the split; a hub id, ``org/name`` or ``org/name:config``.
 
     Args:
+        name: a Source is returned as it is.
         wanted: "corpus", "collection", "training data", "queries" or "texts".
         split: the last part to try for an ir_datasets id that lacks it.
 
@@ -60,12 +64,12 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
         DataError: the name stands for nothing or for something else, such as a model, or the zip archive is damaged.
         OptionError: the argument is no name.
     """
-    require(wanted.replace(" ", "_"), name, (str, Path, zipfile.Path), "give a path or a name")
+    if isinstance(name, Source):
+        return name
+    require(wanted.replace(" ", "_"), name, (str, Path), "give a path or a name")
     text = str(name)
     forms = "a BEIR folder or zip" if wanted == "collection" else "a file, a BEIR folder or zip"
     fix = f"give {forms}, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
-    if isinstance(name, zipfile.Path):
-        return Source("folder", text, name)
     if isinstance(name, str) and is_built_in(name, PYTHON_DOCS):
         return Source("python-docs", text)
     if text == NANO_BEIR:

@@ -216,7 +216,7 @@ def _text(value: Any, role: str, name: str, lookup: Lookup, place: str) -> str:
         raise DataError(f'{place}: "{name}" is {shown(value)}, not a string; {fix}')
     if not value.strip():
         raise DataError(f'{place}: "{name}" is empty; give it a text or remove the row')
-    if lookup.given and lookup.has(role, value):
+    if lookup.given and lookup.find(role, value) is not None:
         raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of `texts`; name the column "{_NAMES[f"{role} id"][0]}"')
     return replace_surrogates(value)
 
