@@ -18,6 +18,7 @@ PYTHON_DOCS = "python-docs"
 NANO_BEIR = "nanobeir"  # thirteen collections
 BM25_NAMES = ("bm25", "bm25-unstemmed")
 BACKBONES = ("bert-tiny", "modernbert-tiny")  # bundled
+PAIR_KINDS: tuple[str, ...] = ("title", "heading", "sentence")  # of ``make_pairs``
 
 # File names in the folder of a collection; BEIR's come first.
 CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs", "msmarco-docs") for form in TABLE_FORMATS)

@@ -27,7 +27,8 @@ from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.corpus import Document, read_corpus
-from anysplade.data.document_pairs import KINDS, make_pairs
+from anysplade.data.document_pairs import make_pairs
+from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
 from anysplade.data.rows import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
@@ -88,7 +89,7 @@ def adapt(
     teacher: str,
     judged: str | None = None,
     split: str = "test",
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = PAIR_KINDS,
     steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 1e-4,
