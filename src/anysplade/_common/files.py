@@ -1,19 +1,17 @@
-"""Files and folders that are written completely or not at all, and records that describe them."""
+"""Files and folders that are written completely or not at all."""
 
 import errno
 import functools
-import hashlib
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -148,85 +146,18 @@ def only_process(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / "lock", timeout=0)
     with _without_empty(folder):
-        taken = False
-        with suppress(OutputError), writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            with suppress(OutputError), writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
-            except Timeout:
-                taken = True
-        if taken:
-            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`")
+        except Timeout:
+            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`") from None
         try:
             yield
         finally:
             if lock.is_locked:
                 (folder / "lock").unlink(missing_ok=True)  # before the release, while no other process can have it
                 lock.release()
-
-
-# --------------------------------------------------------------------------------- records and damage
-
-
-def digests(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by relative path; files with a name in ``without`` are left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def damaged_file(folder: Path, known: Mapping[str, str]) -> str | None:
-    """The first file that is missing or does not match its digest; None if there is none."""
-    for name, digest in known.items():
-        path = folder / name
-        if not path.is_file() or file_digest(path) != digest:
-            return name
-    return None
-
-
-def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
-    """A JSON object with the ``needed`` names; None if there is no such file or, with a warning, if it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and found.keys() >= set(needed):
-        return found
-    logger.warning("%s: is damaged and not used", path)
-    return None
-
-
-def record_path(output: Path) -> Path:
-    """The path of an output's record: ``OUTPUT.json`` in the same folder."""
-    return beside(output, "{}.json")
-
-
-def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of an output that was made from the same data and options; None if it must still be made.
-
-    Args:
-        about: options and hash of the data, as JSON data; the record contains them.
-
-    Raises:
-        OutputError: the output was made in another way, or was changed or damaged.
-    """
-    if not output.exists():
-        return None
-    before = read_record(record_path(output)) or {}
-    if {name: before.get(name) for name in about} != about:
-        raise OutputError(
-            f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
-        )
-    if before.get("sha256", digest := file_digest(output)) != digest:
-        raise OutputError(f"{output}: was changed after it was written; remove it and run the same again to make it anew")
-    return before
 
 
 @contextmanager

@@ -1,17 +1,77 @@
-"""What an earlier call left in an output folder, and whether this call may use it."""
+"""Records of outputs: what an earlier call made, whether it is undamaged, and whether this call may use it."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anysplade._common.files import damaged_file, read_record, require_empty
+from anysplade._common.files import beside, require_empty
 from anysplade.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+def digests(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by relative path; files with a name in ``without`` are left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_file(folder: Path, known: Mapping[str, str]) -> str | None:
+    """The first file that is missing or does not match its digest; None if there is none."""
+    files = ((name, folder / name, digest) for name, digest in known.items())
+    return next((name for name, path, digest in files if not path.is_file() or file_digest(path) != digest), None)
+
+
+def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
+    """A JSON object with the ``needed`` names; None if there is no such file or, with a warning, if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and found.keys() >= set(needed):
+        return found
+    logger.warning("%s: is damaged and not used", path)
+    return None
+
+
+def record_path(output: Path) -> Path:
+    """The path of an output's record: ``OUTPUT.json`` in the same folder."""
+    return beside(output, "{}.json")
+
+
+def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of an output that was made from the same data and options; None if it must still be made.
+
+    Args:
+        about: options and hash of the data, as JSON data; the record contains them.
+
+    Raises:
+        OutputError: the output was made in another way, or was changed or damaged.
+    """
+    if not output.exists():
+        return None
+    before = read_record(record_path(output)) or {}
+    if {name: before.get(name) for name in about} != about:
+        raise OutputError(
+            f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
+        )
+    if before.get("sha256", digest := file_digest(output)) != digest:
+        raise OutputError(f"{output}: was changed after it was written; remove it and run the same again to make it anew")
+    return before
 
 
 def require_unused(output: Path, *unfinished: str) -> None:

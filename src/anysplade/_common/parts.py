@@ -14,7 +14,7 @@ from anysplade._common.files import write_atomic
 Item = TypeVar("Item")
 Rows: TypeAlias = Any  # one row per item: a CSR matrix (stored as .npz) or a NumPy array (stored as .npy)
 
-DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)  # raised when a stored part is missing or damaged
+DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)  # raised if a stored part is missing or damaged
 
 
 def encode_in_parts(

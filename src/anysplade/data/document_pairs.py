@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from anysplade._common.files import file_digest, finished_record, record_path, user_path, whole_file, write_atomic
+from anysplade._common.files import user_path, whole_file, write_atomic
 from anysplade._common.hashing import DataHash
+from anysplade._common.outputs import file_digest, finished_record, record_path
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular

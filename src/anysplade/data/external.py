@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from huggingface_hub.constants import HF_HOME
 
@@ -41,14 +42,8 @@ def _ir_datasets() -> tuple[Any, str]:
         import ir_datasets
 
         return ir_datasets, ""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"HOME": folder, "IR_DATASETS_HOME": folder}
-        try:
-            import ir_datasets
-        finally:
-            del os.environ["HOME"], os.environ["IR_DATASETS_HOME"]
-            os.environ |= before
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, HOME=folder, IR_DATASETS_HOME=folder):
+        import ir_datasets
     return ir_datasets, reason
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import atomic_folder, default_cache, digests, only_process, user_path, write_atomic
-from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
+from anysplade._common.files import atomic_folder, default_cache, only_process, user_path, write_atomic
+from anysplade._common.outputs import digests, earlier_call, is_whole, require_unused, restored
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
