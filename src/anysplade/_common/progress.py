@@ -63,6 +63,7 @@ class _Lines(tqdm):
     """A bar that is not drawn; it logs its progress instead."""
 
     n: int
+    total: int | None
 
     def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
         super().__init__(disable=True)
