@@ -47,11 +47,7 @@ def beside(path: Path, name: str) -> Path:
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``target`` when the block ends without an error.
-
-    Raises:
-        OutputError: ``target`` exists and is not an empty folder, or it cannot be written.
-    """
+    """A temporary folder that is renamed to ``target``, which is new or empty, when the block ends without an error."""
     target = user_path(target)
     require_empty(target)
     work = beside(target, f".{{}}-{secrets.token_hex(4)}")
@@ -110,11 +106,7 @@ def write_atomic(target: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[BinaryIO]:
-    """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
-
-    Raises:
-        OutputError: ``target`` is a folder or a device, or it cannot be written.
-    """
+    """A file with a temporary name that is renamed to ``target`` when the block ends without an error."""
     target = user_path(target)
     with writing(target), _without_empty(target.parent):
         if target.is_dir():
@@ -138,11 +130,7 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
 def only_process(folder: Path) -> Iterator[None]:
     """Lock a folder for this process; the system releases the lock when the process ends, however it ends.
 
-    Folders that were created for the lock are removed if nothing was written to them. A folder that this process may not
-    write to is not locked; the first write to it raises the error.
-
-    Raises:
-        OutputError: another process has the lock.
+    A folder that this process may not write to is not locked; the first write to it raises the error.
     """
     lock = FileLock(folder / "lock", timeout=0)
     with _without_empty(folder):
@@ -162,12 +150,9 @@ def only_process(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's errors on writing a path, from whatever library, into an OutputError.
+    """Turn the system's errors on writing a path, from any library, into an OutputError.
 
     Errors about other files, such as one that may not be read, are not changed.
-
-    Raises:
-        OutputError: there is no permission or no room, a file is in the place of a folder, the name is too long, ...
     """
     if str(path).startswith("~"):  # ``user_path`` found no such user
         raise OutputError(f"{path}: no home folder of that name here; write the path in full, or ./{path} for one here")
@@ -211,10 +196,7 @@ def warn_once(message: str) -> None:
 
 
 def default_cache() -> Path | None:
-    """The folder for the command line's vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
-
-    None, with a warning, if it cannot be written; results do not need it.
-    """
+    """The folder that keeps vectors between calls of commands; None, with a warning, if it cannot be written."""
     try:
         user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")

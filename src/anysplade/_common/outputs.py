@@ -54,14 +54,7 @@ def record_path(output: Path) -> Path:
 
 
 def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of an output that was made from the same data and options; None if it must still be made.
-
-    Args:
-        about: options and hash of the data, as JSON data; the record contains them.
-
-    Raises:
-        OutputError: the output was made in another way, or was changed or damaged.
-    """
+    """The record of an output that was made from the data and options in ``about``; None if it must still be made."""
     if not output.exists():
         return None
     before = read_record(record_path(output)) or {}
@@ -81,18 +74,11 @@ def require_unused(output: Path, *unfinished: str) -> None:
 
 
 def earlier_call(record: Path, asked: Mapping[str, Any], others: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    """Read the record of an earlier call and check that this call asks for the same.
+    """The record of an earlier call, which must have asked for the same; None if there is none or it is damaged.
 
     Args:
-        record: a JSON object with the entries of ``asked`` and any others.
         asked: the options of this call by name, or groups of them, as JSON stores them.
         others: entries of ``asked`` that are no options, and what they are called in a message: ``{"data_hash": "text"}``.
-
-    Returns:
-        The record; None if there is none or, with a warning, if it is damaged.
-
-    Raises:
-        OutputError: the earlier call had other options or other input.
     """
     found = read_record(record)
     if found is None:
@@ -116,11 +102,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_whole(folder: Path, known: Mapping[str, str]) -> bool:
-    """Whether a folder has all files that it had, unchanged; a warning names the first that is missing or damaged.
-
-    Args:
-        known: SHA-256 of each file by its path in the folder, from ``digests``.
-    """
+    """Whether a folder has the files of these ``digests``; a warning names the first that is missing or damaged."""
     damaged = damaged_file(folder, known) if folder.is_dir() else ""
     if damaged is not None:
         logger.warning("%s: is missing or damaged; it is made again", folder / damaged)

@@ -17,15 +17,7 @@ _MANY = 200  # texts; fewer are encoded in a second or two, and need no log line
 
 
 def bar(what: str, unit: str, total: int | None = None, show: bool = False, done: int = 0) -> tqdm:
-    """A context that shows the progress of one task; its ``update(n)`` adds n units that are done.
-
-    Args:
-        what: the task, such as "encoding documents".
-        unit: the thing to count, in the singular.
-        total: number of units; None if unknown.
-        show: whether to show anything.
-        done: units that were done before.
-    """
+    """A context that shows the progress of a task; ``update(n)`` adds n units, whose name is in the singular, to those done."""
     if show and not sys.stderr.isatty():
         return _Lines(what, unit, total, done)
     return tqdm(desc=what, unit=unit, total=total, initial=done, disable=not show, leave=False, file=sys.stderr)

@@ -56,7 +56,7 @@ class Collection(Tabular):
 def is_collection(name: str) -> bool:
     """Whether a name stands for a collection, and not for a model or a run file."""
     is_built_in(name, *BM25_NAMES, PYTHON_DOCS)  # warns if a folder has that name
-    kind = held(name.lower() if name.lower() == NANO_BEIR else name)
+    kind = held(name)
     return kind == COLLECTION or (kind is None and user_path(name).is_dir())
 
 

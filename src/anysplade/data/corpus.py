@@ -51,11 +51,7 @@ def read_corpus(source: str | Path | Source, progress: bool = False) -> dict[str
 
 
 def checked_document(place: str, title: object, text: object, metadata: object) -> Document:
-    """A document of these parts; None is an empty title.
-
-    Raises:
-        DataError: the title or the text is not a string, or the metadata is not an object that JSON can hold.
-    """
+    """A document of these parts, which are checked; None is an empty title."""
     if not isinstance(text, str):
         raise DataError(f'{place}: "text" is {shown(text)}, not a string; give a string')
     if not isinstance(title, str | None):
@@ -119,15 +115,7 @@ def source_file(source: Source, names: Sequence[str], usual: str) -> Place:
 
 
 def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequence[str]) -> Iterator[tuple[str, Document]]:
-    """The ids and documents, or queries, in numbered rows.
-
-    Args:
-        source: where the rows come from, for messages.
-        text_names: names that the column of texts can have.
-
-    Raises:
-        DataError: a row has no id or no text, or an id is a duplicate.
-    """
+    """The ids and documents, or queries, in numbered rows; ids must be unique, and messages name the source of the rows."""
     seen: dict[str, int] = {}  # row numbers by id
     for number, row in numbered:
         place = f"{source}:{number}"

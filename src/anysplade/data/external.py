@@ -28,10 +28,9 @@ def has_ir_datasets() -> bool:
 
 @functools.cache
 def _ir_datasets() -> tuple[Any, str]:
-    """The library, and the reason why its data folder cannot be created (empty if it can).
+    """The library, and the reason why its data folder, which it creates when it is imported, cannot be created; empty if it can.
 
-    Importing the library creates that folder. If that fails, it is imported with a temporary folder, so that its ids are
-    known and other names can still be resolved.
+    With a temporary folder its ids are known in any case, and other names can be resolved.
     """
     try:
         home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))

@@ -26,16 +26,11 @@ class Texts(NamedTuple):
 
 
 class Lookup:
-    """Texts by id from a collection that is opened when the first id is looked up.
-
-    Args:
-        open_texts: opens the collection; returns None if there is none.
-        given: whether the user named the collection with ``texts``.
-    """
+    """Texts by id from a collection that is opened when the first id is looked up; ``open_texts`` returns None if there is none."""
 
     def __init__(self, open_texts: Callable[[], Texts | None], given: bool) -> None:
         self._open = functools.cache(open_texts)
-        self.given = given
+        self.given = given  # whether the user named the collection with ``texts``
 
     def text(self, role: str, id_: Any, place: str) -> str:
         """The text of an id, which must be in the collection and have a text that is not empty."""

@@ -60,10 +60,6 @@ def resolve(name: str | Path | Source, wanted: str, split: str = "test") -> Sour
         name: a Source is returned as it is.
         wanted: "corpus", "collection", "training data", "queries" or "texts".
         split: the last part to try for an ir_datasets id that lacks it.
-
-    Raises:
-        DataError: the name stands for nothing or for something else, such as a model, or the zip archive is damaged.
-        OptionError: the argument is no name.
     """
     if isinstance(name, Source):
         return name
@@ -131,7 +127,7 @@ def misnamed(name: str | Path) -> str:
     if text.startswith(("/", ".", "~")) or _FILE.search(text):
         return f"no such file{'' if _FILE.search(text) else ' or folder'}{near(text) or '; check the path'}"
     hint = near_built_in(text)
-    return f"no such name{hint}" if hint and held(text.lower() if text.lower() == NANO_BEIR else text) is None else ""
+    return f"no such name{hint}" if hint and held(text) is None else ""
 
 
 def near_built_in(text: str) -> str:
@@ -142,9 +138,11 @@ def near_built_in(text: str) -> str:
 def held(name: str | Path) -> str | None:
     """The kind of thing that a path or a name stands for, with its article; None if unknown here, as for hub ids."""
     text = str(name)
-    for kind, built_in in ((MODEL, BACKBONES), ("a ranking by words", BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
+    for kind, built_in in ((MODEL, BACKBONES), ("a ranking by words", BM25_NAMES), (COLLECTION, (PYTHON_DOCS,))):
         if text in built_in:
             return kind
+    if text.lower() == NANO_BEIR:
+        return COLLECTION
     path = user_path(text)
     if path.is_dir():
         return _held_in(path)
