@@ -94,7 +94,7 @@ def earlier_call(record: Path, asked: Mapping[str, Any], others: Mapping[str, st
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with those of each group in place of the group."""
+    """Options, with the members of each group in its place."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         flat |= value if isinstance(value, dict) else {name: value}

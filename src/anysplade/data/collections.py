@@ -62,8 +62,9 @@ def is_collection(name: str) -> bool:
 
 def collection_names(source: str) -> list[str]:
     """The names of the collections that a name stands for: thirteen for ``"nanobeir"``, else the name itself."""
-    if not is_built_in(source, source if source.lower() == NANO_BEIR else NANO_BEIR):
+    if source.lower() != NANO_BEIR:
         return [source]
+    is_built_in(source, source)  # warns if a folder has that name
     return sorted(name for name in ir_names() if name.startswith("nano-beir/"))
 
 
@@ -82,8 +83,8 @@ def load_collection(source: str | Path | Source, split: str = "test", progress: 
     - ``"python-docs"``: docstrings of installed packages, see ``load_python_docs``
 
     Only queries with a judgement are kept, as in BEIR; the number of others is logged. Judgements of documents that are not in
-    the corpus are kept and count against recall, as in trec_eval; those of unknown queries are left out. A warning gives the
-    number of both.
+    the corpus are kept and count against recall, as in trec_eval; judgements of unknown queries are left out. A warning
+    gives the number of both.
 
     Args:
         split: the qrels to read.

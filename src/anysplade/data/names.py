@@ -34,15 +34,11 @@ _FILE = re.compile(r"\.(jsonl|json|csv|tsv|trec|run|parquet|txt|xml|ya?ml|gz|bz2
 
 
 class Source(NamedTuple):
-    """The result of ``resolve``.
-
-    ``at`` is the path of a file; the path of a folder, which can be inside a zip archive; the folder or hub id of a dataset;
-    the dataset object of ir_datasets; or None for python-docs.
-    """
+    """The result of ``resolve``."""
 
     kind: Literal["file", "folder", "hub", "ir_datasets", "python-docs"]
     name: str
-    at: Any = None
+    at: Any = None  # path of a file or folder, also inside a zip archive; folder or hub id; dataset of ir_datasets; None
     config: str | None = None  # of a hub dataset
 
     def __str__(self) -> str:
@@ -119,7 +115,7 @@ def is_built_in(name: object, *built_in: str) -> bool:
 def misnamed(name: str | Path) -> str:
     """Why a name stands for nothing, neither here nor on the hub; empty if it may stand for something.
 
-    It is a path to nothing, or nearly a built-in name. Ids of ir_datasets can have more than one slash, those of the hub cannot.
+    It is a path to nothing, or nearly a built-in name. Ids of ir_datasets can have more than one slash, ids of the hub cannot.
     """
     text = str(name)
     if not text or "://" in text or any(user_path(path).exists() for path in (text, text.rpartition(":")[0]) if path):
@@ -138,10 +134,11 @@ def near_built_in(text: str) -> str:
 def held(name: str | Path) -> str | None:
     """The kind of thing that a path or a name stands for, with its article; None if unknown here, as for hub ids."""
     text = str(name)
-    for kind, built_in in ((MODEL, BACKBONES), ("a ranking by words", BM25_NAMES), (COLLECTION, (PYTHON_DOCS,))):
-        if text in built_in:
-            return kind
-    if text.lower() == NANO_BEIR:
+    if text in BACKBONES:
+        return MODEL
+    if text in BM25_NAMES:
+        return "a ranking by words"
+    if text == PYTHON_DOCS or text.lower() == NANO_BEIR:
         return COLLECTION
     path = user_path(text)
     if path.is_dir():

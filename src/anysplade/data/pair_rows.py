@@ -157,7 +157,7 @@ def _split_documents(documents: list[str], scores: list[float] | None, labels: l
 
 
 def _match_scores(positives: list[str], negatives: list[str], given: dict[str, list[float]], place: str) -> _Sides:
-    """Positives without those whose label is 0 or below, and negatives, each with its score."""
+    """The positives that have no label or one above 0, and the negatives, each with its score."""
     if not positives:
         raise DataError(f"{place}: no positive; give each row at least one")
     scores, labels = given.get("scores"), given.get("label")

@@ -19,7 +19,7 @@ def find_qrels(folder: Place, split: str) -> tuple[Place | None, bool]:
 
 
 def read_qrels(source: Source, split: str) -> Qrels:
-    """The judgements of a collection in a folder, in ir_datasets or on the hub; ``split`` does not matter in ir_datasets."""
+    """The judgements of a collection in a folder, in ir_datasets or on the hub; an id of ir_datasets names its split already."""
     if source.kind == "ir_datasets":
         return dict(source.at.qrels_dict())
     return _hub_qrels(str(source.at), split) if source.kind == "hub" else _folder_qrels(source.at, split)
@@ -48,7 +48,7 @@ def _folder_qrels(folder: Place, split: str) -> Qrels:
 
 
 def _hub_qrels(name: str, split: str) -> Qrels:
-    """The judgements of a hub dataset, in its config qrels or default; a single split is used whatever its name."""
+    """The judgements of a hub dataset, in its config qrels or default; if it has only one split, that is used."""
     try:
         judged = hub_dataset(name, "qrels", split=None)
     except DataError:
@@ -66,7 +66,7 @@ def _hub_qrels(name: str, split: str) -> Qrels:
 
 
 def _add_judgement(qrels: Qrels, query_id: str, document_id: str, grade: Any, place: str) -> None:
-    """Add a judgement, whose grade must be a whole number, also as ``1.0``, and not contradict an earlier one."""
+    """Add a judgement; its grade must be a whole number, which may be written ``1.0``, and agree with an earlier one."""
     try:
         value = float(grade)
     except (TypeError, ValueError):
