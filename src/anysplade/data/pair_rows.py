@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from anysplade._common.progress import counted
 from anysplade.data.collections import Pair
 from anysplade.data.lookup import Lookup
 from anysplade.data.text import replace_surrogates, shown
@@ -175,16 +176,14 @@ def _match_scores(positives: list[str], negatives: list[str], given: dict[str, l
                 f"{place}: {len(positive_scores)} and {len(negative_scores)} scores for {len(positives)} positives and "
                 f"{len(negatives)} negatives; give each one"
             )
-    elif scores is not None and len(scores) == len(positives) + len(negatives):
-        positive_scores, negative_scores = scores[: len(positives)], scores[len(positives) :]
-    elif scores is not None and len(positives) == 1 and len(scores) == len(negatives):
-        negative_scores = scores  # margins
     elif scores is not None:
-        which = "one positive" if len(positives) == 1 else f"{len(positives)} positives"
-        raise DataError(
-            f"{place}: {len(scores)} scores for {which} and {len(negatives)} negatives; give one each, the positive's "
-            "first, or the margin of each negative"
-        )
+        if len(scores) == len(positives) + len(negatives):
+            positive_scores, negative_scores = scores[: len(positives)], scores[len(positives) :]
+        elif len(positives) == 1 and len(scores) == len(negatives):
+            negative_scores = scores  # margins
+        else:
+            which = f"{len(scores)} scores for {counted(len(positives), 'positive')} and {counted(len(negatives), 'negative')}"
+            raise DataError(f"{place}: {which}; give one each, the positive's first, or the margin of each negative")
     own = [[] for _ in positives] if positive_scores is None else [[score] for score in positive_scores]
     return positives, own, negatives, negative_scores or []
 

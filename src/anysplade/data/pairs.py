@@ -27,7 +27,7 @@ _PlacedRow = tuple[str, dict[str, Any]]  # place for messages, such as file and 
 
 
 def load_pairs(source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False) -> list[Pair]:
-    """Read all training examples into a list; arguments and errors are as for ``read_pairs``."""
+    """Read all training examples into a list; ``source``, ``texts``, ``negatives`` and errors are as for ``read_pairs``."""
     return list(read_pairs(source, texts=texts, negatives=negatives, progress=progress))
 
 
