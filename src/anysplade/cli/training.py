@@ -11,6 +11,7 @@ from rich.text import Text
 from anysplade._common.progress import counted, duration
 from anysplade.cli.app import Out, Result, command, is_first_process
 from anysplade.cli.rendering import evaluation_table, snippet
+from anysplade.data.names import PAIR_KINDS
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def adapt(
     out: Out,
     judged: str | None = None,
     split: str = "test",
-    kinds: _Kinds = ("title", "heading", "sentence"),
+    kinds: _Kinds = PAIR_KINDS,
     steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 1e-4,
@@ -188,7 +189,7 @@ def adapt(
 
 
 @command
-def pairs(corpus: str, /, *, out: Out, kinds: _Kinds = ("title", "heading", "sentence")) -> Result:
+def pairs(corpus: str, /, *, out: Out, kinds: _Kinds = PAIR_KINDS) -> Result:
     """Make training pairs from documents alone: titles, headings and sentences stand for queries.
 
     Args:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from anysplade._common.arguments import near
-from anysplade._common.files import beside, read_record, user_path
+from anysplade._common.files import beside, user_path
+from anysplade._common.outputs import read_record
 from anysplade.data.external import hub_advice
 from anysplade.data.names import BM25_NAMES, INDEX, has_checkpoint, held, is_built_in, misnamed, near_built_in
 from anysplade.errors import ModelError

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import atomic_folder, default_cache, digests, only_process, user_path, write_atomic
-from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
+from anysplade._common.files import atomic_folder, default_cache, only_process, user_path, write_atomic
+from anysplade._common.outputs import digests, earlier_call, is_whole, require_unused, restored
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.corpus import Document, read_corpus
-from anysplade.data.document_pairs import KINDS, make_pairs
+from anysplade.data.document_pairs import make_pairs
+from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
 from anysplade.data.rows import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
@@ -88,7 +89,7 @@ def adapt(
     teacher: str,
     judged: str | None = None,
     split: str = "test",
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = PAIR_KINDS,
     steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 1e-4,

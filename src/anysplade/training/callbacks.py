@@ -14,7 +14,8 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from anysplade._common.files import damaged_file, digests, read_record, write_atomic
+from anysplade._common.files import write_atomic
+from anysplade._common.outputs import damaged_file, digests, read_record
 from anysplade._common.progress import bar, counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError

@@ -21,19 +21,9 @@ from typing import Any
 from transformers import set_seed
 
 from anysplade._common.arguments import require
-from anysplade._common.files import (
-    atomic_folder,
-    beside,
-    damaged_file,
-    digests,
-    only_process,
-    require_empty,
-    user_path,
-    write_atomic,
-    writing,
-)
+from anysplade._common.files import atomic_folder, beside, only_process, require_empty, user_path, write_atomic, writing
 from anysplade._common.hashing import DataHash
-from anysplade._common.outputs import earlier_call, restored
+from anysplade._common.outputs import damaged_file, digests, earlier_call, restored
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.corpus import read_texts

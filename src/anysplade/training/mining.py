@@ -20,9 +20,9 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_atomic
+from anysplade._common.files import beside, only_process, user_path, write_atomic
 from anysplade._common.hashing import DataHash
-from anysplade._common.outputs import earlier_call
+from anysplade._common.outputs import earlier_call, file_digest, finished_record, record_path
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular

@@ -22,8 +22,8 @@ from sentence_transformers import SparseEncoder, SparseEncoderTrainer
 from sentence_transformers import SparseEncoderTrainingArguments as Arguments
 
 from anysplade._common.arguments import require
-from anysplade._common.files import atomic_folder, digests, only_process, read_record, user_path, write_atomic, writing
-from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
+from anysplade._common.files import atomic_folder, only_process, user_path, write_atomic, writing
+from anysplade._common.outputs import digests, earlier_call, is_whole, read_record, require_unused, restored
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.files import atomic_folder, digests, read_record, write_atomic
-from anysplade._common.outputs import is_whole
+from anysplade._common.files import atomic_folder, write_atomic
+from anysplade._common.outputs import digests, is_whole, read_record
 from anysplade.data.collections import Pair
 from anysplade.errors import DataError
 from anysplade.model.options import Role
