@@ -274,15 +274,16 @@ class Database:
     # ---------------------------------------------------------------------------- write, in a transaction
 
     def _insert(self, documents: Iterable[EncodedDocument]) -> list[int]:
-        """Add or replace documents, and return their positions."""
-        positions = []
-        for id_, content, terms, weights in documents:
-            query = "INSERT INTO ids (id) VALUES (?) ON CONFLICT (id) DO UPDATE SET id = id RETURNING position"
-            (position,) = self._database.execute(query, (_to_sqlite(id_),)).fetchone()
-            row = position, *_content_row(content), terms.tobytes(), weights.tobytes()
-            self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", row)
-            positions.append(position)
-        return positions
+        """Add or replace documents, of those with the same id the last, and return their positions."""
+        latest = {_to_sqlite(document.id): document for document in documents}
+        self._database.executemany("INSERT OR IGNORE INTO ids (id) VALUES (?)", [(id_,) for id_ in latest])
+        positions = dict(self._among("SELECT id, position FROM ids WHERE id", list(latest)))
+        rows = (
+            (positions[id_], *_content_row(content), terms.tobytes(), weights.tobytes())
+            for id_, (_, content, terms, weights) in latest.items()
+        )
+        self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return list(positions.values())
 
     def _remove(self, ids: Iterable[str]) -> list[int]:
         """Delete the documents with these ids that exist, and return their positions."""
