@@ -336,7 +336,7 @@ def test_what_json_cannot_hold_is_refused(engine):
     for options in ({"batch": 0}, {"batch": -1}):
         with pytest.raises(OptionError, match="batch"):
             engine.upload([encoded("a", [1], [1])], **options)
-    with pytest.raises(OptionError, match="k 0"):
+    with pytest.raises(OptionError, match="`k` is 0"):
         engine.search(np.array([1]), np.array([1.0]), 0)
 
 

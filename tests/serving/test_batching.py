@@ -100,7 +100,7 @@ def test_a_failure_affects_only_its_request(place):
         return await asyncio.gather(searcher.search("kabel", 0, False), searcher.search("kabel", 2, False), return_exceptions=True)
 
     failed, fine = asyncio.run(use(place / "index", one_fails))
-    assert "k is 0" in str(failed)
+    assert "`k` is 0" in str(failed)
     assert len(fine) == 2
 
 

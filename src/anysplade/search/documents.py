@@ -14,6 +14,8 @@ from anysplade.errors import DataError, OptionError
 
 logger = logging.getLogger(__name__)
 
+_FIX = 'give {"id": anysplade.Document(title="", text="…")}'
+
 
 class EncodedDocument(NamedTuple):
     """A document with its sparse vector."""
@@ -68,21 +70,17 @@ def check_documents(documents: object) -> dict[str, Document]:
         OptionError: ``documents`` does not map ids to documents.
         DataError: an id is empty, or a document is malformed; see ``checked_document``.
     """
-    fix = 'give {"id": anysplade.Document(title="", text="…")}'
     if not isinstance(documents, Mapping):
-        raise OptionError(f"documents are a {type(documents).__name__}; {fix}, or the path of a file")
-    for id_, document in documents.items():
-        if not isinstance(id_, str) or not isinstance(document, Document):
-            kinds = f"{type(id_).__name__} to a {type(document).__name__}"
-            raise OptionError(f"document {str(id_)[:80]!r}: maps a {kinds}; {fix}")
+        raise OptionError(f"documents are a {type(documents).__name__}; {_FIX}, or the path of a file")
     return {id_: _checked_content(id_, document) for id_, document in documents.items()}
 
 
 def _checked_content(id_: object, document: Document) -> Document:
-    if not isinstance(id_, str) or not id_:
-        raise DataError(f"document {str(id_)[:80]!r}: its id is no string or empty; give each document an id")
-    label = f"document {id_[:80]!r}"
-    require(label, document, Document, 'give anysplade.Document(title="", text="…")')
+    label = f"document {str(id_)[:80]!r}"
+    if not isinstance(id_, str) or not isinstance(document, Document):
+        raise OptionError(f"{label}: maps a {type(id_).__name__} to a {type(document).__name__}; {_FIX}")
+    if not id_:
+        raise DataError(f"{label}: its id is empty; give each document an id")
     return checked_document(label, *document)
 
 

@@ -85,7 +85,7 @@ def explain_filter(index: Tagged, filter: Filter | None) -> str | None:
     """Why a search with a filter found nothing, in one line; None without a filter.
 
     Raises:
-        OptionError: no document has a name of the filter.
+        OptionError: no document has a name of the filter, or the filter is invalid.
     """
     conditions = check_filter(filter)
     for names, values in conditions:

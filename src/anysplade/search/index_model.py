@@ -39,8 +39,8 @@ class IndexModel:
     """The model of an index. Each part is opened on first use; a build sets ``source`` and ``encoder`` itself."""
 
     about: Mapping[str, Any]  # the description of the index, which contains that of the model
-    where: str | Path  # folder or address of the index
-    place: str | Path | None = None  # path or hub id of the model, if it moved
+    index: str | Path  # folder or address of the index
+    moved: str | Path | None = None  # path or hub id of the model, if it is another one than in the description
     runtime: Runtime = "auto"
     precision: Precision = "float32"  # for queries; documents have the precision of the index
 
@@ -51,9 +51,9 @@ class IndexModel:
         Raises:
             ModelError: the model is missing, or is not the one that built the index.
         """
-        places = [self.about["model"]] if self.place is None else [str(self.place)]
-        if self.place is None and "model_beside" in self.about:
-            places.append(str((Path(self.where).resolve() / self.about["model_beside"]).resolve()))
+        places = [self.about["model"]] if self.moved is None else [str(self.moved)]
+        if self.moved is None and "model_beside" in self.about:
+            places.append(str((Path(self.index).resolve() / self.about["model_beside"]).resolve()))
         changed, missing = [], []
         for place in dict.fromkeys(places):
             try:
@@ -64,17 +64,17 @@ class IndexModel:
             if fingerprint(source) == self.about["model_fingerprint"]:
                 return source
             changed.append(source)
-        if changed and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())) and self.place is not None:
+        if changed and self.moved is not None and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())):
             raise ModelError(
-                f"{changed[0]}: not the model of {self.where}, which was built with {self.about['model']}; give the place of that "
+                f"{changed[0]}: not the model of {self.index}, which was built with {self.about['model']}; give the place of that "
                 "one as `model`, or leave `model` out if it is still there"
             )
         if changed:
             raise ModelError(
-                f"{', '.join(changed)}: the model changed since {self.where} was built; build the index again, or name the "
+                f"{', '.join(changed)}: the model changed since {self.index} was built; build the index again, or name the "
                 "place of the old model with `model`"
             )
-        raise ModelError(f"{self.where}: its model is not there; name it with `model` ({'; '.join(missing)})")
+        raise ModelError(f"{self.index}: its model is not there; name it with `model` ({'; '.join(missing)})")
 
     @cached_property
     def encoder(self) -> "SparseEncoder":
@@ -86,7 +86,7 @@ class IndexModel:
 
     @cached_property
     def queries(self) -> Queries:
-        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries."""
+        """See ``WithModel.queries``."""
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
@@ -102,3 +102,27 @@ class IndexModel:
         from anysplade.model.runtimes import for_inference
 
         return for_inference(self.encoder, self.runtime, self.about.get("precision", "float32"))
+
+
+class WithModel:
+    """The part of an index that opens its model, on first use."""
+
+    _model: IndexModel
+
+    @property
+    def encoder(self) -> "SparseEncoder":
+        """The model of the index, loaded on first use.
+
+        Raises:
+            ModelError: the model is missing, or is not the one that built the index.
+        """
+        return self._model.encoder
+
+    @property
+    def queries(self) -> Queries:
+        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries.
+
+        Raises:
+            ModelError: the model is missing, or is not the one that built the index.
+        """
+        return self._model.queries

@@ -240,8 +240,7 @@ async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     try:
         hits = await searcher.search(body.query, body.k, body.explain, body.filter)
     except OptionError as error:  # no document has a name of the filter, but a later one may have it
-        hits = Hits()
-        hits.note = str(error)
+        hits = Hits(note=str(error))
     found = {"query": body.query, "hits": [hit.to_dict() for hit in hits]}
     return ASCIIResponse(found if hits.note is None else found | {"note": hits.note})
 
