@@ -97,16 +97,18 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         same.add("precision")
     if wanted["model_fingerprint"] is not None and wanted["model_fingerprint"] == about.get("model_fingerprint"):
         same.add("model")  # it may have been moved
-    different = [name for name in wanted if name not in same and about.get(name) != wanted[name]]
-    if different:
-        names = [name for name in different if name != "model_fingerprint" or "model" not in different]
-        changes = ", ".join(
-            f"model (what {wanted['model']} holds changed)"
-            if name == "model_fingerprint"
-            else f"{name} ({about.get(name, 'none')}, not {wanted[name]})"
-            for name in names
-        )
-        raise OutputError(f"{output}: the folder is not empty: it holds an index with another {changes}; name another `output`")
+    elif about.get("model") != wanted["model"]:
+        same.add("model_fingerprint")  # another model is enough to say
+    changes = {
+        name: f"{name} ({about.get(name, 'none')}, not {wanted[name]})"
+        for name in wanted
+        if name not in same and about.get(name) != wanted[name]
+    }
+    if "model_fingerprint" in changes:
+        changes["model_fingerprint"] = f"model (what {wanted['model']} holds changed)"
+    if changes:
+        shown = ", ".join(changes.values())
+        raise OutputError(f"{output}: the folder is not empty: it holds an index with another {shown}; name another `output`")
     return about
 
 

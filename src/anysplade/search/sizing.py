@@ -7,13 +7,13 @@ import logging
 import random
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, is_collection, load_collection
 from anysplade.data.corpus import read_corpus
 from anysplade.errors import DataError, OptionError
@@ -33,8 +33,8 @@ _SECONDS = 2.0  # of measuring the speed
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-@dataclass(frozen=True)
-class Size:
+@dataclass(frozen=True, repr=False)
+class Size(Tabular):
     """What was asked, measured and derived."""
 
     model: str
@@ -62,9 +62,6 @@ class Size:
     encoding_hours: float  # on one machine like this
     assumptions: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def size(
     model: str | Path,
@@ -89,7 +86,7 @@ def size(
         OptionError: a number is not above 0.
         ModelError, DataError: the model or the corpus cannot be read; see ``open_encoder`` and ``read_corpus``.
     """
-    if documents < 1 or sample < 1 or not 0 < qps < float("inf") or not 0 < memory_gib < float("inf"):
+    if documents < 1 or sample < 1 or not 0 < qps < np.inf or not 0 < memory_gib < np.inf:
         raise OptionError(f"documents {documents}, sample {sample}, qps {qps}, memory {memory_gib} GiB: all must be above 0")
     encoder = open_encoder(model)
     sampled, questions, source = _sample(corpus, sample, seed)

@@ -9,9 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -25,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
 from anysplade._common.arguments import did_you_mean
+from anysplade._common.tables import Tabular
 from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.model.options import Precision, Runtime
 from anysplade.serving import api, pages
@@ -179,17 +179,13 @@ class _OuterMiddleware:
         return pages.token_matches(self.token, given)
 
 
-@dataclass(frozen=True)
-class Served:
+@dataclass(frozen=True, repr=False)
+class Served(Tabular):
     """The address of a server, and the number of requests that it answered."""
 
     index: str
     address: str
     requests: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
 
 
 def _listen(host: str, port: int) -> socket.socket:
