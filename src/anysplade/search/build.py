@@ -30,12 +30,7 @@ Corpus = str | Path | Mapping[str, Document]
 
 
 def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any) -> Index:
-    """``Index.build`` with checked arguments.
-
-    Args:
-        options: the precision may be "auto".
-        encoding: ``workers``, ``ray`` and ``progress`` of ``encode_documents``.
-    """
+    """``Index.build`` with checked arguments; ``encoding`` has ``workers``, ``ray`` and ``progress``, the precision may be "auto"."""
     wanted = describe_model(options.model, output) | {
         **(_describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
         "precision": options.precision,
@@ -77,11 +72,7 @@ def _file_of(corpus: str) -> str:
 
 
 def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The description of the index in the folder; None if there is none.
-
-    Raises:
-        OutputError: the folder holds something else, or an index that was made with other options.
-    """
+    """The description of the index in the folder, if any; something else, or an index with other options, is an OutputError."""
     if not (output / "index.json").is_file():
         if output.exists() and not output.is_dir():
             require_empty(output)

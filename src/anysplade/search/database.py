@@ -20,7 +20,7 @@ from anysplade.data.corpus import Document
 from anysplade.errors import DataError, OptionError
 from anysplade.search.documents import EncodedDocument, read_metadata
 from anysplade.search.exact import Postings
-from anysplade.search.filters import Tags, tag
+from anysplade.search.filters import Tagged, Tags, tag
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,11 @@ class _Closed:
         raise OptionError(f"{self.folder}: the index is closed; Index.load(folder) opens it")
 
 
-class Database:
+class Database(Tagged):
     """The documents in ``documents.sqlite``. A position is the number of a document, which it keeps and no other ever gets."""
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
-        """Open the database in a folder.
-
-        Raises:
-            DataError: the database is damaged, or cannot be read by this process.
-        """
+        """Open the database in a folder; one that is damaged, or that this process may not read, is a DataError."""
         self.folder = folder
         self.vocabulary = vocabulary
         self.read_only = False
@@ -188,11 +184,7 @@ class Database:
             yield from rows
 
     def compare(self, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document, int | None, bool]]:
-        """Look up documents by id.
-
-        Returns:
-            For each document: id, document, position (None if the id is new), and whether the stored document is the same.
-        """
+        """Each document with its id, its position (None if the id is new), and whether the stored document is the same."""
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
@@ -231,12 +223,7 @@ class Database:
     # ----------------------------------------------------------------------------------- search
 
     def search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
-        """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change.
-
-        Args:
-            terms, weights: the vector of the query, (active dims,) each.
-            conditions: what ``check_filter`` returns.
-        """
+        """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change."""
         version = (int(self._one("PRAGMA data_version")), self._database.total_changes, self._state)
         if self._exact is None or self._exact[0] != version:
             rows = self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
@@ -257,12 +244,10 @@ class Database:
         return hits[:k]
 
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
-        """Whether some document has at least one of the tags of each condition."""
         with self.reading():
             return any(_has_all(getattr(tags, kind), conditions) for _, tags in self._tagged())
 
     def names(self, limit: int) -> list[str]:
-        """The names in the metadata of the documents, the most frequent first."""
         with self.reading():
             counts = Counter(name for _, tags in self._tagged() for name in tags.names)
             return [name for name, _ in counts.most_common(limit)]
@@ -297,11 +282,7 @@ class Database:
 
 
 def is_refusal(error: BaseException, *codes: int) -> bool:
-    """Whether the system does not let this process write (or read), while nothing is damaged.
-
-    Args:
-        codes: SQLite's codes that mean a refusal besides the usual ones.
-    """
+    """Whether the system does not let this process write, while nothing is damaged; ``codes`` of SQLite mean that too."""
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code, without SQLite's extension
         return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, *codes)

@@ -27,17 +27,9 @@ class EncodedDocument(NamedTuple):
 
 
 def check_vector(label: str, terms: np.ndarray, weights: np.ndarray, vocabulary: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vector as int32 terms and float32 weights, (active dims,) each.
+    """Return the vector as int32 terms and float32 weights, (active dims,) each, or raise DataError; ``label`` names it there.
 
     Engines accept vectors that they cannot search: Qdrant takes NaN, and repeated terms change scores after a reload.
-
-    Args:
-        label: names the vector in messages.
-        vocabulary: number of terms of the model.
-
-    Raises:
-        DataError: the lengths differ; the terms are not integers that rise from 0 or more to less than ``vocabulary``; or a
-            weight is not finite and above 0.
     """
     terms, weights = np.asarray(terms), np.asarray(weights)
     if terms.ndim != 1 or terms.shape != weights.shape:
@@ -56,7 +48,7 @@ def check_vector(label: str, terms: np.ndarray, weights: np.ndarray, vocabulary:
 
 
 def check_document(document: EncodedDocument, vocabulary: int = 2**31) -> EncodedDocument:
-    """Return the document as ``checked_document`` and ``check_vector`` return its parts, and raise the same errors."""
+    """The document with the parts that ``checked_document`` and ``check_vector`` return; raises the same errors."""
     require("documents", document, EncodedDocument, "give a list of anysplade.EncodedDocument")
     content = _checked_content(document.id, document.content)
     terms, weights = check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, vocabulary)
@@ -64,12 +56,7 @@ def check_document(document: EncodedDocument, vocabulary: int = 2**31) -> Encode
 
 
 def check_documents(documents: object) -> dict[str, Document]:
-    """The documents by id, each as ``checked_document`` returns it.
-
-    Raises:
-        OptionError: ``documents`` does not map ids to documents.
-        DataError: an id is empty, or a document is malformed; see ``checked_document``.
-    """
+    """The documents by id, each as ``checked_document`` returns it; raises OptionError unless they are documents by id."""
     if not isinstance(documents, Mapping):
         raise OptionError(f"documents are a {type(documents).__name__}; {_FIX}, or the path of a file")
     return {id_: _checked_content(id_, document) for id_, document in documents.items()}

@@ -51,10 +51,9 @@ class Postings:
 
 
 def nearest(queries: np.ndarray, documents: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each query, the positions of the k documents with the highest dot products, and the products; ties by position.
+    """For each dense query, (queries, width), the positions of the k documents, (documents, width), with the highest dot products.
 
-    Args:
-        queries, documents: dense vectors, (queries, width) and (documents, width), float32.
+    The products come second; ties by position.
     """
     size = max(1, _BLOCK // max(1, len(documents)))
     blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))

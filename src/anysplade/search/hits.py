@@ -85,13 +85,7 @@ def check_count(name: str, value: object) -> int:
 
 
 def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
-    """The terms that a query and a document share, the largest product first.
-
-    Args:
-        names: the name of each term, (vocabulary,).
-        query: the vector of the query, (1, vocabulary).
-        terms, weights: the vector of the document, (active dims,) each.
-    """
+    """The terms that a query, (1, vocabulary), and a document with these terms and weights share, the largest product first."""
     shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
     pairs = zip(shared, query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
     matches = [TermMatch(names[term], ours, theirs, ours * theirs) for term, ours, theirs in pairs]
@@ -105,10 +99,6 @@ def query_words(queries: Queries, text: str) -> dict[str, str]:
 
 
 def join_matches(matches: Sequence[TermMatch], words: Mapping[str, str]) -> list[WordMatch]:
-    """Shared terms as words, the largest product first.
-
-    Args:
-        words: the words of the query; see ``query_words``.
-    """
+    """Shared terms as words, the largest product first; ``words`` is what ``query_words`` returns."""
     joined = join_pieces((words.get(match.term), match.term, match.product, match) for match in matches)
     return [WordMatch(word, terms, product) for word, product, terms in joined]

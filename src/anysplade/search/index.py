@@ -37,7 +37,8 @@ class Index(WithModel):
     """Documents encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``.
 
     ``store`` holds the documents and their vectors, and searches by vector. ``about`` describes how the index was made, and
-    ``changes`` counts what ``build`` changed.
+    ``changes`` counts what ``build`` changed. ``encoder`` is the model, and ``queries`` encodes queries; both are opened on first
+    use, and raise ModelError if the model is missing or is not the one that built the index.
     """
 
     def __init__(self, folder: Path, model: IndexModel) -> None:
@@ -102,8 +103,7 @@ class Index(WithModel):
         """Open the index in a ``folder``.
 
         Args:
-            model: the path or hub id of the index's model, if it moved. By default it is looked for where it was, and where it
-                was relative to the index.
+            model: the path or hub id of the index's model, if it moved; by default where it was, or was relative to the index.
             runtime: how texts are encoded; see ``for_inference``.
             precision: of the encoding of queries; see ``for_inference``. All but float32 are approximations.
 

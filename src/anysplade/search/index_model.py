@@ -22,11 +22,7 @@ FORMAT = 3  # of an index in a folder
 
 
 def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
-    """The description of a model for an index.
-
-    Args:
-        folder: of the index; a relative path from there finds the model if both are moved together.
-    """
+    """The description of a model for an index; a relative path from its folder finds the model if both are moved together."""
     known = {"format": FORMAT, "model": source, "model_fingerprint": fingerprint(source)}
     if not Path(source).is_dir():
         return known
@@ -46,11 +42,7 @@ class IndexModel:
 
     @cached_property
     def source(self) -> str:
-        """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index.
-
-        Raises:
-            ModelError: the model is missing, or is not the one that built the index.
-        """
+        """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index."""
         places = [self.about["model"]] if self.moved is None else [str(self.moved)]
         if self.moved is None and "model_beside" in self.about:
             places.append(str((Path(self.index).resolve() / self.about["model_beside"]).resolve()))
@@ -111,18 +103,10 @@ class WithModel:
 
     @property
     def encoder(self) -> "SparseEncoder":
-        """The model of the index, loaded on first use.
-
-        Raises:
-            ModelError: the model is missing, or is not the one that built the index.
-        """
+        """The model; raises ModelError if it is missing, or is not the one that built the index."""
         return self._model.encoder
 
     @property
     def queries(self) -> Queries:
-        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries.
-
-        Raises:
-            ModelError: the model is missing, or is not the one that built the index.
-        """
+        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries."""
         return self._model.queries

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteIndex(WithModel):
-    """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``.
+    """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``, with the same ``encoder`` and ``queries``.
 
     ``sent`` is the number of documents that ``build`` sent; ``left_over`` is the number that the server has and the corpus lacks.
     """

@@ -139,11 +139,7 @@ def size(
 
 
 def parse_count(text: str) -> int:
-    """The number in a text such as ``100M``, ``2.5B``, ``1e8`` or ``100,000``.
-
-    Raises:
-        OptionError: the text is not such a number, or the number is below 1.
-    """
+    """The number of documents in a text such as ``100M``, ``2.5B``, ``1e8`` or ``100,000``; raises OptionError for another text."""
     match = re.fullmatch(r"(\d[\d,_]*(?:\.\d+)?(?:e\d{1,2})?)([kmb]?)", text.strip().lower())
     count = float(re.sub("[,_]", "", match[1])) * _SUFFIXES[match[2]] if match else 0.0
     if not 1 <= count < 1e15:
