@@ -30,7 +30,7 @@ Corpus = str | Path | Mapping[str, Document]
 
 
 def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any) -> Index:
-    """``Index.build`` with checked arguments; ``encoding`` has ``workers``, ``ray`` and ``progress``, the precision may be "auto"."""
+    """``Index.build`` with checked arguments; ``encoding`` has ``workers``, ``ray`` and ``progress`` for ``encode_documents``."""
     wanted = describe_model(options.model, output) | {
         **(_describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
         "precision": options.precision,

@@ -1,18 +1,15 @@
 """Documents with their sparse vectors, and the checks that every index makes of them."""
 
 import json
-import logging
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from anysplade._common.arguments import require
+from anysplade._common.files import warn_once
 from anysplade.data.corpus import Document, checked_document
 from anysplade.errors import DataError, OptionError
-
-logger = logging.getLogger(__name__)
 
 _FIX = 'give {"id": anysplade.Document(title="", text="…")}'
 
@@ -76,10 +73,5 @@ def read_metadata(stored: str | None) -> dict[str, Any] | None:
     metadata = None if stored is None else json.loads(stored, parse_constant=lambda _: None)
     if isinstance(metadata, dict | None):
         return metadata
-    _warn_of_metadata(str(stored)[:80])
+    warn_once(f"the metadata {str(stored)[:80]} of a document is not an object and is left out; add the document again")
     return None
-
-
-@cache
-def _warn_of_metadata(stored: str) -> None:
-    logger.warning("the metadata %s of a document is not an object and is left out; add the document again", stored)

@@ -74,17 +74,9 @@ def size(
     memory_gib: float = 32.0,
     progress: bool = False,
 ) -> Size:
-    """Size an index of ``documents`` documents.
+    """Size an index of a number of documents, whose texts are like a sample of the corpus; everyday texts without a corpus.
 
-    Args:
-        corpus: texts like those that will be indexed, also with queries if it is a collection; everyday texts if None.
-        sample: number of documents, and of queries, that are encoded.
-        qps: wanted queries per second.
-        memory_gib: of a machine, for postings.
-
-    Raises:
-        OptionError: a number is not above 0.
-        ModelError, DataError: the model or the corpus cannot be read; see ``open_encoder`` and ``read_corpus``.
+    Queries are those of the corpus if it is a collection, or everyday ones. ``memory_gib`` is that of a machine, for postings.
     """
     if documents < 1 or sample < 1 or not 0 < qps < np.inf or not 0 < memory_gib < np.inf:
         raise OptionError(f"documents {documents}, sample {sample}, qps {qps}, memory {memory_gib} GiB: all must be above 0")

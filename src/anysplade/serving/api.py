@@ -165,11 +165,7 @@ class ASCIIResponse(JSONResponse):
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request, with limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)
-
-    Raises:
-        HTTPException: 415 if the body is compressed, 413 or 408 above a limit, or 400 if the client disconnected.
-    """
+    """The body of a request, with limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)"""
     encodings = ",".join(request.headers.getlist("content-encoding")).lower().replace(" ", "").split(",")
     if compressed := ", ".join(encoding for encoding in encodings if encoding not in ("", "identity")):
         message = f"the body is encoded as {compressed[:100]}; send it as it is, without Content-Encoding"

@@ -55,11 +55,9 @@ _HEADERS = (
 def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str] | None = _LOOPBACK) -> FastAPI:
     """The application of pages and API, which starts and stops the searcher.
 
-    Args:
-        searcher: not yet started.
-        token: that every request must send, as a bearer token or (from the pages) as a cookie.
-        hosts: host names that requests may use, IPv6 addresses in brackets; None for any. Other names are refused, because a
-            web page elsewhere could let its own name point here to read the responses (DNS rebinding).
+    Every request must send the token, as a bearer token or (from the pages) as a cookie. Hosts other than the given ones, of which
+    IPv6 addresses are in brackets, are refused unless it is None: a web page elsewhere could let its own name point here to read
+    the responses (DNS rebinding).
     """
 
     @contextlib.asynccontextmanager
@@ -214,15 +212,7 @@ def serve(
 ) -> Served:
     """Serve an index until the process gets SIGINT or SIGTERM; running requests are finished first.
 
-    Args:
-        index, beside, model, runtime, precision: see ``Searcher``.
-        host: an address of this machine; if other machines can reach it, a token is needed.
-        port: 0 for any free port.
-        token: that every request must send; at least 16 ASCII characters.
-
-    Raises:
-        OptionError: a token is missing or can be guessed, or the host or port cannot be used.
-        DataError, ModelError: see ``Searcher``.
+    The index and its options are those of ``Searcher``, and the token is that of ``create_app``. Port 0 is any free port.
     """
     name = f"[{host}]" if ":" in host else host
     if name not in _LOOPBACK and not token:
