@@ -184,7 +184,7 @@ class Database(Tagged):
             yield from rows
 
     def compare(self, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document, int | None, bool]]:
-        """Each document with its id, its position (None if the id is new), and whether the stored document is the same."""
+        """Yield id, document, position (None if the id is new), and whether the stored document is the same."""
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
@@ -212,13 +212,9 @@ class Database(Tagged):
         """The document with this id."""
         return next(map(_from_row, self._among("SELECT * FROM documents WHERE id", [_to_sqlite(id_)])), None)
 
-    def items(self) -> Iterator[tuple[int, EncodedDocument]]:
-        """All documents with their positions, in the order in which they were added, without changes made meanwhile."""
-        for row in self._passes.execute("SELECT * FROM documents ORDER BY position"):
-            yield row[0], _from_row(row)
-
     def __iter__(self) -> Iterator[EncodedDocument]:
-        return (document for _, document in self.items())
+        """All documents in the order in which they were added, without changes made meanwhile."""
+        return map(_from_row, self._passes.execute("SELECT * FROM documents ORDER BY position"))
 
     # ----------------------------------------------------------------------------------- search
 

@@ -51,10 +51,7 @@ class Postings:
 
 
 def nearest(queries: np.ndarray, documents: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each dense query, (queries, width), the positions of the k documents, (documents, width), with the highest dot products.
-
-    The products come second; ties by position.
-    """
+    """``highest`` of the products of each query, (queries, width), with all documents, (documents, width)."""
     size = max(1, _BLOCK // max(1, len(documents)))
     blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))
     return [highest(row, k, -np.inf) for block in blocks for row in block]

@@ -117,11 +117,6 @@ async def _error_response(request: Request, error: Exception) -> Response:
     return ASCIIResponse({"error": message}, status, headers)
 
 
-def _host_name(request: Request) -> str:
-    """The host that a request names, without its port."""
-    return re.sub(r":\d*$", "", request.headers.get("host", "").lower())
-
-
 def _wants_html(request: Request) -> bool:
     return "text/html" in request.headers.get("accept", "")
 
@@ -151,12 +146,12 @@ class _OuterMiddleware:
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
-        request = Request(scope)
-        app = self.app
+        request, app = Request(scope), self.app
+        host = re.sub(r":\d*$", "", request.headers.get("host", "").lower())  # without its port
         if not self._is_allowed(request):
             error = {"error": "the token is missing or wrong; send the header Authorization: Bearer TOKEN"}
             app = RedirectResponse("/login", 303) if _wants_html(request) else ASCIIResponse(error, 401)
-        elif self.hosts is not None and (host := _host_name(request)) not in self.hosts:
+        elif self.hosts is not None and host not in self.hosts:
             message = f"the host name {host[:100]!r} is not served; use {', '.join(self.hosts)}"
             app = await _error_response(request, HTTPException(400, message))
         try:

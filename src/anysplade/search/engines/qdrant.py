@@ -65,13 +65,12 @@ class QdrantEngine(ServerEngine):
         return {str(point.id): (point.payload or {}).get("hash", "") for point in found}
 
     def _send(self, documents: list[tuple[EncodedDocument, dict[str, Any]]]) -> None:
-        self.ask(self.client.upsert, self.name, [self._point(*pair) for pair in documents], wait=True, again=True)
-
-    def _point(self, document: EncodedDocument, payload: dict[str, Any]) -> models.PointStruct:
-        id_, _, terms, weights = document
-        # Qdrant documents points without a vector, but not empty sparse vectors.
-        vectors: Any = {_VECTOR: models.SparseVector(indices=terms.tolist(), values=weights.tolist())} if len(terms) else {}
-        return models.PointStruct(id=self.key(id_), vector=vectors, payload=payload)
+        points = []
+        for (id_, _, terms, weights), payload in documents:
+            # Qdrant documents points without a vector, but not empty sparse vectors.
+            vectors: Any = {_VECTOR: models.SparseVector(indices=terms.tolist(), values=weights.tolist())} if len(terms) else {}
+            points.append(models.PointStruct(id=self.key(id_), vector=vectors, payload=payload))
+        self.ask(self.client.upsert, self.name, points, wait=True, again=True)
 
     def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[tuple[float, Any]]:
         found = self.ask(
