@@ -24,10 +24,19 @@ FORMAT = 3  # of an index in a folder
 def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
     """The description of a model for an index; a relative path from its folder finds the model if both are moved together."""
     known = {"format": FORMAT, "model": source, "model_fingerprint": fingerprint(source)}
-    if not Path(source).is_dir():
-        return known
-    place = str(Path(source).resolve())
-    return known | {"model": place} | ({} if folder is None else {"model_beside": os.path.relpath(place, folder.resolve())})
+    return known | (describe_place("model", Path(source), folder) if Path(source).is_dir() else {})
+
+
+def describe_place(name: str, path: Path, folder: Path | None) -> dict[str, str]:
+    """Where a model or corpus is: absolute, and relative to the folder of an index."""
+    place = str(path.resolve())
+    return {name: place} | ({} if folder is None else {f"{name}_beside": os.path.relpath(place, folder.resolve())})
+
+
+def described_places(about: Mapping[str, Any], name: str, folder: str | Path) -> list[str]:
+    """Where a model or corpus of a description can be: where it was, and where it was relative to the index."""
+    beside = about.get(f"{name}_beside")
+    return [place for place in (about.get(name), beside and os.path.normpath(Path(folder).resolve() / beside)) if place]
 
 
 @dataclass
@@ -43,9 +52,7 @@ class IndexModel:
     @cached_property
     def source(self) -> str:
         """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index."""
-        places = [self.about["model"]] if self.moved is None else [str(self.moved)]
-        if self.moved is None and "model_beside" in self.about:
-            places.append(str((Path(self.index).resolve() / self.about["model_beside"]).resolve()))
+        places = described_places(self.about, "model", self.index) if self.moved is None else [str(self.moved)]
         changed, missing = [], []
         for place in dict.fromkeys(places):
             try:

@@ -82,7 +82,7 @@ class RemoteIndex(WithModel):
         """
         from anysplade.model.encoder import open_encoder
         from anysplade.model.runtimes import resolve_precision
-        from anysplade.search.build import corpus_name
+        from anysplade.search.build import describe_corpus
         from anysplade.search.document_encoding import Options, check_encoding, encode_documents
 
         index = cls(address, model, runtime)
@@ -98,7 +98,7 @@ class RemoteIndex(WithModel):
         about = describe_model(source) | {"precision": used, "top_k": top_k, "max_length": max_length}
         if stored is not None:
             require_same_model(index.address, stored, about)
-        key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps([about, describe_corpus(corpus)["corpus"]]).encode()).hexdigest()[:32]
         index._model = IndexModel(about, index.address, model, runtime)
         index._model.source, index._model.encoder = source, open_encoder(source, max_length=max_length)
         batches = encode_documents(
