@@ -16,7 +16,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from cyclopts import App, CycloptsError, Parameter
@@ -35,14 +34,13 @@ app = App(
     help="Train a SPLADE sparse retriever on any masked language model.",
     version=__version__,
     result_action="return_value",
-    default_parameter=Parameter(converter=as_typed, negative_iterable=""),
+    default_parameter=Parameter(converter=as_typed, negative_iterable="", consume_multiple=True),
     suppress_keyboard_interrupt=False,  # ``main`` says that the work can be continued
 )
 
 _UNLIMITED = 10**5  # characters; no line is that long
 
 _Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]
-Out = Annotated[Path, Parameter(name="--out")]
 
 
 class Result(NamedTuple):
@@ -77,8 +75,9 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
 
     signature = inspect.signature(function)
     option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
-    run.__annotations__ = function.__annotations__ | {"json": _Json}
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(run)
     return run
 

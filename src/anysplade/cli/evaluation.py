@@ -2,38 +2,32 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.text import Text
 
 from anysplade._common.figures import draw
 from anysplade._common.progress import counted
 from anysplade.cli.app import Result, command, is_first_process
+from anysplade.cli.library import options_of
 from anysplade.cli.rendering import evaluation_table, markdown, snippet, table
 from anysplade.errors import OptionError
-from anysplade.model.options import Precision, Runtime
 
 if TYPE_CHECKING:
     from anysplade.evaluation.comparisons import Comparison
     from anysplade.evaluation.grid import Evaluations
 
-_Metrics = Annotated[list[str] | None, Parameter(consume_multiple=True)]
-
 
 @command
+@options_of("evaluation.grid", "evaluate_all", without=("curves", "output"))
 def evaluate(
     *names: str,
-    metrics: _Metrics = None,
-    split: str = "test",
-    seeds: bool = False,
+    metrics: list[str] | None = None,
     curve: bool = False,
-    runtime: Runtime = "auto",
-    precision: Precision = "float32",
-    max_length: int | None = None,
-    out: Annotated[Path | None, Parameter(name="--out")] = None,
+    out: Path | None = None,
     cache: Path | None = None,
+    **options: Any,
 ) -> Result:
     """Measure models on collections: effectiveness, cost and, for several models, the significance of the differences.
 
@@ -66,14 +60,10 @@ def evaluate(
         models,
         collections,
         measured,
-        split=split,
-        seeds=seeds,
         curves=curve,
-        runtime=runtime,
-        precision=precision,
-        max_length=max_length,
         output=out,
         cache=cache or default_cache(),
+        **options,
         progress=is_first_process(),
     )
     parts = evaluations_parts(found, shown_metrics(found, metrics))
@@ -86,7 +76,7 @@ def evaluate(
 
 
 @command
-def compare(*runs: str, collection: str, metrics: _Metrics = None, split: str = "test") -> Result:
+def compare(*runs: str, collection: str, metrics: list[str] | None = None, split: str = "test") -> Result:
     """Compare run files on a collection: each with the first one, with paired tests and the queries that changed most.
 
     Args:

@@ -9,14 +9,12 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from anysplade._common.progress import counted, duration
-from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.app import Result, command, is_first_process
 from anysplade.cli.config import read_options
 from anysplade.cli.rendering import table
 
 if TYPE_CHECKING:
     from anysplade.study.pipeline import StudyPlan
-
-_Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 
 @command
@@ -24,10 +22,10 @@ def study(
     name: str,
     /,
     *,
-    out: Out,
-    backbones: _Names = None,
+    out: Path,
+    backbones: list[str] | None = None,
     data: str = "python-docs",
-    collections: _Names = None,
+    collections: list[str] | None = None,
     seeds: int = 3,
     k: float = 8.0,
     training: Path | None = None,
@@ -86,7 +84,7 @@ def plan_lines(plan: "StudyPlan") -> list[RenderableType]:
 
 
 @command
-def demo(*, out: Out = Path("anysplade-demo")) -> Result:
+def demo(*, out: Path = Path("anysplade-demo")) -> Result:
     """Run all steps on bundled parts, offline: calibrate, train, evaluate, index, search.
 
     Args:
