@@ -66,13 +66,14 @@ def evaluate(
         **options,
         progress=is_first_process(),
     )
-    parts = evaluations_parts(found, shown_metrics(found, metrics))
+    shown = shown_metrics(found, metrics)
+    parts = evaluations_parts(found, shown)
     if out is not None:
         if found.curves:
             write_atomic(out / "curve.svg", _curve_figure(found.curves, measured[0]))
         name = "evaluation" if len(found.evaluations) == 1 else "evaluations"
         write_atomic(out / f"{name}.md", markdown(parts))
-    return Result(found.to_dict(), [*parts, *_changed_parts(found), *_curve_parts(found, shown_metrics(found, metrics))])
+    return Result(found.to_dict(), [*parts, *_detail_parts(found, shown)])
 
 
 @command
@@ -93,7 +94,8 @@ def compare(*runs: str, collection: str, metrics: list[str] | None = None, split
         raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
     measured = metrics or list(METRICS)
     found = evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
-    return Result(found.to_dict(), [*evaluations_parts(found, shown_metrics(found, metrics)), *_changed_parts(found)])
+    shown = shown_metrics(found, metrics)
+    return Result(found.to_dict(), [*evaluations_parts(found, shown), *_detail_parts(found, shown)])
 
 
 def shown_metrics(found: "Evaluations", metrics: Sequence[str] | None) -> list[str]:
@@ -122,8 +124,8 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     return parts
 
 
-def _changed_parts(found: "Evaluations") -> list[RenderableType]:
-    """The queries that changed most, of each model on the first collection."""
+def _detail_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
+    """The queries that changed most, of each model on the first collection, and the tables of pruned vectors."""
     parts: list[RenderableType] = []
     several = len({evaluation.collection for evaluation in found.evaluations}) > 1
     for c in found.comparisons:
@@ -131,12 +133,6 @@ def _changed_parts(found: "Evaluations") -> list[RenderableType]:
         if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
             parts.append(Text(f"\nchanged most in {c.metric}{_on(c, several)}, from {c.baseline} to {c.model}:"))
             parts += [Text(_changed_line(change, c)) for change in c.changed]
-    return parts
-
-
-def _curve_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
-    parts: list[RenderableType] = []
-    several = len({evaluation.collection for evaluation in found.evaluations}) > 1
     for curve in found.curves:
         title = f"{curve['model']} pruned" + (f", {curve['collection']}" if several else "")
         points = [{title: _pruned(point)} | point for point in curve["points"]]
