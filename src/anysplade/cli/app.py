@@ -64,7 +64,8 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for lone surrogates, and characters that the encoding lacks
         if json:
-            _print(_as_json(result.data) + "\n")
+            escape = sys.stdout.encoding not in (None, "utf-8", "UTF-8")  # of a lone surrogate, backslashreplace writes JSON
+            _print(jsonlib.dumps(result.data, indent=2, ensure_ascii=escape) + "\n")
         else:
             width = None if sys.stdout.isatty() else _UNLIMITED  # outside a terminal, a table is as wide as it needs to be
             console = Console(width=width, soft_wrap=True, markup=False, emoji=False)  # names can contain brackets and colons
@@ -106,16 +107,6 @@ def _print(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         raise
-
-
-def _as_json(data: dict[str, Any]) -> str:
-    """JSON, escaped if standard output cannot encode the characters."""
-    text = jsonlib.dumps(data, indent=2, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return jsonlib.dumps(data, indent=2)
-    return text
 
 
 def is_first_process() -> bool:

@@ -150,11 +150,7 @@ def _pruned(point: dict[str, Any]) -> str:
 
 
 def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> list[RenderableType]:
-    """The table of the comparisons, with those in the first metric on top, and notes on how to read it.
-
-    Args:
-        several: whether there is more than one collection.
-    """
+    """The table of the comparisons, with those in the first metric on top, and notes on how to read it."""
     primary = [c for c in comparisons if c.p_corrected is not None]
     others = [c for c in comparisons if c.p_corrected is None]
     rows = [
