@@ -55,10 +55,12 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, json: bool = False, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
         with contextlib.redirect_stdout(sys.stderr):
-            _check_inputs(signature.bind(*args, **kwargs).arguments)
+            _check_inputs(given.arguments)
             _quiet_libraries()
-            result = function(*args, **kwargs)
+            result = function(*given.args, **given.kwargs)
         if not is_first_process():
             return
         if isinstance(sys.stdout, io.TextIOWrapper):
