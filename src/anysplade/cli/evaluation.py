@@ -46,31 +46,18 @@ def evaluate(
         out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
         cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
-    from anysplade._common.files import default_cache, write_atomic
+    from anysplade._common.files import write_atomic
     from anysplade.data.collections import is_collection
-    from anysplade.evaluation.grid import evaluate_all
-    from anysplade.evaluation.measures import METRICS
 
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
     models = [name for name in names if name not in collections]
     if not models:
         raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
-    measured = metrics or list(METRICS)
-    found = evaluate_all(
-        models,
-        collections,
-        measured,
-        curves=curve,
-        output=out,
-        cache=cache or default_cache(),
-        **options,
-        progress=is_first_process(),
-    )
-    shown = shown_metrics(found, metrics)
+    found, shown = _evaluated(models, collections, metrics, cache, curves=curve, output=out, **options)
     parts = evaluations_parts(found, shown)
     if out is not None:
         if found.curves:
-            write_atomic(out / "curve.svg", _curve_figure(found.curves, measured[0]))
+            write_atomic(out / "curve.svg", _curve_figure(found.curves, shown[0]))
         name = "evaluation" if len(found.evaluations) == 1 else "evaluations"
         write_atomic(out / f"{name}.md", markdown(parts))
     return Result(found.to_dict(), [*parts, *_detail_parts(found, shown)])
@@ -86,24 +73,24 @@ def compare(*runs: str, collection: str, metrics: list[str] | None = None, split
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
     """
+    if len(runs) < 2:
+        raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
+    found, shown = _evaluated(runs, [collection], metrics, split=split)
+    return Result(found.to_dict(), [*evaluations_parts(found, shown), *_detail_parts(found, shown)])
+
+
+def _evaluated(
+    models: Sequence[str], collections: Sequence[str], metrics: Sequence[str] | None, cache: Path | None = None, **options: Any
+) -> "tuple[Evaluations, list[str]]":
+    """The evaluations, and the metrics that tables show: by default those that are not 1 for every ranking of all documents."""
     from anysplade._common.files import default_cache
     from anysplade.evaluation.grid import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
-    if len(runs) < 2:
-        raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
-    measured = metrics or list(METRICS)
-    found = evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
-    shown = shown_metrics(found, metrics)
-    return Result(found.to_dict(), [*evaluations_parts(found, shown), *_detail_parts(found, shown)])
-
-
-def shown_metrics(found: "Evaluations", metrics: Sequence[str] | None) -> list[str]:
-    """The metrics that tables show: those asked for; by default without those that a ranking of all documents makes 1."""
-    from anysplade.evaluation.measures import METRICS
-
+    options |= {"cache": cache or default_cache(), "progress": is_first_process()}
+    found = evaluate_all(models, collections, metrics or METRICS, **options)
     most = max(evaluation.documents for evaluation in found.evaluations)
-    return list(metrics or (name for name in METRICS if not (name.startswith("R@") and int(name[2:]) >= most)))
+    return found, list(metrics or (name for name in METRICS if not (name.startswith("R@") and int(name[2:]) >= most)))
 
 
 def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
