@@ -64,16 +64,10 @@ def marks_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
-    """Put the entries of a tokenizer that are text in lower case; added tokens stay.
+    """Put the entries that are text in lower case in the JSON of a tokenizer; returns the id that each has become, (entries,).
 
     Among entries that become equal, the one with the lowest id (the most frequent one) takes the name. The others get names that
-    cannot occur in lower-case text. Merges of BPE and scores of Unigram follow.
-
-    Args:
-        state: JSON of the tokenizer, changed in place.
-
-    Returns:
-        The id that each id has become, (entries,).
+    cannot occur in lower-case text. Merges of BPE and scores of Unigram follow. Added tokens stay.
     """
     model = state["model"]
     pieces = model["vocab"] if isinstance(model["vocab"], list) else None  # Unigram has a list of [piece, score] by id

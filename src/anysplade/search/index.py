@@ -76,11 +76,11 @@ class Index(WithModel):
             runtime: how documents are encoded; see ``for_inference``.
             precision: of the encoding; see ``for_inference``. All but float32 are approximations, and recorded. "auto" is the
                 precision of the index if there is one, else bfloat16 if the machine has bfloat16 products.
-            top_k: keep only the ``top_k`` largest weights of each document: an approximation, and recorded.
+            top_k: keep only this many weights of each document, the largest: an approximation, and recorded.
             max_length: tokens that are read of a document or query; see ``open_encoder``. The number of documents that are cut
                 is logged.
-            workers: number of processes that encode, each with the model.
-            ray: encode on a Ray cluster with ``workers`` actors instead.
+            workers: number of processes that encode, each with its own model.
+            ray: encode on a Ray cluster instead, with this number of workers.
 
         Raises:
             OutputError: the folder is not empty, or holds an index that was made with other options or changed by ``add`` or

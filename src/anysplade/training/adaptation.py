@@ -38,7 +38,7 @@ from anysplade.model.encoder import open_encoder
 from anysplade.model.modules import has_static_queries
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.card import CARD_FILES
-from anysplade.training.config import TrainingConfig
+from anysplade.training.config import TrainingConfig, TrainingPrecision
 from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train_as
 from anysplade.training.teachers import open_sparse, teacher_kind, without_advice
@@ -94,7 +94,7 @@ def adapt(
     batch_size: int = 16,
     learning_rate: float = 1e-4,
     max_length: int | None = 256,
-    precision: str = "float32",
+    precision: TrainingPrecision = "float32",
     seed: int = 0,
     progress: bool = False,
 ) -> Adaptation:

@@ -84,12 +84,12 @@ def mine(
         data: training examples, in any form that ``read_pairs`` can read.
         output: a JSONL file.
         miner: ``"bm25"``, or the folder or hub id of a sparse encoder or dense model; several take turns.
-        teacher: a dense model, sparse encoder or cross-encoder that tells probable answers from negatives.
-        corpus: documents to search; if None, the positives of the data.
+        teacher: a dense model, sparse encoder or cross-encoder that tells probable answers from negatives; if None, the miner.
+        corpus: documents to search (JSONL, BEIR folder); if None, the positives of the data.
         texts: source of the texts, if the data have ids.
         negatives: number of negatives per example, the highest ranked ones.
         depth: length of the ranking that they are taken from.
-        margin: share of the positive's score, in [0, 1).
+        margin: documents that score above ``1 - margin`` times the positive are left out as probable answers; in [0, 1).
         max_length: tokens after which models truncate a text; if None, each model's own limit.
         precision: of the models' matrix products, float32 or bfloat16.
         progress: show progress bars.
