@@ -203,6 +203,11 @@ def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
     return None
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object that ``read_record`` reads."""
+    write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
 def record_path(output: Path) -> Path:
     """The path of an output's record: ``OUTPUT.json`` in the same folder."""
     return beside(output, "{}.json")

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import atomic_folder, default_cache, digests, only_process, user_path, write_atomic
+from anysplade._common.files import atomic_folder, default_cache, digests, only_process, user_path, write_atomic, write_record
 from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
@@ -32,6 +32,7 @@ from anysplade.data.pairs import load_pairs
 from anysplade.data.rows import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
+from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, evaluate
 from anysplade.model.encoder import open_encoder
 from anysplade.model.modules import has_static_queries
@@ -71,9 +72,6 @@ class Adaptation(Tabular):
     options: dict[str, Any]  # of ``adapt``
     seconds: float  # time in this process
     provenance: dict[str, Any]  # versions, commit, hardware, command
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
         models = (("original", self.before), ("adapted", self.after))
@@ -166,7 +164,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     )
     collection = None if judged is None else load_collection(judged, split, progress=progress)
     begun = (output / "options.json").exists()
-    write_atomic(output / "options.json", json.dumps(about, indent=2) + "\n")
+    write_record(output / "options.json", about)
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
         held_out = _write_training(corpus, output, judged is None, progress)
@@ -192,8 +190,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
-    costs = ("query_active_dims", "document_active_dims", "flops")
-    summaries = [found.metrics | {name: getattr(found, name) for name in costs} for found in (before, after)]
+    summaries = [found.metrics | {name: getattr(found, name) for name in COSTS} for found in (before, after)]
     shutil.rmtree(output / "model", ignore_errors=True)
     with atomic_folder(output / "model") as folder:
         shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
@@ -211,8 +208,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         seconds=time.perf_counter() - start,
         provenance=provenance(),
     )
-    record = about | result.to_dict() | {"files": digests(output / "model", without=CARD_FILES)}
-    write_atomic(output / "adaptation.json", json.dumps(record, indent=2) + "\n")
+    files = {"files": digests(output / "model", without=CARD_FILES)}
+    write_record(output / "adaptation.json", about | result.to_dict() | files)
     return result
 
 

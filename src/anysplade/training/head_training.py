@@ -114,12 +114,12 @@ def train_head(
     encoder, text, output = str(encoder), str(text), user_path(output)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a head is trained by one process; start it without torchrun")
-    whole_numbers = {"steps": (steps, 1), "batch_size": (batch_size, 1), "max_length": (max_length, 8)}
-    whole_numbers["checkpoint_steps"] = (checkpoint_steps, 1)
-    for name, (value, low) in whole_numbers.items():
-        if checked_option(name, value, int) < low:
+    whole_numbers = {"steps": steps, "batch_size": batch_size, "max_length": max_length, "checkpoint_steps": checkpoint_steps}
+    for name, value in whole_numbers.items():
+        whole_numbers[name] = checked_option(name, value, int)
+        if value < (low := 8 if name == "max_length" else 1):
             raise OptionError(f"{name} is {value}: it must be at least {low}")
-    steps, batch_size, max_length, checkpoint_steps = (int(value) for value, _ in whole_numbers.values())
+    steps, batch_size, max_length, checkpoint_steps = whole_numbers.values()
     if not (0 < learning_rate < 1 and 0 <= encoder_learning_rate < 1 and 0 < layer_decay <= 1):
         raise OptionError(
             f"learning_rate {learning_rate}, encoder_learning_rate {encoder_learning_rate}, layer_decay {layer_decay}: "
