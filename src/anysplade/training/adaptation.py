@@ -124,15 +124,14 @@ def adapt(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a model is adapted by one process; start it without torchrun")
     output = user_path(output)
-    source = resolve_model(model)
-    guide = resolve_model(teacher)
-    teacher_kind(guide)
+    source, teacher_source = resolve_model(model), resolve_model(teacher)
+    teacher_kind(teacher_source)
     options = {
         "model": model, "corpus": corpus, "teacher": teacher, "judged": judged, "split": split, "kinds": list(kinds),
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
         "precision": precision, "seed": seed,
     }  # fmt: skip
-    about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(guide)]}
+    about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(teacher_source)]}
     with only_process(output):
         return _adapt(source, output, about, progress)
 
@@ -162,12 +161,13 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         checkpoint_steps=max(1, min(500, options["steps"])),
         **{name: options[name] for name in _TRAINING},
     )
-    collection = None if judged is None else load_collection(judged, split, progress=progress)
+    given = None if judged is None else load_collection(judged, split, progress=progress)
     begun = (output / "options.json").exists()
     write_record(output / "options.json", about)
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
-        held_out = _write_training(corpus, output, judged is None, progress)
+        collection = _write_training(corpus, output, given is None, progress) or given
+        assert collection is not None  # it is given or held out
         shutil.rmtree(output / "original", ignore_errors=True)  # from an interrupted call
         with atomic_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
@@ -180,8 +180,6 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         if not (begun or (output / "training" / "run.json").exists()):  # nothing to continue
             shutil.rmtree(output)
         raise
-    collection = held_out or collection
-    assert collection is not None  # it is given or held out
     shutil.rmtree(output / "adapted", ignore_errors=True)
     _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
     cache = default_cache()
@@ -256,12 +254,8 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
     A shortened document, without the words of its query, would teach the model to expand what it can match. In a full document
     the query's words are an easy match, but what is learned is the teacher's order of the other documents.
 
-    Returns:
-        With ``hold_out``, a collection of the pairs of some documents, chosen by the hash of their ids and not trained on. In it
-        these documents lack the part that their query was made from.
-
-    Raises:
-        DataError: too few documents have pairs to hold some out.
+    With ``hold_out``, the pairs of some documents, chosen by the hash of their ids, are returned as a collection instead. In it
+    these documents lack the part that their query was made from.
     """
     rows = [row for _, row in read_rows(output / "pairs.jsonl")]
     documents = dict(read_corpus(corpus, progress=progress))
@@ -282,14 +276,12 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
     write_atomic(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
     if not hold_out:
         return None
-    queries: dict[str, str] = {}
-    qrels: dict[str, dict[str, int]] = {}
+    first: dict[str, dict[str, str]] = {}  # pair of each document
     for row in rows:
-        id_ = row["document_id"]
-        if id_ in held and f"of {id_}" not in queries:  # the first pair of each
-            queries[f"of {id_}"] = row["query"]
-            qrels[f"of {id_}"] = {id_: 1}
-            documents[id_] = Document("", row["positive"])
+        if row["document_id"] in held:
+            first.setdefault(row["document_id"], row)
+    documents |= {id_: Document("", row["positive"]) for id_, row in first.items()}
+    queries, qrels = {f"of {id_}": row["query"] for id_, row in first.items()}, {f"of {id_}": {id_: 1} for id_ in first}
     return Collection(f"{len(queries)} held-out pairs", documents, queries, qrels)
 
 

@@ -6,14 +6,13 @@ masked tokens from their context (Devlin et al., arXiv 1810.04805). The encoder 
 layer at a lower rate than the one above it.
 """
 
-import json
 import logging
 import math
 import os
 import random
 import shutil
+import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from anysplade._common.files import (
     only_process,
     require_empty,
     user_path,
-    write_atomic,
+    write_record,
     writing,
 )
 from anysplade._common.hashing import DataHash
@@ -143,7 +142,7 @@ def train_head(
         set_seed(seed)
         model, tokenizer = with_new_head(source, folder)
         check_length(model, max_length)
-        write_atomic(parts / "about.json", json.dumps(about, indent=2) + "\n")
+        write_record(parts / "about.json", about)
         counts = token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
         start_biases(model, counts)
         trainer = HeadTrainer(model, tokenizer, pieces, counts, head_arguments(parts, options, checkpoint_steps), options, progress)
@@ -172,18 +171,13 @@ def train_head(
         with atomic_folder(output) as whole:
             model.eval().save_pretrained(whole)
             tokenizer.save_pretrained(whole)
-            record = about | result.to_dict() | {"files": digests(whole)}
-            write_atomic(whole / "head.json", json.dumps(record, indent=2) + "\n")
+            write_record(whole / "head.json", about | result.to_dict() | {"files": digests(whole)})
         shutil.rmtree(parts)
         return result
 
 
 def _earlier_head(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | None:
-    """The result of an earlier call with the same options, if it is finished.
-
-    Raises:
-        OutputError: the output or the unfinished training is not from the same call, or the output is damaged.
-    """
+    """The result of an earlier call with the same options, if it is finished."""
     inputs = {"fingerprint": "encoder", "data_hash": "text"}
     if not (output / "head.json").is_file():
         if earlier_call(parts / "about.json", about, inputs) is None:
@@ -202,9 +196,6 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
     """Draw ``count`` pieces of the texts of a source at random, in random order; only they are kept in memory.
 
     A text with more than ``characters`` is cut, at white space if it has some. If there are fewer pieces, all are returned.
-
-    Raises:
-        DataError: there is no text in the source.
     """
     draw = random.Random(seed)
     kept: list[str] = []
@@ -219,15 +210,8 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
     return kept
 
 
-def _pieces(text: str, characters: int) -> Iterator[str]:
-    text = " ".join(text.split())
-    start = 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            end = text.rfind(" ", start + characters // 2, end + 1) + 1 or end
-        yield text[start:end].strip()
-        start = end
+def _pieces(text: str, characters: int) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), characters, break_on_hyphens=False)
 
 
 def _first_and_last(log: list[dict[str, float]], name: str) -> list[float]:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = 512  # examples per block
 
 Found = tuple[np.ndarray, np.ndarray]  # positions of documents and their scores, the best first
-Search = Callable[[list[str]], list[Found]]  # for queries
+Search = Callable[[list[str]], list[Found]]  # what is found for each of several queries
 Block = Callable[[list[Pair]], Iterator[dict[str, Any]]]  # rows to write for a block of examples
 
 
@@ -168,11 +168,12 @@ def mine(
     with only_process(_parts_of(output)):
         mined = _in_blocks(output, options, pairs, documents, block, progress, f"mining negatives with {' and '.join(miners)}")
     if mined is None:
-        terms = "words" if miners == ["bm25"] else "active dims"
-        nothing = f": {', '.join(miners)} finds no document for any query, they have no {terms} in common"
-        nothing += "; try another `miner` or `corpus`"
-        few = "; ask for fewer, look deeper, or give a larger `corpus`"
-        raise DataError(f"{data}: no example has enough negatives{few if found_any else nothing}")
+        reason = "; ask for fewer, look deeper, or give a larger `corpus`"
+        if not found_any:
+            terms = "words" if miners == ["bm25"] else "active dims"
+            reason = f": {', '.join(miners)} finds no document for any query, they have no {terms} in common"
+            reason += "; try another `miner` or `corpus`"
+        raise DataError(f"{data}: no example has enough negatives{reason}")
     return mined
 
 
