@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anysplade._common.files import beside, require_empty
+from anysplade._common.files import beside, require_empty, write_atomic
 from anysplade.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,11 @@ def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
         return found
     logger.warning("%s: is damaged and not used", path)
     return None
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object that ``read_record`` reads."""
+    write_atomic(path, json.dumps(record, indent=2) + "\n")
 
 
 def record_path(output: Path) -> Path:

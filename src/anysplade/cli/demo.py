@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from anysplade._common.files import require_empty, user_path, write_atomic
-from anysplade._common.outputs import earlier_call
+from anysplade._common.files import require_empty, user_path
+from anysplade._common.outputs import earlier_call, write_record
 from anysplade._common.progress import duration
 from anysplade.cli.rendering import evaluation_table, hit_lines
 from anysplade.data.collections import load_collection, load_python_docs, write_collection
@@ -87,7 +87,7 @@ def run_demo(
     made, asked = output / "settings.json", {"settings": settings, "packages": list(packages)}
     if earlier_call(made, asked) is None:
         require_empty(output)
-        write_atomic(made, json.dumps(asked, indent=2) + "\n")
+        write_record(made, asked)
 
     folder = output / "collection"
     if not folder.exists():
@@ -125,7 +125,7 @@ def run_demo(
         command="anysplade" if on_path and Path(on_path).resolve() == command.resolve() else str(command),
         seconds=time.perf_counter() - start,
     )
-    write_atomic(output / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    write_record(output / "demo.json", result.to_dict())
     return result
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from anysplade.training.head_training import HeadTraining
     from anysplade.training.run import TrainingResult
 
-_KINDS = ("title", "heading", "sentence")
-
 
 @dataclass(frozen=True)
 class _TrainingOptions(TrainingConfig):

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from anysplade._common.files import user_path, whole_file, write_atomic
+from anysplade._common.files import user_path, whole_file
 from anysplade._common.hashing import DataHash
-from anysplade._common.outputs import file_digest, finished_record, record_path
+from anysplade._common.outputs import file_digest, finished_record, record_path, write_record
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -159,7 +159,7 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = PAIR_K
             examples=[examples[i] for i in shown],
             about=options | {"data_hash": digest.hexdigest(), "sha256": file_digest(Path(file.name)), "provenance": provenance()},
         )
-        write_atomic(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")  # first: without the output it is ignored
+        write_record(record_path(output), made.to_dict())  # first: without the output it is ignored
     return made
 
 

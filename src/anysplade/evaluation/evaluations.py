@@ -11,6 +11,7 @@ from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from anysplade._common.files import require_folder, user_path, write_atomic
+from anysplade._common.outputs import write_record
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
@@ -157,7 +158,7 @@ def evaluate(
         folder = user_path(output)
         write_run(folder / "run.trec", evaluation.run, str(model))
         write_atomic(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
-        write_atomic(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+        write_record(folder / "evaluation.json", evaluation.to_dict())
     return evaluation
 
 

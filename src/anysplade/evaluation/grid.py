@@ -1,6 +1,5 @@
 """Evaluate several models on several collections."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,8 @@ import numpy as np
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.arguments import require
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import user_path
+from anysplade._common.outputs import write_record
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, load_collection
 from anysplade.data.names import PYTHON_DOCS
@@ -121,7 +121,7 @@ def evaluate_all(
         means += [_over_collections(evaluations[i :: len(models)]) for i in range(len(models))]
     result = Evaluations(evaluations, comparisons, means, drawn)
     if folder is not None and (not single or curves):
-        write_atomic(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        write_record(folder / "evaluations.json", result.to_dict())
     return result
 
 

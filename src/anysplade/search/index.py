@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from scipy import sparse
 
 from anysplade._common.arguments import near, require, require_list
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import user_path
+from anysplade._common.outputs import write_record
 from anysplade.data.corpus import Document
 from anysplade.data.names import held
 from anysplade.errors import DataError
@@ -252,4 +253,4 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    write_atomic(folder / "index.json", json.dumps(about, indent=2) + "\n")
+    write_record(folder / "index.json", about)

@@ -123,11 +123,7 @@ class Progress(TrainerCallback):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check before the training that the trainer can report to these trackers.
-
-    Raises:
-        OptionError: a tracker is unknown or not installed.
-    """
+    """Raise OptionError, before the training, if a tracker is unknown or not installed."""
     usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
     for name in names if tuple(names) not in (("all",), ("none",)) else ():
         if name not in INTEGRATION_TO_CALLBACK:
