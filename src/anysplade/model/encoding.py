@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -20,7 +20,7 @@ from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.batches import Budget, Rows, batch_budget, make_batches, sparse_rows, to_device
 from anysplade.model.modules import term_names
-from anysplade.model.options import OPEN_ENCODER, Role
+from anysplade.model.options import OPEN_ENCODER, Role, checked_batch_tokens
 from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
 from anysplade.model.tokenizing import TOKENIZING, TextReader, Tokens, count_truncated, limits_of
@@ -128,7 +128,7 @@ def _encode(
         whole = sparse.csr_matrix((0, width), dtype=np.float32)
     else:
         whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
-    return Encoded(whole, limits_of(encoder, role)._replace(texts=cut))
+    return Encoded(whole, limits_of(encoder, role)._replace(texts=cut) if is_counted else Cut(cut))
 
 
 class Part(NamedTuple):
@@ -156,7 +156,8 @@ def encode_parts(
     Raises:
         ModelError: the model gives a vector with NaN or infinity.
     """
-    budget = batch_budget(encoder, batch_tokens)
+    checked_batch_tokens(batch_tokens)
+    budget = cache(partial(batch_budget, encoder, batch_tokens))
     if runtime_of(encoder) == "torch":  # other runtimes have no dropout
         encoder.eval()
     texts = TextReader(encoder, role)
@@ -216,14 +217,16 @@ def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
 
 
 def _launched(
-    encoder: SparseEncoder, parts: Iterable[tuple[Part, Tokens | None]], role: Role, budget: Budget
+    encoder: SparseEncoder, parts: Iterable[tuple[Part, Tokens | None]], role: Role, budget: Callable[[], Budget]
 ) -> Iterator[tuple[tuple[Part, Any, Any], Tensor | None]]:
     """Each part's tokens and the positions of its batches, with the dense vectors of the batch; None for vectors that are known."""
     for part, tokens in parts:
         if tokens is None:
             yield (part, None, None), None
             continue
-        for batch, features in ahead(make_batches(tokens.lengths, budget), partial(_inputs, tokens, encoder.device)):
+        # A single query needs no budget, which asks the GPU for its free memory.
+        batches = make_batches(tokens.lengths, budget()) if len(part.texts) > 1 else [np.zeros(1, np.int64)]
+        for batch, features in ahead(batches, partial(_inputs, tokens, encoder.device)):
             yield (part, tokens, batch), _vectors(encoder, features, role)
 
 

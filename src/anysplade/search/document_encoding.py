@@ -308,7 +308,7 @@ def _on_ray(jobs: _Jobs, options: Options, workers: int | None, batch_tokens: in
         cores, gpus = _share(nodes, workers)
         actor: Any = _RayActor
         dataset = ray.data.from_items(missing, override_num_blocks=len(missing))
-        asked = {"concurrency": workers, "num_cpus": cores} | ({"num_gpus": gpus} if gpus else {})
+        asked: dict[str, Any] = {"concurrency": workers, "num_cpus": cores} | ({"num_gpus": gpus} if gpus else {})
         encoded = iter(dataset.map(actor, fn_constructor_args=(options, cores, batch_tokens), **asked).iter_rows())
     for part, rows in found:
         if rows is not None:
