@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -45,7 +46,9 @@ def allows_tf32() -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Run the kernels on a small example; raises whatever Triton raises if it cannot compile or run them."""
+    """Run a kernel on a small example; raises whatever Triton raises if it cannot compile or run it."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        raise RuntimeError(f"Triton {triton.__version__} is installed, and 3.6 or later is needed, which comes with torch 2.11")
     hidden = torch.ones(1, 16, 64, dtype=torch.bfloat16, device=device)
     pooled = hidden.new_empty(1, 16)
     with torch.cuda.device(device):
@@ -104,8 +107,8 @@ def pool(
     """Write ``pooled``, (batch, terms), and the token of each maximum. ``of`` is for measuring other tiles."""
     texts, length, width = hidden.shape
     of = of or tile(hidden)
-    block = min((128, 64, 32, 16), key=lambda size: -(-length // size) * size)  # the largest of those with the least padding
-    block = min(block, of.tokens)
+    sizes = (16,) if length <= 16 else (128, 64, 32)
+    block = min(of.tokens, min(sizes, key=lambda size: -(-length // size) * size))  # the largest of those with the least padding
     per_tile = of.tokens // block
     source = _sources(mask, block)
     text_tiles, term_tiles = -(-texts // per_tile), -(-pooled.shape[1] // of.terms)
@@ -200,9 +203,9 @@ class _Entries:
         return to_weight, to_bias
 
     def _lists(self, hidden: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for rows, slots and values, for the case that every (text, term) has an entry."""
-        rows, slots = (torch.empty(capacity, dtype=kind, device=hidden.device) for kind in (torch.int32, torch.int8))
-        return rows, slots, hidden.new_empty(capacity)
+        """Memory for rows, slots and values if every (text, term) is an entry. GPUs copy 4 bytes at a time in the background."""
+        rows, slots = hidden.new_empty(2, capacity, dtype=torch.int32)
+        return rows, slots, hidden.new_empty(capacity, dtype=torch.float32)
 
 
 def _sum(
@@ -225,5 +228,5 @@ def _sum(
         BLOCK_WIDTH=columns,
         BLOCK_ENTRIES=64 if dense.element_size() < 4 else 32,
         num_warps=4,
-        num_stages=4,
+        num_stages=5,
     )

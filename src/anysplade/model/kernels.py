@@ -1,11 +1,12 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: N803 (constants of compilation are written in capitals)
 """Triton kernels of max pooling; ``kernel_pooling`` launches them.
 
-``largest_logits`` multiplies hidden states and decoder and keeps the largest logit of each (text, term), so that no logit is written
-to memory. The backward pass has one nonzero gradient per active (text, term). ``count_entries``, ``list_by_token`` and
-``list_by_term`` write these entries as lists, one per block of tokens and one per block of terms, in an order that does not depend on
-the run; ``sum_entries`` turns a list into the gradients of its block. Its work is proportional to the entries, the sums have a fixed
-order, and the host never waits for a size.
+``largest_logits`` multiplies hidden states and decoder and keeps the largest logit of each (text, term): no logit is written to
+memory. In the backward pass each active (text, term) is an entry, whose gradient goes to one token and to one row of the decoder.
+``count_entries``, ``list_by_token`` and ``list_by_term`` list the entries by block of tokens and by block of terms, always in the
+same order; ``sum_entries`` computes the gradients of a block from its list. The work is proportional to the number of entries, the
+host does not wait for that number, and every sum has a fixed order.
 """
 
 import triton
@@ -26,7 +27,7 @@ def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["texts", "length", "padded", "group"])
 def largest_logits(
     hidden,  # (texts, length, width)
     weight,  # (vocabulary, width)
@@ -127,7 +128,7 @@ def _segment(gradient, result, chosen, live, text, terms, step_text, step_term, 
     return column, value, tl.load(chosen + text * terms + term, mask=inside, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def count_entries(
     gradient,  # (texts, vocabulary), with its steps
     result,  # (texts, terms)
@@ -151,7 +152,7 @@ def count_entries(
         tl.store(counts + (text * blocks + number) * tl.num_programs(1) + tl.program_id(1), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def list_by_token(
     gradient,
     result,
@@ -182,7 +183,7 @@ def list_by_token(
         tl.store(values + place, value, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["texts", "length"])
 def list_by_term(
     gradient,
     result,
@@ -228,7 +229,7 @@ def list_by_term(
         tl.store(to_bias + live_term, total, mask=term < terms)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def sum_entries(
     out,  # (..., width)
     dense,  # (..., width)

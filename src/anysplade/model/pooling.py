@@ -2,7 +2,7 @@
 
 ``max (or sum) over tokens of log1p(relu(W h + b))`` is computed in tiles of the vocabulary, without the (batch, length, vocabulary)
 logits. Outputs and gradients equal those of the unfused modules up to the order of float additions. Under autocast, the products
-run in autocast's type and everything after them in float32. Triton kernels compute the maximum where ``_max_pool`` finds them faster.
+run in autocast's type and everything after them in float32. ``_max_pool`` says where Triton kernels compute the maximum.
 """
 
 import functools
@@ -35,8 +35,9 @@ def splade_pool(
 ) -> Tensor:
     """SPLADE vectors from the hidden states before the decoder.
 
-    Memory: two to three numbers per (sequence, term), 8 MiB of logits at a time (256 MiB on a GPU without Triton, none with it), and
-    the gradients. Without gradients, on a CPU with native int8 products, also two int8 copies of the weight.
+    Memory: two to three numbers per (sequence, term), the gradients, and 8 MiB of logits at a time (256 MiB on a GPU). With Triton
+    kernels there are no logits, and backward takes up to five numbers more per (sequence, term). Without gradients, on a CPU with
+    native int8 products, also two int8 copies of the weight.
 
     Args:
         hidden: (batch, length, width).
