@@ -207,7 +207,8 @@ def test_without_gradients_the_result_is_the_same():
 
 @pytest.mark.usefixtures("only_kernels")
 def test_under_autocast():
-    hidden, weight, bias, mask, upstream = example(3, 20, 16, 90)
+    """Of a width that is padded."""
+    hidden, weight, bias, mask, upstream = example(3, 20, 18, 90)
     leaves = [t.float().to(DEVICE).requires_grad_() for t in (hidden, weight, bias)]
     with torch.autocast(DEVICE, torch.bfloat16):
         out = splade_pool(*leaves, mask.to(DEVICE))

@@ -21,10 +21,10 @@ GROUP_BYTES = 16 * 2**20  # hidden states that stay in the cache while tiles of 
 
 
 class Tile(NamedTuple):
-    """One program's part of the product. It is fixed, not tuned at run time: another tile adds in another order."""
+    """One program's part of a product. It is fixed, not tuned at run time: another tile adds in another order."""
 
-    tokens: int
-    terms: int
+    tokens: int  # or entries, of the gradients
+    terms: int  # ``BLOCK`` of the gradients
     width: int
     warps: int
     stages: int
@@ -36,6 +36,12 @@ def tile(hidden: Tensor) -> Tile:
     large = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] in (9, 10)  # 228 KiB of shared memory
     exact = hidden.dtype == torch.float32 and not allows_tf32()
     return Tile(tokens=128, terms=256 if large and not exact else 128, width=128 // bytes_per_number, warps=8, stages=3)
+
+
+def gradient_tile(dense: Tensor) -> Tile:
+    """The tile of ``sum_entries``."""
+    width = max(16, 1 << (dense.shape[-1] - 1).bit_length())
+    return Tile(tokens=128 // dense.element_size(), terms=BLOCK, width=min(128, width), warps=4, stages=5)
 
 
 def allows_tf32() -> bool:
@@ -102,11 +108,10 @@ def pool(
     pooled: Tensor,
     chosen: Tensor | None,
     logs: int,
-    of: Tile | None = None,
 ) -> None:
-    """Write ``pooled``, (batch, terms), and the token of each maximum. ``of`` is for measuring other tiles."""
+    """Write ``pooled``, (batch, terms), and the token of each maximum."""
     texts, length, width = hidden.shape
-    of = of or tile(hidden)
+    of = tile(hidden)
     sizes = (16,) if length <= 16 else (128, 64, 32)
     block = min(of.tokens, min(sizes, key=lambda size: -(-length // size) * size))  # the largest of those with the least padding
     per_tile = of.tokens // block
@@ -212,8 +217,8 @@ def _sum(
     out: Tensor, dense: Tensor, lists: tuple[Tensor, ...], starts: Tensor, ends: Tensor, live: Tensor | None, height: int
 ) -> None:
     width = out.shape[-1]
-    columns = min(128, max(16, 1 << (width - 1).bit_length()))
-    grid = len(starts), -(-width // columns)
+    of = gradient_tile(dense)
+    grid = len(starts), -(-width // of.width)
     sum_entries[grid](
         out,
         dense,
@@ -225,8 +230,8 @@ def _sum(
         width,
         PRECISION=_precision(dense),
         BLOCK=BLOCK,
-        BLOCK_WIDTH=columns,
-        BLOCK_ENTRIES=64 if dense.element_size() < 4 else 32,
-        num_warps=4,
-        num_stages=5,
+        BLOCK_WIDTH=of.width,
+        BLOCK_ENTRIES=of.tokens,
+        num_warps=of.warps,
+        num_stages=of.stages,
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from anysplade.model.hardware import native_int8
 from anysplade.model.screening import drop_screen, screened_max
@@ -98,6 +98,10 @@ def _apply(
         half = torch.get_autocast_dtype(device)
         hidden, weight, dtype = hidden.to(half), weight.to(half), torch.float32
     function = _SumPool if pooling == "sum" else _max_pool(hidden, weight, live)
+    if function not in (_SumPool, _MaxPool) and (
+        missing := -hidden.shape[2] % 16
+    ):  # kernels copy aligned rows several times as fast
+        hidden, weight = pad(hidden, (0, missing)), pad(weight, (0, missing))
     with torch.autocast(device, enabled=False):
         return function.apply(hidden, weight, bias, mask, PoolOptions(logs, dtype, keep, live))
 
