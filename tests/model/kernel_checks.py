@@ -17,13 +17,14 @@ from anysplade.model.pooling import PoolOptions, _MaxPool, max_logits, splade_po
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5 if INTERPRETED else 1e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 NAMES = ("result", "hidden", "weight", "bias")
 
 if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.correct()
+torch.backends.cuda.matmul.allow_tf32 = True  # without it, ``pooling`` does not take the kernels for float32
 # numpy's, in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
@@ -234,7 +235,7 @@ on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
 @on_a_gpu
 @pytest.mark.parametrize("kind, length", [(torch.float16, 16), (torch.bfloat16, 128), (torch.bfloat16, 300)])
-@pytest.mark.parametrize("level", [0.0, -20.0])
+@pytest.mark.parametrize("level", [0.0, -60.0])  # nearly all terms active, and few
 def test_a_real_size(kind, length, level):
     *inputs, upstream = example(6, length, 768, 30_522, level=level)
     options = PoolOptions(1, kind, True, None)
@@ -257,12 +258,11 @@ def test_the_host_does_not_wait():
 
 
 @on_a_gpu
-def test_where_the_kernels_run():
+def test_where_the_kernels_run(monkeypatch):
     hidden, weight = torch.ones(2, 4, 16, device="cuda"), torch.ones(20, 16, device="cuda")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    assert pooling_module._max_pool(hidden, weight, None) is _MaxPool
+    assert pooling_module._max_pool(hidden, weight, None) is KernelMaxPool
     assert pooling_module._max_pool(hidden.double(), weight, None) is _MaxPool
     assert pooling_module._max_pool(hidden.bfloat16(), weight, None) is KernelMaxPool
-    torch.backends.cuda.matmul.allow_tf32 = True
-    assert pooling_module._max_pool(hidden, weight, None) is KernelMaxPool
-    torch.backends.cuda.matmul.allow_tf32 = False
+    assert pooling_module._max_pool(hidden[:0], weight, None) is _MaxPool
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert pooling_module._max_pool(hidden, weight, None) is _MaxPool

@@ -98,16 +98,14 @@ def _apply(
         half = torch.get_autocast_dtype(device)
         hidden, weight, dtype = hidden.to(half), weight.to(half), torch.float32
     function = _SumPool if pooling == "sum" else _max_pool(hidden, weight, live)
-    if function not in (_SumPool, _MaxPool) and (
-        missing := -hidden.shape[2] % 16
-    ):  # kernels copy aligned rows several times as fast
-        hidden, weight = pad(hidden, (0, missing)), pad(weight, (0, missing))
+    if function not in (_SumPool, _MaxPool) and hidden.shape[2] % 16:  # kernels copy unaligned rows number by number
+        hidden, weight = (pad(t, (0, -t.shape[-1] % 16)) for t in (hidden, weight))
     with torch.autocast(device, enabled=False):
         return function.apply(hidden, weight, bias, mask, PoolOptions(logs, dtype, keep, live))
 
 
 def _max_pool(hidden: Tensor, weight: Tensor, live: Tensor | None) -> type[torch.autograd.Function]:
-    """Triton kernels where they run and tensor cores multiply; the exact product of float32 is faster in torch's library."""
+    """Triton kernels where they run and tensor cores multiply; exact products of float32 are left to torch's library."""
     if hidden.device.type != "cuda" or not hidden.numel() or not count_terms(weight, live) or not _kernels_run(hidden.device):
         return _MaxPool
     from anysplade.model.kernel_pooling import KernelMaxPool, allows_tf32
@@ -121,9 +119,9 @@ def _kernels_run(device: torch.device) -> bool:
     """Whether Triton compiles and runs a kernel on an NVIDIA GPU; if it should and does not, the reason is logged."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0) or find_spec("triton") is None:
         return False
-    from anysplade.model.kernel_pooling import check_device
-
     try:
+        from anysplade.model.kernel_pooling import check_device
+
         check_device(device)
     except Exception as error:  # of many kinds: no C compiler, a driver that is too old, a GPU that Triton does not know yet
         logger.warning("pooling runs without Triton kernels, which is slower but gives the same result: %s", error)
