@@ -60,7 +60,8 @@ class Head:
         if device == "cuda":
             from anysplade.model.kernel_pooling import KernelMaxPool
 
-            self.variants["compiled"] = torch.compile(stock)
+            torch._dynamo.reset()  # otherwise the second case is compiled for any shape
+            self.variants["compiled"] = torch.compile(stock, dynamic=False)
             self.variants["fused (Triton)"] = lambda: self.fused(KernelMaxPool)
 
     def fused(self, function: type[torch.autograd.Function]) -> Tensor:
@@ -175,22 +176,19 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--tiles", action="store_true", help="measure other tiles of the kernels instead")
+    arguments.set_defaults(dtype="bfloat16", rounds=20)
     options = arguments.parse_args()
     results = []
     for case in CASES:
         if options.tiles:
-            results.append(measure_tiles(case, options.rounds))
+            result = measure_tiles(case, options.rounds)
         else:
-            results.append(measure_head(case, options.rounds, getattr(torch, options.dtype), options.device))
-        print(
-            *(
-                f"{name:<32} {1e3 * t['median']:8.3f} ms" if isinstance(t, dict) else f"{name:<32} {t}"
-                for name, t in results[-1]["seconds"].items()
-            ),
-            case,
-            sep="\n",
-            file=sys.stderr,
-        )
+            result = measure_head(case, options.rounds, getattr(torch, options.dtype), options.device)
+        rows = [
+            f"{name:<28} " + (t if isinstance(t, str) else f"{1e3 * t['median']:8.3f} ms") for name, t in result["seconds"].items()
+        ]
+        print(case, *rows, sep="\n", file=sys.stderr)
+        results.append(result)
     finish("gpu_head", options, {"cases": results})
 
 

@@ -130,7 +130,7 @@ def pool(
         source.shape[1],
         pooled.shape[1],
         width,
-        max(1, GROUP_BYTES // (per_tile * length * width * hidden.element_size())),
+        max(1, min(text_tiles, GROUP_BYTES // (per_tile * length * width * hidden.element_size()))),
         LOGS=logs,
         PRECISION=_precision(hidden),
         TEXTS=per_tile,

@@ -36,7 +36,7 @@ def splade_pool(
     """SPLADE vectors from the hidden states before the decoder.
 
     Memory: two to three numbers per (sequence, term), the gradients, and 8 MiB of logits at a time (256 MiB on a GPU). With Triton
-    kernels there are no logits, and backward takes up to five numbers more per (sequence, term). Without gradients, on a CPU with
+    kernels there are no logits, and backward takes up to three numbers more per (sequence, term). Without gradients, on a CPU with
     native int8 products, also two int8 copies of the weight.
 
     Args:
