@@ -36,7 +36,8 @@ def common_arguments(seed: int, checkpoint_steps: int) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     saving = {"save_strategy": "steps", "save_steps": checkpoint_steps, "save_total_limit": 2}
     logs = {"logging_steps": 10, "logging_first_step": True, "disable_tqdm": True}
-    device = {"dataloader_pin_memory": gpu, "use_cpu": not gpu and not torch.backends.mps.is_available()}
+    device: dict[str, Any] = {"dataloader_pin_memory": gpu, "use_cpu": not gpu and not torch.backends.mps.is_available()}
+    device["accelerator_config"] = {"non_blocking": gpu}  # copying a batch to a GPU does not wait for the step before it
     return {"seed": seed, "data_seed": seed} | saving | logs | device
 
 

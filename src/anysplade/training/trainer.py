@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer
 from sentence_transformers import SparseEncoderTrainingArguments as Arguments
 from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sparse_encoder.data_collator import SparseEncoderDataCollator
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
@@ -33,6 +35,8 @@ from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import make_loss
 from anysplade.training.observers import ObservedLoss
 from anysplade.training.regularization import ActiveDimsController
+from anysplade.training.steps import Steps
+from anysplade.training.teacher_scores import BatchTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +54,10 @@ def training_arguments(config: TrainingConfig, output: Path) -> Arguments:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % processes:
         raise OptionError(f"batch_size {config.batch_size} does not divide among {processes} processes; choose a multiple")
+    common = common_arguments(config.seed, config.checkpoint_steps)
     if processes > 1:  # all processes share a batch, so their number changes nothing but the speed
-        more |= {"accelerator_config": {"split_batches": True}, "ddp_backend": "nccl" if gpu else "gloo"}
-        more["ddp_timeout"] = _PREPARATION
+        common["accelerator_config"]["split_batches"] = True
+        more |= {"ddp_backend": "nccl" if gpu else "gloo", "ddp_timeout": _PREPARATION}
     contrastive = "contrastive" in parse_objective(config.objective)
     arguments = Arguments(
         output_dir=str(output / "checkpoints"),
@@ -66,8 +71,9 @@ def training_arguments(config: TrainingConfig, output: Path) -> Arguments:
         batch_sampler=BatchSamplers.NO_DUPLICATES if contrastive else BatchSamplers.BATCH_SAMPLER,
         dataloader_drop_last=True,  # a small batch has few negatives
         bf16=config.precision == "bfloat16",
+        logging_nan_inf_filter=False,  # it waits for every loss; the monitor finds those that are not finite
         report_to=list(config.report_to) or "none",
-        **common_arguments(config.seed, config.checkpoint_steps),
+        **common,
         **more,
     )
     device = arguments.device  # connects the processes
@@ -141,12 +147,32 @@ def make_trainer(
         callbacks.append(Patience(early_stopping_patience=config.patience))
     dev = None if inputs.dev is None else DevEvaluator(inputs.dev)
     trainer = _Trainer(model=encoder, args=arguments, train_dataset=dataset, loss=loss, evaluator=dev, callbacks=callbacks)
+    trainer.data_collator.teacher = inputs.teacher if arguments.world_size == 1 else None
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, so that they report what it logs
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which is for the result
     return trainer, monitor
 
 
-class _Trainer(EndsOnce, SparseEncoderTrainer):
+@dataclass
+class _Collator(SparseEncoderDataCollator):
+    """Replaces the examples' numbers by the teacher's scores of the batch, (queries, documents), while the device is still at work.
+
+    With several processes, the loss does it, which knows the documents of all.
+    """
+
+    teacher: BatchTeacher | None = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(features)
+        if self.teacher is not None:
+            numbers = batch["label"].numpy()
+            batch["label"] = torch.from_numpy(self.teacher.scores(numbers, numbers))
+        return batch
+
+
+class _Trainer(Steps, EndsOnce, SparseEncoderTrainer):
+    data_collator_class = _Collator
+
     def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.batch_sampler == BatchSamplers.NO_DUPLICATES:
             return DistinctBatches(*args, **kwargs)
