@@ -14,6 +14,7 @@ from anysplade.model.hardware import native_bfloat16
 from anysplade.model.head import find_head
 from anysplade.model.pooling import max_logits
 from anysplade.training.callbacks import EndsOnce, Estimate, MarkComplete, Progress, common_arguments
+from anysplade.training.devices import use_one_gpu
 from anysplade.training.steps import Steps
 
 WEIGHTS = {"masked": 0.0, "named": 1.0, "bag": 0.3}  # of the parts of the loss; a part with weight 0 is not computed
@@ -137,6 +138,5 @@ def head_arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int)
         logging_nan_inf_filter=False,  # it waits for every loss
         **common_arguments(options["seed"], checkpoint_steps),
     )
-    _ = arguments.device  # counts the GPUs
-    arguments._n_gpu = min(1, arguments.n_gpu)  # with several, each would take a batch of its own
+    use_one_gpu(arguments)
     return arguments

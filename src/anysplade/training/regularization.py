@@ -181,7 +181,7 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
             weight = side.control(state.global_step / state.max_steps, 1 / state.max_steps, speed)
             setattr(self.loss, f"{role}_regularizer_weight", weight)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if logs is not None:
-            logs |= {f"{role}_regularizer_weight": float(getattr(self.loss, f"{role}_regularizer_weight")) for role in self.sides}
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, model, logs, **kwargs)
+        for name in (f"{role}_regularizer_weight" for role in self.sides):
+            logs[name] = float(getattr(self.loss, name))

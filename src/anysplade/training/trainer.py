@@ -1,7 +1,6 @@
 """The encoder that a run starts from, and sentence-transformers' trainer with this package's loss and callbacks."""
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from anysplade.model.saved import resolve_model
 from anysplade.training.batches import DistinctBatches
 from anysplade.training.callbacks import DevEvaluator, EndsOnce, Estimate, MarkComplete, Patience, Progress, common_arguments
 from anysplade.training.config import TrainingConfig, parse_objective
+from anysplade.training.devices import processes, use_one_gpu
 from anysplade.training.inputs import Inputs
 from anysplade.training.level import batch_target
 from anysplade.training.monitoring import Monitor
@@ -51,11 +51,10 @@ def training_arguments(config: TrainingConfig, output: Path) -> Arguments:
     if config.dev is not None:
         more = {"eval_strategy": "steps", "eval_steps": config.checkpoint_steps, "load_best_model_at_end": True}
         more |= {"metric_for_best_model": _DEV_METRIC, "greater_is_better": True}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch_size % processes:
-        raise OptionError(f"batch_size {config.batch_size} does not divide among {processes} processes; choose a multiple")
+    if config.batch_size % processes():
+        raise OptionError(f"batch_size {config.batch_size} does not divide among {processes()} processes; choose a multiple")
     common = common_arguments(config.seed, config.checkpoint_steps)
-    if processes > 1:  # all processes share a batch, so their number changes nothing but the speed
+    if processes() > 1:  # all processes share a batch, so their number changes nothing but the speed
         common["accelerator_config"]["split_batches"] = True
         more |= {"ddp_backend": "nccl" if gpu else "gloo", "ddp_timeout": _PREPARATION}
     contrastive = "contrastive" in parse_objective(config.objective)
@@ -76,10 +75,7 @@ def training_arguments(config: TrainingConfig, output: Path) -> Arguments:
         **common,
         **more,
     )
-    device = arguments.device  # connects the processes
-    if (gpus := arguments.n_gpu) > 1:
-        logger.info("one of %d GPUs is used; `torchrun --nproc-per-node %d -m anysplade train ...` trains on all", gpus, gpus)
-        arguments._n_gpu = 1  # transformers would copy the model to all, and the copies' pooling would read the first one's weights
+    device = use_one_gpu(arguments)
     if config.precision == "bfloat16" and device.type == "cpu" and not native_bfloat16("cpu"):
         logger.warning("this processor has no products of bfloat16 and emulates them slowly; `precision=float32` is faster here")
     return arguments
@@ -147,7 +143,8 @@ def make_trainer(
         callbacks.append(Patience(early_stopping_patience=config.patience))
     dev = None if inputs.dev is None else DevEvaluator(inputs.dev)
     trainer = _Trainer(model=encoder, args=arguments, train_dataset=dataset, loss=loss, evaluator=dev, callbacks=callbacks)
-    trainer.data_collator.teacher = inputs.teacher if arguments.world_size == 1 else None
+    collator: Any = trainer.data_collator
+    collator.teacher = inputs.teacher if arguments.world_size == 1 else None
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, so that they report what it logs
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which is for the result
     return trainer, monitor
