@@ -47,13 +47,14 @@ class Steps:
 @contextmanager
 def _forkable_tokenizers() -> Iterator[None]:
     """Let tokenizers be forked: without this variable they warn of it, and switch their threads off in the new process anyway."""
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = before or "false"
+    if _PARALLELISM in os.environ:
+        yield
+        return
+    os.environ[_PARALLELISM] = "false"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_PARALLELISM]
+        del os.environ[_PARALLELISM]
 
 
 @contextmanager
@@ -77,9 +78,11 @@ def _all_masks() -> Iterator[None]:
 @contextmanager
 def _fast_products(device: torch.device) -> Iterator[None]:
     """TF32 where the device has it; what is computed after the step is exact again."""
+    if matrix_products("float32", device) != "tf32":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if matrix_products("float32", device) == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
