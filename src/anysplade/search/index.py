@@ -83,7 +83,7 @@ class Index(WithModel):
                 is logged.
             workers: number of processes that encode, each with its own model; one per GPU by default, if there are several and
                 many documents.
-            batch_tokens: tokens that go through the model together; see ``encode``.
+            batch_tokens: tokens that go through the model together; by default 1,024 on a CPU, more on a GPU by its free memory.
             ray: encode on a Ray cluster instead, with this number of workers.
 
         Raises:

@@ -90,7 +90,7 @@ def mine(
         margin: documents that score above ``1 - margin`` times the positive are left out as probable answers; in [0, 1).
         max_length: tokens after which models truncate a text; if None, each model's own limit.
         precision: of the models' matrix products, float32 or bfloat16.
-        batch_tokens: tokens per batch of a sparse encoder; see ``encode``.
+        batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU.
         progress: show progress bars.
 
     Raises:
@@ -191,7 +191,7 @@ def score(
         texts: source of the texts, if the data have ids.
         max_length: tokens after which a query with a document is truncated.
         batch_size: texts, or pairs of texts, per forward pass of the teacher.
-        batch_tokens: tokens per batch of a sparse encoder, which ignores ``batch_size``; see ``encode``.
+        batch_tokens: the same in tokens for a sparse encoder, which ignores ``batch_size``; by default 1,024 on a CPU, more on a GPU.
         progress: show progress bars.
 
     Raises:
