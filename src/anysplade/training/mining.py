@@ -191,7 +191,7 @@ def score(
         texts: source of the texts, if the data have ids.
         max_length: tokens after which a query with a document is truncated.
         batch_size: texts, or pairs of texts, per forward pass of the teacher.
-        batch_tokens: the same in tokens for a sparse encoder, which ignores ``batch_size``; by default 1,024 on a CPU, more on a GPU.
+        batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU.
         progress: show progress bars.
 
     Raises:
