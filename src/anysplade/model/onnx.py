@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -143,8 +144,7 @@ def _convert(module: _Output, inputs: dict[str, Tensor], path: Path, source: str
     given = tuple(tensor[:1] for tensor in inputs.values()) if module.form == "terms" else tuple(inputs.values())
     try:
         model.set_attn_implementation("eager")  # ONNX has no operator of fused attention with a mask
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")  # of tracing; its result is checked
+        with _quiet(), torch.no_grad():  # its result is checked
             torch.onnx.export(
                 module,
                 (),
@@ -199,11 +199,26 @@ def _quantize(path: Path, target: Path) -> None:
     """Write a copy whose weights of matrix products are int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.getLogger().level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         quantize_dynamic(path, target, weight_type=QuantType.QInt8)
-    logging.getLogger().setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A time without the warnings and advice of the two exporters, one of which writes to the root logger and adds a handler."""
+    root, exporter = logging.getLogger(), logging.getLogger("torch.onnx")
+    handlers, levels = list(root.handlers), (root.level, exporter.level)
+    root.addHandler(logging.NullHandler())
+    root.setLevel(logging.ERROR)
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        exporter.setLevel(levels[1])
 
 
 def _query_weights(encoder: SparseEncoder) -> dict[str, float]:
