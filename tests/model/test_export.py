@@ -7,12 +7,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from anysplade import ModelError, OptionError, OutputError, load_encoder, open_encoder
 from anysplade.model.encoding import encode
-from anysplade.model.onnx import OUTPUTS, export_onnx
+from anysplade.model.export import OUTPUTS, export_checkpoint, export_onnx
+from anysplade.model.fused import hidden_states
+from anysplade.model.modules import masked_lm
 from anysplade.model.onnx_queries import OnnxQueries, exported
 from processes import run_python
 from tiny import WORDS, make_backbone, make_static
@@ -170,3 +173,47 @@ def test_a_damaged_export_is_one_line(exports, tmp_path):
     (tmp_path / "onnx" / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="cannot be opened"):
         OnnxQueries(tmp_path / "onnx")
+
+
+# ------------------------------------------------------------ servers that read the checkpoint, and cannot be installed here
+
+
+def tei_bert(tensors):
+    """text-embeddings-inference: the decoder's weight if the file has it, else the embeddings; the bias of the predictions."""
+    embeddings = tensors["bert.embeddings.word_embeddings.weight"]
+    return tensors.get("cls.predictions.decoder.weight", embeddings), tensors["cls.predictions.bias"]
+
+
+def vllm_bert(tensors):
+    return tensors["cls.predictions.decoder.weight"], tensors["cls.predictions.decoder.bias"]
+
+
+def tei_roberta(tensors):
+    return tensors["lm_head.decoder.weight"], tensors["lm_head.bias"]
+
+
+def tei_distilbert(tensors):
+    embeddings = tensors["distilbert.embeddings.word_embeddings.weight"]
+    return tensors.get("vocab_projector.weight", embeddings), tensors["vocab_projector.bias"]
+
+
+@pytest.mark.parametrize("k", [1, 2], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "architecture, read", [("bert", tei_bert), ("bert", vllm_bert), ("roberta", tei_roberta), ("distilbert", tei_distilbert)]
+)
+def test_servers_read_the_same_vectors_from_an_exported_checkpoint(architecture, read, k, tmp_path):
+    encoder = load_encoder(make_backbone(architecture, tmp_path / "backbone"), k=k, shift=0.1)
+    with torch.no_grad():  # as after training: the bias that makes the logits has changed
+        masked_lm(encoder).get_output_embeddings().bias.add_(torch.linspace(-0.1, 0.1, encoder.get_embedding_dimension()))
+    encoder.save_pretrained(str(tmp_path / "model"))
+    export_checkpoint(tmp_path / "model", tmp_path / "out")
+    weight, bias = read(load_file(tmp_path / "out" / "model.safetensors"))
+    expected = encode(open_encoder(tmp_path / "model"), TEXTS[:1], "document").toarray()
+    features = encoder.preprocess(TEXTS[:1])
+    with torch.no_grad():
+        hidden = hidden_states(masked_lm(encoder).eval(), **{name: features[name] for name in ("input_ids", "attention_mask")})
+        got = (hidden @ weight.T + bias).amax(dim=1).relu().log1p().numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(encode(open_encoder(tmp_path / "out"), TEXTS[:1], "document").toarray(), expected, atol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"cls_token_id", "sep_token_id"} & config.keys()  # vLLM would leave these tokens out of the pooling

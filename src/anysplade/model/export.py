@@ -1,6 +1,7 @@
-"""Export a SPLADE encoder to ONNX, for servers that run ONNX models and for searching without torch.
+"""Write a SPLADE encoder for other software: as ONNX, or as a checkpoint with every tensor under every name that a server reads.
 
-An exported folder has ``model.onnx``, the tokenizer, ``config.json``, and ``anysplade.json``, which describes the model.
+A folder with ONNX has ``model.onnx``, the tokenizer, ``config.json``, and ``anysplade.json``, which describes the model.
+With it, anysplade searches without torch.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from anysplade._common.files import atomic_folder
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.encoder import open_encoder
 from anysplade.model.fused import unfuse_pooling
-from anysplade.model.modules import has_static_queries, is_routed, is_splade, splade_modules
+from anysplade.model.head import untie_head
+from anysplade.model.modules import has_static_queries, is_routed, is_splade, masked_lm, splade_modules
 from anysplade.model.onnx_queries import ABOUT, MODEL, QUANTIZED
 from anysplade.model.saved import fingerprint, first_line, resolve_model
 
@@ -105,6 +107,26 @@ def export_onnx(model: str | Path, out: str | Path, form: Form = "logits", quant
             _write_json(work / "idf.json", _query_weights(encoder))
         _write_json(work / ABOUT, about)
     return about
+
+
+def export_checkpoint(model: str | Path, out: str | Path) -> None:
+    """Write a SPLADE encoder as a folder of sentence-transformers whose decoder has its own weight and bias in the file.
+
+    A head that shares its weight with the embeddings is saved without it, and vLLM (BERT) and text-embeddings-inference (RoBERTa)
+    read the decoder only by its own names. The vectors are the same; the file is larger by one (vocabulary, width) matrix.
+
+    Args:
+        model: folder or hub id of a SPLADE encoder or masked LM.
+        out: the folder; must be empty or not exist.
+
+    Raises:
+        ModelError: not a SPLADE model.
+        OutputError: ``out`` is not empty or cannot be written.
+    """
+    encoder = open_encoder(model, fused=False)
+    untie_head(masked_lm(encoder))
+    with atomic_folder(out) as work:
+        encoder.save_pretrained(str(work))
 
 
 class _Output(nn.Module):
