@@ -31,6 +31,7 @@ GEOMETRIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     # As many parameters per layer as Ettin-17M, in the architecture that most runtimes support.
     "bert-17m": (BertForMaskedLM, BertConfig(vocab_size=50_368, pad_token_id=0, **_sizes(256, 576, 7, 4))),
     "minilm": (BertForMaskedLM, BertConfig(vocab_size=30_522, pad_token_id=0, **_sizes(384, 1536, 6, 12))),
+    "bert-tiny": (BertForMaskedLM, BertConfig(vocab_size=30_522, pad_token_id=0, **_sizes(128, 512, 2, 2))),
     "bert-base": (BertForMaskedLM, BertConfig(vocab_size=30_522, pad_token_id=0)),
     "xlm-r-base": (XLMRobertaForMaskedLM, XLMRobertaConfig(**_XLM_R)),
     "xlm-r-minilm": (XLMRobertaForMaskedLM, XLMRobertaConfig(**_XLM_R, **_sizes(384, 1536, 12, 12))),

@@ -20,7 +20,6 @@ from anysplade import load_pairs, write_collection
 from anysplade._common.files import atomic_folder
 from anysplade.data.collections import Collection, load_python_docs
 from anysplade.data.pairs import sample_pairs
-from anysplade.evaluation.costs import COSTS
 from anysplade.model.calibration import mean_excess
 from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.head import find_head
@@ -28,7 +27,7 @@ from anysplade.model.measuring import Probe, measure_logits
 from anysplade.study.cells import CellRecord, QueryScores
 from anysplade.study.plan import SMALL, Cell
 from anysplade.training.monitoring import diagnose
-from experiments import NEVER, parser, run_all, with_seeds, write_json
+from experiments import NEVER, named, over_seeds, parser, run_all, with_seeds, write_json
 
 SETTINGS: dict[str, Any] = SMALL | {"checkpoint_steps": NEVER}
 INFLATIONS = (0.25, 1, 4, 16)
@@ -143,19 +142,9 @@ def scores(record: CellRecord) -> QueryScores:
 
 
 def spread(records: Sequence[CellRecord]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, with the cost."""
-    results = [scores(record) for record in records]
-    values = [result.rr for result in results]
-    return {
-        "runs": len(values),
-        "k": float(np.mean([record.k for record in records])),
-        "shift": float(np.mean([record.shift for record in records])),
-        "RR@10": float(np.mean(values)),
-        "RR@10 sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "RR@10 lowest": min(values),
-        "nDCG@10": float(np.mean([result.ndcg for result in results])),
-        **{name: float(np.mean([getattr(result, name) for result in results])) for name in COSTS},
-    }
+    """Means over seeds, of the calibration too, and the standard deviation and the values of RR@10."""
+    affine = {name: float(np.mean([getattr(record, name) for record in records])) for name in ("k", "shift")}
+    return {"runs": len(records)} | affine | over_seeds([named(scores(record)) for record in records], "RR@10")
 
 
 def summarize(backbone: str, folder: str, planned: Plan, records: Records) -> dict[str, Any]:

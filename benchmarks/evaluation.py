@@ -1,11 +1,10 @@
 """Time and peak memory of evaluating a large synthetic collection, compared with encoding and searching alone."""
 
 import random
-import resource
 import time
 
 from anysplade import Collection, Document, evaluate
-from harness import finish, parser
+from harness import finish, memory, parser
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
     corpus = {f"d{i}": Document("", " ".join(generator.choices(words, k=12))) for i in range(options.documents)}
     queries = {f"q{i}": " ".join(generator.sample(corpus[f"d{i}"].text.split(), 4)) for i in range(options.queries)}
     collection = Collection("synthetic", corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(options.queries)})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmHWM")
     start = time.perf_counter()
     found = evaluate(options.model, collection, depth=options.depth)
     seconds = time.perf_counter() - start
@@ -32,8 +31,8 @@ def main() -> None:
             "seconds": round(seconds, 1),
             "of_which": {name: round(value, 1) for name, value in found.seconds.items()},
             "over_encoding_and_search": round(seconds / bare, 3),
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            "peak_memory_before_gib": round(before / 2**20, 2),
+            "peak_memory_gib": round(memory("VmHWM") / 2**30, 2),
+            "peak_memory_before_gib": round(before / 2**30, 2),
             "query_active_dims": found.query_active_dims,
             "document_active_dims": found.document_active_dims,
             "metrics": found.metrics,

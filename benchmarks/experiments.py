@@ -66,16 +66,33 @@ def run_groups(
     return {key: [records[cell.hash] for cell in group] for key, group in cells.items()}
 
 
-def named_scores(results: Iterable[QueryScores], names: Sequence[str]) -> list[dict[str, float]]:
-    return [{name: getattr(result, FIELDS[name]) for name in names} for result in results]
+def over_seeds(results: Sequence[Mapping[str, float]], metric: str = METRIC) -> dict[str, Any]:
+    """Mean of each column over seeds; of one metric also the standard deviation, None for one seed, and the values."""
+    values = [result[metric] for result in results]
+    means = {name: statistics.mean(result[name] for result in results) for name in results[0]}
+    return means | {f"{metric} sd": statistics.stdev(values) if len(values) > 1 else None, f"{metric} by seed": values}
 
 
-def seed_means(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean over seeds of each column."""
-    return {name: statistics.mean(result[name] for result in results) for name in results[0]}
+def named(scores: QueryScores) -> dict[str, float]:
+    return {name: getattr(scores, field) for name, field in FIELDS.items()}
 
 
-def bm25_row(data: Path, collections: Sequence[str], metrics: Sequence[str] = (METRIC,)) -> dict[str, Any]:
-    """BM25 on collections in a folder."""
-    results = {name: evaluate("bm25", str(data / name), metrics, depth=100).metrics for name in collections}
-    return {"model": "bm25", "results": results}
+def cells_row(label: dict[str, Any], records: Sequence[CellRecord]) -> dict[str, Any]:
+    """A row of a table: cells that differ in the seed, on each collection."""
+    scores = {path: [named(record.results[path]) for record in records] for path in records[0].results}
+    findings = [finding["name"] for record in records for finding in record.findings]
+    return table_row(label, {"k": records[0].k, "shift": records[0].shift}, findings, scores)
+
+
+def table_row(
+    label: dict[str, Any], start: dict[str, float], findings: Iterable[str], scores: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, Any]:
+    """A row of a table: trainings that differ in the seed, with the ``scores`` by collection and seed."""
+    results = {Path(collection).name: over_seeds(of_seeds) for collection, of_seeds in scores.items()}
+    return label | {"start": start, "findings": sorted(set(findings)), "results": results}
+
+
+def untrained_row(model: str, data: Path, collections: Sequence[str], metrics: Sequence[str], **options: Any) -> dict[str, Any]:
+    """A row of a table: a model as it is, on collections in a folder."""
+    results = {name: evaluate(model, data / name, metrics, depth=100, **options).metrics for name in collections}
+    return {"model": Path(model).name, "results": results}

@@ -35,7 +35,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from anysplade import TrainingConfig, evaluate, load_pairs, train
 from anysplade.data.collections import Collection, load_collection
 from anysplade.data.pairs import sample_pairs
-from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.significance import holm, paired_p
@@ -47,9 +46,10 @@ from anysplade.model.head import find_head, live_terms, untie_head
 from anysplade.model.measuring import measure_logits
 from anysplade.model.pooling import splade_pool
 from anysplade.search.exact import Postings
-from anysplade.study.cells import METRIC, QueryScores
+from anysplade.study.aggregate import per_query
+from anysplade.study.cells import METRIC
 from anysplade.study.plan import Cell
-from experiments import NEVER, named_scores, parser, run_groups, seed_means, write_json
+from experiments import NEVER, named, over_seeds, parser, run_groups, write_json
 from harness import alternate
 
 RULES = ("first", "mean", "frequent", "prior", "ridge")
@@ -156,7 +156,7 @@ def effectiveness(backbone: str, options: argparse.Namespace, seed: int) -> dict
 
 
 def pooling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The texts are random hidden states; the level is that of calibration: 0.1 % of the logits are above zero."""
+    """The texts are random hidden states; the level is the one of calibration: 0.1 % of the logits are above zero."""
     found = []
     for backbone in options.backbones:
         model, tokenizer = load_masked_lm(backbone)
@@ -281,22 +281,15 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     for (backbone, way), seeds in records.items():
         for collection in options.collections:
             results = [record.results[collection] for record in seeds]
-            means = seed_means(named_scores(results, (METRIC, *COSTS)))
-            row = {"backbone": backbone, "way": way, "collection": Path(collection).name}
-            row |= {METRIC: means[METRIC], "seeds": [result.ndcg for result in results]} | means
+            row = {"backbone": backbone, "way": way, "collection": Path(collection).name} | over_seeds(list(map(named, results)))
             if way != "as is":
                 base_results = [record.results[collection] for record in records[backbone, "as is"]]
                 row["difference"] = row[METRIC] - statistics.mean(result.ndcg for result in base_results)
-                row["p"] = paired_p(of_queries(base_results), of_queries(results))
+                row["p"] = paired_p(per_query(base_results), per_query(results))
             row["collapsed"] = sum(any(finding["collapse"] for finding in record.findings) for record in seeds)
             found.append(row)
     corrected = iter(holm([row["p"] for row in found if "p" in row]))
     return [row | ({"p_corrected": next(corrected)} if "p" in row else {}) for row in found]
-
-
-def of_queries(results: list[QueryScores]) -> np.ndarray:
-    """nDCG@10 of each query, mean over seeds."""
-    return np.mean([list(result.per_query.values()) for result in results], axis=0)
 
 
 def main() -> None:

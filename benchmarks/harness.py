@@ -38,6 +38,11 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
+def spread(values: dict[str, float], digits: int = 3) -> str:
+    """A summary in words."""
+    return f"{values['median']:.{digits}f} ({values['lowest']:.{digits}f} to {values['highest']:.{digits}f})"
+
+
 def ratio(times: dict[str, dict[str, float]], slow: str, fast: str) -> float:
     return times[slow]["median"] / times[fast]["median"]
 

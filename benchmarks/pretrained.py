@@ -25,23 +25,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM
 
-from anysplade import TrainingConfig, adapt, evaluate, load_collection, mine, train, train_head
+from anysplade import TrainingConfig, adapt, evaluate, mine, train, train_head
 from anysplade._common.files import write_atomic
 from anysplade.evaluation.costs import COSTS
-from anysplade.evaluation.measures import measure, parse_metrics
-from anysplade.evaluation.rankings import Ranker
 from anysplade.model.hardware import native_bfloat16
-from anysplade.search.exact import nearest
 from anysplade.study.cells import METRIC
 from anysplade.training.head_trainer import WEIGHTS
-from anysplade.training.teacher_cache import open_vector_cache
-from anysplade.training.teachers import open_teacher
-from experiments import NEVER, bm25_row, parser, sample_examples, seed_means, write_json
+from experiments import NEVER, parser, sample_examples, table_row, untrained_row, write_json
 
 TRAINING = ("squad-dev", "squad-nqg-sentences", "medquad", "wikipedia-title-para", "tldr")
 COLLECTIONS = ("squad-dev", "vaswani", "cisi", "cosqa")
@@ -125,31 +119,22 @@ def run_one(config: TrainingConfig, collections: Sequence[str], record: Path, le
 
 
 def row(label: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds for each collection, the single values and the cost."""
-    results: dict[str, Any] = {}
-    for name in records[0]["results"]:
-        scores = [record["results"][name] for record in records]
-        results[name] = seed_means(scores) | {"by seed": [score[METRIC] for score in scores]}
-    return label | {
-        "mean": statistics.mean(result[METRIC] for result in results.values()),
-        "start": {name: records[0][name] for name in ("k", "shift")},
-        "findings": sorted({name for record in records for name in record["findings"]}),
-        "precision": sorted({record["config"]["precision"] for record in records}),
-        "results": results,
-    }
+    """A row of a table, with the mean over the collections and the precision of the trainings."""
+    scores = {name: [record["results"][name] for record in records] for name in records[0]["results"]}
+    start = {name: records[0][name] for name in ("k", "shift")}
+    made = table_row(label, start, (name for record in records for name in record["findings"]), scores)
+    made["mean"] = statistics.mean(result[METRIC] for result in made["results"].values())
+    return made | {"precision": sorted({record["config"]["precision"] for record in records})}
 
 
 def as_dense(model: str, options: argparse.Namespace, collections: Sequence[str] = COLLECTIONS) -> dict[str, Any]:
     """nDCG@10 of a dense model."""
-    teacher = open_teacher(model, max_length=256, precision=PRECISION)
-    kept = open_vector_cache(teacher, options.out / "vectors", progress=True)
-    results = {}
-    for name in collections:
-        ranker = Ranker(load_collection(options.data / name), 100)
-        vectors = {role: kept.vectors(texts, role).astype(np.float32) for role, texts in ranker.texts.items()}
-        run = ranker.as_run(nearest(vectors["query"], vectors["document"], ranker.hits))
-        results[name] = measure(parse_metrics(METRIC), ranker.collection.qrels, run)[0]
-    return {"model": Path(model).name, "results": results}
+    given: dict[str, Any] = {"max_length": LENGTH, "precision": PRECISION, "cache": options.out / "vectors", "progress": True}
+    return untrained_row(model, options.data, collections, [METRIC], **given)
+
+
+def bm25(options: argparse.Namespace, collections: Sequence[str]) -> dict[str, Any]:
+    return untrained_row("bm25", options.data, collections, [METRIC])
 
 
 def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -168,7 +153,7 @@ def heads(options: argparse.Namespace) -> list[dict[str, Any]]:
         if "encoder_learning_rate" in ARMS[arm][1]:  # what it costs the dense model
             dense = with_encoder_of(config.backbone, options)
             line["as a dense model"] = as_dense(dense, options, FEW)["results"]
-    return [*rows, as_dense(options.dense, options, FEW), bm25_row(options.data, FEW)]
+    return [*rows, as_dense(options.dense, options, FEW), bm25(options, FEW)]
 
 
 def with_encoder_of(backbone: str, options: argparse.Namespace) -> str:
@@ -195,7 +180,7 @@ def calibration(options: argparse.Namespace) -> list[dict[str, Any]]:
                 trainings[name] = TrainingConfig(backbone, data, output=str(options.out / name), **settings)
     records = run(trainings, FEW, options, LENGTH // 2)  # raw heads make every text long, and twenty runs are evaluated
     rows = [row({"head": head, "learning_rate": rate}, [records[name] for name in names]) for (head, rate), names in groups.items()]
-    return [*rows, bm25_row(options.data, FEW)]
+    return [*rows, bm25(options, FEW)]
 
 
 def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -216,7 +201,7 @@ def teachers(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     records = run(trainings, COLLECTIONS, options)
     rows = [row({"objective": arm}, [records[names[arm, seed]] for seed in seeds]) for arm, (_, seeds) in arms.items()]
-    return [*rows, as_dense(options.dense, options), bm25_row(options.data, COLLECTIONS)]
+    return [*rows, as_dense(options.dense, options), bm25(options, COLLECTIONS)]
 
 
 def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -242,7 +227,7 @@ def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "pairs": found[0].pairs,
             }
         )
-    return [*rows, bm25_row(options.data, options.collections)]
+    return [*rows, bm25(options, options.collections)]
 
 
 def epochs(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ from anysplade.search.documents import EncodedDocument
 from anysplade.search.index_model import describe_model
 from anysplade.search.store import Store
 from anysplade.serving.batching import Searcher
-from harness import alternate, bandwidth, finish, parser, summary
+from harness import alternate, bandwidth, finish, parser, spread, summary
 
 CLIENTS = {"Index.search": 0, "Searcher, 1 client": 1, "Searcher, 8 clients": 8}  # of a ``Searcher``, by what is measured
 WORDS = 60  # approximate length of a passage
@@ -277,24 +277,21 @@ def show(result: dict[str, Any]) -> None:
     def line(name: str, *cells: str) -> None:
         print(f"{name:38}" + "".join(f"{cell:>22}" for cell in cells), file=sys.stderr)
 
-    def spread(values: dict[str, float], digits: int = 0) -> str:
-        return f"{values['median']:.{digits}f} ({values['lowest']:.{digits}f} to {values['highest']:.{digits}f})"
-
     line(f"{result['documents']:,} documents", f"{result['active_dims']:.1f} terms each")
     line("the queries", f"{result['query_active_dims']:.1f} terms each")
     line("\ncold", "seconds")
     for name, values in result["cold_seconds"].items():
-        line(name, spread(values, 3))
+        line(name, spread(values))
     line("\nwarm", "queries/s", "p50, ms", "p95, ms")
     for name, values in result["warm"].items():
-        line(name, spread(values["qps"]), f"{values['p50_ms']:.2f}", f"{values['p95_ms']:.2f}")
+        line(name, spread(values["qps"], 0), f"{values['p50_ms']:.2f}", f"{values['p95_ms']:.2f}")
         for part in ("encoding", "searching"):
             if part in values:
                 line(f"  of which {part}", "", *(f"{value:.2f}" for value in values[part].values()))
     for k, engines in result["qps"].items():
         line(f"\nvectors given, {k}", "queries/s", "recall")
         for name, values in engines.items():
-            line(name, spread(values), f"{result['recall'][k][name]:.4f}" if name in result["recall"][k] else "")
+            line(name, spread(values, 0), f"{result['recall'][k][name]:.4f}" if name in result["recall"][k] else "")
     line("floor", f"{1 / result['floor_seconds_per_query']:.0f}")
     line("\nbuilding", "seconds")
     for name, values in result["build_seconds"].items():

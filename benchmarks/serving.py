@@ -12,9 +12,9 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from anysplade import Index
 from harness import finish, memory, parser
 
 
-def send_requests(port: int, queries: list[str], seconds: float, clients: int, offset: int, out: Any) -> None:
-    """Send requests from several clients for some seconds; puts the seconds and the status of each answer into ``out``."""
+def send_requests(port: int, queries: list[str], seconds: float, clients: int) -> list[tuple[float, int]]:
+    """Send requests from several clients for some seconds; returns the seconds and the status of each answer."""
     answers: list[tuple[float, int]] = []
     end = time.perf_counter() + seconds
 
@@ -38,21 +38,14 @@ def send_requests(port: int, queries: list[str], seconds: float, clients: int, o
             response.read()
             answers.append((time.perf_counter() - start, response.status))
 
-    threads = [threading.Thread(target=client, args=(offset + i,)) for i in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    out.put(answers)
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(client, range(clients, 2 * clients)))
+    return answers
 
 
 def load(port: int, queries: list[str], seconds: float, clients: int) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    out: Any = context.Queue()
-    process = context.Process(target=send_requests, args=(port, queries, seconds, clients, clients, out))
-    process.start()
-    answers = out.get()
-    process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        answers = process.submit(send_requests, port, queries, seconds, clients).result()
     latencies = sorted(seconds for seconds, _ in answers)
     statuses = Counter(status for _, status in answers)
     return {

@@ -15,7 +15,7 @@ from anysplade.model.encoder import build_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.queries import StaticQueries
 from backbones import GEOMETRIES, random_texts, save_backbone
-from harness import alternate, finish, parser, ratio
+from harness import alternate, finish, parser, ratio, spread
 
 
 def main() -> None:
@@ -53,11 +53,7 @@ def main() -> None:
         name: {key: 1000 * seconds / options.queries for key, seconds in found.items()} for name, found in times.items()
     }
     for name, found in milliseconds.items():
-        print(
-            f"{name:<14} {found['median']:.3f} ms per query ({found['lowest']:.3f} to {found['highest']:.3f}); "
-            f"opened in {opened[name]:.2f} s",
-            file=sys.stderr,
-        )
+        print(f"{name:<14} {spread(found)} ms per query; opened in {opened[name]:.2f} s", file=sys.stderr)
     result = {
         "milliseconds_a_query": milliseconds,
         "ratio": ratio(times, "encode_query", "lookup"),

@@ -1,9 +1,10 @@
 """One optimiser step of SPLADE training with random weights and ids: fused pooling, fused with the monitor, and stock modules."""
 
-import resource
 import sys
 import tempfile
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -11,11 +12,12 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-from anysplade.model.fused import fuse_pooling, unfuse_pooling
+from anysplade.model.fused import fuse_pooling, hidden_states
 from anysplade.training.monitoring import Monitor
 from anysplade.training.observers import ObservedLoss
 from backbones import GEOMETRIES, save_backbone
-from harness import alternate, finish, parser, peak_extra_bytes, ratio
+from harness import alternate, finish, memory, parser, peak_extra_bytes, ratio, spread
+from pooling import set_active
 
 
 def main() -> None:
@@ -23,38 +25,77 @@ def main() -> None:
     arguments.add_argument("--geometry", default="ettin-17m", choices=GEOMETRIES)
     arguments.add_argument("--batch", type=int, default=16, help="queries per step; each has one document of the same length")
     arguments.add_argument("--length", type=int, default=128)
+    arguments.add_argument("--active", type=float, help="share of the terms above zero; that of the random head by default")
     arguments.add_argument("--gradient-checkpointing", action="store_true")
     arguments.add_argument("--only-fused", action="store_true", help="leave the stock modules out if they do not fit")
     options = arguments.parse_args()
-    dtype, device = getattr(torch, options.dtype), options.device
+    result = measure(
+        options.geometry,
+        (options.batch, options.length),
+        options.active,
+        getattr(torch, options.dtype),
+        options.device,
+        options.rounds,
+        stock=not options.only_fused,
+        checkpointing=options.gradient_checkpointing,
+    )
+    for name, size in result["peak_extra_bytes"].items():
+        more = f"{size / 2**20:,.0f} MiB above weights and optimiser state"
+        print(f"{name:<16} {spread(result['seconds'][name])} s per step   {more}", file=sys.stderr)
+    print(result["ratios"], file=sys.stderr)
+    result["process_peak_bytes"] = memory("VmHWM")
+    print(f"peak memory of the process: {result['process_peak_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
+    finish("training", options, result)
 
+
+def measure(
+    geometry: str,
+    shape: tuple[int, int],
+    active: float | None,
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    stock: bool = True,
+    checkpointing: bool = False,
+) -> dict[str, Any]:
+    """Seconds and peak memory of a step on a (batch, length) of queries and one of documents."""
     with tempfile.TemporaryDirectory() as folder:
-        save_backbone(options.geometry, folder)
+        save_backbone(geometry, folder)
         transformer = Transformer(folder, transformer_task="fill-mask")
-    encoder = SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot", device=device).to(dtype).train()
-    if options.gradient_checkpointing:
-        transformer.model.activation_checkpointing_enable()
-    ranking = SparseMultipleNegativesRankingLoss(encoder)
-    loss = SpladeLoss(encoder, ranking, document_regularizer_weight=1e-3, query_regularizer_weight=1e-3)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-6)
+    model = transformer.to(device=device, dtype=dtype).train().model
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
     torch.manual_seed(0)
-    vocabulary = transformer.model.config.vocab_size
+    vocabulary = model.config.vocab_size
 
     def features() -> dict[str, torch.Tensor]:
-        ids = torch.randint(5, vocabulary, (options.batch, options.length), device=device)
+        ids = torch.randint(5, vocabulary, shape, device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     batch = [features(), features()]
+    if active is not None:
+        with torch.no_grad():
+            hidden = hidden_states(model, **batch[0])
+        set_active(model.get_output_embeddings(), hidden, batch[0]["attention_mask"], active)
 
     monitor = Monitor(vocabulary)
-    loss.loss = ObservedLoss(ranking, monitor.see)
     state = SimpleNamespace(global_step=0, max_steps=1, stateful_callbacks={})
     monitor.on_train_begin(None, state, None)
 
-    def step(fused: bool, monitored: bool = False) -> None:
+    def make_loss(fused: bool) -> SpladeLoss:
+        """The loss of an encoder of its own, which shares the weights."""
+        encoder = SparseEncoder(modules=[transformer, SpladePooling("max")], similarity_fn_name="dot", device=device)
+        if fused and not fuse_pooling(encoder):
+            raise SystemExit("the pooling is not fused")
+        ranking = SparseMultipleNegativesRankingLoss(encoder)
+        loss = SpladeLoss(encoder, ranking, document_regularizer_weight=1e-3, query_regularizer_weight=1e-3)
+        loss.loss = ObservedLoss(ranking, monitor.see)
+        return loss
+
+    def step(loss: SpladeLoss, monitored: bool = False) -> None:
         if monitored:
             monitor.on_step_begin(None, state, None)
-        (fuse_pooling if fused else unfuse_pooling)(encoder)
         optimizer.zero_grad()
         losses = loss([dict(columns) for columns in batch], None)
         sum(losses.values()).backward() if isinstance(losses, dict) else losses.backward()
@@ -62,26 +103,17 @@ def main() -> None:
         if monitored:
             monitor.on_step_end(None, state, SimpleNamespace())
 
-    variants = {"fused": lambda: step(True), "fused, monitored": lambda: step(True, True)}
-    if not options.only_fused:
-        variants["stock"] = lambda: step(False)
-    times = alternate(variants, options.rounds, device)
+    fused = make_loss(True)
+    variants = {"fused": lambda: step(fused), "fused, monitored": lambda: step(fused, True)}
+    if stock:
+        variants["stock"] = partial(step, make_loss(False))
+    times = alternate(variants, rounds, device)
     optimizer.zero_grad()
-    memory = {name: peak_extra_bytes(variant, device) for name, variant in variants.items() if not optimizer.zero_grad()}
-    for name in variants:
-        t = times[name]
-        print(
-            f"{name:<16} {t['median']:8.3f} s per step   {t['lowest']:.3f} to {t['highest']:.3f}   "
-            f"{memory[name] / 2**20:,.0f} MiB above weights and optimiser state",
-            file=sys.stderr,
-        )
+    extra = {name: peak_extra_bytes(variant, device) for name, variant in variants.items() if not optimizer.zero_grad()}
     ratios = {"monitored / not": ratio(times, "fused, monitored", "fused")}
-    if "stock" in variants:
-        ratios |= {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": memory["fused"] / memory["stock"]}
-    print(ratios, file=sys.stderr)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of the process: {peak / 2**30:.2f} GiB", file=sys.stderr)
-    finish("training", options, {"seconds": times, "peak_extra_bytes": memory, "ratios": ratios, "process_peak_bytes": peak})
+    if stock:
+        ratios |= {"stock / fused": ratio(times, "stock", "fused"), "fused / stock, peak memory": extra["fused"] / extra["stock"]}
+    return {"seconds": times, "peak_extra_bytes": extra, "ratios": ratios}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ distillation  the same examples with four BM25 negatives each, the same steps an
 """
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from anysplade import load_pairs, mine, score
 from anysplade.evaluation.grid import distinct_names
-from anysplade.study.cells import METRIC, METRICS, CellRecord
+from anysplade.study.cells import METRIC, METRICS
 from anysplade.study.plan import Cell
-from experiments import FIELDS, NEVER, bm25_row, named_scores, parser, run_groups, sample_examples, seed_means, write_json
+from experiments import NEVER, cells_row, parser, run_groups, sample_examples, untrained_row, write_json
 
 TRAINING = ("squad-dev", "squad-nqg-sentences")
 IN_DOMAIN = "squad-dev"
@@ -73,18 +72,6 @@ def train_teacher(backbone: str, mined: str, folder: Path) -> str:
     return str(folder)
 
 
-def row(label: dict[str, Any], records: Sequence[CellRecord]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds for each collection."""
-    results: dict[str, Any] = {}
-    for path in records[0].results:
-        scores = named_scores([record.results[path] for record in records], list(FIELDS))
-        by_seed = [score[METRIC] for score in scores]
-        results[Path(path).name] = seed_means(scores) | {f"{METRIC} sd": statistics.stdev(by_seed), BY_SEED: by_seed}
-    findings = sorted({finding["name"] for record in records for finding in record.findings})
-    calibration = {"k": records[0].k, "shift": records[0].shift}
-    return label | {"calibration": calibration, "findings": findings, "results": results}
-
-
 def transfer(backbones: dict[str, str], data: Path, out: Path, workers: int) -> list[dict[str, Any]]:
     pairs = examples(data, out)
     groups = {
@@ -93,8 +80,8 @@ def transfer(backbones: dict[str, str], data: Path, out: Path, workers: int) -> 
         for head, options in HEADS.items()
     }
     records = run_groups(groups, SEEDS, [str(data / name) for name in COLLECTIONS], out, workers)
-    rows = [row({"model": model, "head": head}, seeds) for (model, head), seeds in records.items()]
-    return [*rows, bm25_row(data, COLLECTIONS, METRICS)]
+    rows = [cells_row({"model": model, "head": head}, seeds) for (model, head), seeds in records.items()]
+    return [*rows, untrained_row("bm25", data, COLLECTIONS, METRICS)]
 
 
 def distillation(backbone: str, data: Path, out: Path, workers: int) -> list[dict[str, Any]]:
@@ -110,7 +97,7 @@ def distillation(backbone: str, data: Path, out: Path, workers: int) -> list[dic
                 used = "none" if objective == "contrastive" else name
                 groups[objective, used] = Cell(backbone, scored, {"k": "auto", "shift": "auto"} | DISTILLATION | options)
     records = run_groups(groups, SEEDS, [str(data / IN_DOMAIN)], out, workers)
-    rows = [row({"objective": name, "teacher": used}, seeds) for (name, used), seeds in records.items()]
+    rows = [cells_row({"objective": name, "teacher": used}, seeds) for (name, used), seeds in records.items()]
     base, *others = (one["results"][IN_DOMAIN][BY_SEED] for one in rows)
     for other, values in zip(rows[1:], others, strict=True):
         other["nDCG@10 less contrastive"] = statistics.mean(values) - statistics.mean(base)

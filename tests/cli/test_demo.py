@@ -30,11 +30,11 @@ def test_the_demo_from_end_to_end_and_again(tmp_path):
     assert again.rows[:-1] == first.rows[:-1]
     assert again.searches == first.searches
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.safetensors")} == written
-    with pytest.raises(OutputError, match="other settings"):
+    with pytest.raises(OutputError, match="other options"):
         run_demo(tmp_path / "demo", steps=3, packages=("networkx",))
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="contains something other than a demo"):
+    with pytest.raises(OutputError, match="not empty"):
         run_demo(tmp_path)

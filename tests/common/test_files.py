@@ -8,16 +8,7 @@ from safetensors.torch import save_file
 
 from anysplade import OutputError
 from anysplade._common import files
-from anysplade._common.files import (
-    atomic_folder,
-    damaged_file,
-    digests,
-    make_folder,
-    only_process,
-    read_record,
-    whole_file,
-    write_atomic,
-)
+from anysplade._common.files import atomic_folder, make_folder, only_process, whole_file, write_atomic
 from processes import drop_privileges, room_for, run_python
 from tiny import make_tokenizer
 
@@ -176,31 +167,6 @@ def test_what_may_not_be_read_is_not_what_cannot_be_written(tmp_path):
     (tmp_path / "corpus").touch()
     with pytest.raises(PermissionError), whole_file(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "corpus"))
-
-
-def test_damage(tmp_path):
-    (tmp_path / "a").mkdir()
-    for name in ("a/b", "c", "README.md"):
-        (tmp_path / name).write_text(name)
-    known = digests(tmp_path, without=["README.md"])
-    assert list(known) == ["a/b", "c"]
-    (tmp_path / "README.md").unlink()
-    assert damaged_file(tmp_path, known) is None
-    (tmp_path / "a" / "b").write_text("B")
-    assert damaged_file(tmp_path, known) == "a/b"
-    (tmp_path / "a" / "b").unlink()
-    assert damaged_file(tmp_path, known) == "a/b"
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff\xfe", b'{"b": 1}', b"null"])
-def test_a_damaged_record_is_said_and_not_used(content, tmp_path, caplog):
-    assert read_record(tmp_path / "record.json", "a") is None
-    assert not caplog.text
-    (tmp_path / "record.json").write_bytes(content)
-    assert read_record(tmp_path / "record.json", "a") is None
-    assert "record.json: is damaged and not used" in caplog.text
-    (tmp_path / "record.json").write_text('{"a": 1}')
-    assert read_record(tmp_path / "record.json", "a") == {"a": 1}
 
 
 def test_a_path_with_a_tilde(tmp_path, monkeypatch):

@@ -4,8 +4,32 @@ from dataclasses import dataclass
 import pytest
 
 from anysplade import OutputError
-from anysplade._common.files import digests
-from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
+from anysplade._common.outputs import damaged_file, digests, earlier_call, is_whole, read_record, require_unused, restored
+
+
+def test_damage(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/b", "c", "README.md"):
+        (tmp_path / name).write_text(name)
+    known = digests(tmp_path, without=["README.md"])
+    assert list(known) == ["a/b", "c"]
+    (tmp_path / "README.md").unlink()
+    assert damaged_file(tmp_path, known) is None
+    (tmp_path / "a" / "b").write_text("B")
+    assert damaged_file(tmp_path, known) == "a/b"
+    (tmp_path / "a" / "b").unlink()
+    assert damaged_file(tmp_path, known) == "a/b"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff\xfe", b'{"b": 1}', b"null"])
+def test_a_damaged_record_is_said_and_not_used(content, tmp_path, caplog):
+    assert read_record(tmp_path / "record.json", "a") is None
+    assert not caplog.text
+    (tmp_path / "record.json").write_bytes(content)
+    assert read_record(tmp_path / "record.json", "a") is None
+    assert "record.json: is damaged and not used" in caplog.text
+    (tmp_path / "record.json").write_text('{"a": 1}')
+    assert read_record(tmp_path / "record.json", "a") == {"a": 1}
 
 
 def test_a_folder_with_other_content_is_refused(tmp_path):

@@ -1,9 +1,11 @@
 import multiprocessing
 import os
+import queue
+from types import SimpleNamespace
 
 import pytest
 
-from anysplade._common.workers import device_of_worker, take_device
+from anysplade._common.workers import devices_of_workers, take_device
 
 
 @pytest.mark.parametrize(
@@ -17,8 +19,12 @@ from anysplade._common.workers import device_of_worker, take_device
         (1, "GPU-5a,GPU-6b", ["GPU-5a", "GPU-5a", "GPU-5a"]),  # the second is none of this machine's
     ],
 )
-def test_each_worker_has_a_gpu_of_those_that_its_parent_sees(count, visible, devices):
-    assert [device_of_worker(worker, count, visible) for worker in range(3)] == devices
+def test_each_worker_has_a_gpu_of_those_that_its_parent_sees(count, visible, devices, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert list(devices_of_workers(SimpleNamespace(Queue=queue.Queue), 3).queue) == devices
 
 
 def test_a_worker_takes_a_device_that_no_other_has(monkeypatch):

@@ -135,17 +135,17 @@ def test_the_same_pairs_in_another_process(tmp_path):
 @pytest.mark.parametrize(
     "documents, kinds, message",
     [
-        ([LAMPS, BREAD], ["title"], r"none of 2 documents gave a pair \(2 without a title\); try other `kinds`: heading, sentence"),
+        ([LAMPS, BREAD], ["title"], r"none of 2 documents gave a pair \(without title: 2\); try other `kinds`: heading, sentence"),
         (
             ["too short", "", "🎉🎉"],
             ["title", "heading", "sentence"],
-            r"2 without a text, 1 without a title, .*; give a corpus with titles",
+            r"without text: 2, without title: 1, .*; give a corpus with titles",
         ),
-        ([("Kabel", "kabel")], ["title"], "1 with a text that is too short"),
+        ([("Kabel", "kabel")], ["title"], "text too short: 1"),
         (
             [("Kabel lodan", ""), ("Mifil", " ")],
             ["title"],
-            r"\(2 without a text\); give documents with texts; titles alone are not enough",
+            r"\(without text: 2\); give documents with texts; titles alone are not enough",
         ),
         ([], ["title"], "the corpus is empty"),
     ],

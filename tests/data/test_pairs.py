@@ -327,7 +327,7 @@ MALFORMED = {
     "empty text": ([PAIR, {"query": " ", "positive": "p"}], [], r':2: "query" is empty'),
     "NaN score": (['{"query": "q", "positive": "p", "negative": "n", "score": NaN}'], [], r':1: "score" has NaN'),
     "score that is a text": ([PAIR | {"negative": "n", "score": "high"}], [], r':1: "score" has "high"'),
-    "too few scores": ([PAIR | {"negatives": ["a", "b", "c"], "scores": [1]}], [], ":1: 1 scores for one positive and 3 negatives"),
+    "too few scores": ([PAIR | {"negatives": ["a", "b", "c"], "scores": [1]}], [], ":1: 1 scores for 1 positive and 3 negatives"),
     "labels that are not one each": (
         [{"query": "q", "pos": ["a", "b", "c"], "labels": [1, 0]}],
         [],
@@ -336,7 +336,7 @@ MALFORMED = {
     "scores that fit no document": (
         [{"query": "q", "pos": ["a", "b"], "neg": ["c"], "scores": [1]}],
         [],
-        ":1: 1 scores for 2 positives and 1 negatives",
+        ":1: 1 scores for 2 positives and 1 negative",
     ),
     "truncated line": ([PAIR, '{"query": "q", "posit'], [], ":2: not valid JSON"),
     "not an object": ([PAIR, '["q", "p"]'], [], ":2: not a JSON object"),

@@ -229,7 +229,7 @@ def test_refusals(cased, backbone, tmp_path):
 
 def test_a_head_without_a_bias_cannot_be_folded(tmp_path):
     folder = make_cased("modernbert", tmp_path / "model", byte_level(), decoder_bias=False)
-    with pytest.raises(ModelError, match="no bias, so none of its terms can be switched off"):
+    with pytest.raises(ModelError, match="no bias, so no term can be switched off"):
         fold_head(*load_masked_lm(folder))
 
 

@@ -319,7 +319,7 @@ def test_wrong_types_are_refused(engine):
         (Document("", "x"), "`documents` is a Document; give a list of anysplade.EncodedDocument"),
         (encoded("a", [1], [1], text=None), "document 'a': \"text\" is null"),
         (encoded("a", [1], [1], metadata="lang=en"), "document 'a': \"metadata\" is not an object"),
-        (encoded("", [1], [1]), "its id is no string or empty"),
+        (encoded("", [1], [1]), "its id is empty"),
     ):
         with pytest.raises((DataError, OptionError), match=message):
             engine.upload([bad])
@@ -336,7 +336,7 @@ def test_what_json_cannot_hold_is_refused(engine):
     for options in ({"batch": 0}, {"batch": -1}):
         with pytest.raises(OptionError, match="batch"):
             engine.upload([encoded("a", [1], [1])], **options)
-    with pytest.raises(OptionError, match="k 0"):
+    with pytest.raises(OptionError, match="`k` is 0"):
         engine.search(np.array([1]), np.array([1.0]), 0)
 
 

@@ -547,7 +547,7 @@ ODD = {
 def test_any_metadata_goes_in_and_is_matched_alike(store):
     """What the engine cannot hold must not stand in the truth alone: no opening could bring the engine up to date."""
     store.put([encoded("odd", {1: 1.0}, metadata=ODD), encoded("other", {1: 1.0}, metadata={"one": 2})])
-    (position,) = [position for position, document in store.items() if document.id == "odd"]
+    (position,) = [position for position in store.positions().tolist() if store.ids([position]) == ["odd"]]
     for name, value in ODD.items():
         if name and isinstance(value, str | int | float):
             for exact in (False, True):

@@ -100,7 +100,7 @@ def test_a_failure_affects_only_its_request(place):
         return await asyncio.gather(searcher.search("kabel", 0, False), searcher.search("kabel", 2, False), return_exceptions=True)
 
     failed, fine = asyncio.run(use(place / "index", one_fails))
-    assert "k is 0" in str(failed)
+    assert "`k` is 0" in str(failed)
     assert len(fine) == 2
 
 
@@ -253,7 +253,7 @@ def test_no_failure_ends_the_loop(where, failure, seen, place, monkeypatch):
 
 
 def test_searches_are_answered_while_the_whole_index_is_read(place, monkeypatch):
-    gate, items, passes = Gate(), Store.items, []
+    gate, items, passes = Gate(), Store.__iter__, []
 
     def slow(self):
         passes.append(self)
@@ -261,7 +261,7 @@ def test_searches_are_answered_while_the_whole_index_is_read(place, monkeypatch)
             gate.wait()
             yield item
 
-    monkeypatch.setattr(Store, "items", slow)
+    monkeypatch.setattr(Store, "__iter__", slow)
 
     async def both(searcher):
         pending = [asyncio.create_task(searcher.search_beside("kabel", 3)) for _ in range(4)]
@@ -279,14 +279,14 @@ def test_searches_are_answered_while_the_whole_index_is_read(place, monkeypatch)
 
 
 def test_a_failed_pass_is_repeated(place, monkeypatch):
-    items = Store.items
+    items = Store.__iter__
 
     def broken(self):
-        monkeypatch.setattr(Store, "items", items)
+        monkeypatch.setattr(Store, "__iter__", items)
         raise OSError("broken")
 
     async def twice(searcher):
-        monkeypatch.setattr(Store, "items", broken)
+        monkeypatch.setattr(Store, "__iter__", broken)
         with pytest.raises(OSError, match="broken"):
             await searcher.search_beside("kabel", 3)
         return await searcher.search_beside("kabel", 3)
@@ -297,14 +297,14 @@ def test_a_failed_pass_is_repeated(place, monkeypatch):
 def test_a_pass_over_a_replaced_index_is_repeated_over_the_new_one(place, tmp_path, monkeypatch):
     shutil.copytree(place / "index", tmp_path / "index")
     Index.build(place / "model", {"new": Document("", "kabel")}, tmp_path / "next").close()
-    gate, items = Gate(), Store.items
+    gate, items = Gate(), Store.__iter__
 
     def slow(self):
         for item in items(self):
             gate.wait()
             yield item
 
-    monkeypatch.setattr(Store, "items", slow)
+    monkeypatch.setattr(Store, "__iter__", slow)
 
     async def swap(searcher):
         pending = asyncio.create_task(searcher.search_beside("kabel", 3))
@@ -320,7 +320,7 @@ def test_a_pass_over_a_replaced_index_is_repeated_over_the_new_one(place, tmp_pa
 
 
 def test_stop_abandons_a_pass_over_the_whole_index(place, monkeypatch):
-    gate, items, read = Gate(), Store.items, []
+    gate, items, read = Gate(), Store.__iter__, []
 
     def slow(self):
         for item in items(self):
@@ -328,7 +328,7 @@ def test_stop_abandons_a_pass_over_the_whole_index(place, monkeypatch):
             read.append(item)
             yield item
 
-    monkeypatch.setattr(Store, "items", slow)
+    monkeypatch.setattr(Store, "__iter__", slow)
 
     async def stopped_meanwhile():
         searcher = Searcher(place / "index", "bm25")

@@ -60,7 +60,7 @@ def test_login_without_a_token_sets_no_cookie(client):
 
 
 def test_searches_are_answered_while_the_cost_is_counted(folder, monkeypatch):
-    reached, go, items, passes = threading.Event(), threading.Event(), Store.items, []
+    reached, go, items, passes = threading.Event(), threading.Event(), Store.__iter__, []
 
     def slow(self):
         passes.append(self)
@@ -69,7 +69,7 @@ def test_searches_are_answered_while_the_cost_is_counted(folder, monkeypatch):
             assert go.wait(60)
             yield item
 
-    monkeypatch.setattr(Store, "items", slow)
+    monkeypatch.setattr(Store, "__iter__", slow)
     with running(folder) as address, concurrent.futures.ThreadPoolExecutor(3) as pool:
         pending = [pool.submit(http_get, address, "/cost") for _ in range(3)]
         try:

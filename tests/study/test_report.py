@@ -56,6 +56,7 @@ def result():
     line = [row("a", f"k={k}", k / 10, k=float(k)) for k in (1, 2, 4)]
     grid = [row("a", f"k={k}, {level}", k / 10, k=float(k), level=level) for k in (1, 2) for level in (0.1, 0.01)]
     curves = [RowCurves("a", arm, arm, Curves(*[[[(0, 2.0), (1, 1.0)]]] * 6)) for arm in (Arm.RAW, Arm.AUTO)]
+    test = {"backbone": "a", "collection": "docs", "flops": 1.0, "flops_of_other": 2.0}
     parts = {
         "norm": {"rows": rows},
         "tradeoff": {"rows": [row("a", arm, w / 9, weight=w) for arm in ("raw", "auto") for w in (1, 2)]},
@@ -65,8 +66,8 @@ def result():
         "main": {
             "rows": rows,
             "tests": [
-                PairedTest("a", "docs", Arm.RAW, "raw", 0.1, 0.01, 0.02, 1.0, 2.0, 0.01),
-                PairedTest("a", "docs", Arm.FIXED, "k=8", 0.505, 4e-14, 0.58, 1.0, 2.0, 4e-14),
+                PairedTest(**test, key=Arm.RAW, against="raw", difference=0.1, p=0.01, noise=0.02, p_corrected=0.01),
+                PairedTest(**test, key=Arm.FIXED, against="k=8", difference=0.505, p=4e-14, noise=0.58, p_corrected=4e-14),
             ],
         },
     }

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from anysplade import OptionError, OutputError, TrainingConfig, train
-from anysplade._common.files import digests, only_process
+from anysplade._common.files import only_process
+from anysplade._common.outputs import digests
 from anysplade.training.callbacks import last_checkpoint
 from processes import room_for
 

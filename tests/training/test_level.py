@@ -27,10 +27,10 @@ def test_active_dims_and_flops_by_hand(lexical, monkeypatch):
 
 @pytest.mark.parametrize("pairs", [1, 200, 201, 399, 400, 1001])
 def test_the_sample_is_evenly_spaced(pairs):
-    sample = level._sample(range(pairs))
+    sample = level._texts([Pair(str(i), "") for i in range(pairs)], "query")
     assert len(sample) == len(set(sample)) == min(pairs, 200)
-    assert sample[0] == 0
-    assert pairs - sample[-1] <= -(-pairs // 200)
+    assert sample[0] == "0"
+    assert pairs - int(sample[-1]) <= -(-pairs // 200)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_shift_that_is_smaller_by_a_step_leaves_too_many_flops(backbone, monke
     assert 0 < shift < 1
     assert (before - bias).tolist() == pytest.approx([shift] * len(bias), abs=1e-6)
     assert (flops(encoder, PAIRS) <= most).all()
-    bias += level._TRIM_STEP
+    bias += 1 / level._STEPS
     assert (flops(encoder, PAIRS) > most).any()
 
 

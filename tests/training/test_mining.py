@@ -83,17 +83,6 @@ def test_the_teacher_reads_no_more_than_it_must():
     assert read == [["positive"], ["1", "0"], ["4", "7", "8", "1"], ["5", "6"]]
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5, 30, 200])
-def test_the_nearest_are_those_of_a_whole_ranking(depth, monkeypatch):
-    monkeypatch.setattr(module, "_DOCUMENTS", 40)  # at a time, of a hundred
-    generator = np.random.default_rng(depth)
-    queries, documents = generator.integers(-3, 4, (5, 2)), generator.integers(-3, 4, (100, 2))  # with ties
-    for scores, (places, found) in zip(queries @ documents.T, module._nearest(queries, documents, depth), strict=True):
-        order = np.argsort(-scores, kind="stable")[:depth]
-        assert places.tolist() == order.tolist()
-        assert found.tolist() == scores[order].tolist()
-
-
 def test_a_likely_answer_is_no_negative(tmp_path):
     rows = [
         {"query": "kabel lodan", "positive": "kabel lodan mifil"},

@@ -30,7 +30,7 @@ from anysplade import (
     train,
     write_collection,
 )
-from anysplade._common.files import digests
+from anysplade._common.outputs import digests
 from anysplade.cli.training import training_lines
 from anysplade.data.collections import load_python_docs
 from anysplade.data.pairs import read_pairs

@@ -16,14 +16,7 @@ def require(name: str, value: object, kinds: type | tuple[type, ...], fix: str) 
 
 
 def require_list(name: str, texts: object, one: str) -> list[str]:
-    """The texts of the argument called ``name`` as a list.
-
-    Args:
-        one: what a single one is called, such as "id".
-
-    Raises:
-        OptionError: a single text, whose letters would be taken for texts; no list; or an item that is no text.
-    """
+    """The texts of the argument called ``name`` as a list; OptionError for anything else. ``one`` names an item, such as "id"."""
     if isinstance(texts, str | bytes):
         raise OptionError(f"`{name}` is one {type(texts).__name__}, so each letter would be a {one}; give a list: [{one}]")
     require(name, texts, Iterable, f"give a list: [{one}]")
@@ -48,10 +41,7 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.8) -> str:
 
 
 def near(name: str | Path, *known: str) -> str:
-    """The end of an error message that suggests a known name or an existing path; empty if none is similar enough.
-
-    A path is suggested if the first part that does not exist is similar to an entry of the folder before it.
-    """
+    """The end of an error message that suggests a known name or an existing path; empty if none is similar enough."""
     text = str(name)
     path = user_path(text)
     if not text or path.exists():

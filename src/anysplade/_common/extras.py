@@ -8,11 +8,7 @@ from anysplade.errors import ExtraError
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """A context for importing the libraries of an extra: ``with extra("search"): import qdrant_edge``.
-
-    Raises:
-        ExtraError: a library is not installed; the message gives the command that installs it.
-    """
+    """A context for importing the libraries of an extra; if one is missing, the ExtraError gives the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:

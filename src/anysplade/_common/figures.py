@@ -7,19 +7,14 @@ from typing import Any
 from anysplade._common.extras import extra
 
 INK = "#010203"  # colour of text and axes with ON_A_PAGE; the page replaces it by the colour of its text
-ON_A_PAGE: dict[str, Any] = {
+ON_A_PAGE: dict[str, Any] = {  # settings for a figure that uses a page's colours
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "savefig.transparent": True,
 }  # fmt: skip
 
 
 def draw(paint: Callable[[Any], None], width: float, height: float, settings: dict[str, Any] | None = None) -> str:
-    """Draw a figure as SVG; the same data gives the same bytes.
-
-    Args:
-        paint: draws into a ``matplotlib.figure.Figure``.
-        settings: further matplotlib settings; ``ON_A_PAGE`` for a figure that uses a page's colours.
-    """
+    """The figure that ``paint`` draws into a matplotlib Figure, as SVG; the same data gives the same bytes."""
     with extra("evaluation"):
         import matplotlib
         from matplotlib.figure import Figure

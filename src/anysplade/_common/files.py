@@ -1,19 +1,17 @@
-"""Files and folders that are written completely or not at all, and records that describe them."""
+"""Files and folders that are written completely or not at all."""
 
 import errno
 import functools
-import hashlib
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -49,11 +47,7 @@ def beside(path: Path, name: str) -> Path:
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``target`` when the block ends without an error.
-
-    Raises:
-        OutputError: ``target`` exists and is not an empty folder, or it cannot be written.
-    """
+    """A temporary folder that is renamed to ``target``, which is new or empty, when the block ends without an error."""
     target = user_path(target)
     require_empty(target)
     work = beside(target, f".{{}}-{secrets.token_hex(4)}")
@@ -112,11 +106,7 @@ def write_atomic(target: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[BinaryIO]:
-    """A file with a temporary name that is renamed to ``target`` when the block ends without an error.
-
-    Raises:
-        OutputError: ``target`` is a folder or a device, or it cannot be written.
-    """
+    """A file with a temporary name that is renamed to ``target`` when the block ends without an error."""
     target = user_path(target)
     with writing(target), _without_empty(target.parent):
         if target.is_dir():
@@ -140,23 +130,16 @@ def whole_file(target: str | Path) -> Iterator[BinaryIO]:
 def only_process(folder: Path) -> Iterator[None]:
     """Lock a folder for this process; the system releases the lock when the process ends, however it ends.
 
-    Folders that were created for the lock are removed if nothing was written to them. A folder that this process may not
-    write to is not locked; the first write to it raises the error.
-
-    Raises:
-        OutputError: another process has the lock.
+    A folder that this process may not write to is not locked; the first write to it raises the error.
     """
     lock = FileLock(folder / "lock", timeout=0)
     with _without_empty(folder):
-        taken = False
-        with suppress(OutputError), writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            with suppress(OutputError), writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
-            except Timeout:
-                taken = True
-        if taken:
-            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`")
+        except Timeout:
+            raise OutputError(f"{folder}: another process works there now; wait for it, or choose another `output`") from None
         try:
             yield
         finally:
@@ -165,78 +148,11 @@ def only_process(folder: Path) -> Iterator[None]:
                 lock.release()
 
 
-# --------------------------------------------------------------------------------- records and damage
-
-
-def digests(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by relative path; files with a name in ``without`` are left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def damaged_file(folder: Path, known: Mapping[str, str]) -> str | None:
-    """The first file that is missing or does not match its digest; None if there is none."""
-    for name, digest in known.items():
-        path = folder / name
-        if not path.is_file() or file_digest(path) != digest:
-            return name
-    return None
-
-
-def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
-    """A JSON object with the ``needed`` names; None if there is no such file or, with a warning, if it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and found.keys() >= set(needed):
-        return found
-    logger.warning("%s: is damaged and not used", path)
-    return None
-
-
-def record_path(output: Path) -> Path:
-    """The path of an output's record: ``OUTPUT.json`` in the same folder."""
-    return beside(output, "{}.json")
-
-
-def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of an output that was made from the same data and options; None if it must still be made.
-
-    Args:
-        about: options and hash of the data, as JSON data; the record contains them.
-
-    Raises:
-        OutputError: the output was made in another way, or was changed or damaged.
-    """
-    if not output.exists():
-        return None
-    before = read_record(record_path(output)) or {}
-    if {name: before.get(name) for name in about} != about:
-        raise OutputError(
-            f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
-        )
-    if before.get("sha256", digest := file_digest(output)) != digest:
-        raise OutputError(f"{output}: was changed after it was written; remove it and run the same again to make it anew")
-    return before
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's errors on writing a path, from whatever library, into an OutputError.
+    """Turn the system's errors on writing a path, from any library, into an OutputError.
 
     Errors about other files, such as one that may not be read, are not changed.
-
-    Raises:
-        OutputError: there is no permission or no room, a file is in the place of a folder, the name is too long, ...
     """
     if str(path).startswith("~"):  # ``user_path`` found no such user
         raise OutputError(f"{path}: no home folder of that name here; write the path in full, or ./{path} for one here")
@@ -280,10 +196,7 @@ def warn_once(message: str) -> None:
 
 
 def default_cache() -> Path | None:
-    """The folder for the command line's vectors: ``$ANYSPLADE_CACHE``, or ``anysplade`` in the user's cache folder.
-
-    None, with a warning, if it cannot be written; results do not need it.
-    """
+    """The folder that keeps vectors between calls of commands; None, with a warning, if it cannot be written."""
     try:
         user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")

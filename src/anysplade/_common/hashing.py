@@ -16,9 +16,7 @@ class DataHash:
             self.add(row)
 
     def add(self, row: Any) -> None:
-        """Hash another row."""
         self._digest.update(json.dumps(row).encode() + b"\n")
 
     def hexdigest(self) -> str:
-        """The hash of the rows so far."""
         return self._digest.hexdigest()

@@ -1,17 +1,75 @@
-"""What an earlier call left in an output folder, and whether this call may use it."""
+"""Records of outputs: what an earlier call made, whether it is undamaged, and whether this call may use it."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anysplade._common.files import damaged_file, read_record, require_empty
+from anysplade._common.files import beside, require_empty, write_atomic
 from anysplade.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+def digests(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by relative path; files with a name in ``without`` are left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in without)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_file(folder: Path, known: Mapping[str, str]) -> str | None:
+    """The first file that is missing or does not match its digest; None if there is none."""
+    files = ((name, folder / name, digest) for name, digest in known.items())
+    return next((name for name, path, digest in files if not path.is_file() or file_digest(path) != digest), None)
+
+
+def read_record(path: Path, *needed: str) -> dict[str, Any] | None:
+    """A JSON object with the ``needed`` names; None if there is no such file or, with a warning, if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and found.keys() >= set(needed):
+        return found
+    logger.warning("%s: is damaged and not used", path)
+    return None
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object that ``read_record`` reads."""
+    write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def record_path(output: Path) -> Path:
+    """The path of an output's record: ``OUTPUT.json`` in the same folder."""
+    return beside(output, "{}.json")
+
+
+def finished_record(output: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of an output that was made from the data and options in ``about``; None if it must still be made."""
+    if not output.exists():
+        return None
+    before = read_record(record_path(output)) or {}
+    if {name: before.get(name) for name in about} != about:
+        raise OutputError(
+            f"{output}: exists and was not made from the same data and options, or by an older version; choose another `output`"
+        )
+    if before.get("sha256", digest := file_digest(output)) != digest:
+        raise OutputError(f"{output}: was changed after it was written; remove it and run the same again to make it anew")
+    return before
 
 
 def require_unused(output: Path, *unfinished: str) -> None:
@@ -21,18 +79,11 @@ def require_unused(output: Path, *unfinished: str) -> None:
 
 
 def earlier_call(record: Path, asked: Mapping[str, Any], others: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    """Read the record of an earlier call and check that this call asks for the same.
+    """The record of an earlier call, which must have asked for the same; None if there is none or it is damaged.
 
     Args:
-        record: a JSON object with the entries of ``asked`` and any others.
         asked: the options of this call by name, or groups of them, as JSON stores them.
         others: entries of ``asked`` that are no options, and what they are called in a message: ``{"data_hash": "text"}``.
-
-    Returns:
-        The record; None if there is none or, with a warning, if it is damaged.
-
-    Raises:
-        OutputError: the earlier call had other options or other input.
     """
     found = read_record(record)
     if found is None:
@@ -48,7 +99,7 @@ def earlier_call(record: Path, asked: Mapping[str, Any], others: Mapping[str, st
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with those of each group in place of the group."""
+    """Options, with the members of each group in its place."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         flat |= value if isinstance(value, dict) else {name: value}
@@ -56,11 +107,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_whole(folder: Path, known: Mapping[str, str]) -> bool:
-    """Whether a folder has all files that it had, unchanged; a warning names the first that is missing or damaged.
-
-    Args:
-        known: SHA-256 of each file by its path in the folder, from ``digests``.
-    """
+    """Whether a folder has the files of these ``digests``; a warning names the first that is missing or damaged."""
     damaged = damaged_file(folder, known) if folder.is_dir() else ""
     if damaged is not None:
         logger.warning("%s: is missing or damaged; it is made again", folder / damaged)

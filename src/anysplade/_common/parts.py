@@ -14,27 +14,18 @@ from anysplade._common.files import write_atomic
 Item = TypeVar("Item")
 Rows: TypeAlias = Any  # one row per item: a CSR matrix (stored as .npz) or a NumPy array (stored as .npy)
 
-DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)  # raised when a stored part is missing or damaged
+DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)  # raised if a stored part is missing or damaged
 
 
 def encode_in_parts(
     items: Sequence[Item],
-    size: int,
-    encode: Callable[[int, Sequence[Item]], Rows],
-    folder: Path | None,
-    suffix: str,
-    shown: Any,
+    size: int,  # items per part
+    encode: Callable[[int, Sequence[Item]], Rows],  # of the position of a part's first item, and the part; it updates ``shown``
+    folder: Path | None,  # stores each part under the position of its first item; None stores nothing
+    suffix: str,  # .npz or .npy
+    shown: Any,  # a ``progress.bar``
 ) -> Iterator[Rows]:
-    """Encode items part by part, and yield the rows of each part.
-
-    Args:
-        size: items per part.
-        encode: given the position of a part's first item and the part, returns its rows and updates ``shown``.
-        folder: where each part is stored, under the position of its first item; a part that is there is not encoded again.
-            None stores nothing.
-        suffix: of the files, ``.npz`` or ``.npy``.
-        shown: progress, as ``progress.bar`` returns it.
-    """
+    """Encode items part by part, and yield the rows of each part; a part that is in the folder is not encoded again."""
     for start in range(0, len(items), size):
         part = items[start : start + size]
         path = None if folder is None else folder / f"{start:012}{suffix}"

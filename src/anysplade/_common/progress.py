@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,16 +16,8 @@ _WAIT, _WAIT_SHARE = 30.0, 0.1  # seconds between log lines, and at least this s
 _MANY = 200  # texts; fewer are encoded in a second or two, and need no log line
 
 
-def bar(what: str, unit: str, total: int | None = None, show: bool = False, done: int = 0) -> "tqdm | _Lines":
-    """A context that shows the progress of one task; its ``update(n)`` adds n units that are done.
-
-    Args:
-        what: the task, such as "encoding documents".
-        unit: the thing to count, in the singular.
-        total: number of units; None if unknown.
-        show: whether to show anything.
-        done: units that were done before.
-    """
+def bar(what: str, unit: str, total: int | None = None, show: bool = False, done: int = 0) -> tqdm:
+    """A context that shows the progress of a task; ``update(n)`` adds n units, whose name is in the singular, to those done."""
     if show and not sys.stderr.isatty():
         return _Lines(what, unit, total, done)
     return tqdm(desc=what, unit=unit, total=total, initial=done, disable=not show, leave=False, file=sys.stderr)
@@ -59,10 +51,14 @@ def counted(count: int, unit: str) -> str:
     return f"{count:,} {unit if count == 1 else plural}"
 
 
-class _Lines:
-    """Progress as log lines, with the methods of a bar that callers use."""
+class _Lines(tqdm):
+    """A bar that is not drawn; it logs its progress instead."""
+
+    n: int
+    total: int | None
 
     def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
+        super().__init__(disable=True)
         self.what, self.unit, self.total = what, unit, total
         self.n = self._before = done
         self._start: float | None = None
@@ -70,7 +66,7 @@ class _Lines:
         self._wait = _FIRST_WAIT
         begin(f"{what}: {counted(total or 0, unit)}", True, (total or 0) - done)
 
-    def update(self, n: int = 1) -> None:
+    def update(self, n: int = 1) -> None:  # type: ignore[override]  # counts whole units
         self.n += n
         now = time.monotonic()
         if self._start is None:  # the time until the first units is no estimate: it includes opening a model
@@ -82,15 +78,3 @@ class _Lines:
         done = ("" if self.total is None else f"{self.n:,} of ") + counted(self.n if self.total is None else self.total, self.unit)
         left = (now - self._start) * ((self.total or 0) - self.n) / max(1, self.n - self._before)
         logger.info("%s: %s%s", self.what, done, f", about {duration(left)} left" if left > 0 else "")
-
-    def set_postfix(self, **_: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass

@@ -5,25 +5,15 @@ from multiprocessing.context import SpawnContext
 from typing import Any
 
 
-def device_of_worker(worker: int, count: int, visible: str | None) -> str | None:
-    """``CUDA_VISIBLE_DEVICES`` for a worker: one of the parent's GPUs, in turn; None if there is no GPU.
-
-    Args:
-        worker: number of the worker, from 0.
-        count: number of GPUs that the parent sees.
-        visible: the parent's ``CUDA_VISIBLE_DEVICES``: numbers or UUIDs, separated by commas.
-    """
-    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-    return names[worker % len(names)].strip() if names else None
-
-
 def devices_of_workers(context: SpawnContext, workers: int) -> Any:
-    """A queue from which each worker gets its device with ``take_device``."""
+    """A queue from which each worker gets its device with ``take_device``: one of this process's GPUs, in turn, or None."""
     import torch
 
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]  # numbers or UUIDs
     devices = context.Queue()
     for worker in range(workers):
-        devices.put(device_of_worker(worker, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+        devices.put(names[worker % count].strip() if names else None)
     return devices
 
 

@@ -16,7 +16,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from cyclopts import App, CycloptsError, Parameter
@@ -35,14 +34,13 @@ app = App(
     help="Train a SPLADE sparse retriever on any masked language model.",
     version=__version__,
     result_action="return_value",
-    default_parameter=Parameter(converter=as_typed, negative_iterable=""),
+    default_parameter=Parameter(converter=as_typed, negative_iterable="", consume_multiple=True),
     suppress_keyboard_interrupt=False,  # ``main`` says that the work can be continued
 )
 
 _UNLIMITED = 10**5  # characters; no line is that long
 
 _Json = Annotated[bool, Parameter(negative="", help="One JSON document on standard output instead of text.")]
-Out = Annotated[Path, Parameter(name="--out")]
 
 
 class Result(NamedTuple):
@@ -57,16 +55,19 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, json: bool = False, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
         with contextlib.redirect_stdout(sys.stderr):
-            _check_inputs(signature.bind(*args, **kwargs).arguments)
+            _check_inputs(given.arguments)
             _quiet_libraries()
-            result = function(*args, **kwargs)
+            result = function(*given.args, **given.kwargs)
         if not is_first_process():
             return
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for lone surrogates, and characters that the encoding lacks
         if json:
-            _print(_as_json(result.data) + "\n")
+            escape = sys.stdout.encoding not in (None, "utf-8", "UTF-8")  # of a lone surrogate, backslashreplace writes JSON
+            _print(jsonlib.dumps(result.data, indent=2, ensure_ascii=escape) + "\n")
         else:
             width = None if sys.stdout.isatty() else _UNLIMITED  # outside a terminal, a table is as wide as it needs to be
             console = Console(width=width, soft_wrap=True, markup=False, emoji=False)  # names can contain brackets and colons
@@ -77,8 +78,9 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
 
     signature = inspect.signature(function)
     option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
-    run.__annotations__ = function.__annotations__ | {"json": _Json}
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(run)
     return run
 
@@ -107,16 +109,6 @@ def _print(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         raise
-
-
-def _as_json(data: dict[str, Any]) -> str:
-    """JSON, escaped if standard output cannot encode the characters."""
-    text = jsonlib.dumps(data, indent=2, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return jsonlib.dumps(data, indent=2)
-    return text
 
 
 def is_first_process() -> bool:

@@ -46,16 +46,9 @@ def config_file(arguments: Sequence[str]) -> list[Dict]:
 
 
 def read_options(path: Path, flag: str, excluded: Sequence[str] = ()) -> dict[str, Any]:
-    """Read options of ``train`` by their names in Python, each converted to its type; ``study --training`` uses the same files.
+    """Read options of ``train`` by their names in Python, each converted to its type; ``flag`` names the file in messages.
 
     A value means the same as on the command line: YAML's own rules would read 010 as 8 and yes as True.
-
-    Args:
-        flag: the option that names the file, for messages.
-        excluded: options that the file must not contain.
-
-    Raises:
-        OptionError: the file cannot be read, or has an unknown, excluded or repeated option, or a value of a wrong type.
     """
     kinds = get_type_hints(TrainingConfig)
     known = {field.name for field in fields(TrainingConfig)} - {"_", *excluded}

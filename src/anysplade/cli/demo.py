@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import require_empty, user_path
+from anysplade._common.outputs import earlier_call, write_record
 from anysplade._common.progress import duration
 from anysplade.cli.rendering import evaluation_table, hit_lines
 from anysplade.data.collections import load_collection, load_python_docs, write_collection
 from anysplade.data.pairs import load_pairs
 from anysplade.data.python_docs import PACKAGES
-from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.backbones import BUNDLED
 from anysplade.model.options import Choice
@@ -79,24 +79,15 @@ class DemoResult:
 def run_demo(
     output: str | Path, steps: int | None = None, packages: Sequence[str] = PACKAGES, progress: bool = False
 ) -> DemoResult:
-    """Train and evaluate each bundled backbone raw, scaled and calibrated; index one of the models; search.
-
-    Results of an earlier call with the same arguments are reused.
-
-    Raises:
-        OutputError: the folder contains something else.
-    """
+    """Train and evaluate each bundled backbone raw, scaled and calibrated, index one of the models and search; or continue."""
     start = time.perf_counter()
     output = user_path(output)
     runs = {name: run | ({"steps": steps} if steps else {}) for name, run in RUNS.items()}
     settings = SETTINGS | {"runs": runs}
-    made = output / "settings.json"
-    if output.exists() and not made.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: contains something other than a demo; choose another --out")
-    asked = {"settings": settings, "packages": list(packages)}
-    if made.exists() and json.loads(made.read_text()) != asked:
-        raise OutputError(f"{output}: contains a demo with other settings; choose another --out or remove it")
-    write_atomic(made, json.dumps(asked, indent=2) + "\n")
+    made, asked = output / "settings.json", {"settings": settings, "packages": list(packages)}
+    if earlier_call(made, asked) is None:
+        require_empty(output)
+        write_record(made, asked)
 
     folder = output / "collection"
     if not folder.exists():
@@ -119,8 +110,7 @@ def run_demo(
     bm25 = evaluate("bm25", collection, METRICS, depth=_DEPTH).to_dict()
     rows.append({"backbone": "bm25", "calibration": None, "k": None, "shift": None, "findings": []} | bm25)
 
-    best = output / "-".join(_INDEXED)
-    where = output / "index"
+    best, where = output / "-".join(_INDEXED), output / "index"
     index = Index.load(where) if where.exists() else Index.build(best / "model", folder, where, **reading)
     command, on_path = Path(sys.argv[0]), shutil.which("anysplade")
     counts = {"documents": len(collection.corpus), "queries": len(collection.queries), "training_pairs": len(load_pairs(folder))}
@@ -135,7 +125,7 @@ def run_demo(
         command="anysplade" if on_path and Path(on_path).resolve() == command.resolve() else str(command),
         seconds=time.perf_counter() - start,
     )
-    write_atomic(output / "demo.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    write_record(output / "demo.json", result.to_dict())
     return result
 
 

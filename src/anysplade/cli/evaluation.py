@@ -2,38 +2,32 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.text import Text
 
 from anysplade._common.figures import draw
 from anysplade._common.progress import counted
 from anysplade.cli.app import Result, command, is_first_process
+from anysplade.cli.library import options_of
 from anysplade.cli.rendering import evaluation_table, markdown, snippet, table
 from anysplade.errors import OptionError
-from anysplade.model.options import Precision, Runtime
 
 if TYPE_CHECKING:
     from anysplade.evaluation.comparisons import Comparison
     from anysplade.evaluation.grid import Evaluations
 
-_Metrics = Annotated[list[str] | None, Parameter(consume_multiple=True)]
-
 
 @command
+@options_of("evaluation.grid", "evaluate_all", without=("curves", "output"))
 def evaluate(
     *names: str,
-    metrics: _Metrics = None,
-    split: str = "test",
-    seeds: bool = False,
+    metrics: list[str] | None = None,
     curve: bool = False,
-    runtime: Runtime = "auto",
-    precision: Precision = "float32",
-    max_length: int | None = None,
-    out: Annotated[Path | None, Parameter(name="--out")] = None,
+    out: Path | None = None,
     cache: Path | None = None,
+    **options: Any,
 ) -> Result:
     """Measure models on collections: effectiveness, cost and, for several models, the significance of the differences.
 
@@ -52,41 +46,25 @@ def evaluate(
         out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
         cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
-    from anysplade._common.files import default_cache, write_atomic
+    from anysplade._common.files import write_atomic
     from anysplade.data.collections import is_collection
-    from anysplade.evaluation.grid import evaluate_all
-    from anysplade.evaluation.measures import METRICS
 
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
     models = [name for name in names if name not in collections]
     if not models:
         raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
-    measured = metrics or list(METRICS)
-    found = evaluate_all(
-        models,
-        collections,
-        measured,
-        split=split,
-        seeds=seeds,
-        curves=curve,
-        runtime=runtime,
-        precision=precision,
-        max_length=max_length,
-        output=out,
-        cache=cache or default_cache(),
-        progress=is_first_process(),
-    )
-    parts = evaluations_parts(found, shown_metrics(found, metrics))
+    found, shown = _evaluated(models, collections, metrics, cache, curves=curve, output=out, **options)
+    parts = evaluations_parts(found, shown)
     if out is not None:
         if found.curves:
-            write_atomic(out / "curve.svg", _curve_figure(found.curves, measured[0]))
+            write_atomic(out / "curve.svg", _curve_figure(found.curves, shown[0]))
         name = "evaluation" if len(found.evaluations) == 1 else "evaluations"
         write_atomic(out / f"{name}.md", markdown(parts))
-    return Result(found.to_dict(), [*parts, *_changed_parts(found), *_curve_parts(found, shown_metrics(found, metrics))])
+    return Result(found.to_dict(), [*parts, *_detail_parts(found, shown)])
 
 
 @command
-def compare(*runs: str, collection: str, metrics: _Metrics = None, split: str = "test") -> Result:
+def compare(*runs: str, collection: str, metrics: list[str] | None = None, split: str = "test") -> Result:
     """Compare run files on a collection: each with the first one, with paired tests and the queries that changed most.
 
     Args:
@@ -95,23 +73,24 @@ def compare(*runs: str, collection: str, metrics: _Metrics = None, split: str = 
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
     """
+    if len(runs) < 2:
+        raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
+    found, shown = _evaluated(runs, [collection], metrics, split=split)
+    return Result(found.to_dict(), [*evaluations_parts(found, shown), *_detail_parts(found, shown)])
+
+
+def _evaluated(
+    models: Sequence[str], collections: Sequence[str], metrics: Sequence[str] | None, cache: Path | None = None, **options: Any
+) -> "tuple[Evaluations, list[str]]":
+    """The evaluations, and the metrics that tables show: by default those that are not 1 for every ranking of all documents."""
     from anysplade._common.files import default_cache
     from anysplade.evaluation.grid import evaluate_all
     from anysplade.evaluation.measures import METRICS
 
-    if len(runs) < 2:
-        raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
-    measured = metrics or list(METRICS)
-    found = evaluate_all(runs, collection, measured, split=split, cache=default_cache(), progress=is_first_process())
-    return Result(found.to_dict(), [*evaluations_parts(found, shown_metrics(found, metrics)), *_changed_parts(found)])
-
-
-def shown_metrics(found: "Evaluations", metrics: Sequence[str] | None) -> list[str]:
-    """The metrics that tables show: those asked for; by default without those that a ranking of all documents makes 1."""
-    from anysplade.evaluation.measures import METRICS
-
+    options |= {"cache": cache or default_cache(), "progress": is_first_process()}
+    found = evaluate_all(models, collections, metrics or METRICS, **options)
     most = max(evaluation.documents for evaluation in found.evaluations)
-    return list(metrics or (name for name in METRICS if not (name.startswith("R@") and int(name[2:]) >= most)))
+    return found, list(metrics or (name for name in METRICS if not (name.startswith("R@") and int(name[2:]) >= most)))
 
 
 def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
@@ -132,8 +111,8 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     return parts
 
 
-def _changed_parts(found: "Evaluations") -> list[RenderableType]:
-    """The queries that changed most, of each model on the first collection."""
+def _detail_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
+    """The queries that changed most, of each model on the first collection, and the tables of pruned vectors."""
     parts: list[RenderableType] = []
     several = len({evaluation.collection for evaluation in found.evaluations}) > 1
     for c in found.comparisons:
@@ -141,12 +120,6 @@ def _changed_parts(found: "Evaluations") -> list[RenderableType]:
         if c.changed and (c.collection, c.metric) == (first.collection, first.metric):
             parts.append(Text(f"\nchanged most in {c.metric}{_on(c, several)}, from {c.baseline} to {c.model}:"))
             parts += [Text(_changed_line(change, c)) for change in c.changed]
-    return parts
-
-
-def _curve_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
-    parts: list[RenderableType] = []
-    several = len({evaluation.collection for evaluation in found.evaluations}) > 1
     for curve in found.curves:
         title = f"{curve['model']} pruned" + (f", {curve['collection']}" if several else "")
         points = [{title: _pruned(point)} | point for point in curve["points"]]
@@ -164,11 +137,7 @@ def _pruned(point: dict[str, Any]) -> str:
 
 
 def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> list[RenderableType]:
-    """The table of the comparisons, with those in the first metric on top, and notes on how to read it.
-
-    Args:
-        several: whether there is more than one collection.
-    """
+    """The table of the comparisons, with those in the first metric on top, and notes on how to read it."""
     primary = [c for c in comparisons if c.p_corrected is not None]
     others = [c for c in comparisons if c.p_corrected is None]
     rows = [

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.text import Text
 
-from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.app import Result, command, is_first_process
 from anysplade.cli.rendering import table
 from anysplade.model.options import BiasPolicy, Choice, Fold
 
@@ -48,7 +48,7 @@ def rescale(
     model: str,
     /,
     *,
-    out: Out,
+    out: Path,
     k: Choice | None = None,
     shift: Choice = 0.0,
     bias: BiasPolicy = "scale",

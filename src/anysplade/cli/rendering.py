@@ -70,11 +70,7 @@ def _name(value: object) -> str:
 
 
 def hit_lines(hits: Sequence["Hit"], words: Mapping[str, str]) -> list[RenderableType]:
-    """Each hit with the words that contribute most to its score.
-
-    Args:
-        words: the query's words that the tokenizer split, by the term of each piece; see ``query_words``.
-    """
+    """Each hit with the words that contribute most to its score; ``words`` are those of ``query_words``."""
     from anysplade.search.hits import join_matches
 
     if not hits:

@@ -3,16 +3,16 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from anysplade._common.files import beside
 from anysplade._common.progress import counted, duration
-from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.app import Result, command, is_first_process
+from anysplade.cli.library import options_of
 from anysplade.cli.rendering import hit_lines, snippet, table
 from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
@@ -75,20 +75,8 @@ def encode(
 
 
 @command
-def index(
-    model: str,
-    corpus: str,
-    /,
-    *,
-    out: Annotated[Path | None, Parameter(name="--out")] = None,
-    to: str | None = None,
-    runtime: Runtime = "auto",
-    precision: Precision = "float32",
-    top_k: int | None = None,
-    max_length: int | None = None,
-    workers: int = 1,
-    ray: bool = False,
-) -> Result:
+@options_of("search.index", "Index.build")
+def index(model: str, corpus: str, /, *, out: Path | None = None, to: str | None = None, **options: Any) -> Result:
     """Encode a corpus and write an index; after an interruption or a change of the corpus, the same command updates it.
 
     Args:
@@ -98,10 +86,7 @@ def index(
         to: a server instead of a folder: qdrant://host:6333/name or opensearch://host:9200/name.
         runtime: for encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
         precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
-        top_k: keep only this many weights per document, the largest; this is an approximation, and recorded.
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
-        workers: processes that encode, each with its own model.
-        ray: encode on a Ray cluster, with this number of workers.
     """
     from anysplade._common.files import default_cache
     from anysplade.search.index import Index
@@ -109,8 +94,7 @@ def index(
 
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
-    options: dict[str, Any] = {"runtime": runtime, "precision": precision, "top_k": top_k, "max_length": max_length}
-    options |= {"workers": workers, "ray": ray, "progress": is_first_process()}
+    options["progress"] = is_first_process()
     if to is not None:
         work = default_cache()
         if work is None:
@@ -135,7 +119,7 @@ def search(
     /,
     *,
     k: int = 10,
-    filter: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    filter: list[str] | None = None,
     exact: bool = False,
     model: str | None = None,
     runtime: Runtime = "auto",
@@ -177,18 +161,8 @@ def search(
 
 
 @command
-def serve(
-    index: str,
-    beside: str | None = None,
-    /,
-    *,
-    model: str | None = None,
-    runtime: Runtime = "auto",
-    precision: Precision = "float32",
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    token: str | None = None,
-) -> Result:
+@options_of("serving.app", "serve")
+def serve(index: str, beside: str | None = None, /, *, token: str | None = None, **options: Any) -> Result:
     """Serve a search page and an HTTP API over an index, until stopped.
 
     Args:
@@ -197,42 +171,27 @@ def serve(
         model: folder of the index's model, if it was moved.
         runtime: for encoding queries; see index.
         precision: for encoding queries; see index.
-        host: an address of this machine; an address that other machines can reach needs a token.
-        port: 0 for any free port.
         token: secret that every request must carry; ANYSPLADE_TOKEN by default, if that is set.
     """
     from anysplade.serving import app as server
 
-    options: dict[str, Any] = {"model": model, "runtime": runtime, "precision": precision, "host": host, "port": port}
     served = server.serve(index, beside, token=token or os.environ.get("ANYSPLADE_TOKEN"), **options)
     return Result(served.to_dict(), [f"{counted(served.requests, 'request')} answered"])
 
 
 @command
-def size(
-    model: str,
-    /,
-    *,
-    documents: str,
-    corpus: str | None = None,
-    sample: int = 500,
-    qps: float = 100.0,
-    memory: float = 32.0,
-) -> Result:
+@options_of("search.sizing", "size", without=("seed", "memory_gib"))
+def size(model: str, /, *, documents: str, memory: float = 32.0, **options: Any) -> Result:
     """Estimate what an index will need: bytes, postings per query, queries per second and core, shards, hours of encoding.
 
     Args:
         model: folder or hub id of a sparse encoder.
         documents: number of documents, such as 100M.
-        corpus: texts similar to those to index; a collection also provides queries.
-        sample: number of documents, and of queries, to encode for the measurement.
-        qps: queries per second to plan for.
         memory: GiB per machine for postings.
     """
     from anysplade.search import sizing
 
-    options: dict[str, Any] = {"corpus": corpus, "sample": sample, "qps": qps, "memory_gib": memory, "progress": is_first_process()}
-    found = sizing.size(model, sizing.parse_count(documents), **options)
+    found = sizing.size(model, sizing.parse_count(documents), memory_gib=memory, **options, progress=is_first_process())
     return Result(found.to_dict(), _size_lines(found))
 
 
@@ -264,7 +223,7 @@ def export(
     /,
     *,
     format: Literal["anserini", "ciff"],
-    out: Out,
+    out: Path,
     queries: str | None = None,
     quantization: int = 100,
     model: str | None = None,

@@ -9,57 +9,45 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from anysplade._common.progress import counted, duration
-from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.app import Result, command, is_first_process
 from anysplade.cli.config import read_options
+from anysplade.cli.library import options_of
 from anysplade.cli.rendering import table
 
 if TYPE_CHECKING:
     from anysplade.study.pipeline import StudyPlan
 
-_Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
-
 
 @command
+@options_of("study.plan", "StudyConfig", without=("_", "output"))
 def study(
     name: str,
     /,
     *,
-    out: Out,
-    backbones: _Names = None,
-    data: str = "python-docs",
-    collections: _Names = None,
-    seeds: int = 3,
-    k: float = 8.0,
+    out: Path,
+    backbones: list[str] | None = None,
+    collections: list[str] | None = None,
     training: Path | None = None,
-    workers: int | None = None,
     plan: Annotated[bool, Parameter(negative="")] = False,
+    **options: Any,
 ) -> Result:
     """Run the paper's experiments with their controls and error bars; after an interruption, the same command continues.
 
     Args:
-        name: norm, tradeoff, dynamics, sensitivity, controls or main, or all for these six; or folding.
         out: folder of the cells and the report.
         backbones: folders or hub ids of masked LMs; the two bundled ones by default.
-        data: training examples, in any form that train takes.
         collections: collections to evaluate on, the first one in-domain; python-docs by default.
-        seeds: trainings per row.
-        k: the paper's k; the main study also has half and double that.
         training: a YAML or TOML file with options of train for all cells; options for the bundled backbones by default.
-        workers: cells to run at a time; one per GPU, or per core, by default.
         plan: train nothing, and show what would be trained, what is done already and, after one training per backbone, how
             long the rest takes.
     """
     from anysplade.study.pipeline import plan_study, run_study
     from anysplade.study.plan import StudyConfig
 
-    options: dict[str, Any] = {"output": str(out), "data": data, "seeds": seeds, "k": k, "workers": workers}
-    if backbones:
-        options["backbones"] = tuple(backbones)
-    if collections:
-        options["collections"] = tuple(collections)
+    options |= {name: tuple(given) for name, given in (("backbones", backbones), ("collections", collections)) if given}
     if training is not None:
         options["training"] = read_options(training, "--training", excluded=("backbone", "data", "output", "k", "shift", "seed"))
-    config = StudyConfig(name, **options)
+    config = StudyConfig(name, output=str(out), **options)
     if plan:
         planned = plan_study(config)
         return Result(planned.to_dict(), plan_lines(planned))
@@ -86,7 +74,7 @@ def plan_lines(plan: "StudyPlan") -> list[RenderableType]:
 
 
 @command
-def demo(*, out: Out = Path("anysplade-demo")) -> Result:
+def demo(*, out: Path = Path("anysplade-demo")) -> Result:
     """Run all steps on bundled parts, offline: calibrate, train, evaluate, index, search.
 
     Args:

@@ -2,38 +2,33 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.text import Text
 
 from anysplade._common.progress import counted, duration
-from anysplade.cli.app import Out, Result, command, is_first_process
+from anysplade.cli.app import Result, command, is_first_process
+from anysplade.cli.library import options_of
 from anysplade.cli.rendering import evaluation_table, snippet
-from anysplade.training.config import TrainingConfig, TrainingPrecision
+from anysplade.data.names import PAIR_KINDS
+from anysplade.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from anysplade.training.head_training import HeadTraining
     from anysplade.training.run import TrainingResult
 
-_Kinds = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
-
 
 @dataclass(frozen=True)
 class _TrainingOptions(TrainingConfig):
     output: Annotated[str, Parameter(name="--out")] = field(kw_only=True)
-    report_to: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = field(default=(), kw_only=True)
 
     __doc__ = TrainingConfig.__doc__  # the help texts of the options
 
 
 @command
-def train(
-    options: Annotated[_TrainingOptions, Parameter(name="*")],
-    *,
-    config: Annotated[Path | None, Parameter(name="--config")] = None,
-) -> Result:
+def train(options: Annotated[_TrainingOptions, Parameter(name="*")], *, config: Path | None = None) -> Result:
     """Train a SPLADE encoder; after an interruption, the same command continues from the last checkpoint.
 
     Args:
@@ -63,49 +58,12 @@ def training_lines(result: "TrainingResult") -> list[RenderableType]:
 
 
 @command
-def head(
-    encoder: str,
-    /,
-    *,
-    text: str,
-    out: Out,
-    steps: int = 300,
-    batch_size: int = 16,
-    max_length: int = 96,
-    learning_rate: float = 2e-3,
-    encoder_learning_rate: float = 0.0,
-    layer_decay: float = 0.7,
-    seed: int = 0,
-) -> Result:
-    """Give an encoder an MLM head, so that it can be trained as SPLADE; after an interruption, the same command continues.
-
-    Args:
-        encoder: folder or hub id of a dense embedding model or an encoder.
-        text: a corpus, or a text file with one text per line, to train the head on; ideally the texts to be searched.
-        out: folder of the masked LM.
-        steps: training steps.
-        batch_size: texts per step.
-        max_length: tokens of a piece of text; longer texts are cut into pieces.
-        learning_rate: peak learning rate of the head.
-        encoder_learning_rate: peak learning rate of the encoder's top layer; 0 leaves the encoder as it is.
-        layer_decay: factor from a layer's learning rate to that of the layer below it.
-        seed: seed of everything random.
-    """
+@options_of("training.head_training", "train_head", without=("checkpoint_steps",))
+def head(encoder: str, /, *, text: str, out: Path, **options: Any) -> Result:
+    """Give an encoder an MLM head, so that it can be trained as SPLADE; after an interruption, the same command continues."""
     from anysplade.training import head_training
 
-    result = head_training.train_head(
-        encoder,
-        text,
-        out,
-        steps=steps,
-        batch_size=batch_size,
-        max_length=max_length,
-        learning_rate=learning_rate,
-        encoder_learning_rate=encoder_learning_rate,
-        layer_decay=layer_decay,
-        seed=seed,
-        progress=is_first_process(),
-    )
+    result = head_training.train_head(encoder, text, out, **options, progress=is_first_process())
     return Result(result.to_dict(), head_training_lines(result))
 
 
@@ -121,58 +79,16 @@ def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
 
 
 @command
-def adapt(
-    model: str,
-    corpus: str,
-    /,
-    *,
-    teacher: str,
-    out: Out,
-    judged: str | None = None,
-    split: str = "test",
-    kinds: _Kinds = ("title", "heading", "sentence"),
-    steps: int = 200,
-    batch_size: int = 16,
-    learning_rate: float = 1e-4,
-    max_length: int | None = 256,
-    precision: TrainingPrecision = "float32",
-    seed: int = 0,
-) -> Result:
+@options_of("training.adaptation", "adapt")
+def adapt(model: str, corpus: str, /, *, teacher: str, out: Path, kinds: tuple[str, ...] = PAIR_KINDS, **options: Any) -> Result:
     """Adapt a sparse encoder to a corpus without labels, at no more search cost; the result is kept only if it is better.
 
     Args:
-        model: folder or hub id of a sparse encoder.
-        corpus: the documents, in any form that index takes.
-        teacher: folder or hub id of a dense model, sparse encoder or cross-encoder.
-        out: a folder; its model/ is the adapted model, or the original if the adapted one is not better.
-        judged: a collection to evaluate on; by default a tenth of the documents is held out for that.
-        split: its qrels to read.
         kinds: kinds of training pairs: title, heading, sentence.
-        steps: training steps.
-        batch_size: queries per step.
-        learning_rate: peak learning rate.
-        max_length: tokens to cut a text to in training; the adapted model reads at least as many as the original.
-        precision: number format of matrix products; bfloat16 is faster on machines with support.
-        seed: seed of everything random.
     """
     from anysplade.training import adaptation
 
-    result = adaptation.adapt(
-        model,
-        corpus,
-        out,
-        teacher=teacher,
-        judged=judged,
-        split=split,
-        kinds=kinds,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        precision=precision,
-        seed=seed,
-        progress=is_first_process(),
-    )
+    result = adaptation.adapt(model, corpus, out, teacher=teacher, kinds=kinds, **options, progress=is_first_process())
     rows = [{"model": name} | costs for name, costs in (("original", result.before), ("adapted", result.after))]
     metrics = [name for name in result.before if not name.endswith(("dims", "flops"))]
     return Result(
@@ -188,7 +104,7 @@ def adapt(
 
 
 @command
-def pairs(corpus: str, /, *, out: Out, kinds: _Kinds = ("title", "heading", "sentence")) -> Result:
+def pairs(corpus: str, /, *, out: Path, kinds: tuple[str, ...] = PAIR_KINDS) -> Result:
     """Make training pairs from documents alone: titles, headings and sentences stand for queries.
 
     Args:
@@ -212,63 +128,26 @@ def pairs(corpus: str, /, *, out: Out, kinds: _Kinds = ("title", "heading", "sen
 
 
 @command
-def mine(
-    data: str,
-    /,
-    *,
-    out: Out,
-    miner: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ("bm25",),
-    teacher: str | None = None,
-    corpus: str | None = None,
-    texts: str | None = None,
-    negatives: int = 8,
-    depth: int = 100,
-    margin: float = 0.05,
-) -> Result:
+@options_of("training.mining", "mine", without=("max_length", "precision"))
+def mine(data: str, /, *, out: Path, miner: tuple[str, ...] = ("bm25",), **options: Any) -> Result:
     """Find hard negatives for training examples; after an interruption, the same command continues.
 
     Args:
         data: training examples, in any form that train takes.
-        out: the JSONL file to write.
         miner: bm25, or folder or hub id of a sparse encoder or dense model; several miners give candidates in turn.
-        teacher: a dense model, sparse encoder or cross-encoder that separates likely answers from negatives; each miner itself by
-            default.
-        corpus: where to search (JSONL, BEIR folder); the data's own positives by default.
-        texts: a collection with the texts of ids in the data.
-        negatives: negatives per example.
-        depth: length of the ranking to take them from.
-        margin: a document that scores above (1 - margin) times the positive is likely an answer too, and left out.
     """
     from anysplade.training import mining
 
-    mined = mining.mine(
-        data,
-        out,
-        miner=miner[0] if len(miner) == 1 else miner,
-        teacher=teacher,
-        corpus=corpus,
-        texts=texts,
-        negatives=negatives,
-        depth=depth,
-        margin=margin,
-        progress=is_first_process(),
-    )
-    line = f"{counted(mined.examples, 'example')} with {counted(negatives, 'negative')} each, in {out}"
+    mined = mining.mine(data, out, miner=miner[0] if len(miner) == 1 else miner, **options, progress=is_first_process())
+    line = f"{counted(mined.examples, 'example')} with {counted(options['negatives'], 'negative')} each, in {out}"
     return Result(mined.to_dict() | {"out": str(out)}, [line])
 
 
 @command
-def score(data: str, /, *, teacher: str, out: Out, texts: str | None = None, max_length: int = 512) -> Result:
-    """Score examples and their negatives with a teacher, for distillation; after an interruption, the same command continues.
-
-    Args:
-        data: training examples with negatives.
-        teacher: folder or hub id of a cross-encoder, dense model or sparse encoder, or bm25.
-        out: the JSONL file to write.
-        texts: a collection with the texts of ids in the data.
-        max_length: tokens to cut a query with a document to.
-    """
+@options_of("training.mining", "score", without=("batch_size",))
+def score(data: str, /, *, teacher: str, out: Path, **options: Any) -> Result:
+    """Score examples and their negatives with a teacher, for distillation; after an interruption, the same command continues."""
     from anysplade.training import mining
 
-    scored = mining.score(data, out, teacher=teacher, texts=texts, max_length=max_length, progress=is_first_process())
+    scored = mining.score(data, out, teacher=teacher, **options, progress=is_first_process())
     return Result(scored.to_dict() | {"out": str(out)}, [f"{counted(scored.examples, 'example')} scored by {teacher}, in {out}"])

@@ -6,7 +6,6 @@ On disk a collection has BEIR's layout: ``corpus.jsonl`` (``_id``, ``title``, ``
 
 import json
 import logging
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -18,11 +17,11 @@ from anysplade._common.files import atomic_folder, user_path
 from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
-from anysplade.data.corpus import Document, hub_corpus, ir_corpus, read_corpus
+from anysplade.data.corpus import Document, read_corpus
 from anysplade.data.external import ir_names
-from anysplade.data.names import BM25_NAMES, COLLECTION, NANO_BEIR, PYTHON_DOCS, QUERY_FILES, held, is_built_in, resolve
-from anysplade.data.qrels import Qrels, hub_qrels, ir_qrels, read_qrels
-from anysplade.data.queries import hub_queries, ir_queries, read_queries
+from anysplade.data.names import BM25_NAMES, COLLECTION, NANO_BEIR, PYTHON_DOCS, QUERY_FILES, Source, held, is_built_in, resolve
+from anysplade.data.qrels import Qrels, read_qrels
+from anysplade.data.queries import load_queries
 from anysplade.data.rows import find_file
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import DataError, OutputError
@@ -57,18 +56,19 @@ class Collection(Tabular):
 def is_collection(name: str) -> bool:
     """Whether a name stands for a collection, and not for a model or a run file."""
     is_built_in(name, *BM25_NAMES, PYTHON_DOCS)  # warns if a folder has that name
-    kind = held(name.lower() if name.lower() == NANO_BEIR else name)
+    kind = held(name)
     return kind == COLLECTION or (kind is None and user_path(name).is_dir())
 
 
 def collection_names(source: str) -> list[str]:
     """The names of the collections that a name stands for: thirteen for ``"nanobeir"``, else the name itself."""
-    if not is_built_in(source, source if source.lower() == NANO_BEIR else NANO_BEIR):
+    if source.lower() != NANO_BEIR:
         return [source]
+    is_built_in(source, source)  # warns if a folder has that name
     return sorted(name for name in ir_names() if name.startswith("nano-beir/"))
 
 
-def load_collection(source: str | Path | zipfile.Path, split: str = "test", progress: bool = False) -> Collection:
+def load_collection(source: str | Path | Source, split: str = "test", progress: bool = False) -> Collection:
     """Load a collection from a ``source``.
 
     A source is one of these:
@@ -83,8 +83,8 @@ def load_collection(source: str | Path | zipfile.Path, split: str = "test", prog
     - ``"python-docs"``: docstrings of installed packages, see ``load_python_docs``
 
     Only queries with a judgement are kept, as in BEIR; the number of others is logged. Judgements of documents that are not in
-    the corpus are kept and count against recall, as in trec_eval; those of unknown queries are left out. A warning gives the
-    number of both.
+    the corpus are kept and count against recall, as in trec_eval; judgements of unknown queries are left out. A warning
+    gives the number of both.
 
     Args:
         split: the qrels to read.
@@ -103,16 +103,11 @@ def load_collection(source: str | Path | zipfile.Path, split: str = "test", prog
         if split != "test":
             raise DataError(f"python-docs has no split {split!r}; its only one is 'test'")
         return load_python_docs(progress=progress)[0]
-    if resolved.kind == "ir_datasets":
-        if not (at.has_queries() and at.has_qrels()):
-            fix = "name a subset that has, such as its /test"
-            raise DataError(f"{name}: this ir_datasets id has no queries with judgements; {fix}")
-        return _judged_collection(name, dict(ir_corpus(at)), ir_queries(at), ir_qrels(at))
-    if resolved.kind == "hub":
-        corpus, queries, qrels = dict(hub_corpus(str(at))), hub_queries(str(at)), hub_qrels(str(at), split)
-        return _judged_collection(str(at).rstrip("/").rpartition("/")[2], corpus, queries, qrels)
-    corpus, queries, qrels = read_corpus(at), read_queries(at), read_qrels(at, split)
-    return _judged_collection(user_path(name).resolve().name.removesuffix(".zip"), corpus, queries, qrels)
+    if resolved.kind != "ir_datasets":
+        name = user_path(at if resolved.kind == "hub" else name).resolve().name.removesuffix(".zip")
+    elif not (at.has_queries() and at.has_qrels()):
+        raise DataError(f"{name}: this ir_datasets id has no queries with judgements; name a subset that has, such as its /test")
+    return _judged_collection(name, read_corpus(resolved), load_queries(resolved), read_qrels(resolved, split))
 
 
 def _judged_collection(name: str, corpus: dict[str, Document], queries: dict[str, str], qrels: Qrels) -> Collection:

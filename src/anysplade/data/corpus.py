@@ -2,7 +2,6 @@
 
 import functools
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from anysplade._common.files import user_path
 from anysplade.data import python_docs
 from anysplade.data.external import hub_dataset
-from anysplade.data.names import CORPUS_FILES, resolve
+from anysplade.data.names import CORPUS_FILES, Source, resolve
 from anysplade.data.rows import Place, Row, column_name, find_file, lines, plain_name, rows
 from anysplade.data.text import replace_surrogates, shown
 from anysplade.errors import DataError
@@ -36,7 +35,7 @@ class Document(NamedTuple):
         return f"{self.title} {self.text}".strip()
 
 
-def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> dict[str, Document]:
+def read_corpus(source: str | Path | Source, progress: bool = False) -> dict[str, Document]:
     """Read all documents of a ``source``, by id and in file order.
 
     Args:
@@ -52,11 +51,7 @@ def read_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> di
 
 
 def checked_document(place: str, title: object, text: object, metadata: object) -> Document:
-    """A document of these parts; None is an empty title.
-
-    Raises:
-        DataError: the title or the text is not a string, or the metadata is not an object that JSON can hold.
-    """
+    """A document of these parts, which are checked; None is an empty title."""
     if not isinstance(text, str):
         raise DataError(f'{place}: "text" is {shown(text)}, not a string; give a string')
     if not isinstance(title, str | None):
@@ -75,18 +70,21 @@ def empty_corpus(source: object) -> DataError:
     return DataError(f"{source}: the corpus is empty; each row needs _id and text")
 
 
-def iter_corpus(source: str | Path | zipfile.Path, progress: bool = False) -> Iterator[tuple[str, Document]]:
+def iter_corpus(source: str | Path | Source, progress: bool = False) -> Iterator[tuple[str, Document]]:
     """Read the documents of any source of ``read_corpus`` one by one; only the ids stay in memory, to find duplicates."""
     resolved = resolve(source, "corpus")
     if resolved.kind == "python-docs":
         _, test = python_docs.split_entries(python_docs.read_docstrings(python_docs.PACKAGES, progress))
         yield from ((entry.name, Document("", entry.document)) for entry in test)
     elif resolved.kind == "ir_datasets":
-        yield from ir_corpus(resolved.at)
+        for document in resolved.at.docs_iter():
+            titled = hasattr(document, "title") and hasattr(document, "text")
+            content = Document(document.title or "", document.text) if titled else Document("", document.default_text())
+            yield document.doc_id, content
     elif resolved.kind == "hub":
-        yield from hub_corpus(str(resolved.at))
+        yield from documents_by_id(hub_rows(resolved, "corpus"), f"{resolved.at}:corpus", TEXT_NAMES)
     else:
-        file = folder_file(resolved.at, CORPUS_FILES, "corpus.jsonl") if resolved.kind == "folder" else resolved.at
+        file = source_file(resolved, CORPUS_FILES, "corpus.jsonl")
         yield from documents_by_id(rows(file, ID_NAMES), file, TEXT_NAMES)
 
 
@@ -100,44 +98,24 @@ def read_texts(source: str | Path) -> Iterator[str]:
         yield from (replace_surrogates(document.full_text) for _, document in iter_corpus(source) if document.full_text)
 
 
-def ir_corpus(dataset: Any) -> Iterator[tuple[str, Document]]:
-    """The ids and documents of an ir_datasets dataset."""
-    for document in dataset.docs_iter():
-        titled = hasattr(document, "title") and hasattr(document, "text")
-        yield document.doc_id, Document(document.title or "", document.text) if titled else Document("", document.default_text())
-
-
-def hub_corpus(name: str) -> Iterator[tuple[str, Document]]:
-    """The ids and documents in the config ``corpus`` of a hub dataset."""
-    return documents_by_id(hub_rows(name, "corpus"), f"{name}:corpus", TEXT_NAMES)
-
-
-def hub_rows(name: str, config: str) -> Iterator[Row]:
+def hub_rows(source: Source, config: str) -> Iterator[Row]:
     """The rows in the first split of a hub dataset's config."""
-    return enumerate(next(iter(hub_dataset(name, config, split=None).values())), 1)
+    return enumerate(next(iter(hub_dataset(str(source.at), config, split=None).values())), 1)
 
 
-def folder_file(folder: Place, names: Sequence[str], usual: str) -> Place:
-    """The first of the named files that a collection's folder contains; if none, the error names the ``usual`` one."""
-    path = find_file(folder, names)
+def source_file(source: Source, names: Sequence[str], usual: str) -> Place:
+    """The file that a source is, or the first of the named files in its folder; if none, the error names the ``usual`` one."""
+    path: Place | None = source.at if source.kind == "file" else find_file(source.at, names)
     if path is None:
         raise DataError(
-            f"{folder}: no {usual} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/, a TREC folder "
+            f"{source.at}: no {usual} in it; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/, a TREC folder "
             "corpus.tsv, topics.txt or topics.xml, and qrels.txt"
         )
     return path
 
 
 def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequence[str]) -> Iterator[tuple[str, Document]]:
-    """The ids and documents, or queries, in numbered rows.
-
-    Args:
-        source: where the rows come from, for messages.
-        text_names: names that the column of texts can have.
-
-    Raises:
-        DataError: a row has no id or no text, or an id is a duplicate.
-    """
+    """The ids and documents, or queries, in numbered rows; ids must be unique, and messages name the source of the rows."""
     seen: dict[str, int] = {}  # row numbers by id
     for number, row in numbered:
         place = f"{source}:{number}"

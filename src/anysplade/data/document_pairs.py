@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from anysplade._common.files import file_digest, finished_record, record_path, user_path, whole_file, write_atomic
+from anysplade._common.files import user_path, whole_file
 from anysplade._common.hashing import DataHash
+from anysplade._common.outputs import file_digest, finished_record, record_path, write_record
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.corpus import Document, empty_corpus, iter_corpus
 from anysplade.data.headings import sections
+from anysplade.data.names import PAIR_KINDS
 from anysplade.data.near_duplicates import near_duplicates, signature
 from anysplade.data.sentences import MIN_POSITIVE_WORDS, sentence_pair
 from anysplade.data.text import count_words, normalized, replace_surrogates, stable_hash
 from anysplade.errors import DataError, OptionError
-
-KINDS: tuple[str, ...] = ("title", "heading", "sentence")
 
 _MAX_QUERY_WORDS = 40  # of a title or heading
 _SHOWN = 300  # characters of an example's texts in the record
@@ -44,19 +44,6 @@ _GENERIC = frozenset(
         warnings, attributes, properties, description, details, license, changelog, todo""",
     )
 )
-
-_REASONS = {  # of ``MadePairs.left_out``, in words that follow a number
-    "without_text": "without a text",
-    "near_duplicates": "near-duplicates",
-    "without_title": "without a title",
-    "without_heading": "without a heading",
-    "without_sentence": "without a suitable sentence",
-    "generic": "too generic",
-    "too_long": "too long",
-    "text_too_short": "with a text that is too short",
-    "same_as_title": "same as the title",
-    "query_of_several_texts": "with a query that stands for several texts",
-}
 
 _LeftOut = dict[str, Counter[str]]  # counts by part ("document" or a kind) and reason
 
@@ -78,7 +65,7 @@ class MadePairs(Tabular):
         return [{"kind": kind, "pairs": count} for kind, count in self.pairs.items()]
 
 
-def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS, progress: bool = False) -> MadePairs:
+def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = PAIR_KINDS, progress: bool = False) -> MadePairs:
     """Make training pairs from the documents of a corpus, without any query.
 
     The kinds of pairs:
@@ -106,11 +93,12 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
         OutputError: the output exists and was made in another way, or cannot be written.
         DataError: no pair can be made, or as for ``read_corpus``.
     """
-    if not kinds or not set(kinds) <= set(KINDS):
-        unknown = ", ".join(repr(kind) for kind in kinds if kind not in KINDS) or "none"
-        raise OptionError(f"`kinds`: {unknown}; choose from {', '.join(KINDS)}")
+    if not kinds or not set(kinds) <= set(PAIR_KINDS):
+        unknown = ", ".join(repr(kind) for kind in kinds if kind not in PAIR_KINDS) or "none"
+        raise OptionError(f"`kinds`: {unknown}; choose from {', '.join(PAIR_KINDS)}")
     output = user_path(output)
-    options: dict[str, Any] = {"corpus": str(corpus), "kinds": [kind for kind in KINDS if kind in kinds]}
+    kinds = [kind for kind in PAIR_KINDS if kind in kinds]
+    options: dict[str, Any] = {"corpus": str(corpus), "kinds": kinds}
     digest = DataHash()
     documents = _hashed(iter_corpus(corpus, progress=progress), digest, progress)
     if output.exists():
@@ -121,9 +109,9 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
             return MadePairs(**{field.name: before.pop(field.name) for field in fields(MadePairs)[:-1]}, about=before)
     with whole_file(output) as file, tempfile.TemporaryFile(dir=output.parent) as candidates:
         # Which candidates are kept is known at the end; until then only a few numbers per candidate are in memory.
-        document_numbers, query_hashes, kind_numbers = array("q"), array("Q"), array("B")
+        numbers = array("Q")  # of each candidate: its document, a hash of its query, and its kind
         signatures = bytearray()  # of the documents with a text
-        left_out: _LeftOut = {part: Counter() for part in ("document", *options["kinds"])}
+        left_out: _LeftOut = {part: Counter() for part in ("document", *kinds)}
         read = with_text = 0  # documents
         for id_, document in documents:
             read += 1
@@ -131,32 +119,31 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
             if not count_words(document.text):
                 left_out["document"]["without_text"] += 1
                 continue
-            for kind, query, positive in _pairs(id_, document, options["kinds"], left_out):
+            for kind, query, positive in _pairs(id_, document, kinds, left_out):
                 row = {"query": query, "positive": positive, "kind": kind, "document_id": id_}
                 candidates.write(replace_surrogates(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
-                document_numbers.append(with_text)
-                query_hashes.append(stable_hash(normalized(query)))
-                kind_numbers.append(KINDS.index(kind))
+                numbers.extend((with_text, stable_hash(normalized(query)), kinds.index(kind)))
             signatures += signature(document.text).tobytes()
             with_text += 1
         if not read:
             raise empty_corpus(corpus)
         is_duplicate = near_duplicates(signatures)
-        kept = ~is_duplicate[np.asarray(document_numbers)]
-        _, inverse, counts = np.unique(np.asarray(query_hashes)[kept], return_inverse=True, return_counts=True)
+        of_document, query_hashes, of_kind = np.asarray(numbers).reshape(-1, 3).T
+        kept = ~is_duplicate[of_document]
+        _, inverse, counts = np.unique(query_hashes[kept], return_inverse=True, return_counts=True)
         is_shared = np.zeros(len(kept), bool)
         is_shared[kept] = counts[inverse] > 1
-        is_kind = {kind: np.asarray(kind_numbers) == KINDS.index(kind) for kind in options["kinds"]}
-        left_out["document"]["near_duplicates"] = int(is_duplicate.sum())
-        for kind, of_kind in is_kind.items():
-            left_out[kind]["query_of_several_texts"] = int((is_shared & of_kind).sum())
         kept &= ~is_shared
-        reasons = {part: {reason: count for reason, count in counted.items() if count} for part, counted in left_out.items()}
+        left_out["document"]["near_duplicates"] = int(is_duplicate.sum())
+        for number, kind in enumerate(kinds):
+            left_out[kind]["query_of_several_texts"] = int((is_shared & (of_kind == number)).sum())
+        reasons = {part: dict(+counted) for part, counted in left_out.items()}  # without those that did not occur
         if not kept.any():
             raise DataError(_no_pair(corpus, read, reasons))
         # Examples are the first pair of each kind, and the first pairs of any kind up to three.
-        first = [int(np.argmax(kept & of_kind)) for of_kind in is_kind.values() if (kept & of_kind).any()]
-        shown = list(dict.fromkeys([*first, *map(int, np.flatnonzero(kept)[:3])]))[:3]
+        found = np.flatnonzero(kept)
+        _, first = np.unique(of_kind[found], return_index=True)
+        shown = list(dict.fromkeys([*found[first], *found[:3]]))[:3]
         examples: dict[int, dict[str, str]] = {}
         candidates.seek(0)
         for i, line in enumerate(candidates):
@@ -166,13 +153,13 @@ def make_pairs(corpus: str, output: str | Path, *, kinds: Sequence[str] = KINDS,
                     examples[i] = {name: _cut(value) for name, value in json.loads(line).items()}
         file.flush()
         made = MadePairs(
-            pairs={kind: int((kept & of_kind).sum()) for kind, of_kind in is_kind.items()},
+            pairs={kind: int((of_kind[found] == number).sum()) for number, kind in enumerate(kinds)},
             documents=read,
             left_out=reasons,
             examples=[examples[i] for i in shown],
             about=options | {"data_hash": digest.hexdigest(), "sha256": file_digest(Path(file.name)), "provenance": provenance()},
         )
-        write_atomic(record_path(output), json.dumps(made.to_dict(), indent=2) + "\n")  # first: without the output it is ignored
+        write_record(record_path(output), made.to_dict())  # first: without the output it is ignored
     return made
 
 
@@ -187,7 +174,7 @@ def _hashed(documents: Iterable[tuple[str, Document]], digest: DataHash, progres
 
 def _no_pair(corpus: str, read: int, reasons: dict[str, dict[str, int]]) -> str:
     found = [described for counted in reasons.values() if (described := in_words(counted))]
-    others = [kind for kind in KINDS if kind not in reasons]
+    others = [kind for kind in PAIR_KINDS if kind not in reasons]
     fix = f"try other `kinds`: {', '.join(others)}" if others else "give a corpus with titles, or with longer texts"
     if reasons["document"].get("without_text") == read:
         fix = "give documents with texts; titles alone are not enough"
@@ -196,7 +183,7 @@ def _no_pair(corpus: str, read: int, reasons: dict[str, dict[str, int]]) -> str:
 
 def in_words(left_out: Mapping[str, int]) -> str:
     """Reasons why documents or pairs were left out, with their numbers, for a message."""
-    return ", ".join(f"{count:,} {_REASONS[reason]}" for reason, count in left_out.items() if count)
+    return ", ".join(f"{reason.replace('_', ' ')}: {count:,}" for reason, count in left_out.items())
 
 
 def _cut(text: str) -> str:

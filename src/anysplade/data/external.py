@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from huggingface_hub.constants import HF_HOME
 
@@ -27,10 +28,9 @@ def has_ir_datasets() -> bool:
 
 @functools.cache
 def _ir_datasets() -> tuple[Any, str]:
-    """The library, and the reason why its data folder cannot be created (empty if it can).
+    """The library, and the reason why its data folder, which it creates when it is imported, cannot be created; empty if it can.
 
-    Importing the library creates that folder. If that fails, it is imported with a temporary folder, so that its ids are
-    known and other names can still be resolved.
+    With a temporary folder its ids are known in any case, and other names can be resolved.
     """
     try:
         home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
@@ -41,14 +41,8 @@ def _ir_datasets() -> tuple[Any, str]:
         import ir_datasets
 
         return ir_datasets, ""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"HOME": folder, "IR_DATASETS_HOME": folder}
-        try:
-            import ir_datasets
-        finally:
-            del os.environ["HOME"], os.environ["IR_DATASETS_HOME"]
-            os.environ |= before
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, HOME=folder, IR_DATASETS_HOME=folder):
+        import ir_datasets
     return ir_datasets, reason
 
 

@@ -11,10 +11,7 @@ _HTML = re.compile(r"<h([1-6])\b[^<>]{0,200}>(.{0,300}?)</h\1\s*>", re.I | re.S)
 
 
 def sections(text: str) -> Iterator[tuple[str, str]]:
-    """The headings of a text, each with the text up to the next heading.
-
-    Headings are those of Markdown and HTML, and lines that are underlined as in reStructuredText.
-    """
+    """The headings of a text (Markdown, HTML, underlined as in reStructuredText), each with the text up to the next one."""
     text = _HTML.sub(lambda found: f"\n# {' '.join(found[2].split())}\n", text)
     lines = text.split("\n")
     heading, body, fenced, i = "", list[str](), False, 0

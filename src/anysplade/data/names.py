@@ -18,6 +18,7 @@ PYTHON_DOCS = "python-docs"
 NANO_BEIR = "nanobeir"  # thirteen collections
 BM25_NAMES = ("bm25", "bm25-unstemmed")
 BACKBONES = ("bert-tiny", "modernbert-tiny")  # bundled
+PAIR_KINDS: tuple[str, ...] = ("title", "heading", "sentence")  # of ``make_pairs``
 
 # File names in the folder of a collection; BEIR's come first.
 CORPUS_FILES = tuple(f"{name}{form}" for name in ("corpus", "collection", "docs", "msmarco-docs") for form in TABLE_FORMATS)
@@ -33,19 +34,18 @@ _FILE = re.compile(r"\.(jsonl|json|csv|tsv|trec|run|parquet|txt|xml|ya?ml|gz|bz2
 
 
 class Source(NamedTuple):
-    """The result of ``resolve``.
-
-    ``at`` is the path of a file; the path of a folder, which can be inside a zip archive; the folder or hub id of a dataset;
-    the dataset object of ir_datasets; or None for python-docs.
-    """
+    """The result of ``resolve``."""
 
     kind: Literal["file", "folder", "hub", "ir_datasets", "python-docs"]
     name: str
-    at: Any = None
+    at: Any = None  # path of a file or folder, also inside a zip archive; folder or hub id; dataset of ir_datasets; None
     config: str | None = None  # of a hub dataset
 
+    def __str__(self) -> str:
+        return self.name
 
-def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -> Source:
+
+def resolve(name: str | Path | Source, wanted: str, split: str = "test") -> Source:
     """Find the source that the name of a corpus, a collection, training data, queries or texts stands for.
 
     These are tried in order: ``"python-docs"``, unless it is a Path; an existing file or folder, where a folder with a README
@@ -53,19 +53,16 @@ def resolve(name: str | Path | zipfile.Path, wanted: str, split: str = "test") -
     part, the split; a hub id, ``org/name`` or ``org/name:config``.
 
     Args:
+        name: a Source is returned as it is.
         wanted: "corpus", "collection", "training data", "queries" or "texts".
         split: the last part to try for an ir_datasets id that lacks it.
-
-    Raises:
-        DataError: the name stands for nothing or for something else, such as a model, or the zip archive is damaged.
-        OptionError: the argument is no name.
     """
-    require(wanted.replace(" ", "_"), name, (str, Path, zipfile.Path), "give a path or a name")
+    if isinstance(name, Source):
+        return name
+    require(wanted.replace(" ", "_"), name, (str, Path), "give a path or a name")
     text = str(name)
     forms = "a BEIR folder or zip" if wanted == "collection" else "a file, a BEIR folder or zip"
     fix = f"give {forms}, an ir_datasets id, a hub dataset or {PYTHON_DOCS!r}"
-    if isinstance(name, zipfile.Path):
-        return Source("folder", text, name)
     if isinstance(name, str) and is_built_in(name, PYTHON_DOCS):
         return Source("python-docs", text)
     if text == NANO_BEIR:
@@ -118,7 +115,7 @@ def is_built_in(name: object, *built_in: str) -> bool:
 def misnamed(name: str | Path) -> str:
     """Why a name stands for nothing, neither here nor on the hub; empty if it may stand for something.
 
-    It is a path to nothing, or nearly a built-in name. Ids of ir_datasets can have more than one slash, those of the hub cannot.
+    It is a path to nothing, or nearly a built-in name. Ids of ir_datasets can have more than one slash, ids of the hub cannot.
     """
     text = str(name)
     if not text or "://" in text or any(user_path(path).exists() for path in (text, text.rpartition(":")[0]) if path):
@@ -126,7 +123,7 @@ def misnamed(name: str | Path) -> str:
     if text.startswith(("/", ".", "~")) or _FILE.search(text):
         return f"no such file{'' if _FILE.search(text) else ' or folder'}{near(text) or '; check the path'}"
     hint = near_built_in(text)
-    return f"no such name{hint}" if hint and held(text.lower() if text.lower() == NANO_BEIR else text) is None else ""
+    return f"no such name{hint}" if hint and held(text) is None else ""
 
 
 def near_built_in(text: str) -> str:
@@ -137,9 +134,12 @@ def near_built_in(text: str) -> str:
 def held(name: str | Path) -> str | None:
     """The kind of thing that a path or a name stands for, with its article; None if unknown here, as for hub ids."""
     text = str(name)
-    for kind, built_in in ((MODEL, BACKBONES), ("a ranking by words", BM25_NAMES), (COLLECTION, (PYTHON_DOCS, NANO_BEIR))):
-        if text in built_in:
-            return kind
+    if text in BACKBONES:
+        return MODEL
+    if text in BM25_NAMES:
+        return "a ranking by words"
+    if text == PYTHON_DOCS or text.lower() == NANO_BEIR:
+        return COLLECTION
     path = user_path(text)
     if path.is_dir():
         return _held_in(path)

@@ -37,11 +37,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(signatures: bytes | bytearray) -> np.ndarray:
-    """Whether each text is a near-duplicate of an earlier one; shape (texts,), bool.
-
-    Args:
-        signatures: the bytes of the texts' signatures, one after the other.
-    """
+    """Whether each text is a near-duplicate of an earlier one, shape (texts,), from the bytes of their signatures in order."""
     hashes = np.frombuffer(signatures, np.uint16).reshape(-1, _HASHES)
     duplicate = np.zeros(len(hashes), bool)
     for band in hashes.view(np.uint64).T:  # a band's four hashes of 16 bits are one number

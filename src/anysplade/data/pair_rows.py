@@ -17,8 +17,9 @@ This covers the formats of FlagEmbedding, sentence-transformers, Tevatron and DP
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from anysplade._common.progress import counted
 from anysplade.data.collections import Pair
 from anysplade.data.lookup import Lookup
 from anysplade.data.text import replace_surrogates, shown
@@ -53,15 +54,12 @@ Columns = dict[str, list[str]]  # names of the columns of each role; only number
 def select_passages(row: dict[str, Any]) -> dict[str, Any]:
     """A row of MS MARCO as documents with labels; any other row unchanged."""
     passages = row.get("passages")
-    if isinstance(passages, dict):  # one list per column
-        texts, labels = passages.get("passage_text"), passages.get("is_selected")
-    elif isinstance(passages, list) and passages and all(isinstance(p, dict) and "is_selected" in p for p in passages):
-        texts, labels = [p.get("passage_text") for p in passages], [p["is_selected"] for p in passages]
-    else:
+    if isinstance(passages, list) and passages and all(isinstance(p, dict) and "is_selected" in p for p in passages):
+        passages = {name: [p.get(name) for p in passages] for name in ("passage_text", "is_selected")}
+    if not isinstance(passages, dict) or not {"passage_text", "is_selected"} <= passages.keys():
         return row
-    if texts is None or labels is None:
-        return row
-    return {name: value for name, value in row.items() if name != "passages"} | {"documents": texts, "labels": labels}
+    documents = {"documents": passages["passage_text"], "labels": passages["is_selected"]}  # one list per column
+    return {name: value for name, value in row.items() if name != "passages"} | documents
 
 
 def recognized(row: Mapping[str, Any]) -> set[str]:
@@ -116,13 +114,8 @@ def describe_columns(columns: Columns, row: dict[str, Any]) -> str | None:
     return f"columns: {', '.join(labels)}" + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
-class _Sides(NamedTuple):
-    """The documents of a row."""
-
-    positives: list[str]
-    negatives: list[str]
-    positive_scores: list[float] | None = None  # None: ``negative_scores`` are margins, or there are no scores
-    negative_scores: list[float] | None = None
+# Positives; the score of each in a list, which is empty if there is none; negatives; and their scores, or the margins to them.
+_Sides = tuple[list[str], list[list[float]], list[str], list[float]]
 
 
 def row_pairs(row: dict[str, Any], columns: Columns, lookup: Lookup, place: str, limit: int | None) -> Iterator[Pair]:
@@ -143,16 +136,13 @@ def row_pairs(row: dict[str, Any], columns: Columns, lookup: Lookup, place: str,
         sides = _split_documents(texts("documents"), scores.get("scores"), scores.get("label"), place)
     else:
         sides = _match_scores(texts("positive"), texts("negative"), scores, place)
-    negatives = sides.negatives
+    positives, positive_scores, negatives, negative_scores = sides
     count = len(negatives) if limit is None else limit
     if len(negatives) < count:
         raise DataError(f"{place}: {len(negatives)} negatives, but `negatives` is {count}; lower it, or add negatives")
-    for i, positive in enumerate(sides.positives):
-        pair_scores = None
-        if sides.negative_scores is not None and count:
-            own_score = [] if sides.positive_scores is None else [sides.positive_scores[i]]
-            pair_scores = (*own_score, *sides.negative_scores[:count])
-        yield Pair(queries[0], positive, tuple(negatives[:count]), pair_scores)
+    for positive, score in zip(positives, positive_scores, strict=True):
+        pair_scores = (*score, *negative_scores[:count]) if count else ()
+        yield Pair(queries[0], positive, tuple(negatives[:count]), pair_scores or None)
 
 
 def _split_documents(documents: list[str], scores: list[float] | None, labels: list[float] | None, place: str) -> _Sides:
@@ -161,16 +151,14 @@ def _split_documents(documents: list[str], scores: list[float] | None, labels: l
     assert values is not None  # ``find_columns`` requires one of them
     if not documents or any(given is not None and len(given) != len(documents) for given in (scores, labels)):
         raise DataError(f"{place}: {len(documents)} documents and {len(values)} scores; give each document one")
-    ranked = sorted(range(len(documents)), key=lambda i: -values[i])
-    relevant = set(ranked[:1]) if labels is None else {i for i in ranked if labels[i] > 0}
-    sides = [i for i in ranked if i in relevant], [i for i in ranked if i not in relevant]
-    positives, negatives = ([documents[i] for i in side] for side in sides)
-    positive_scores, negative_scores = ([values[i] for i in side] for side in sides)
-    return _Sides(positives, negatives, positive_scores, negative_scores)
+    count = 1 if labels is None else sum(label > 0 for label in labels)
+    ranked = sorted(range(len(documents)), key=lambda i: (labels is not None and labels[i] <= 0, -values[i]))
+    texts, own = [documents[i] for i in ranked], [values[i] for i in ranked]
+    return texts[:count], [[score] for score in own[:count]], texts[count:], own[count:]
 
 
 def _match_scores(positives: list[str], negatives: list[str], given: dict[str, list[float]], place: str) -> _Sides:
-    """Positives without those whose label is 0 or below, and negatives, each with its score."""
+    """The positives that have no label or one above 0, and the negatives, each with its score."""
     if not positives:
         raise DataError(f"{place}: no positive; give each row at least one")
     scores, labels = given.get("scores"), given.get("label")
@@ -188,17 +176,16 @@ def _match_scores(positives: list[str], negatives: list[str], given: dict[str, l
                 f"{place}: {len(positive_scores)} and {len(negative_scores)} scores for {len(positives)} positives and "
                 f"{len(negatives)} negatives; give each one"
             )
-    elif scores is not None and len(scores) == len(positives) + len(negatives):
-        positive_scores, negative_scores = scores[: len(positives)], scores[len(positives) :]
-    elif scores is not None and len(positives) == 1 and len(scores) == len(negatives):
-        negative_scores = scores  # margins
     elif scores is not None:
-        which = "one positive" if len(positives) == 1 else f"{len(positives)} positives"
-        raise DataError(
-            f"{place}: {len(scores)} scores for {which} and {len(negatives)} negatives; give one each, the positive's "
-            "first, or the margin of each negative"
-        )
-    return _Sides(positives, negatives, positive_scores, negative_scores)
+        if len(scores) == len(positives) + len(negatives):
+            positive_scores, negative_scores = scores[: len(positives)], scores[len(positives) :]
+        elif len(positives) == 1 and len(scores) == len(negatives):
+            negative_scores = scores  # margins
+        else:
+            which = f"{len(scores)} scores for {counted(len(positives), 'positive')} and {counted(len(negatives), 'negative')}"
+            raise DataError(f"{place}: {which}; give one each, the positive's first, or the margin of each negative")
+    own = [[] for _ in positives] if positive_scores is None else [[score] for score in positive_scores]
+    return positives, own, negatives, negative_scores or []
 
 
 def _listed(value: Any) -> list[Any]:
@@ -216,7 +203,7 @@ def _text(value: Any, role: str, name: str, lookup: Lookup, place: str) -> str:
         raise DataError(f'{place}: "{name}" is {shown(value)}, not a string; {fix}')
     if not value.strip():
         raise DataError(f'{place}: "{name}" is empty; give it a text or remove the row')
-    if lookup.given and lookup.has(role, value):
+    if lookup.given and lookup.find(role, value) is not None:
         raise DataError(f'{place}: "{name}" is {value[:80]!r}, an id of `texts`; name the column "{_NAMES[f"{role} id"][0]}"')
     return replace_surrogates(value)
 

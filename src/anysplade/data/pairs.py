@@ -11,11 +11,11 @@ from typing import Any
 
 from anysplade.data.collections import Pair, load_collection, load_python_docs
 from anysplade.data.external import as_data_error, hub_dataset
-from anysplade.data.lookup import Lookup, Texts, folder_texts, open_texts
+from anysplade.data.lookup import Lookup, open_texts, own_texts
 from anysplade.data.names import CORPUS_FILES, Source, resolve
 from anysplade.data.pair_rows import Columns, describe_columns, difference, find_columns, recognized, row_pairs, select_passages
 from anysplade.data.qrels import find_qrels
-from anysplade.data.rows import Place, find_file, rows
+from anysplade.data.rows import Row, find_file, rows
 from anysplade.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 _SAMPLED = 64  # examples for calibrating a head
 _CHECKED = 20  # examples that are checked for ids instead of texts
 
-_PlacedRow = tuple[str, dict[str, Any]]  # place (source and number) for messages, and values by column name
+_PlacedRow = tuple[str, dict[str, Any]]  # place for messages, such as file and line, and values by column name
 
 
 def load_pairs(source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False) -> list[Pair]:
-    """Read all training examples into a list; ``source``, ``texts``, ``negatives`` and errors are those of ``read_pairs``."""
+    """Read all training examples into a list; ``source``, ``texts``, ``negatives`` and errors are as for ``read_pairs``."""
     return list(read_pairs(source, texts=texts, negatives=negatives, progress=progress))
 
 
@@ -49,8 +49,8 @@ def read_pairs(
         DataError: there is nothing to train on, a column of texts has ids, or a row cannot be used; the message names file
             and line.
     """
-    given_rows, own_texts = _open(source, progress)
-    lookup = Lookup((lambda: open_texts(resolve(texts, "texts"))) if texts else own_texts, bool(texts))
+    given_rows, own = _open(source, progress)
+    lookup = Lookup(lambda: open_texts(resolve(texts, "texts")) if texts else own and own_texts(own), bool(texts))
     pairs = _read(source, given_rows, lookup, negatives)
     first = list(islice(pairs, _CHECKED))
     _require_texts(source, first, lookup)
@@ -122,41 +122,39 @@ def _most(texts: Sequence[str], matches: Callable[[str], bool]) -> bool:
     return bool(texts) and sum(matches(text.strip()) for text in texts) >= 0.9 * len(texts)
 
 
-def _open(name: str | Path, progress: bool) -> tuple[Iterable[_PlacedRow], Callable[[], Texts | None]]:
-    """The rows of a source, and a function that opens its own texts of ids."""
+def _open(name: str | Path, progress: bool) -> tuple[Iterable[_PlacedRow], Source | None]:
+    """The rows of a source, and where the texts of their ids are; None if the rows have texts."""
     source = resolve(name, "training data", "train")
     if source.kind == "python-docs":
         pairs = load_python_docs(progress=progress)[1]
-        return ((f"{name}:{i}", {"query": pair.query, "positive": pair.positive}) for i, pair in enumerate(pairs, 1)), lambda: None
+        return _placed(name, enumerate(({"query": pair.query, "positive": pair.positive} for pair in pairs), 1)), None
     if source.kind == "ir_datasets":
-        return _ir_rows(source.name, source.at), lambda: open_texts(source)
+        return _placed(name, enumerate(_ir_rows(source), 1)), source
     if source.kind == "file":
-        return _file_rows(source.at), lambda: folder_texts(source.at.parent)
+        return _placed(source.at, rows(source.at)), source
     if source.kind == "folder":
         pairs_file = find_file(source.at, ["pairs.jsonl"])
         if pairs_file is not None:
-            return _file_rows(pairs_file), lambda: folder_texts(source.at)
+            return _placed(pairs_file, rows(pairs_file)), source
         if find_qrels(source.at, "train")[0] is not None:
-            return _qrels_rows(source), lambda: None
+            return _qrels_rows(source), None
         if find_file(source.at, CORPUS_FILES) is not None or not any(path.is_file() for path in source.at.iterdir()):
             fix = f", and anysplade pairs {name} --out PAIRS.jsonl makes some" if find_file(source.at, CORPUS_FILES) else ""
             raise DataError(f"{name}: no training pairs in it; it needs pairs.jsonl or qrels/train.tsv{fix}")
-    streamed = hub_dataset(str(source.at), source.config, streaming=True)
-    return _hub_rows(source.name, streamed), lambda: open_texts(source._replace(kind="hub"))
+    return _placed(name, enumerate(_streamed_rows(source), 1)), source._replace(kind="hub")
 
 
-def _file_rows(path: Place) -> Iterator[_PlacedRow]:
-    return ((f"{path}:{number}", row) for number, row in rows(path))
+def _placed(place: object, numbered: Iterable[Row]) -> Iterator[_PlacedRow]:
+    return ((f"{place}:{number}", row) for number, row in numbered)
 
 
-def _hub_rows(source: str, streamed: Iterable[dict[str, Any]]) -> Iterator[_PlacedRow]:
-    with as_data_error(source):  # a streamed dataset raises its errors while it is read
-        for number, row in enumerate(streamed, 1):
-            yield f"{source}:{number}", row
+def _streamed_rows(source: Source) -> Iterator[dict[str, Any]]:
+    with as_data_error(source.name):  # a streamed dataset raises its errors while it is read
+        yield from hub_dataset(str(source.at), source.config, streaming=True)
 
 
 def _qrels_rows(source: Source) -> Iterator[_PlacedRow]:
-    collection = load_collection(source.at, "train")
+    collection = load_collection(source, "train")
     for query_id, grades in collection.qrels.items():
         for document_id, grade in grades.items():
             if document_id in collection.corpus:
@@ -164,15 +162,14 @@ def _qrels_rows(source: Source) -> Iterator[_PlacedRow]:
                 yield f"{source.name}, judgements of the query {query_id!r}", row
 
 
-def _ir_rows(source: str, dataset: Any) -> Iterator[_PlacedRow]:
-    """Triples of ids if the dataset has them, else judgements."""
-    if dataset.has_docpairs():
-        for number, triple in enumerate(dataset.docpairs_iter(), 1):
-            ids = {"query_id": triple.query_id, "positive_id": triple.doc_id_a, "negative_id": triple.doc_id_b}
-            yield f"{source}:{number}", ids
-    elif dataset.has_qrels():
-        for number, judged in enumerate(dataset.qrels_iter(), 1):
-            yield f"{source}:{number}", {"query_id": judged.query_id, "positive_id": judged.doc_id, "label": judged.relevance}
+def _ir_rows(source: Source) -> Iterator[dict[str, Any]]:
+    """Triples of ids if an ir_datasets dataset has them, else judgements."""
+    if source.at.has_docpairs():
+        for triple in source.at.docpairs_iter():
+            yield {"query_id": triple.query_id, "positive_id": triple.doc_id_a, "negative_id": triple.doc_id_b}
+    elif source.at.has_qrels():
+        for judged in source.at.qrels_iter():
+            yield {"query_id": judged.query_id, "positive_id": judged.doc_id, "label": judged.relevance}
     else:
         raise DataError(f"{source}: this ir_datasets id has no triples or judgements; name one that has, such as its /train")
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from anysplade.data.external import hub_dataset
+from anysplade.data.names import Source
 from anysplade.data.rows import Place, find_file, lines, plain_name, trec_columns
 from anysplade.errors import DataError
 
@@ -17,8 +18,15 @@ def find_qrels(folder: Place, split: str) -> tuple[Place | None, bool]:
     return (beir, True) if beir else (find_file(folder, trec), False)
 
 
-def read_qrels(folder: Place, split: str) -> Qrels:
-    """The judgements in a collection's folder, with BEIR's three columns or TREC's four."""
+def read_qrels(source: Source, split: str) -> Qrels:
+    """The judgements of a collection in a folder, in ir_datasets or on the hub; an id of ir_datasets names its split already."""
+    if source.kind == "ir_datasets":
+        return dict(source.at.qrels_dict())
+    return _hub_qrels(str(source.at), split) if source.kind == "hub" else _folder_qrels(source.at, split)
+
+
+def _folder_qrels(folder: Place, split: str) -> Qrels:
+    """The judgements in a folder, with BEIR's three columns or TREC's four."""
     path, is_beir = find_qrels(folder, split)
     if path is None:
         files = (folder / "qrels").iterdir() if (folder / "qrels").is_dir() else ()
@@ -39,16 +47,8 @@ def read_qrels(folder: Place, split: str) -> Qrels:
     return qrels
 
 
-def ir_qrels(dataset: Any) -> Qrels:
-    """The judgements of an ir_datasets dataset."""
-    qrels: Qrels = {}
-    for judged in dataset.qrels_iter():
-        qrels.setdefault(judged.query_id, {})[judged.doc_id] = judged.relevance
-    return qrels
-
-
-def hub_qrels(name: str, split: str) -> Qrels:
-    """The judgements of a hub dataset, in its config qrels or default; a single split is used whatever its name."""
+def _hub_qrels(name: str, split: str) -> Qrels:
+    """The judgements of a hub dataset, in its config qrels or default; if it has only one split, that is used."""
     try:
         judged = hub_dataset(name, "qrels", split=None)
     except DataError:
@@ -66,7 +66,7 @@ def hub_qrels(name: str, split: str) -> Qrels:
 
 
 def _add_judgement(qrels: Qrels, query_id: str, document_id: str, grade: Any, place: str) -> None:
-    """Add a judgement, whose grade must be a whole number, also as ``1.0``, and not contradict an earlier one."""
+    """Add a judgement; its grade must be a whole number, which may be written ``1.0``, and agree with an earlier one."""
     try:
         value = float(grade)
     except (TypeError, ValueError):

@@ -4,51 +4,33 @@ import html
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from anysplade.data.corpus import ID_NAMES, documents_by_id, folder_file, hub_rows
-from anysplade.data.names import QUERY_FILES, TOPIC_FORMATS, resolve
+from anysplade.data.corpus import ID_NAMES, documents_by_id, hub_rows, source_file
+from anysplade.data.names import QUERY_FILES, TOPIC_FORMATS, Source, resolve
 from anysplade.data.rows import Place, Row, lines, plain_name, rows
 from anysplade.errors import DataError
 
 QUERY_NAMES = ("text", "query", "question", "contents", "body")  # of the column of texts; the first one that a row has is used
 
 
-def load_queries(source: str | Path) -> dict[str, str]:
+def load_queries(source: str | Path | Source) -> dict[str, str]:
     """Load queries by id, judged or not.
 
     Args:
-        source: a file (JSONL, TSV, CSV, Parquet, TREC topics), a folder or zip that contains one, or an ir_datasets id.
+        source: a file (JSONL, TSV, CSV, Parquet, TREC topics), a folder or zip that contains one, an ir_datasets id, or a hub
+            dataset with the config ``queries``.
 
     Raises:
         DataError: there are none, or a row is malformed.
     """
     resolved = resolve(source, "queries")
-    if resolved.kind == "file":
-        return _file_queries(resolved.at)
-    if resolved.kind == "folder":
-        return read_queries(resolved.at)
     if resolved.kind == "ir_datasets" and resolved.at.has_queries():
-        return ir_queries(resolved.at)
-    raise DataError(f"{source}: has no queries; give a file or folder of queries, or an ir_datasets id with some")
-
-
-def read_queries(folder: Place) -> dict[str, str]:
-    """The queries in a collection's folder: texts by id."""
-    return _file_queries(folder_file(folder, QUERY_FILES, "queries.jsonl"))
-
-
-def ir_queries(dataset: Any) -> dict[str, str]:
-    """The queries of an ir_datasets dataset: texts by id."""
-    return {query.query_id: query.default_text() for query in dataset.queries_iter()}
-
-
-def hub_queries(name: str) -> dict[str, str]:
-    """The queries in the config ``queries`` of a hub dataset: texts by id."""
-    return _texts_by_id(hub_rows(name, "queries"), f"{name}:queries")
-
-
-def _file_queries(file: Place) -> dict[str, str]:
+        return {query.query_id: query.default_text() for query in resolved.at.queries_iter()}
+    if resolved.kind == "hub":
+        return _texts_by_id(hub_rows(resolved, "queries"), f"{resolved.at}:queries")
+    if resolved.kind not in ("file", "folder"):
+        raise DataError(f"{source}: has no queries; give a file or folder of queries, or an ir_datasets id with some")
+    file = source_file(resolved, QUERY_FILES, "queries.jsonl")
     text = ""
     if plain_name(file).endswith(TOPIC_FORMATS):
         with lines(file) as numbered:

@@ -49,7 +49,7 @@ def find_file(folder: Place, names: Sequence[str]) -> Place | None:
 
 
 def _decompressed(file: Any) -> Any:
-    """The file's content, decompressed if its first bytes are those of a compressed file, whatever its name."""
+    """The file's content, decompressed if it begins like a compressed file; its name does not matter."""
     start = file.peek(10)[:10]
     if start.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)

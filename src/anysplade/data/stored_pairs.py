@@ -15,16 +15,12 @@ from anysplade.data.collections import Pair
 
 
 class StoredPairs(Sequence[Pair]):
-    """Examples in a memory-mapped Arrow file: any number of them, with random access.
-
-    ``dataset`` is the Arrow table, and ``data_hash`` the SHA-256 of the examples in their order.
-    """
+    """Examples in a memory-mapped Arrow file, with random access; ``data_hash`` is the SHA-256 of them in their order."""
 
     def __init__(self, folder: Path) -> None:
         """Open the examples that ``write`` wrote to a folder."""
-        about = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
         self.dataset: datasets.Dataset = datasets.Dataset.from_file(str(folder / "examples.arrow"))
-        self.data_hash: str = about["data_hash"]
+        self.data_hash: str = json.loads((folder / "examples.json").read_bytes())["data_hash"]
         self._negatives = [name for name in self.dataset.column_names if name.startswith("negative_")]
 
     @classmethod

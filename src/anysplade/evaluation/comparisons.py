@@ -1,7 +1,7 @@
 """Compare evaluations: the difference in each metric, how certain it is, and the queries that made it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -24,7 +24,7 @@ _TEXT = 200  # characters of a document that are shown
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Tabular):
-    """One metric of a model compared with that of the first model on the same queries."""
+    """A model compared with the first model, in one metric and on the same queries."""
 
     model: str  # the compared model
     baseline: str  # the first model
@@ -43,9 +43,6 @@ class Comparison(Tabular):
     def is_shown(self) -> bool:
         """Whether the corrected p is below 0.05; only the primary metric has one."""
         return self.p_corrected is not None and self.p_corrected < SIGNIFICANT
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def _rows(self) -> list[dict[str, Any]]:
         low, high = self.interval or (None, None)
@@ -80,47 +77,40 @@ def compare(evaluations: Sequence[Evaluation], collections: Mapping[str, Collect
 
 def compare_each(evaluations: Sequence[Evaluation], collections: Mapping[str, Collection] | None = None) -> list[Comparison]:
     """``compare`` of checked arguments; empty if no two evaluations are of the same collection."""
-    made: list[Comparison] = []
-    primary: list[int | None] = []  # for each comparison in a primary metric, which may have two names, its evaluation
+    made: list[tuple[int | None, Comparison]] = []  # with the number of the evaluation if the metric is its primary one
     for i, other in enumerate(evaluations):
         base = next(first for first in evaluations if first.collection == other.collection)
         if base is other:
             continue
+        both = f"{other.model} and {base.model}"
         known = {parsed: base.per_query[name] for name, parsed in parse_metrics(list(base.metrics)).items()}
         measures = parse_metrics(list(other.metrics))
         for metric, parsed in measures.items():
             if parsed not in known:
                 raise DataError(f"{base.model}: evaluated without {metric}; give it the `metrics` of {other.model}")
             if known[parsed].keys() != other.per_query[metric].keys():
-                raise DataError(f"{other.model} and {base.model}: evaluated on different queries of {other.collection}")
+                raise DataError(f"{both}: evaluated on different queries of {other.collection}")
         if base.data_hash != other.data_hash:
             raise DataError(
-                f"{other.model} and {base.model}: evaluated on different collections that are both called {other.collection}; "
+                f"{both}: evaluated on different collections that are both called {other.collection}; "
                 "load each with load_collection and give it a name of its own with dataclasses.replace"
             )
-        require_match(
-            f"{other.model} and {base.model}", "queries are in both runs", base.run.keys() | other.run.keys(),
-            base.run.keys() & other.run.keys(),
-        )  # fmt: skip
+        ids, others = base.run.keys(), other.run.keys()
+        require_match(both, "queries are in both runs", ids | others, ids & others)
         collection = (collections or {}).get(other.collection)
+        first, *_ = measures.values()  # the primary one, which may have a second name
         for metric, parsed in measures.items():
-            made.append(_compare(base, other, metric, parsed, known[parsed], collection))
-            primary.append(i if parsed == next(iter(measures.values())) else None)
-    p_values = {i: comparison.p for i, comparison in zip(primary, made, strict=True) if i is not None}
+            compared = _compare(base, other, metric, parsed, known[parsed], collection)
+            made.append((i if parsed == first else None, compared))
+    p_values = {i: compared.p for i, compared in made if i is not None}
     corrected: dict[int | None, float] = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [replace(comparison, p_corrected=corrected.get(i)) for i, comparison in zip(primary, made, strict=True)]
+    return [replace(compared, p_corrected=corrected.get(i)) for i, compared in made]
 
 
 def _compare(
     base: Evaluation, other: Evaluation, metric: str, parsed: Any, base_values: dict[str, float], collection: Collection | None
 ) -> Comparison:
-    """Compare two evaluations in one metric, without the corrected p.
-
-    Args:
-        metric: its name in ``other``.
-        parsed: the metric as an object of ir-measures.
-        base_values: value of the metric in ``base`` by query id.
-    """
+    """Compare two evaluations in one metric, without the corrected p; ``base_values`` are those of ``base`` by query id."""
     ids = list(base_values)
     before = np.array([base_values[id_] for id_ in ids])
     after = np.array([other.per_query[metric][id_] for id_ in ids])
@@ -170,16 +160,8 @@ def _decisive(
 ) -> str:
     """The document that explains most of a query's change.
 
-    Each document is moved alone from its old rank to its new one in the old ranking, and back in the new ranking. The two changes
-    of the metric are added.
-
-    Args:
-        ids: of the candidate documents; the first one wins ties.
-        parsed: the metric as an object of ir-measures.
-        rose: whether the value of the query rose.
-        grades: grade by document id.
-        before: document ids of the old ranking, in order.
-        after: document ids of the new ranking, in order.
+    Each of the candidate ``ids`` is moved alone from its old rank to its new one in the old ranking, and back in the new ranking.
+    The two changes of the metric are added; the first one wins ties.
     """
     cutoff = parsed.params.get("cutoff")
     rankings = [ranking if cutoff is None else ranking[: cutoff + 1] for ranking in (before, after)]  # deeper ranks do not count

@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from anysplade._common.files import require_folder, user_path, write_atomic
+from anysplade._common.outputs import write_record
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
@@ -18,7 +19,7 @@ from anysplade.data.names import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.costs import COSTS, mean_costs, search_cost
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
-from anysplade.evaluation.rankings import Kind, Ranked, Ranker
+from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.dense import is_dense
 from anysplade.model.encoding import prune
@@ -30,31 +31,31 @@ _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept per document
 _CURVE_QUERIES = (4, 8, 16, 32)  # terms kept per query
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Evaluation(Tabular):
     """Effectiveness of a model on a collection, and the cost of searching. In JSON, each metric is a key of its own."""
 
     model: str  # as the caller named it
     collection: str  # its name
-    kind: Kind  # of model
+    kind: Literal["sparse", "dense", "bm25", "run"]  # of model
     metrics: dict[str, float]  # mean over the judged queries, by name
     query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for BM25 and run files
     document_active_dims: float | None  # the same for documents
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
-    cost: dict[str, Any] | None  # all costs; see ``search_cost``
-    precision: str | None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
-    runtime: str | None  # torch or openvino; None for BM25 and run files
+    cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
+    precision: str | None = None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
+    runtime: str | None = None  # torch or openvino; None for BM25 and run files
     queries: int  # number of judged queries
     documents: int  # number of documents in the corpus
-    cut: dict[str, Any] | None  # by role: the number of texts that are longer than max_length tokens and were cut
+    cut: dict[str, Any] | None = None  # by role: the number of texts that are longer than max_length tokens and were cut
     self_matches: int  # queries that are also documents; such a document is left out of its own query's ranking
     data_hash: str  # SHA-256 of the collection
     seconds: dict[str, float]  # by stage
     provenance: dict[str, Any]  # versions, commit, hardware, command
     per_query: dict[str, dict[str, float]]  # value by metric and query id
     run: Run  # score by query id and document id, the best document first
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None  # (queries, vocabulary) and (documents, vocabulary), in order
-    terms: list[str] | None  # name of each column of the vectors
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # (queries, vocabulary), (documents, vocabulary), in order
+    terms: list[str] | None = None  # name of each column of the vectors
     words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,8 +131,8 @@ def evaluate(
     if is_built_in(model, *BM25_NAMES):
         ranked = ranker.by_bm25(str(model))
     elif isinstance(model, str | Path) and user_path(model).is_file():
-        ranked = Ranked("run", read_run(model))
-        check_run(model, ranked.run, collection)
+        ranked = {"kind": "run", "run": read_run(model), "seconds": {}}
+        check_run(model, ranked["run"], collection)
     elif isinstance(model, SparseEncoder) or not (isinstance(model, SentenceTransformer) or is_dense(resolve_model(model))):
         ranked = ranker.by_sparse(model)
     else:
@@ -139,37 +140,30 @@ def evaluate(
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
         model = f"a loaded {type(model).__name__}" + (f", base model {base}" if base else "")
-    values, per_query = measure(measures, collection.qrels, ranked.run)
+    values, per_query = measure(measures, collection.qrels, ranked["run"])
     evaluation = Evaluation(
         model=str(model),
         collection=collection.name,
         metrics=values,
         queries=len(collection.queries),
         documents=len(collection.corpus),
-        self_matches=0 if ranked.kind == "run" else len(ranker.self_matches),
+        self_matches=0 if ranked["kind"] == "run" else len(ranker.self_matches),
         data_hash=data_hash(collection),
         provenance=provenance(),
         per_query=per_query,
-        **mean_costs(ranked.cost),
-        **vars(ranked),
+        **mean_costs(ranked.get("cost")),
+        **ranked,
     )
     if output is not None:
         folder = user_path(output)
-        write_run(folder / "run.trec", ranked.run, str(model))
+        write_run(folder / "run.trec", evaluation.run, str(model))
         write_atomic(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
-        write_atomic(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+        write_record(folder / "evaluation.json", evaluation.to_dict())
     return evaluation
 
 
 def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:
-    """Effectiveness and cost when documents, or queries, keep only their largest weights; nothing is trained or encoded again.
-
-    Returns:
-        One row for the full vectors, then one for each number of kept weights.
-
-    Raises:
-        OptionError: the evaluation is of BM25 or a run file, which have no vectors.
-    """
+    """Effectiveness and cost of the full vectors, and of documents, or queries, that keep only their largest weights."""
     if evaluation.vectors is None:
         raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
     measures = parse_metrics(list(evaluation.metrics))

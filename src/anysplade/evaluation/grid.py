@@ -1,6 +1,5 @@
 """Evaluate several models on several collections."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +10,13 @@ import numpy as np
 from sentence_transformers import SparseEncoder
 
 from anysplade._common.arguments import require
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import user_path
+from anysplade._common.outputs import write_record
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, collection_names, load_collection
 from anysplade.data.names import PYTHON_DOCS
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import Comparison, compare_each
-from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
@@ -117,12 +116,12 @@ def evaluate_all(
                 drawn.append({"model": evaluation.model, "collection": evaluation.collection, "points": points})
             evaluations.append(evaluation)
     comparisons = compare_each(evaluations, {collection.name: collection for collection in loaded})
-    means = _over_seeds(evaluations, metrics) if seeds else []
+    means = _over_seeds(evaluations) if seeds else []
     if len(loaded) > 1:
-        means += [_over_collections(evaluations[i :: len(models)], metrics) for i in range(len(models))]
+        means += [_over_collections(evaluations[i :: len(models)]) for i in range(len(models))]
     result = Evaluations(evaluations, comparisons, means, drawn)
     if folder is not None and (not single or curves):
-        write_atomic(folder / "evaluations.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        write_record(folder / "evaluations.json", result.to_dict())
     return result
 
 
@@ -147,12 +146,7 @@ def _load(sources: Sequence[str | Path | Collection], split: str, progress: bool
 
 
 def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
-    """Replace names that occur twice by the shortest end of their path that no other has.
-
-    Args:
-        names: one name per path.
-        paths: distinct paths; None for a name that is kept in any case, such as an id.
-    """
+    """Replace names that occur twice by the shortest end of their path that no other has; a name without a path stays."""
     distinct = list(names)
     for length in range(1, max((len(path.parts) for path in paths if path is not None), default=0) + 1):
         count = Counter(distinct)
@@ -163,26 +157,27 @@ def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[s
     return distinct
 
 
-def _columns(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> dict[str, list[Any]]:
-    rows = [evaluation.to_dict() for evaluation in evaluations]
-    return {name: [row[name] for row in rows] for name in (*metrics, *COSTS)}
-
-
-def _over_seeds(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the sparse models for each collection that has at least two."""
+def _over_seeds(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Means and standard deviations over the sparse models for each collection that has at least two."""
     rows = []
     for collection in dict.fromkeys(evaluation.collection for evaluation in evaluations):
         group = [e for e in evaluations if e.collection == collection and e.vectors is not None]
         if len(group) > 1:
             row: dict[str, Any] = {"model": f"mean of {len(group)}", "collection": collection}
-            for name, column in _columns(group, metrics).items():
+            for name, column in _columns(group).items():
                 row |= {name: float(np.mean(column)), f"{name} sd": float(np.std(column, ddof=1))}
             rows.append(row)
     return rows
 
 
-def _over_collections(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> dict[str, Any]:
+def _over_collections(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """Means of one model's evaluations."""
-    row = {"model": evaluations[0].model, "collection": f"mean of {len(evaluations)}"}
-    columns = _columns(evaluations, metrics).items()
-    return row | {name: None if column[0] is None else float(np.mean(column)) for name, column in columns}
+    columns = _columns(evaluations).items()
+    means = {name: None if column[0] is None else float(np.mean(column)) for name, column in columns}
+    return {"model": evaluations[0].model, "collection": f"mean of {len(evaluations)}"} | means
+
+
+def _columns(evaluations: Sequence[Evaluation]) -> dict[str, list[Any]]:
+    """The metrics and costs of evaluations, by name."""
+    rows = [row for evaluation in evaluations for row in evaluation._rows()]
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in ("model", "collection")}

@@ -19,18 +19,7 @@ METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")  # the default
 
 
 def parse_metrics(names: str | Sequence[str]) -> dict[str, Any]:
-    """Parse names of ir-measures, in order. Two names, such as RR@10 and MRR@10, may stand for the same measure.
-
-    Args:
-        names: a list or a single name.
-
-    Returns:
-        Measures by the given names.
-
-    Raises:
-        OptionError: there is no name, or one is not a string.
-        MeasureError: ir-measures does not know a name, or no installed library computes it.
-    """
+    """Objects of ir-measures by their names, in order. Two names, such as RR@10 and MRR@10, may stand for the same measure."""
     names = [names] if isinstance(names, str) else names
     if not names:
         raise OptionError(f"no metric given; for example {' '.join(METRICS)}")
@@ -76,22 +65,11 @@ def _suggestion(name: str) -> str:
 def measure(
     measures: dict[str, Any], qrels: dict[str, dict[str, int]], run: Run
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Compute measures of a run. A query without a ranking counts as 0.
+    """Means of measures over all judged queries, and values by query id, both by name. A query without a ranking counts as 0.
 
     The rankings are changed for the providers of ir-measures. Providers sort by score, break ties by id in different directions,
     and some compare in float32: they get scores that fall by 1 per rank, so the order is that of the run. Some divide by the length
     of a ranking: they get no empty ones. One accepts only numbers as query ids: the queries are numbered.
-
-    Args:
-        measures: from ``parse_metrics``.
-        qrels: grade by query id and document id.
-        run: score by query id and document id, the best document first.
-
-    Returns:
-        Means over all judged queries by name, and values by name and query id.
-
-    Raises:
-        MeasureError: the program that computes one of the measures failed.
     """
     values: dict[Any, dict[str, float]] = {measure: dict.fromkeys(qrels, 0.0) for measure in measures.values()}
     ids = {str(number): id_ for number, id_ in enumerate(qrels, 1)}

@@ -5,13 +5,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from scipy import sparse
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from anysplade._common.files import user_path
@@ -35,29 +35,15 @@ from anysplade.search.hits import query_words
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sparse", "dense", "bm25", "run"]
 _PLURALS: dict[Role, str] = {"document": "documents", "query": "queries"}
-
-
-@dataclass
-class Ranked:
-    """Rankings of a model; the fields mean what they mean in ``Evaluation``."""
-
-    kind: Kind
-    run: Run
-    seconds: dict[str, float] = field(default_factory=dict)
-    cost: dict[str, Any] | None = None
-    cut: dict[str, Any] | None = None
-    precision: str | None = None
-    runtime: str | None = None
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None
-    terms: list[str] | None = None
-    words: dict[str, dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
 class Ranker:
-    """Ranks the documents of a collection for each of its queries; the options are those of ``evaluate``."""
+    """Ranks the documents of a collection for each of its queries; the options are those of ``evaluate``.
+
+    The methods for the kinds of models return the fields of an ``Evaluation`` that follow from the model.
+    """
 
     collection: Collection
     depth: int
@@ -94,24 +80,21 @@ class Ranker:
         ids = list(self.collection.corpus)
         run: Run = {}
         for query_id, (positions, scores) in zip(self.collection.queries, rankings, strict=True):
-            ranking = {ids[d]: s for d, s in zip(positions.tolist(), scores.tolist(), strict=True)}
-            if query_id in self.self_matches:
-                ranking.pop(query_id, None)
-            while len(ranking) > self.depth:
-                ranking.popitem()
-            run[query_id] = ranking
+            itself = query_id if query_id in self.self_matches else None
+            found = ((ids[d], s) for d, s in zip(positions.tolist(), scores.tolist(), strict=True) if ids[d] != itself)
+            run[query_id] = dict(islice(found, self.depth))
         return run
 
-    def by_bm25(self, name: str) -> Ranked:
+    def by_bm25(self, name: str) -> dict[str, Any]:
         start = time.perf_counter()
         texts = self.texts["document"]
         bm25, all_documents = BM25(texts, stemmed=name == "bm25"), np.arange(len(texts))
         rankings = [highest(bm25.score(query, all_documents), self.hits) for query in self.texts["query"]]
         if not any(len(documents) for documents, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", self.collection.name)
-        return Ranked("bm25", self.as_run(rankings), {"bm25": time.perf_counter() - start})
+        return {"kind": "bm25", "run": self.as_run(rankings), "seconds": {"bm25": time.perf_counter() - start}}
 
-    def by_sparse(self, model: str | Path | SparseEncoder) -> Ranked:
+    def by_sparse(self, model: str | Path | SparseEncoder) -> dict[str, Any]:
         """Rank by exact dot products of sparse vectors."""
         encoder = model if isinstance(model, SparseEncoder) else open_encoder(model)
         own = transformer_lengths(encoder)
@@ -123,31 +106,30 @@ class Ranker:
         count = 0 if encoder is model else sum(map(len, self.texts.values()))
         start = time.perf_counter()
         runtime = runtime_for(count, self.runtime, precision)
-        name = "the loaded model" if encoder is model else str(model)
-        begin(f"making {name} ready for OpenVINO", self.progress and runtime == "openvino")
+        begin(f"making {_name(model)} ready for OpenVINO", self.progress and runtime == "openvino")
         encoder = for_inference(encoder, runtime, precision)
         used = runtime_of(encoder)
         preparing = time.perf_counter() - start
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
-        vectors, encoding, rate = self._encode(partial(encode, encoder), model, name, key, length)
+        vectors, encoding, rate = self._encode(partial(encode, encoder), model, key, length)
         queries, documents = vectors["query"], vectors["document"]
-        cut = self._cut(encoder, name)
+        cut = self._cut(encoder, model)
         start = time.perf_counter()
         run = self.as_run(Postings.from_documents(documents).top_rows(queries, self.hits))
-        return Ranked(
-            "sparse",
-            run,
-            {"preparing": preparing, "encoding": encoding, "search": time.perf_counter() - start},
-            search_cost(queries, documents) | {"texts_per_second": rate},
-            cut,
-            precision if used == "openvino" else str(encoder.dtype).removeprefix("torch."),  # of the weights
-            used,
-            (queries, documents),
-            term_names(encoder),
-            self._words(encoder),
-        )
+        return {
+            "kind": "sparse",
+            "run": run,
+            "seconds": {"preparing": preparing, "encoding": encoding, "search": time.perf_counter() - start},
+            "cost": search_cost(queries, documents) | {"texts_per_second": rate},
+            "cut": cut,
+            "precision": precision if used == "openvino" else str(encoder.dtype).removeprefix("torch."),  # of the weights
+            "runtime": used,
+            "vectors": (queries, documents),
+            "terms": term_names(encoder),
+            "words": self._words(encoder),
+        }
 
-    def by_dense(self, model: str | Path | SentenceTransformer) -> Ranked:
+    def by_dense(self, model: str | Path | SentenceTransformer) -> dict[str, Any]:
         """Rank by exact dot products of dense vectors."""
         if self.precision == "int8" or self.runtime == "openvino":
             raise OptionError(f"{model}: a dense model is evaluated on torch, in float32 or bfloat16")
@@ -157,21 +139,20 @@ class Ranker:
             cut_within(encoder, self.max_length, lengthen=False)
         length = self.max_length if transformer_lengths(encoder) != own else None
         precision = resolve_precision(self.precision, encoder.device)
-        name = "the loaded model" if encoder is model else str(model)
         encode_role = partial(encode_dense, encoder, precision=precision)
-        vectors, encoding, rate = self._encode(encode_role, model, name, f"dense {precision}", length)
-        cut = self._cut(encoder, name, max(own, default=None))
+        vectors, encoding, rate = self._encode(encode_role, model, f"dense {precision}", length)
+        cut = self._cut(encoder, model, max(own, default=None))
         start = time.perf_counter()
         run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits))
-        return Ranked(
-            "dense",
-            run,
-            {"encoding": encoding, "search": time.perf_counter() - start},
-            dense_cost(*vectors["document"].shape) | {"texts_per_second": rate},
-            cut,
-            precision,
-            "torch",
-        )
+        return {
+            "kind": "dense",
+            "run": run,
+            "seconds": {"encoding": encoding, "search": time.perf_counter() - start},
+            "cost": dense_cost(*vectors["document"].shape) | {"texts_per_second": rate},
+            "cut": cut,
+            "precision": precision,
+            "runtime": "torch",
+        }
 
     def _words(self, encoder: SparseEncoder) -> dict[str, dict[str, str]] | None:
         """The words that the tokenizer split, by query id and the name of each of their terms; None if terms are not tokens."""
@@ -180,40 +161,38 @@ class Ranker:
         queries = ModelQueries(encoder)
         return {id_: words for id_, text in self.collection.queries.items() if (words := query_words(queries, text))}
 
-    def _cut(self, encoder: SparseEncoder | SentenceTransformer, name: str, most: int | None = None) -> dict[str, Any]:
+    def _cut(self, encoder: SparseEncoder | SentenceTransformer, model: Any, most: int | None = None) -> dict[str, Any]:
         """Count and log the texts that were cut, by role; ``most`` is the highest ``max_length``, if not the model's positions."""
         cut: dict[str, Any] = {}
         for role, plural in _PLURALS.items():
             counted = count_truncated(encoder, self.texts[role], role)
             counted = counted if most is None else counted._replace(maximum=most)
-            log_cut(counted, len(self.texts[role]), plural, f"{name} on {self.collection.name}")
+            log_cut(counted, len(self.texts[role]), plural, f"{_name(model)} on {self.collection.name}")
             cut[role] = {"count": counted.texts, "max_length": counted.limit}
         return cut
 
     def _encode(
-        self, encode_role: Callable[..., Any], model: Any, name: str, precision: str, max_length: int | None
+        self, encode_role: Callable[..., Any], model: Any, precision: str, max_length: int | None
     ) -> tuple[dict[Role, Any], float, float | None]:
-        """Encode the documents and the queries.
+        """Vectors by role, the seconds, and the texts per second: None if some vectors were in the cache.
 
-        Args:
-            max_length: None if it is the model's own, so that both have the same vectors in the cache.
-
-        Returns:
-            The vectors by role, the seconds, and the texts per second, None if some vectors were in the cache.
+        ``max_length`` is None if it is the model's own, so that both have the same vectors in the cache.
         """
         folders: dict[Role, Path] = {}
         if self.cache is not None and isinstance(model, str | Path):
             folders = vector_folders(model, self.cache, precision, max_length, self.texts)
         cached = any(folder.exists() for folder in folders.values())
         start = time.perf_counter()
-        vectors = {
-            role: encode_role(
-                self.texts[role], role, cache=folders.get(role), progress=self.progress, what=f"encoding {plural} with {name}"
-            )
-            for role, plural in _PLURALS.items()
-        }
+        vectors = {}
+        for role, plural in _PLURALS.items():
+            shown = {"progress": self.progress, "what": f"encoding {plural} with {_name(model)}"}
+            vectors[role] = encode_role(self.texts[role], role, cache=folders.get(role), **shown)
         seconds = time.perf_counter() - start
         return vectors, seconds, None if cached else round(sum(map(len, self.texts.values())) / seconds, 2)
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, str | Path) else "the loaded model"
 
 
 def vector_folders(

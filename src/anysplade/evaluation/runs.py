@@ -17,17 +17,12 @@ logger = logging.getLogger(__name__)
 
 Run = dict[str, dict[str, float]]  # score by query id and document id, the best document first
 
+_COLUMNS = "query, Q0, document, rank, score, tag"
 _EXPECTED_SHARE = 0.9  # of the ids that should match; below it there is a warning
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a TREC run file, compressed or not: query, Q0, document, rank, score, tag.
-
-    Documents are ordered by score, then by rank, then by their order in the file.
-
-    Raises:
-        DataError: a line is malformed (the message has its number), or the file has no lines.
-    """
+    """Read a TREC run file, compressed or not; documents are ordered by score, then by rank, then by their order in the file."""
     path = user_path(path)
     keys: dict[str, dict[str, tuple[float, float]]] = {}  # (-score, rank) by query id and document id
     with lines(path) as numbered:
@@ -36,14 +31,14 @@ def read_run(path: str | Path) -> Run:
             if not parts:
                 continue
             if len(parts) != 6:
-                raise DataError(f"{path}:{number}: {len(parts)} columns; a TREC run has query, Q0, document, rank, score, tag")
-            ranking = keys.setdefault(parts[0], {})
-            if parts[2] in ranking:
-                raise DataError(f"{path}:{number}: duplicate document {parts[2]!r} for the query {parts[0]!r}; remove one")
-            rank, score = (_number(path, number, name, text) for name, text in (("rank", parts[3]), ("score", parts[4])))
-            ranking[parts[2]] = (-score, rank)
+                raise DataError(f"{path}:{number}: {len(parts)} columns; a TREC run has {_COLUMNS}")
+            query_id, _, document_id, rank, score, _ = parts
+            ranking = keys.setdefault(query_id, {})
+            if document_id in ranking:
+                raise DataError(f"{path}:{number}: duplicate document {document_id!r} for the query {query_id!r}; remove one")
+            ranking[document_id] = (-_number(path, number, "score", score), _number(path, number, "rank", rank))
     if not keys:
-        raise DataError(f"{path}: the run is empty; each line is query, Q0, document, rank, score, tag")
+        raise DataError(f"{path}: the run is empty; each line has {_COLUMNS}")
     return {
         query_id: {id_: -negative for id_, (negative, _) in sorted(ranking.items(), key=lambda item: item[1])}
         for query_id, ranking in keys.items()
@@ -63,11 +58,7 @@ def as_name(text: str) -> str:
 
 
 def write_run(path: str | Path, run: Run, model: str) -> None:
-    """Write a TREC run file, with all digits of the scores and distinct ranks, so that the file gives the same measures.
-
-    Args:
-        model: what made the run; its tag, as one word. ``read_run`` ignores the tag.
-    """
+    """Write a TREC run file, tagged with its model; all digits of the scores and distinct ranks give the same measures again."""
     tag = as_name(model)
     rows = [
         f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
@@ -78,11 +69,7 @@ def write_run(path: str | Path, run: Run, model: str) -> None:
 
 
 def check_run(source: str | Path, run: Run, collection: Collection) -> None:
-    """Check that a run belongs to a collection, by the ids of the judged queries and of the documents ranked for them.
-
-    Raises:
-        DataError: the run has none of the judged queries, or none of the ranked documents is in the corpus.
-    """
+    """Require that a run belongs to a collection, by the ids of the judged queries and of the documents ranked for them."""
     judged, name = collection.qrels.keys(), collection.name
     require_match(source, f"queries of {name} are in the run", judged, judged & run.keys())
     ranked = dict.fromkeys(id_ for query_id in judged for id_ in run.get(query_id, ())).keys()
@@ -90,15 +77,7 @@ def check_run(source: str | Path, run: Run, collection: Collection) -> None:
 
 
 def require_match(source: object, expected: str, ids: Set[str], found: Set[str]) -> None:
-    """Require that some ids were found, and warn if less than nine in ten were.
-
-    Args:
-        source: the run, or both runs.
-        expected: what should be the case, such as "queries are in both runs".
-
-    Raises:
-        DataError: no id was found.
-    """
+    """Require that some of the ids were found, and warn if few were; ``expected`` is such as "queries are in both runs"."""
     missing = next((id_ for id_ in ids if id_ not in found), None)
     if not found:
         fault = f"none of the {len(ids)} {expected} ({missing!r} is missing)"
@@ -109,11 +88,7 @@ def require_match(source: object, expected: str, ids: Set[str], found: Set[str])
 
 
 def require_trec_ids(collection: Collection) -> None:
-    """Require that a run file can hold all ids of the collection.
-
-    Raises:
-        OutputError: an id contains white space or a lone surrogate (half of a character).
-    """
+    """Require that a run file can hold all ids of the collection: without white space or half of a character."""
     for role, ids in (("query", collection.queries), ("document", collection.corpus)):
         for id_ in ids:
             fault = "white space" if id_.split() != [id_] else "a lone surrogate" if id_ != replace_surrogates(id_) else None

@@ -1,6 +1,5 @@
 """Tests and intervals for paired differences."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +13,8 @@ _RESAMPLES = 2000  # of the bootstrap
 def paired_p(before: np.ndarray, after: np.ndarray) -> float:
     """Two-sided p of a paired t-test.
 
-    The test needs differences that vary. If all are the same, p is that of a sign-flip test: the probability 2 / 2^n that n
-    fair coins all show the same side, which is 1 for a single query. Without any difference p is 1.
+    The test needs differences that vary. If all are the same, a sign-flip test replaces it: p is the probability 2 / 2^n that
+    n fair coins all show the same side, which is 1 for a single query. Without any difference p is 1.
     """
     difference = after - before
     if np.abs(difference).max(initial=0.0) < TIE:
@@ -38,12 +37,9 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the p of rank i among m, counted from 0, is multiplied by m - i, and no corrected p is below
-    that of a lower rank. NaN stays NaN and does not count in m."""
-    corrected = [math.nan] * len(p_values)
-    ranked = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
-    highest = 0.0
-    for rank, i in enumerate(ranked):
-        highest = max(highest, min(1.0, p_values[i] * (len(ranked) - rank)))
-        corrected[i] = highest
-    return corrected
+    """Holm's step-down correction: the p of rank i among m, counted from 0, is multiplied by m - i, and corrected values do not
+    fall with the rank. NaN stays NaN and does not count in m."""
+    p = np.array(p_values, float)
+    ranked = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN is last
+    p[ranked] = np.minimum(1, np.maximum.accumulate(p[ranked] * np.arange(len(ranked), 0, -1)))
+    return p.tolist()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anysplade._common.figures import draw
 from anysplade._common.tables import Tabular
-from anysplade.errors import ModelError, OptionError
+from anysplade.errors import ModelError
 from anysplade.model.head import require_masked_lm
 from anysplade.model.measuring import Probe, ProbeReport, measure_logits, summarize_probe
 from anysplade.model.options import BiasPolicy, Choice
@@ -134,9 +134,8 @@ def choose(
     """Choose the calibration of a measured head.
 
     The scale of a head is the mean excess of its highest 0.1 % of token logits over the lowest of them. ``k`` brings the scale to a
-    fixed value; ``shift`` then lowers the logits until only those 0.1 % are above zero. ``k`` is rounded to four digits, and
-    ``shift`` to a thousandth of the scale, because probe texts cannot tell smaller differences. For a small vocabulary more than
-    0.1 % stay above zero, so that the median text keeps four terms.
+    fixed value, in four digits; ``shift`` then lowers the logits until only those 0.1 % are above zero, or more of them for a small
+    vocabulary.
 
     A head that is sparse already (``is_sparse``, or ``trained`` says so) would lose what it learned, so "auto" does not change it.
     Raises the errors of ``calibrate``.
@@ -154,7 +153,7 @@ def _choose(probe: Probe, k: Choice, shift: Choice, bias: BiasPolicy, strength: 
         shift = 0.0
     share = _share(probe, strength)
     excess = mean_excess(probe.token_logits, share)
-    free = k == "auto"
+    chooses_k = k == "auto"
     if k == "auto":
         if not (np.isfinite(excess) and excess > 0):
             raise ModelError("the head's logits are all equal or not finite on the probe texts; was the checkpoint saved whole?")
@@ -165,7 +164,7 @@ def _choose(probe: Probe, k: Choice, shift: Choice, bias: BiasPolicy, strength: 
         digits = 3 - math.floor(math.log10(excess / k)) if excess > 0 else 3
         level = float(np.quantile(probe.affine(k, 0.0, bias).token_logits, 1 - share))
         shift = float(np.round(level, digits))
-        if free and abs(k - 1) <= _RESOLUTION and abs(shift) <= _RESOLUTION * excess:
+        if chooses_k and abs(k - 1) <= _RESOLUTION and abs(shift) <= _RESOLUTION * excess:
             k, shift = 1.0, 0.0  # calibrated already; untying the head would only make its checkpoint larger
     return Calibration(float(k), float(shift), bias, summarize_probe(probe), summarize_probe(probe.affine(k, shift, bias)))
 
@@ -184,8 +183,7 @@ def _share(probe: Probe, strength: int) -> float:
 def is_sparse(calibration: Calibration) -> bool:
     """Whether a head is that of a trained SPLADE: few token logits are above zero, and queries find their documents.
 
-    At most as many logits as ``auto`` would leave are above zero, and the loss is below 0.9 times the loss of guessing. Raw heads
-    start far above guessing, calibrated ones above it. Needs probe texts in which document i answers query i.
+    Few are at most as many as ``auto`` would leave. Needs probe texts in which document i answers query i.
     """
     before, after = calibration.before, calibration.after
     if before is None or after is None or before.start_loss is None:
@@ -202,12 +200,8 @@ def mean_excess(logits: np.ndarray, share: float) -> float:
 
 
 def _foresee(start: ProbeReport) -> Verdict:
-    """Predict the outcome of SPLADE training from the start of a head.
-
-    Documents that are alike (cosine above 0.65) together with a loss above ten times that of guessing mean collapse; one of the two
-    means a weak model. Texts without an active term give no gradient and mean collapse too.
-    """
-    if min(start.query_active_dims, start.document_active_dims) < _EMPTY:
+    """Predict the outcome of SPLADE training from the start of a head."""
+    if min(start.query_active_dims, start.document_active_dims) < _EMPTY:  # no gradient
         return "collapses"
     alike = start.document_similarity > _ALIKE
     saturated = start.start_loss is not None and start.start_loss > _SATURATED * start.chance
@@ -215,10 +209,8 @@ def _foresee(start: ProbeReport) -> Verdict:
 
 
 def logit_figure(calibration: Calibration) -> str:
-    """Histograms of the token logits before and after calibration as SVG; raises OptionError without probe texts."""
+    """Histograms of the token logits before and after calibration as SVG; needs probe texts."""
     sides = calibration.sides
-    if not sides:
-        raise OptionError("there is no figure without probe texts")
 
     def paint(figure: Any) -> None:
         rows = figure.subplots(len(sides), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

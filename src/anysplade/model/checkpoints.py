@@ -31,13 +31,9 @@ _PADDED_ROWS = 1024  # rows that an embedding table may have beyond the tokenize
 def load_masked_lm(
     name: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the masked LM and tokenizer of a folder or hub id, in evaluation mode.
+    """Load the masked LM and tokenizer of a folder or hub id, in evaluation mode; ``dtype`` "auto" is that of the file.
 
-    Args:
-        dtype: of the weights; "auto" is the type in which they are stored.
-
-    Raises:
-        ModelError: not found, not a masked LM, or weights or a tokenizer that are missing or do not match.
+    Raises ModelError if it is not found or no masked LM, or if weights or tokenizer are missing or do not match.
     """
     source = resolve_model(name)
     check_weights(masked_lm_class(source), source)

@@ -27,14 +27,7 @@ def is_dense(source: str) -> bool:
 
 
 def open_dense(source: str, max_length: int | None = None) -> SentenceTransformer:
-    """Open a dense model in float32.
-
-    Args:
-        max_length: tokens per text, the rest is cut; at most what the model reads.
-
-    Raises:
-        ModelError: it cannot be loaded, or its score is neither a cosine nor a dot product.
-    """
+    """Open a dense model in float32; raises ModelError unless its score is a cosine or a dot product. See ``cut_reading``."""
     try:
         model = SentenceTransformer(source)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -70,16 +63,12 @@ def encode_dense(
 ) -> np.ndarray:
     """Vectors whose dot products are the model's scores: float32, (texts, width), in the order of the texts.
 
+    Raises ModelError for NaN or infinity in a vector. The model adds the prompt of the role.
+
     Args:
-        texts: without the prompt of their role, which the model adds.
-        precision: of the products, float32 or bfloat16.
         cache: a folder where the vectors of these texts by this model are stored; stored ones are not encoded again.
-        progress: show progress.
         what: label of the progress.
         shown: a ``bar`` to update, instead of showing one.
-
-    Raises:
-        ModelError: NaN or infinity in a vector.
     """
     encode = model.encode_query if role == "query" else model.encode_document
 
@@ -108,13 +97,7 @@ def encode_dense(
 def in_batches(
     items: Sequence[Any], lengths: Sequence[int], size: int, encode: Callable[[list[Any]], Any], shown: Any
 ) -> np.ndarray:
-    """Encode items batch by batch, those of similar length together; returns float32 rows in the order of the items.
-
-    Args:
-        lengths: of the items; the longest ones come first.
-        encode: given a batch, returns one row or number per item.
-        shown: a ``bar`` to update after each batch.
-    """
+    """Encode items batch by batch, the longest first; returns float32 rows or numbers in the order of the items."""
     order = np.argsort([-length for length in lengths], kind="stable")
     rows = []
     for start in range(0, len(items), size):

@@ -89,16 +89,9 @@ def build_encoder(
     fold: Fold = "none",
     mute: bool = False,
 ) -> tuple[SparseEncoder, Calibration]:
-    """``load_encoder`` with more options; also returns the calibration that was applied.
+    """``load_encoder`` with more options of ``TrainingConfig``; also returns the calibration, which comes after the folding.
 
-    Args:
-        strength: see ``calibrate``.
-        pooling: over tokens.
-        double_log: log(1 + log(1 + relu)) as the activation.
-        query_encoder: ``"idf"`` and ``"static"`` give queries one weight per token, which starts as its inverse document frequency
-            in ``idf_texts``; ``"static"`` learns it.
-        attention: transformers' name of an attention implementation.
-        fold, mute: see ``fold_head``, which is applied before the calibration.
+    ``strength`` is as in ``calibrate``. Weights of tokens in queries start as the inverse document frequencies in ``idf_texts``.
     """
     source = resolve_model(path)
     if is_saved_encoder(source):
@@ -204,15 +197,13 @@ def _load_saved(source: str, attention: str | None = None) -> SparseEncoder:
     try:
         encoder = SparseEncoder(source, model_kwargs={"attn_implementation": attention} if attention else None)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            remote_code_message(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
-        ) from error
+        message = remote_code_message(source) or f"{source}: cannot be loaded as a SparseEncoder: {first_line(error)}"
+        raise ModelError(message) from error
     for module, folder in zip(transformer_modules(encoder), _transformer_folders(source), strict=True):
-        model: Any = module.model
         tokenizer: Any = module.tokenizer
-        if getattr(model, "peft_config", None) is None:  # an adapter's folder has only the adapter's weights
-            check_weights(type(model), source, folder)
-        finish_loading(model, tokenizer, source)
+        if getattr(module.model, "peft_config", None) is None:  # an adapter's folder has only the adapter's weights
+            check_weights(type(module.model), source, folder)
+        finish_loading(module.model, tokenizer, source)
     return encoder.float()
 
 
@@ -232,13 +223,12 @@ def _with_splade_pooling(
     source: str, pooling: Pooling = "max", double_log: bool = False, attention: str | None = None
 ) -> SparseEncoder:
     check_weights(masked_lm_class(source), source)
-    # float32 whatever type the checkpoint is stored in: half-precision weights do not train.
     options = {"dtype": torch.float32} | ({"attn_implementation": attention} if attention else {})
     try:
         transformer = Transformer(source, transformer_task="fill-mask", model_kwargs=options)
     except (ImportError, ValueError) as error:
         if attention:
-            raise OptionError(f"attention {attention!r}: {str(error).splitlines()[0]}") from error
+            raise OptionError(f"attention {attention!r}: {first_line(error)}") from error
         raise
     finish_loading(transformer.model, transformer.tokenizer, source)
     activation: Literal["relu", "log1p_relu"] = "log1p_relu" if double_log else "relu"

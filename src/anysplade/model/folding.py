@@ -82,9 +82,7 @@ def fold_head(
     share_tied(model)
     head = find_head(model)
     if not head.biases:
-        raise ModelError(
-            f"{type(model).__name__}: the MLM head has no bias, so none of its terms can be switched off; leave out `fold`"
-        )
+        raise ModelError(f"{type(model).__name__}: the MLM head has no bias, so no term can be switched off; leave out `fold`")
     folded, terms = plan_folding(tokenizer, len(head.decoder.weight), by, mute)
     _switch_off(model, terms)
     if by == "stem":
@@ -105,9 +103,8 @@ def fold_head(
 def plan_folding(tokenizer: PreTrainedTokenizerBase, size: int, by: Fold, mute: bool) -> tuple[PreTrainedTokenizerBase, np.ndarray]:
     """The tokenizer of a folded model, and the id of the term whose dimension each term uses, (size,); -1 for no dimension."""
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`"
-        )
+        name = tokenizer.name_or_path
+        raise ModelError(f"{name}: its tokenizer is written in Python and does not say what its tokens are; leave out `fold`")
     cased = by != "none" and folds_by_case(tokenizer)
     if by == "case" and not cased:
         raise OptionError(f"{tokenizer.name_or_path}: its vocabulary has one form of each word already (uncased); leave out `fold`")
@@ -143,8 +140,7 @@ def folds_by_case(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _fold_tokenizer(tokenizer: Tokenizer) -> tuple[Tokenizer, np.ndarray]:
     """An uncased tokenizer with the entries of a cased one, and the id that each entry has become, (entries,).
 
-    Text is put in lower case before the tokenizer's own normalizer. ``lower_entries`` changes the entries. Pieces that continue a
-    word stay distinct from words, and scripts without case stay as they are.
+    Pieces that continue a word stay distinct from words, and scripts without case stay as they are.
     """
     state = json.loads(tokenizer.to_str())
     spaced = _SPACED if marks_spaces(tokenizer) else []
@@ -180,9 +176,8 @@ def _switch_off(model: PreTrainedModel, terms: np.ndarray) -> None:
             return
         for bias, values in zip(head.biases, old, strict=True):
             bias.copy_(values)
-    raise ModelError(
-        f"{type(model).__name__}: its logits are not one projection of its hidden states; its vocabulary cannot be folded"
-    )
+    name = type(model).__name__
+    raise ModelError(f"{name}: its logits are not one projection of its hidden states; its vocabulary cannot be folded")
 
 
 @torch.no_grad()

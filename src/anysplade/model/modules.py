@@ -82,10 +82,7 @@ def cut_at(encoder: SparseEncoder, max_length: int) -> None:
 
 
 def cut_within(encoder: Encoder, max_length: int | None, *, lengthen: bool = True) -> Encoder:
-    """Truncate every text to ``max_length`` tokens, or to the model's positions if there are fewer; returns the encoder.
-
-    None keeps the current length. ``lengthen`` says whether ``max_length`` may exceed it.
-    """
+    """Truncate texts to ``max_length`` tokens (None: as before; longer only with ``lengthen``), at most the model's positions."""
     for module in transformer_modules(encoder):
         limits = [max_length, usable_positions(module.model)]
         if max_length is None or not lengthen:

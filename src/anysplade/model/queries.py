@@ -216,23 +216,18 @@ def _loads_unchanged(source: str, folder: str, config: dict[str, Any]) -> bool:
     if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return True
     vocabulary = saved["model"].pop("vocab")
-    return (  # the tokenizer that transformers' BertTokenizer builds
+    # What transformers' BertTokenizer builds:
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "strip_accents": config.get("strip_accents")}
+    normalizer |= {
+        "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+        "lowercase": config.get("do_lower_case", True),
+    }
+    pieces = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    pieces["unk_token"] = config.get("unk_token", "[UNK]")
+    return (
         kind in ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
         and all(vocabulary.get(token["content"]) == int(term) for term, token in added.items())
         and saved["pre_tokenizer"] == {"type": "BertPreTokenizer"}
-        and saved["normalizer"]
-        == {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
-            "strip_accents": config.get("strip_accents"),
-            "lowercase": config.get("do_lower_case", True),
-        }
-        and saved["model"]
-        == {
-            "type": "WordPiece",
-            "unk_token": config.get("unk_token", "[UNK]"),
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100,
-        }
+        and saved["normalizer"] == normalizer
+        and saved["model"] == pieces
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from anysplade._common.arguments import near
-from anysplade._common.files import beside, read_record, user_path
+from anysplade._common.files import beside, user_path
+from anysplade._common.outputs import file_digest, read_record
 from anysplade.data.external import hub_advice
 from anysplade.data.names import BM25_NAMES, INDEX, has_checkpoint, held, is_built_in, misnamed, near_built_in
 from anysplade.errors import ModelError
@@ -26,23 +27,24 @@ def resolve_model(name: str | Path) -> str:
     text = str(name).strip()
     if is_built_in(text, *BUNDLED):
         return str(BUNDLED[text])
+    fix = "give a checkpoint's folder or a hub id like org/name"
+    built_in = f"; built in are {', '.join((*BM25_NAMES, *BUNDLED))}"
+    if not text:
+        raise ModelError(f"an empty name: no such model folder; {fix}{built_in}")
     path = user_path(text)
-    if text and path.is_dir():
-        for folder in (path, path / "model"):  # the output of `train` has the model in model/
-            if has_checkpoint(folder):
-                return str(folder)
-    if text and (kind := held(text)) is not None:
+    for folder in (path, path / "model"):  # the output of `train` has the model in model/
+        if has_checkpoint(folder):
+            return str(folder)
+    if (kind := held(text)) is not None:
         own = (read_record(path / "index.json") or {}).get("model") if kind == INDEX else None
-        fix = f"give its model, {own}" if own else "give a checkpoint's folder or a hub id like org/name"
-        raise ModelError(f"{text}: {kind}, not a model; {fix}")
-    if text and (work := _unfinished(path)):
+        raise ModelError(f"{text}: {kind}, not a model; {f'give its model, {own}' if own else fix}")
+    if work := _unfinished(path):
         raise ModelError(f"{text}: has no model yet: its {work} is unfinished; the same command continues it")
-    if text and path.is_dir():
+    if path.is_dir():
         raise ModelError(f"{path}: no config.json in it, so it is no checkpoint; name the folder that holds one")
-    hint = near_built_in(text) or near(text) or ("" if "/" in text else f"; built in are {', '.join((*BM25_NAMES, *BUNDLED))}")
-    if not text or path.exists() or text.count("/") > 1 or misnamed(text):
-        fix = f"give a checkpoint's folder or a hub id like org/name{hint}"
-        raise ModelError(f"{text or 'an empty name'}: no such model folder; {fix}")
+    hint = near_built_in(text) or near(text) or ("" if "/" in text else built_in)
+    if path.exists() or text.count("/") > 1 or misnamed(text):
+        raise ModelError(f"{text}: no such model folder; {fix}{hint}")
     _require_on_hub(text, hint)
     return text
 
@@ -110,7 +112,5 @@ def fingerprint(source: str) -> str | None:
     digest = hashlib.sha256()
     files = (path for path in folder.rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
     for path in sorted(files):
-        digest.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(str(path.relative_to(folder)).encode() + bytes.fromhex(file_digest(path)))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from anysplade.errors import OptionError
 from anysplade.model.encoding import ModelQueries
 from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER
-from anysplade.model.vocabulary import split_words
+from anysplade.model.vocabulary import join_pieces, split_words
 
 
 class WeightedTerm(NamedTuple):
@@ -61,15 +61,8 @@ def terms(
 
 def join_terms(weights: Iterable[tuple[int, float]], names: Sequence[str], words: Mapping[int, str], k: int | None = None) -> Terms:
     """Name the terms of (id, weight) pairs, the largest weight first; terms that ``words`` maps to the same word are joined."""
-    joined: dict[tuple[str, bool], list[tuple[int, float]]] = {}
-    for term, weight in weights:
-        name = words.get(term)
-        joined.setdefault((names[term], False) if name is None else (name, True), []).append((term, weight))
-    found = [
-        WeightedTerm(name, sum(weight for _, weight in parts), tuple(term for term, _ in parts))
-        for (name, _), parts in joined.items()
-    ]
-    return Terms(sorted(found, key=lambda term: -term.weight)[:k])
+    joined = join_pieces((words.get(term), names[term], weight, term) for term, weight in weights)
+    return Terms(WeightedTerm(word, weight, tuple(ids)) for word, weight, ids in joined[:k])
 
 
 def _one_row(vector: Any) -> sparse.csr_matrix:

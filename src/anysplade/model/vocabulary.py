@@ -8,8 +8,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, normalizers
@@ -17,6 +17,8 @@ from tokenizers.models import WordPiece
 
 from anysplade.data.text import is_utf8
 from anysplade.errors import DataError
+
+T = TypeVar("T")
 
 _SPACE = "▁"  # marks a space in SentencePiece, and punctuation after a space in names
 _PIECE = "##"  # marks a piece in WordPiece and in names
@@ -62,16 +64,10 @@ def marks_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def lower_entries(state: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
-    """Put the entries of a tokenizer that are text in lower case; added tokens stay.
+    """Put the entries that are text in lower case in the JSON of a tokenizer; returns the id that each has become, (entries,).
 
     Among entries that become equal, the one with the lowest id (the most frequent one) takes the name. The others get names that
-    cannot occur in lower-case text. Merges of BPE and scores of Unigram follow.
-
-    Args:
-        state: JSON of the tokenizer, changed in place.
-
-    Returns:
-        The id that each id has become, (entries,).
+    cannot occur in lower-case text. Merges of BPE and scores of Unigram follow. Added tokens stay.
     """
     model = state["model"]
     pieces = model["vocab"] if isinstance(model["vocab"], list) else None  # Unigram has a list of [piece, score] by id
@@ -180,6 +176,19 @@ def split_words(text: str, tokens: Sequence[tuple[int, int, int]], names: Sequen
         group.append(token)
     close()
     return words
+
+
+def join_pieces(pieces: Iterable[tuple[str | None, str, float, T]]) -> list[tuple[str, float, list[T]]]:
+    """Words with the sums of their pieces' weights, and the pieces, the largest sum first.
+
+    Args:
+        pieces: of each piece the word that the tokenizer split (None if it is whole), its name, its weight, and the piece itself.
+    """
+    joined: dict[tuple[str, bool], list[tuple[float, T]]] = {}  # the bool: a word can have the name of another term
+    for word, name, weight, piece in pieces:
+        joined.setdefault((name, False) if word is None else (word, True), []).append((weight, piece))
+    found = [(word, sum(weight for weight, _ in parts), [piece for _, piece in parts]) for (word, _), parts in joined.items()]
+    return sorted(found, key=lambda word: -word[1])
 
 
 def _has_case(character: str) -> bool:

@@ -1,6 +1,5 @@
 """Build an index in a folder from a corpus, continue an interrupted build, and update the index when the corpus changed."""
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from anysplade.model.runtimes import resolve_precision
 from anysplade.search.database import BATCH
 from anysplade.search.document_encoding import Options
 from anysplade.search.index import Changes, Index, read_about, write_about
-from anysplade.search.index_model import IndexModel, describe_model
+from anysplade.search.index_model import IndexModel, describe_model, describe_place, described_places
 from anysplade.search.store import Store
 
 _LARGE = 10_000  # documents whose engine takes seconds to build
@@ -30,14 +29,9 @@ Corpus = str | Path | Mapping[str, Document]
 
 
 def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any) -> Index:
-    """``Index.build`` with checked arguments.
-
-    Args:
-        options: the precision may be "auto".
-        encoding: ``workers``, ``ray`` and ``progress`` of ``encode_documents``.
-    """
+    """``Index.build`` with checked arguments; ``encoding`` has ``workers``, ``ray`` and ``progress`` for ``encode_documents``."""
     wanted = describe_model(options.model, output) | {
-        **(_describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
+        **(describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
         "precision": options.precision,
         "top_k": options.top_k,
         "max_length": options.max_length,
@@ -52,22 +46,16 @@ def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any)
         return _update(corpus, output, wanted, options, **encoding)
 
 
-def corpus_name(corpus: str | Path) -> str:
-    """A corpus as it is recorded: on disk by its absolute path, so that a call from another folder means the same."""
+def describe_corpus(corpus: str | Path, folder: Path | None = None) -> dict[str, str]:
+    """The description of a corpus for an index; a call from another folder, or with both moved together, means the same."""
     path = user_path(corpus)
-    return str(path.resolve()) if path.exists() else str(corpus)
-
-
-def _describe_corpus(corpus: str | Path, folder: Path) -> dict[str, str]:
-    """The description of a corpus for an index; a relative path from there finds the corpus if both are moved together."""
-    name = corpus_name(corpus)
-    return {"corpus": name} | ({"corpus_beside": os.path.relpath(name, folder.resolve())} if Path(name).is_absolute() else {})
+    return describe_place("corpus", path, folder) if path.exists() else {"corpus": str(corpus)}
 
 
 def _is_same_corpus(about: dict[str, Any], wanted: dict[str, Any], folder: Path) -> bool:
     """Whether the recorded corpus, where it was or where it was relative to the index, is read from the same file."""
-    places = [about.get("corpus"), about.get("corpus_beside") and os.path.normpath(folder.resolve() / about["corpus_beside"])]
-    return wanted["corpus"] in places or _file_of(wanted["corpus"]) in [_file_of(place) for place in places if place]
+    places = described_places(about, "corpus", folder)
+    return wanted["corpus"] in places or _file_of(wanted["corpus"]) in map(_file_of, places)
 
 
 def _file_of(corpus: str) -> str:
@@ -77,11 +65,7 @@ def _file_of(corpus: str) -> str:
 
 
 def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The description of the index in the folder; None if there is none.
-
-    Raises:
-        OutputError: the folder holds something else, or an index that was made with other options.
-    """
+    """The description of the index in the folder, if any; something else, or an index with other options, is an OutputError."""
     if not (output / "index.json").is_file():
         if output.exists() and not output.is_dir():
             require_empty(output)
@@ -97,16 +81,18 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         same.add("precision")
     if wanted["model_fingerprint"] is not None and wanted["model_fingerprint"] == about.get("model_fingerprint"):
         same.add("model")  # it may have been moved
-    different = [name for name in wanted if name not in same and about.get(name) != wanted[name]]
-    if different:
-        names = [name for name in different if name != "model_fingerprint" or "model" not in different]
-        changes = ", ".join(
-            f"model (what {wanted['model']} holds changed)"
-            if name == "model_fingerprint"
-            else f"{name} ({about.get(name, 'none')}, not {wanted[name]})"
-            for name in names
-        )
-        raise OutputError(f"{output}: the folder is not empty: it holds an index with another {changes}; name another `output`")
+    elif about.get("model") != wanted["model"]:
+        same.add("model_fingerprint")  # another model is enough to say
+    changes = {
+        name: f"{name} ({about.get(name, 'none')}, not {wanted[name]})"
+        for name in wanted
+        if name not in same and about.get(name) != wanted[name]
+    }
+    if "model_fingerprint" in changes:
+        changes["model_fingerprint"] = f"model (what {wanted['model']} holds changed)"
+    if changes:
+        shown = ", ".join(changes.values())
+        raise OutputError(f"{output}: the folder is not empty: it holds an index with another {shown}; name another `output`")
     return about
 
 

@@ -20,7 +20,7 @@ from anysplade.data.corpus import Document
 from anysplade.errors import DataError, OptionError
 from anysplade.search.documents import EncodedDocument, read_metadata
 from anysplade.search.exact import Postings
-from anysplade.search.filters import Tags, tag
+from anysplade.search.filters import Tagged, Tags, tag
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,11 @@ class _Closed:
         raise OptionError(f"{self.folder}: the index is closed; Index.load(folder) opens it")
 
 
-class Database:
+class Database(Tagged):
     """The documents in ``documents.sqlite``. A position is the number of a document, which it keeps and no other ever gets."""
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
-        """Open the database in a folder.
-
-        Raises:
-            DataError: the database is damaged, or cannot be read by this process.
-        """
+        """Open the database in a folder; one that is damaged, or that this process may not read, is a DataError."""
         self.folder = folder
         self.vocabulary = vocabulary
         self.read_only = False
@@ -188,11 +184,7 @@ class Database:
             yield from rows
 
     def compare(self, documents: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document, int | None, bool]]:
-        """Look up documents by id.
-
-        Returns:
-            For each document: id, document, position (None if the id is new), and whether the stored document is the same.
-        """
+        """Yield id, document, position (None if the id is new), and whether the stored document is the same."""
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
@@ -220,23 +212,14 @@ class Database:
         """The document with this id."""
         return next(map(_from_row, self._among("SELECT * FROM documents WHERE id", [_to_sqlite(id_)])), None)
 
-    def items(self) -> Iterator[tuple[int, EncodedDocument]]:
-        """All documents with their positions, in the order in which they were added, without changes made meanwhile."""
-        for row in self._passes.execute("SELECT * FROM documents ORDER BY position"):
-            yield row[0], _from_row(row)
-
     def __iter__(self) -> Iterator[EncodedDocument]:
-        return (document for _, document in self.items())
+        """All documents in the order in which they were added, without changes made meanwhile."""
+        return map(_from_row, self._passes.execute("SELECT * FROM documents ORDER BY position"))
 
     # ----------------------------------------------------------------------------------- search
 
     def search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
-        """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change.
-
-        Args:
-            terms, weights: the vector of the query, (active dims,) each.
-            conditions: what ``check_filter`` returns.
-        """
+        """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change."""
         version = (int(self._one("PRAGMA data_version")), self._database.total_changes, self._state)
         if self._exact is None or self._exact[0] != version:
             rows = self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
@@ -257,12 +240,10 @@ class Database:
         return hits[:k]
 
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
-        """Whether some document has at least one of the tags of each condition."""
         with self.reading():
             return any(_has_all(getattr(tags, kind), conditions) for _, tags in self._tagged())
 
     def names(self, limit: int) -> list[str]:
-        """The names in the metadata of the documents, the most frequent first."""
         with self.reading():
             counts = Counter(name for _, tags in self._tagged() for name in tags.names)
             return [name for name, _ in counts.most_common(limit)]
@@ -274,15 +255,16 @@ class Database:
     # ---------------------------------------------------------------------------- write, in a transaction
 
     def _insert(self, documents: Iterable[EncodedDocument]) -> list[int]:
-        """Add or replace documents, and return their positions."""
-        positions = []
-        for id_, content, terms, weights in documents:
-            query = "INSERT INTO ids (id) VALUES (?) ON CONFLICT (id) DO UPDATE SET id = id RETURNING position"
-            (position,) = self._database.execute(query, (_to_sqlite(id_),)).fetchone()
-            row = position, *_content_row(content), terms.tobytes(), weights.tobytes()
-            self._database.execute("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", row)
-            positions.append(position)
-        return positions
+        """Add or replace documents, of those with the same id the last, and return their positions."""
+        latest = {_to_sqlite(document.id): document for document in documents}
+        self._database.executemany("INSERT OR IGNORE INTO ids (id) VALUES (?)", [(id_,) for id_ in latest])
+        positions = dict(self._among("SELECT id, position FROM ids WHERE id", list(latest)))
+        rows = (
+            (positions[id_], *_content_row(content), terms.tobytes(), weights.tobytes())
+            for id_, (_, content, terms, weights) in latest.items()
+        )
+        self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return list(positions.values())
 
     def _remove(self, ids: Iterable[str]) -> list[int]:
         """Delete the documents with these ids that exist, and return their positions."""
@@ -296,11 +278,7 @@ class Database:
 
 
 def is_refusal(error: BaseException, *codes: int) -> bool:
-    """Whether the system does not let this process write (or read), while nothing is damaged.
-
-    Args:
-        codes: SQLite's codes that mean a refusal besides the usual ones.
-    """
+    """Whether the system does not let this process write, while nothing is damaged; ``codes`` of SQLite mean that too."""
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code, without SQLite's extension
         return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, *codes)

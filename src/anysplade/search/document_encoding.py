@@ -8,7 +8,6 @@ import io
 import json
 import math
 import multiprocessing
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +25,7 @@ from sentence_transformers import SparseEncoder
 from anysplade._common.extras import extra
 from anysplade._common.files import write_atomic
 from anysplade._common.hashing import DataHash
+from anysplade._common.parts import DAMAGED
 from anysplade._common.progress import bar, begin
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.data.corpus import Document
@@ -299,5 +299,5 @@ def _read_shard(folder: Path, number: int, part: _Part) -> _Rows | None:
     """The vectors that an earlier call kept; None if it kept none for these documents, or the file is damaged."""
     try:
         return _from_bytes((folder / f"{number:06}.npz").read_bytes(), part.hash())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except DAMAGED:
         return None

@@ -1,18 +1,17 @@
 """Documents with their sparse vectors, and the checks that every index makes of them."""
 
 import json
-import logging
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from anysplade._common.arguments import require
+from anysplade._common.files import warn_once
 from anysplade.data.corpus import Document, checked_document
 from anysplade.errors import DataError, OptionError
 
-logger = logging.getLogger(__name__)
+_FIX = 'give {"id": anysplade.Document(title="", text="…")}'
 
 
 class EncodedDocument(NamedTuple):
@@ -25,17 +24,9 @@ class EncodedDocument(NamedTuple):
 
 
 def check_vector(label: str, terms: np.ndarray, weights: np.ndarray, vocabulary: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vector as int32 terms and float32 weights, (active dims,) each.
+    """Return the vector as int32 terms and float32 weights, (active dims,) each, or raise DataError; ``label`` names it there.
 
     Engines accept vectors that they cannot search: Qdrant takes NaN, and repeated terms change scores after a reload.
-
-    Args:
-        label: names the vector in messages.
-        vocabulary: number of terms of the model.
-
-    Raises:
-        DataError: the lengths differ; the terms are not integers that rise from 0 or more to less than ``vocabulary``; or a
-            weight is not finite and above 0.
     """
     terms, weights = np.asarray(terms), np.asarray(weights)
     if terms.ndim != 1 or terms.shape != weights.shape:
@@ -54,7 +45,7 @@ def check_vector(label: str, terms: np.ndarray, weights: np.ndarray, vocabulary:
 
 
 def check_document(document: EncodedDocument, vocabulary: int = 2**31) -> EncodedDocument:
-    """Return the document as ``checked_document`` and ``check_vector`` return its parts, and raise the same errors."""
+    """The document with the parts that ``checked_document`` and ``check_vector`` return; raises the same errors."""
     require("documents", document, EncodedDocument, "give a list of anysplade.EncodedDocument")
     content = _checked_content(document.id, document.content)
     terms, weights = check_vector(f"document {document.id[:80]!r}", document.terms, document.weights, vocabulary)
@@ -62,27 +53,18 @@ def check_document(document: EncodedDocument, vocabulary: int = 2**31) -> Encode
 
 
 def check_documents(documents: object) -> dict[str, Document]:
-    """The documents by id, each as ``checked_document`` returns it.
-
-    Raises:
-        OptionError: ``documents`` does not map ids to documents.
-        DataError: an id is empty, or a document is malformed; see ``checked_document``.
-    """
-    fix = 'give {"id": anysplade.Document(title="", text="…")}'
+    """The documents by id, each as ``checked_document`` returns it; raises OptionError unless they are documents by id."""
     if not isinstance(documents, Mapping):
-        raise OptionError(f"documents are a {type(documents).__name__}; {fix}, or the path of a file")
-    for id_, document in documents.items():
-        if not isinstance(id_, str) or not isinstance(document, Document):
-            kinds = f"{type(id_).__name__} to a {type(document).__name__}"
-            raise OptionError(f"document {str(id_)[:80]!r}: maps a {kinds}; {fix}")
+        raise OptionError(f"documents are a {type(documents).__name__}; {_FIX}, or the path of a file")
     return {id_: _checked_content(id_, document) for id_, document in documents.items()}
 
 
 def _checked_content(id_: object, document: Document) -> Document:
-    if not isinstance(id_, str) or not id_:
-        raise DataError(f"document {str(id_)[:80]!r}: its id is no string or empty; give each document an id")
-    label = f"document {id_[:80]!r}"
-    require(label, document, Document, 'give anysplade.Document(title="", text="…")')
+    label = f"document {str(id_)[:80]!r}"
+    if not isinstance(id_, str) or not isinstance(document, Document):
+        raise OptionError(f"{label}: maps a {type(id_).__name__} to a {type(document).__name__}; {_FIX}")
+    if not id_:
+        raise DataError(f"{label}: its id is empty; give each document an id")
     return checked_document(label, *document)
 
 
@@ -91,10 +73,5 @@ def read_metadata(stored: str | None) -> dict[str, Any] | None:
     metadata = None if stored is None else json.loads(stored, parse_constant=lambda _: None)
     if isinstance(metadata, dict | None):
         return metadata
-    _warn_of_metadata(str(stored)[:80])
+    warn_once(f"the metadata {str(stored)[:80]} of a document is not an object and is left out; add the document again")
     return None
-
-
-@cache
-def _warn_of_metadata(stored: str) -> None:
-    logger.warning("the metadata %s of a document is not an object and is left out; add the document again", stored)

@@ -51,11 +51,7 @@ class Postings:
 
 
 def nearest(queries: np.ndarray, documents: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each query, the positions of the k documents with the highest dot products, and the products; ties by position.
-
-    Args:
-        queries, documents: dense vectors, (queries, width) and (documents, width), float32.
-    """
+    """``highest`` of the products of each query, (queries, width), with all documents, (documents, width)."""
     size = max(1, _BLOCK // max(1, len(documents)))
     blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))
     return [highest(row, k, -np.inf) for block in blocks for row in block]

@@ -52,11 +52,7 @@ def _texts(value: _Value) -> list[str]:
 
 
 def check_filter(filter: Filter | None) -> list[Tags]:
-    """The conditions of a filter: a document must have the name and one of the values of each.
-
-    Raises:
-        OptionError: a name is empty, or a value is not a text, a number or a bool.
-    """
+    """The conditions of a filter: a document must have the name and one of the values of each."""
     if filter is not None and not isinstance(filter, Mapping):
         raise OptionError(f'filter is a {type(filter).__name__}; give {{"name": value}}, such as {{"lang": "en"}}')
     conditions = []
@@ -82,11 +78,7 @@ class Tagged(Protocol):
 
 
 def explain_filter(index: Tagged, filter: Filter | None) -> str | None:
-    """Why a search with a filter found nothing, in one line; None without a filter.
-
-    Raises:
-        OptionError: no document has a name of the filter.
-    """
+    """Why a search with a filter found nothing; None without a filter. A name that no document has is an OptionError."""
     conditions = check_filter(filter)
     for names, values in conditions:
         if not index.has("names", names):

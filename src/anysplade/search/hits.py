@@ -1,6 +1,6 @@
 """The result of a search: hits, and the terms that explain their scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from anysplade._common.tables import Tabular
 from anysplade.errors import OptionError
 from anysplade.model.options import checked_option
 from anysplade.model.queries import Queries
-from anysplade.model.vocabulary import split_words
+from anysplade.model.vocabulary import join_pieces, split_words
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Hit(Tabular):
 class Hits(list[Hit], Tabular):
     """The hits of a search, the best first: a list that is shown as a table."""
 
-    note: str | None = None  # without hits: the name or value of the filter that no document has
+    def __init__(self, hits: Iterable[Hit] = (), note: str | None = None) -> None:
+        super().__init__(hits)
+        self.note = note  # without hits: the name or value of the filter that no document has
 
     __repr__ = Tabular.__repr__  # not that of list
 
@@ -74,26 +76,16 @@ def check_query(query: object) -> None:
         raise OptionError("the query is empty; give a text")
 
 
-def check_hits(k: object) -> int:
-    """The number of hits as an int.
-
-    Raises:
-        OptionError: ``k`` is not a whole number of at least 1.
-    """
-    count: int = checked_option("k", k, int)
+def check_count(name: str, value: object) -> int:
+    """The option called ``name`` as an int; raises OptionError unless it is a whole number of at least 1."""
+    count: int = checked_option(f"`{name}`", value, int)
     if count < 1:
-        raise OptionError(f"k is {count}: ask for at least 1 hit")
+        raise OptionError(f"`{name}` is {count}: it is at least 1")
     return count
 
 
 def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
-    """The terms that a query and a document share, the largest product first.
-
-    Args:
-        names: the name of each term, (vocabulary,).
-        query: the vector of the query, (1, vocabulary).
-        terms, weights: the vector of the document, (active dims,) each.
-    """
+    """The terms that a query, (1, vocabulary), and a document with these terms and weights share, the largest product first."""
     shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
     pairs = zip(shared, query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
     matches = [TermMatch(names[term], ours, theirs, ours * theirs) for term, ours, theirs in pairs]
@@ -107,13 +99,6 @@ def query_words(queries: Queries, text: str) -> dict[str, str]:
 
 
 def join_matches(matches: Sequence[TermMatch], words: Mapping[str, str]) -> list[WordMatch]:
-    """Shared terms as words, the largest product first.
-
-    Args:
-        words: the words of the query; see ``query_words``.
-    """
-    joined: dict[tuple[str, bool], list[TermMatch]] = {}  # the bool: a word can have the name of another term
-    for match in matches:
-        joined.setdefault((words.get(match.term, match.term), match.term in words), []).append(match)
-    found = [WordMatch(word, terms, sum(term.product for term in terms)) for (word, _), terms in joined.items()]
-    return sorted(found, key=lambda match: -match.product)
+    """Shared terms as words, the largest product first; ``words`` is what ``query_words`` returns."""
+    joined = join_pieces((words.get(match.term), match.term, match.product, match) for match in matches)
+    return [WordMatch(word, terms, product) for word, product, terms in joined]

@@ -7,26 +7,23 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from scipy import sparse
 
 from anysplade._common.arguments import near, require, require_list
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import user_path
+from anysplade._common.outputs import write_record
 from anysplade.data.corpus import Document
 from anysplade.data.names import held
 from anysplade.errors import DataError
 from anysplade.model.options import Precision, Runtime
-from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, check_documents
 from anysplade.search.filters import Filter, explain_filter
-from anysplade.search.hits import Hit, Hits, check_hits, check_query, explain_score
-from anysplade.search.index_model import FORMAT, IndexModel
+from anysplade.search.hits import Hit, Hits, check_count, check_query, explain_score
+from anysplade.search.index_model import FORMAT, IndexModel, WithModel
 from anysplade.search.store import Store
-
-if TYPE_CHECKING:
-    from sentence_transformers import SparseEncoder
 
 
 class Changes(NamedTuple):
@@ -37,11 +34,12 @@ class Changes(NamedTuple):
     deleted: int = 0
 
 
-class Index:
+class Index(WithModel):
     """Documents encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``.
 
     ``store`` holds the documents and their vectors, and searches by vector. ``about`` describes how the index was made, and
-    ``changes`` counts what ``build`` changed.
+    ``changes`` counts what ``build`` changed. ``encoder`` is the model, and ``queries`` encodes queries; both are opened on first
+    use, and raise ModelError if the model is missing or is not the one that built the index.
     """
 
     def __init__(self, folder: Path, model: IndexModel) -> None:
@@ -79,11 +77,11 @@ class Index:
             runtime: how documents are encoded; see ``for_inference``.
             precision: of the encoding; see ``for_inference``. All but float32 are approximations, and recorded. "auto" is the
                 precision of the index if there is one, else bfloat16 if the machine has bfloat16 products.
-            top_k: keep only the ``top_k`` largest weights of each document: an approximation, and recorded.
+            top_k: keep only this many weights of each document, the largest: an approximation, and recorded.
             max_length: tokens that are read of a document or query; see ``open_encoder``. The number of documents that are cut
                 is logged.
-            workers: number of processes that encode, each with the model.
-            ray: encode on a Ray cluster with ``workers`` actors instead.
+            workers: number of processes that encode, each with its own model.
+            ray: encode on a Ray cluster instead, with this number of workers.
 
         Raises:
             OutputError: the folder is not empty, or holds an index that was made with other options or changed by ``add`` or
@@ -106,8 +104,7 @@ class Index:
         """Open the index in a ``folder``.
 
         Args:
-            model: the path or hub id of the index's model, if it moved. By default it is looked for where it was, and where it
-                was relative to the index.
+            model: the path or hub id of the index's model, if it moved; by default where it was, or was relative to the index.
             runtime: how texts are encoded; see ``for_inference``.
             precision: of the encoding of queries; see ``for_inference``. All but float32 are approximations.
 
@@ -140,24 +137,6 @@ class Index:
         if self.store.closed:
             return f"Index({str(self.folder)!r}: closed)"
         return f"Index({str(self.folder)!r}: {len(self):,} documents, model {self.about['model']!r})"
-
-    @property
-    def encoder(self) -> "SparseEncoder":
-        """The model of the index, loaded on first use.
-
-        Raises:
-            ModelError: the model is missing, or is not the one that built the index.
-        """
-        return self._model.encoder
-
-    @property
-    def queries(self) -> Queries:
-        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries.
-
-        Raises:
-            ModelError: the model is missing, or is not the one that built the index.
-        """
-        return self._model.queries
 
     def describe(self) -> dict[str, Any]:
         """``about`` with the current number of documents and their mean active dims; reads all documents."""
@@ -219,7 +198,7 @@ class Index:
             ModelError: the model of the index is missing or was changed.
         """
         check_query(query)
-        return self.search_vector(self.queries.encode([query]), check_hits(k), explain, filter, exact)
+        return self.search_vector(self.queries.encode([query]), check_count("k", k), explain, filter, exact)
 
     def search_vector(
         self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
@@ -229,26 +208,16 @@ class Index:
         Raises:
             OptionError: k is below 1, or no document has a name of the filter.
         """
-        k = check_hits(k)
+        k = check_count("k", k)
         with self.store.reading():  # without it, a document could be deleted between the search and its fetching
             found = self.store.search(vector.indices, vector.data, k, filter, exact)
             documents = self.store.documents([position for position, _ in found])
-            note = None if found else self.explain_filter(filter)
-        hits = Hits()
-        hits.note = note
+            hits = Hits(note=None if found else explain_filter(self.store, filter))
         for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
             matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
             score = score if matches is None else sum(match.product for match in matches)
             hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches))
         return hits
-
-    def explain_filter(self, filter: Filter | None) -> str | None:
-        """Why a search with a ``filter`` found nothing, in one line; None without a filter.
-
-        Raises:
-            OptionError: no document has a name of the filter.
-        """
-        return explain_filter(self.store, filter)
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Encode documents as those in the index were."""
@@ -284,4 +253,4 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    write_atomic(folder / "index.json", json.dumps(about, indent=2) + "\n")
+    write_record(folder / "index.json", about)

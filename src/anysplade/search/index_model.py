@@ -22,16 +22,21 @@ FORMAT = 3  # of an index in a folder
 
 
 def describe_model(source: str, folder: Path | None = None) -> dict[str, Any]:
-    """The description of a model for an index.
-
-    Args:
-        folder: of the index; a relative path from there finds the model if both are moved together.
-    """
+    """The description of a model for an index; a relative path from its folder finds the model if both are moved together."""
     known = {"format": FORMAT, "model": source, "model_fingerprint": fingerprint(source)}
-    if not Path(source).is_dir():
-        return known
-    place = str(Path(source).resolve())
-    return known | {"model": place} | ({} if folder is None else {"model_beside": os.path.relpath(place, folder.resolve())})
+    return known | (describe_place("model", Path(source), folder) if Path(source).is_dir() else {})
+
+
+def describe_place(name: str, path: Path, folder: Path | None) -> dict[str, str]:
+    """Where a model or corpus is: absolute, and relative to the folder of an index."""
+    place = str(path.resolve())
+    return {name: place} | ({} if folder is None else {f"{name}_beside": os.path.relpath(place, folder.resolve())})
+
+
+def described_places(about: Mapping[str, Any], name: str, folder: str | Path) -> list[str]:
+    """Where a model or corpus of a description can be: where it was, and where it was relative to the index."""
+    beside = about.get(f"{name}_beside")
+    return [place for place in (about.get(name), beside and os.path.normpath(Path(folder).resolve() / beside)) if place]
 
 
 @dataclass
@@ -39,21 +44,15 @@ class IndexModel:
     """The model of an index. Each part is opened on first use; a build sets ``source`` and ``encoder`` itself."""
 
     about: Mapping[str, Any]  # the description of the index, which contains that of the model
-    where: str | Path  # folder or address of the index
-    place: str | Path | None = None  # path or hub id of the model, if it moved
+    index: str | Path  # folder or address of the index
+    moved: str | Path | None = None  # path or hub id of the model, if it is another one than in the description
     runtime: Runtime = "auto"
     precision: Precision = "float32"  # for queries; documents have the precision of the index
 
     @cached_property
     def source(self) -> str:
-        """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index.
-
-        Raises:
-            ModelError: the model is missing, or is not the one that built the index.
-        """
-        places = [self.about["model"]] if self.place is None else [str(self.place)]
-        if self.place is None and "model_beside" in self.about:
-            places.append(str((Path(self.where).resolve() / self.about["model_beside"]).resolve()))
+        """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index."""
+        places = described_places(self.about, "model", self.index) if self.moved is None else [str(self.moved)]
         changed, missing = [], []
         for place in dict.fromkeys(places):
             try:
@@ -64,17 +63,17 @@ class IndexModel:
             if fingerprint(source) == self.about["model_fingerprint"]:
                 return source
             changed.append(source)
-        if changed and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())) and self.place is not None:
+        if changed and self.moved is not None and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())):
             raise ModelError(
-                f"{changed[0]}: not the model of {self.where}, which was built with {self.about['model']}; give the place of that "
+                f"{changed[0]}: not the model of {self.index}, which was built with {self.about['model']}; give the place of that "
                 "one as `model`, or leave `model` out if it is still there"
             )
         if changed:
             raise ModelError(
-                f"{', '.join(changed)}: the model changed since {self.where} was built; build the index again, or name the "
+                f"{', '.join(changed)}: the model changed since {self.index} was built; build the index again, or name the "
                 "place of the old model with `model`"
             )
-        raise ModelError(f"{self.where}: its model is not there; name it with `model` ({'; '.join(missing)})")
+        raise ModelError(f"{self.index}: its model is not there; name it with `model` ({'; '.join(missing)})")
 
     @cached_property
     def encoder(self) -> "SparseEncoder":
@@ -86,7 +85,7 @@ class IndexModel:
 
     @cached_property
     def queries(self) -> Queries:
-        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries."""
+        """See ``WithModel.queries``."""
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
@@ -102,3 +101,19 @@ class IndexModel:
         from anysplade.model.runtimes import for_inference
 
         return for_inference(self.encoder, self.runtime, self.about.get("precision", "float32"))
+
+
+class WithModel:
+    """The part of an index that opens its model, on first use."""
+
+    _model: IndexModel
+
+    @property
+    def encoder(self) -> "SparseEncoder":
+        """The model; raises ModelError if it is missing, or is not the one that built the index."""
+        return self._model.encoder
+
+    @property
+    def queries(self) -> Queries:
+        """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries."""
+        return self._model.queries

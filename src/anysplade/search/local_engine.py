@@ -43,12 +43,7 @@ def count_changes(shard: edge.EdgeShard) -> int | None:
 
 
 def apply(shard: edge.EdgeShard, rows: Sequence[Row], count: int) -> None:
-    """Add, replace and delete documents.
-
-    Args:
-        rows: the documents as the database has them now.
-        count: the number of changes that the shard contains then.
-    """
+    """Give a shard the documents as the database has them now; ``count`` is the number of changes that it contains then."""
     points = [edge.Point(_MARK, {}, {"writes": count})]
     for position, metadata, terms, weights in rows:
         if terms is not None and weights is not None:
@@ -62,12 +57,7 @@ def apply(shard: edge.EdgeShard, rows: Sequence[Row], count: int) -> None:
 
 
 def search(shard: edge.EdgeShard, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
-    """The k documents of the highest scores above 0, in float32.
-
-    Args:
-        terms, weights: the vector of the query, (active dims,) each.
-        conditions: what ``check_filter`` returns.
-    """
+    """The k documents of the highest scores above 0, in float32; ``conditions`` are those of ``check_filter``."""
     query = edge.Query.Nearest(edge.SparseVector(terms.tolist(), weights.tolist()), using=_VECTOR)
     filter = _filter("values", [values for _, values in conditions]) if conditions else None
     return [(int(point.id), point.score) for point in shard.query(edge.QueryRequest(query=query, limit=k, filter=filter))]

@@ -8,29 +8,25 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anysplade._common.files import user_path
 from anysplade.data.corpus import Document, empty_corpus, iter_corpus
 from anysplade.errors import DataError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
-from anysplade.model.queries import Queries
 from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.base import require_same_model
-from anysplade.search.filters import Filter, explain_filter
-from anysplade.search.hits import Hits, check_hits, check_query, explain_score
-from anysplade.search.index_model import IndexModel, describe_model
-
-if TYPE_CHECKING:
-    from sentence_transformers import SparseEncoder
+from anysplade.search.filters import Filter
+from anysplade.search.hits import Hits, check_count, check_query, explain_score
+from anysplade.search.index_model import IndexModel, WithModel, describe_model
 
 logger = logging.getLogger(__name__)
 
 
-class RemoteIndex:
-    """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``.
+class RemoteIndex(WithModel):
+    """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``, with the same ``encoder`` and ``queries``.
 
     ``sent`` is the number of documents that ``build`` sent; ``left_over`` is the number that the server has and the corpus lacks.
     """
@@ -40,10 +36,7 @@ class RemoteIndex:
     ) -> None:
         """The server is contacted on first use.
 
-        Args:
-            model: path or hub id of the index's model, if it moved.
-            runtime: how texts are encoded; see ``for_inference``.
-            precision: of the encoding of queries; see ``for_inference``.
+        ``model``, ``runtime`` and ``precision`` are as in ``Index.load``.
 
         Raises:
             OptionError: the address is malformed.
@@ -89,7 +82,7 @@ class RemoteIndex:
         """
         from anysplade.model.encoder import open_encoder
         from anysplade.model.runtimes import resolve_precision
-        from anysplade.search.build import corpus_name
+        from anysplade.search.build import describe_corpus
         from anysplade.search.document_encoding import Options, check_encoding, encode_documents
 
         index = cls(address, model, runtime)
@@ -105,7 +98,7 @@ class RemoteIndex:
         about = describe_model(source) | {"precision": used, "top_k": top_k, "max_length": max_length}
         if stored is not None:
             require_same_model(index.address, stored, about)
-        key = hashlib.sha256(json.dumps([about, corpus_name(corpus)]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps([about, describe_corpus(corpus)["corpus"]]).encode()).hexdigest()[:32]
         index._model = IndexModel(about, index.address, model, runtime)
         index._model.source, index._model.encoder = source, open_encoder(source, max_length=max_length)
         batches = encode_documents(
@@ -149,19 +142,9 @@ class RemoteIndex:
         return about
 
     @cached_property
-    def _model(self) -> IndexModel:
+    def _model(self) -> IndexModel:  # type: ignore[override]
         model, runtime, precision = self._options
         return IndexModel(self.about, self.address, model, runtime, precision)
-
-    @property
-    def encoder(self) -> "SparseEncoder":
-        """The model of the index, loaded on first use from its path or hub id, or from the given one."""
-        return self._model.encoder
-
-    @property
-    def queries(self) -> Queries:
-        """Encodes queries; see ``Index.queries``."""
-        return self._model.queries
 
     def __len__(self) -> int:
         return self.engine.count()
@@ -181,15 +164,13 @@ class RemoteIndex:
                 server cannot do.
         """
         check_query(query)
-        k = check_hits(k)
+        k = check_count("k", k)
         if exact:
             raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
         vector = self.queries.encode([query])
         hits = self.engine.search(vector.indices, vector.data, k, filter)
         if not explain or not hits:
-            found = Hits(hits)
-            found.note = None if hits else self.explain_filter(filter)
-            return found
+            return hits
         from anysplade.model.encoding import encode
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
@@ -198,11 +179,3 @@ class RemoteIndex:
         return Hits(
             replace(hit, terms=explain_score(names, vector, row.indices, row.data)) for hit, row in zip(hits, rows, strict=True)
         )
-
-    def explain_filter(self, filter: Filter | None) -> str | None:
-        """Why a search with a ``filter`` found nothing; see ``Index.explain_filter``.
-
-        Raises:
-            OptionError: no document has a name of the filter.
-        """
-        return explain_filter(self.engine, filter)

@@ -7,13 +7,13 @@ import logging
 import random
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, is_collection, load_collection
 from anysplade.data.corpus import read_corpus
 from anysplade.errors import DataError, OptionError
@@ -33,8 +33,8 @@ _SECONDS = 2.0  # of measuring the speed
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-@dataclass(frozen=True)
-class Size:
+@dataclass(frozen=True, repr=False)
+class Size(Tabular):
     """What was asked, measured and derived."""
 
     model: str
@@ -62,9 +62,6 @@ class Size:
     encoding_hours: float  # on one machine like this
     assumptions: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def size(
     model: str | Path,
@@ -77,19 +74,11 @@ def size(
     memory_gib: float = 32.0,
     progress: bool = False,
 ) -> Size:
-    """Size an index of ``documents`` documents.
+    """Size an index of a number of documents, whose texts are like a sample of the corpus; everyday texts without a corpus.
 
-    Args:
-        corpus: texts like those that will be indexed, also with queries if it is a collection; everyday texts if None.
-        sample: number of documents, and of queries, that are encoded.
-        qps: wanted queries per second.
-        memory_gib: of a machine, for postings.
-
-    Raises:
-        OptionError: a number is not above 0.
-        ModelError, DataError: the model or the corpus cannot be read; see ``open_encoder`` and ``read_corpus``.
+    Queries are those of the corpus if it is a collection, or everyday ones. ``memory_gib`` is that of a machine, for postings.
     """
-    if documents < 1 or sample < 1 or not 0 < qps < float("inf") or not 0 < memory_gib < float("inf"):
+    if documents < 1 or sample < 1 or not 0 < qps < np.inf or not 0 < memory_gib < np.inf:
         raise OptionError(f"documents {documents}, sample {sample}, qps {qps}, memory {memory_gib} GiB: all must be above 0")
     encoder = open_encoder(model)
     sampled, questions, source = _sample(corpus, sample, seed)
@@ -142,11 +131,7 @@ def size(
 
 
 def parse_count(text: str) -> int:
-    """The number in a text such as ``100M``, ``2.5B``, ``1e8`` or ``100,000``.
-
-    Raises:
-        OptionError: the text is not such a number, or the number is below 1.
-    """
+    """The number of documents in a text such as ``100M``, ``2.5B``, ``1e8`` or ``100,000``; raises OptionError for another text."""
     match = re.fullmatch(r"(\d[\d,_]*(?:\.\d+)?(?:e\d{1,2})?)([kmb]?)", text.strip().lower())
     count = float(re.sub("[,_]", "", match[1])) * _SUFFIXES[match[2]] if match else 0.0
     if not 1 <= count < 1e15:

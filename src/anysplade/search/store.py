@@ -43,12 +43,7 @@ class Store(Database):
     """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
-        """Open a store, and bring its engine up to date.
-
-        Raises:
-            DataError: the database is damaged, or cannot be read by this process.
-            AnyspladeError: the disk is full, and the engine lacks changes.
-        """
+        """Open a store, and bring its engine up to date."""
         super().__init__(folder, vocabulary)
         self._engine: Any = None  # a shard of Qdrant Edge, if this process holds it
         self._unflushed = 0  # changes in the engine that may not be on disk
@@ -78,13 +73,9 @@ class Store(Database):
     # ----------------------------------------------------------------------------------- change
 
     def put(self, documents: Iterable[EncodedDocument], manual: bool = False) -> None:
-        """Add documents, or replace those with the same id, in transactions of ``BATCH``.
+        """Add documents, or replace those with the same id, in transactions of ``BATCH``; one with an invalid document is not made.
 
-        Args:
-            manual: record that the store differs from its corpus.
-
-        Raises:
-            DataError: a vector cannot be indexed; its transaction is not made.
+        ``manual`` records that the store differs from its corpus.
         """
         iterator = iter(documents)
         while batch := [check_document(document, self.vocabulary) for document in islice(iterator, BATCH)]:
@@ -129,12 +120,7 @@ class Store(Database):
                 self._flush()
 
     def snapshot(self, folder: Path) -> None:
-        """Copy the database in one consistent state, even during writes; opening the copy builds its engine.
-
-        Raises:
-            OutputError: the folder is not empty.
-            AnyspladeError: the disk is full.
-        """
+        """Copy the database in one consistent state, even during writes; opening the copy builds its engine."""
         require_empty(folder)
         make_folder(folder)
         try:
@@ -146,19 +132,15 @@ class Store(Database):
 
     # ----------------------------------------------------------------------------------- search
 
-    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, wanted: Filter | None = None, exact: bool = False) -> Found:
+    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: Filter | None = None, exact: bool = False) -> Found:
         """The k documents of the highest scores above 0; ties in the order in which the documents were added.
 
         Args:
             terms, weights: the vector of the query, (active dims,) each.
             exact: search the database in float64, not the engine in float32.
-
-        Raises:
-            DataError: the vector is invalid; see ``check_vector``.
-            OptionError: the filter is invalid, or no document has a name of it.
         """
         terms, weights = check_vector("the query", terms, weights, self.vocabulary)
-        conditions = check_filter(wanted)
+        conditions = check_filter(filter)
         with self.reading():
             found: Found = []
             if len(terms) and (self._engine is None or exact):
@@ -166,7 +148,7 @@ class Store(Database):
             elif len(terms):
                 found = local_engine.search(self._engine, terms, weights, k, conditions)
             if not found:
-                explain_filter(self, wanted)
+                explain_filter(self, filter)
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:

@@ -34,20 +34,19 @@ DEFAULT_K = 10
 _BODY_SECONDS = 10  # for a client to send its body
 
 
-def _check_query(value: Any) -> Any:
-    if isinstance(value, str):
-        check_query(value)  # its message says more than that of pydantic
-    return value
+def _checked_by(check: Callable[[Any], object], kind: type) -> BeforeValidator:
+    """Check values of a type before pydantic, whose messages say less about how to fix them."""
 
+    def validate(value: Any) -> Any:
+        if isinstance(value, kind):
+            check(value)
+        return value
 
-def _check_filter(value: Any) -> Any:
-    if isinstance(value, dict):
-        check_filter(value)  # its message says how to fix a value; pydantic's lists the types that it tried
-    return value
+    return BeforeValidator(validate)
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-_Query = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S"), BeforeValidator(_check_query)]
+_Query = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S"), _checked_by(check_query, str)]
 _Value = Annotated[str, Field(max_length=MAX_TEXT)] | int | Annotated[float, Field(allow_inf_nan=False)] | bool
 _Values = Annotated[  # the tags limit the errors to the kind that was sent
     Annotated[_Value, Tag("value")] | Annotated[list[_Value], Field(min_length=1, max_length=MAX_VALUES), Tag("list")],
@@ -80,7 +79,7 @@ class SearchRequest(_Body):
             description="metadata that a hit must have: a value by name, or a list of values of which one must match; numbers and "
             "bools equal their texts; case and surrounding blanks do not matter",
         ),
-        BeforeValidator(_check_filter),
+        _checked_by(check_filter, dict),
     ] = {}
 
 
@@ -166,11 +165,7 @@ class ASCIIResponse(JSONResponse):
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request, with limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)
-
-    Raises:
-        HTTPException: 415 if the body is compressed, 413 or 408 above a limit, or 400 if the client disconnected.
-    """
+    """The body of a request, with limits of size and time. (FastAPI 0.115 limits neither, later versions only the size.)"""
     encodings = ",".join(request.headers.getlist("content-encoding")).lower().replace(" ", "").split(",")
     if compressed := ", ".join(encoding for encoding in encodings if encoding not in ("", "identity")):
         message = f"the body is encoded as {compressed[:100]}; send it as it is, without Content-Encoding"
@@ -240,8 +235,7 @@ async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     try:
         hits = await searcher.search(body.query, body.k, body.explain, body.filter)
     except OptionError as error:  # no document has a name of the filter, but a later one may have it
-        hits = Hits()
-        hits.note = str(error)
+        hits = Hits(note=str(error))
     found = {"query": body.query, "hits": [hit.to_dict() for hit in hits]}
     return ASCIIResponse(found if hits.note is None else found | {"note": hits.note})
 

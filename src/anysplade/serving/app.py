@@ -9,9 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -25,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anysplade import __version__
 from anysplade._common.arguments import did_you_mean
+from anysplade._common.tables import Tabular
 from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.model.options import Precision, Runtime
 from anysplade.serving import api, pages
@@ -55,11 +55,9 @@ _HEADERS = (
 def create_app(searcher: Searcher, token: str | None = None, hosts: Sequence[str] | None = _LOOPBACK) -> FastAPI:
     """The application of pages and API, which starts and stops the searcher.
 
-    Args:
-        searcher: not yet started.
-        token: that every request must send, as a bearer token or (from the pages) as a cookie.
-        hosts: host names that requests may use, IPv6 addresses in brackets; None for any. Other names are refused, because a
-            web page elsewhere could let its own name point here to read the responses (DNS rebinding).
+    Every request must send the token, as a bearer token or (from the pages) as a cookie. Hosts other than the given ones, of which
+    IPv6 addresses are in brackets, are refused unless it is None: a web page elsewhere could let its own name point here to read
+    the responses (DNS rebinding).
     """
 
     @contextlib.asynccontextmanager
@@ -119,11 +117,6 @@ async def _error_response(request: Request, error: Exception) -> Response:
     return ASCIIResponse({"error": message}, status, headers)
 
 
-def _host_name(request: Request) -> str:
-    """The host that a request names, without its port."""
-    return re.sub(r":\d*$", "", request.headers.get("host", "").lower())
-
-
 def _wants_html(request: Request) -> bool:
     return "text/html" in request.headers.get("accept", "")
 
@@ -153,12 +146,12 @@ class _OuterMiddleware:
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
-        request = Request(scope)
-        app = self.app
+        request, app = Request(scope), self.app
+        host = re.sub(r":\d*$", "", request.headers.get("host", "").lower())  # without its port
         if not self._is_allowed(request):
             error = {"error": "the token is missing or wrong; send the header Authorization: Bearer TOKEN"}
             app = RedirectResponse("/login", 303) if _wants_html(request) else ASCIIResponse(error, 401)
-        elif self.hosts is not None and (host := _host_name(request)) not in self.hosts:
+        elif self.hosts is not None and host not in self.hosts:
             message = f"the host name {host[:100]!r} is not served; use {', '.join(self.hosts)}"
             app = await _error_response(request, HTTPException(400, message))
         try:
@@ -179,17 +172,13 @@ class _OuterMiddleware:
         return pages.token_matches(self.token, given)
 
 
-@dataclass(frozen=True)
-class Served:
+@dataclass(frozen=True, repr=False)
+class Served(Tabular):
     """The address of a server, and the number of requests that it answered."""
 
     index: str
     address: str
     requests: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -218,15 +207,7 @@ def serve(
 ) -> Served:
     """Serve an index until the process gets SIGINT or SIGTERM; running requests are finished first.
 
-    Args:
-        index, beside, model, runtime, precision: see ``Searcher``.
-        host: an address of this machine; if other machines can reach it, a token is needed.
-        port: 0 for any free port.
-        token: that every request must send; at least 16 ASCII characters.
-
-    Raises:
-        OptionError: a token is missing or can be guessed, or the host or port cannot be used.
-        DataError, ModelError: see ``Searcher``.
+    The index and its options are those of ``Searcher``, and the token is that of ``create_app``. Port 0 is any free port.
     """
     name = f"[{host}]" if ":" in host else host
     if name not in _LOOPBACK and not token:

@@ -75,17 +75,11 @@ class Searcher:
         runtime: Runtime = "auto",
         precision: Precision = "float32",
     ) -> None:
-        """Open an index, and load its model if its queries need the model.
+        """Open an index as ``Index.load`` does, and load its model if its queries need the model.
 
         Args:
-            folder: of the index.
             beside: another index, or bm25, to compare with.
-            model: path or hub id of the first index's model, if it moved.
-            runtime: how texts are encoded; see ``for_inference``.
-            precision: of the encoding of queries; see ``for_inference``.
-
-        Raises:
-            DataError, ModelError: see ``Index.load`` and ``Index.queries``.
+            model: of the first index, if it moved.
         """
         self.folder = user_path(folder)
         self.beside = beside
@@ -225,11 +219,7 @@ class Searcher:
         return value
 
     def read_documents(self, index: Index) -> Iterator[EncodedDocument]:
-        """All documents of an index, for functions on the second thread.
-
-        Raises:
-            StoppedError: the searcher is stopping, or the index was replaced.
-        """
+        """All documents of an index, for functions on the second thread; a StoppedError if it stops, or the index is replaced."""
         for document in index.store:
             if self._stopping or index is not self.index:
                 raise StoppedError

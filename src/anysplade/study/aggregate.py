@@ -11,7 +11,7 @@ from scipy import stats
 
 from anysplade.evaluation.significance import SIGNIFICANT, holm, paired_p
 from anysplade.study.arms import Arm
-from anysplade.study.cells import CellRecord
+from anysplade.study.cells import CellRecord, QueryScores
 from anysplade.study.controls import CONTROLS
 from anysplade.study.results import ControlPair, Curve, Curves, Means, PairedTest, RowCurves, RowResult, RowRuns, by_backbone
 
@@ -57,7 +57,7 @@ def paired_tests(name: str, rows: Sequence[RowResult], records: Records, collect
     against none.
     """
     tests = []
-    for backbone, group in by_backbone(rows):
+    for _, group in by_backbone(rows):
         auto = by_arm(group).get(Arm.AUTO)
         if auto is None:  # it failed
             continue
@@ -70,14 +70,13 @@ def paired_tests(name: str, rows: Sequence[RowResult], records: Records, collect
                 pairs = [(auto, other) for other in (*raw, *best)]
             tests += [
                 PairedTest(
-                    backbone=backbone,
                     collection=collection,
                     key=other.key,
                     against=other.arm,
-                    **_difference(row, other, records, collection),
                     flops=row.results[collection].flops,
                     flops_of_other=other.results[collection].flops,
                     head=row.arm,
+                    **_difference(row, other, records, collection),
                 )
                 for row, other in pairs
             ]
@@ -85,9 +84,9 @@ def paired_tests(name: str, rows: Sequence[RowResult], records: Records, collect
 
 
 def control_pairs(rows: Sequence[RowResult], records: Records, collection: str) -> list[ControlPair]:
-    """Compare the pairs of rows that differ in one thing, corrected together (Holm); the conclusions are empty."""
+    """Test the pairs of rows that differ in one thing, corrected together (Holm); the conclusions are empty."""
     pairs = []
-    for backbone, group in by_backbone(rows):
+    for _, group in by_backbone(rows):
         arms = by_arm(group)
         for about, one, other, *_ in CONTROLS:
             if one not in arms or other not in arms:  # it failed, or the backbone has no such row
@@ -95,14 +94,13 @@ def control_pairs(rows: Sequence[RowResult], records: Records, collection: str) 
             a, b = (arms[key].results[collection] for key in (one, other))
             pairs.append(
                 ControlPair(
-                    backbone=backbone,
                     about=about,
                     one=arms[one].arm,
                     other=arms[other].arm,
-                    **_difference(arms[one], arms[other], records, collection),
                     values=(a.text, b.text),
                     flops=(a.flops, b.flops),
                     conclusion="",
+                    **_difference(arms[one], arms[other], records, collection),
                 )
             )
     return _corrected(pairs)
@@ -114,8 +112,9 @@ def _corrected(tests: Sequence[Tested]) -> list[Tested]:
 
 def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -> dict[str, Any]:
     """Difference of two rows' means, its paired p over queries, not yet corrected, and the noise of the seeds."""
-    ours, theirs = (_per_query(row, records, collection) for row in (a, b))
+    ours, theirs = (per_query([records[hash_].results[collection] for hash_ in row.cells]) for row in (a, b))
     return {
+        "backbone": a.backbone,
         "difference": a.results[collection].ndcg - b.results[collection].ndcg,
         "p": paired_p(theirs, ours),
         "noise": noise(a, b, collection),
@@ -123,25 +122,21 @@ def _difference(a: RowResult, b: RowResult, records: Records, collection: str) -
     }
 
 
-def _per_query(row: RowResult, records: Records, collection: str) -> np.ndarray:
+def per_query(seeds: Sequence[QueryScores]) -> np.ndarray:
     """Main metric of each query, mean over seeds, (queries,)."""
-    seeds = [records[hash_].results[collection].per_query for hash_ in row.cells]
-    return np.array([[values[id_] for id_ in seeds[0]] for values in seeds]).mean(axis=0)
+    return np.array([[scores.per_query[id_] for id_ in seeds[0].per_query] for scores in seeds]).mean(axis=0)
 
 
 def noise(a: RowResult, b: RowResult, collection: str) -> float | None:
     """Half the width of Welch's 95 % interval for the difference of two means over seeds; None if a row has one training."""
-    variances = []  # (variance of the mean, degrees of freedom)
-    for row in (a, b):
-        sd = row.results[collection].ndcg_sd
-        if sd is None:
-            return None
-        variances.append((sd**2 / row.runs, row.runs - 1))
-    total = sum(variance for variance, _ in variances)
-    if not total:
+    (sd_a, runs_a), (sd_b, runs_b) = ((row.results[collection].ndcg_sd, row.runs) for row in (a, b))
+    if sd_a is None or sd_b is None:
+        return None
+    of_a, of_b = sd_a**2 / runs_a, sd_b**2 / runs_b  # variances of the means
+    if not of_a + of_b:
         return 0.0
-    freedom = total**2 / sum(variance**2 / of_one for variance, of_one in variances)
-    return float(stats.t.ppf(1 - SIGNIFICANT / 2, freedom)) * math.sqrt(total)
+    freedom = (of_a + of_b) ** 2 / (of_a**2 / (runs_a - 1) + of_b**2 / (runs_b - 1))
+    return float(stats.t.ppf(1 - SIGNIFICANT / 2, freedom)) * (of_a + of_b) ** 0.5
 
 
 def correlations(rows: Sequence[RowResult], collection: str) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,10 +118,13 @@ def read_record(file: Path) -> CellRecord | None:
 def read_cell(out: Path, cell: Cell, collections: Sequence[str]) -> CellRecord | None:
     """Read a cell's record; None unless it covers the present content of all collections."""
     record = read_record(cell_file(out, cell))
-    if record is None:
-        return None
-    same = all(name in record.results and record.results[name].data_hash == collection_hash(name) for name in collections)
-    return record if same else None
+    scores = record.results if record else {}
+    return record if all(name in scores and scores[name].data_hash == collection_hash(name) for name in collections) else None
+
+
+def read_cells(out: Path, cells: Iterable[Cell], collections: Sequence[str]) -> dict[str, CellRecord]:
+    """The records of the cells that are done, by hash."""
+    return {record.hash: record for cell in cells if (record := read_cell(out, cell, collections))}
 
 
 def run_cell(cell: Cell, collections: Sequence[str], out: Path) -> None:

@@ -1,8 +1,9 @@
 """Sentences that follow from the numbers of a study."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,6 @@ from anysplade.study.results import (
 _COLLAPSED = 0.25  # share of the backbone's best row; a raw head below it has collapsed
 _NEAR = 0.95  # share of the best; a row above it is as good
 
-# The arms that the conclusions refer to.
-_NOT_PLANNED_FOR_ALL = {Arm.LOWEST_NORM, Arm.HIGHEST_NORM}  # the backbone that has this norm has no such row
-_NEEDED = {
-    "main": {Arm.RAW, Arm.FIXED, Arm.AUTO},
-    "folding": {Arm.AUTO, Arm.BY_STEM, Arm.MUTED},
-    "controls": {arm for control in CONTROLS for arm in (control.one, control.other)} - _NOT_PLANNED_FOR_ALL,
-    "norm": {Arm.RAW},
-    "tradeoff": {Arm.AUTO},
-    "sensitivity": {Arm.LEVEL, Arm.AUTO},
-    "dynamics": set(),
-}
-
 
 def summarize(
     name: str,
@@ -47,21 +36,7 @@ def summarize(
     provenance: dict[str, Any],
     bm25: Mapping[str, Baseline] | None = None,
 ) -> Study:
-    """The rows of a study with their means, and what follows from them.
-
-    Args:
-        name: of the study.
-        rows: all rows of the plan.
-        records: of the rows' cells, by hash.
-        bm25: by collection.
-
-    Raises:
-        ValueError: the plan lacks a row that the conclusions refer to.
-    """
-    for backbone in dict.fromkeys(row.backbone for row in rows):
-        missing = _NEEDED[name] - {row.key for row in rows if row.backbone == backbone}
-        if missing:
-            raise ValueError(f"{name}, {backbone}: the plan lacks {', '.join(sorted(missing))}, which the conclusions refer to")
+    """All rows of a study's plan with their means, and what follows from them and from BM25 on each collection."""
     trained = [means(row, records, settings.collections) for row in rows if row.cells]
     first = settings.collections[0]
     pairs = control_pairs(trained, records, first) if name == "controls" else None
@@ -87,20 +62,21 @@ def _failure(row: RowRuns) -> str:
 
 def conclude(name: str, study: Study, bm25: Mapping[str, Baseline] | None = None) -> list[str]:
     """Sentences that follow from the numbers of a study and of BM25 alone."""
-    first = study.settings.collections[0]
-    return {
-        "main": lambda: [*_raw_heads(study, first), *_auto_against_others(study), *_bm25(study, bm25 or {})],
-        "folding": lambda: [*_folding(study), *_bm25(study, bm25 or {})],
-        "controls": lambda: [_control(pair) for pair in study.pairs or ()],
-        "norm": lambda: _norm(study, first),
-        "dynamics": lambda: _dynamics(study, first),
-        "tradeoff": lambda: _tradeoff(study.rows, first),
-        "sensitivity": lambda: _sensitivity(study.rows, first),
-    }[name]()
+    first, against_bm25 = study.settings.collections[0], _bm25(study, bm25 or {})
+    sentences: dict[str, Iterator[str]] = {
+        "main": chain(_raw_heads(study, first), _auto_against_others(study), against_bm25),
+        "folding": chain(_folding(study), against_bm25),
+        "controls": map(_control, study.pairs or ()),
+        "norm": _norm(study, first),
+        "dynamics": _dynamics(study, first),
+        "tradeoff": _tradeoff(study.rows, first),
+        "sensitivity": _sensitivity(study.rows, first),
+    }
+    return list(sentences[name])
 
 
 def _verdict(test: PairedTest | ControlPair, better: str, worse: str, none: str, unknown: str) -> str:
-    """Choose the words for a difference."""
+    """The words for a difference."""
     if test.noise is None:
         return unknown
     if test.counts:
@@ -126,11 +102,10 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-# Rows and lists below are empty, or an arm is missing, only where trainings failed.
+# Rows and lists below are empty, or an arm is missing, only where trainings failed: a test compares these arms with the plan's.
 
 
-def _raw_heads(study: Study, collection: str) -> list[str]:
-    lines = []
+def _raw_heads(study: Study, collection: str) -> Iterator[str]:
     for backbone, group in by_backbone(study.rows):
         raw = by_arm(group).get(Arm.RAW)
         if raw is None:
@@ -138,7 +113,7 @@ def _raw_heads(study: Study, collection: str) -> list[str]:
         named, place = f"{backbone} (mean row norm {raw.before.mean_row_norm:.2f})", Path(collection).name
         best, ours = max(row.results[collection].ndcg for row in group), raw.results[collection].ndcg
         if not best:
-            lines.append(f"{named}: no head finds anything on {place}.")
+            yield f"{named}: no head finds anything on {place}."
             continue
         test = next((t for t in study.tests or () if (t.backbone, t.collection, t.key) == (backbone, collection, Arm.RAW)), None)
         if ours < _COLLAPSED * best:
@@ -155,12 +130,10 @@ def _raw_heads(study: Study, collection: str) -> list[str]:
                 "is below the best, but no difference shows between it and auto",
                 "is below the best, but single trainings do not tell it from auto",
             )
-        lines.append(f"{named}: the raw head {state}, at {ours / best:.0%} of the backbone's best on {place}.")
-    return lines
+        yield f"{named}: the raw head {state}, at {ours / best:.0%} of the backbone's best on {place}."
 
 
-def _auto_against_others(study: Study) -> list[str]:
-    lines = []
+def _auto_against_others(study: Study) -> Iterator[str]:
     for test in sorted(study.tests or (), key=lambda test: test.key == Arm.RAW):
         other = "the raw head" if test.key == Arm.RAW else f"the best fixed k ({test.against})"
         cost = f"{test.flops:.2f} FLOPS against 0."
@@ -168,36 +141,31 @@ def _auto_against_others(study: Study) -> list[str]:
             ratio = test.flops / test.flops_of_other
             cost = f"{_times(ratio)} times its FLOPS" + ("." if ratio <= 1 else ": a higher cost.")
         place = Path(test.collection).name
-        lines.append(f"{test.backbone} on {place}: {_relation(test, 'auto')} {other}: {_size(test)}, at {cost}")
-    return lines
+        yield f"{test.backbone} on {place}: {_relation(test, 'auto')} {other}: {_size(test)}, at {cost}"
 
 
-def _bm25(study: Study, bm25: Mapping[str, Baseline]) -> list[str]:
-    lines = []
+def _bm25(study: Study, bm25: Mapping[str, Baseline]) -> Iterator[str]:
     for collection in study.settings.collections:
         if collection in bm25 and study.rows:
             ours, best = bm25[collection].ndcg, max(study.rows, key=lambda row: row.results[collection].ndcg)
             value = best.results[collection]
             place = "above" if ours > value.ndcg else "below" if ours < value.ndcg else "level with"
-            lines.append(
+            yield (
                 f"BM25 on {Path(collection).name}: {METRIC} {ours:.3f}, {place} the best head "
                 f"({best.backbone}, {best.label}: {value.text}); there is no test against BM25."
             )
-    return lines
 
 
-def _folding(study: Study) -> list[str]:
-    lines = []
+def _folding(study: Study) -> Iterator[str]:
     for test in study.tests or ():
         ours, none = (
             next(row for row in study.rows if (row.backbone, row.arm) == (test.backbone, arm)).results[test.collection]
             for arm in (test.head, test.against)
         )
-        lines.append(
+        yield (
             f"{test.backbone} folded {test.head}, on {Path(test.collection).name}: {_relation(test, 'it')} the vocabulary as it is: {_size(test)}; "
             f"{ours.document_active_dims:.0f} active dims per document against {none.document_active_dims:.0f}, FLOPS {ours.flops:.2f} against {none.flops:.2f}."
         )
-    return lines
 
 
 def _control(pair: ControlPair) -> str:
@@ -209,8 +177,7 @@ def _control(pair: ControlPair) -> str:
     )
 
 
-def _norm(study: Study, collection: str) -> list[str]:
-    lines = []
+def _norm(study: Study, collection: str) -> Iterator[str]:
     raw = sorted((row for row in study.rows if row.key == Arm.RAW), key=lambda row: row.before.mean_row_norm)
     for label, found in (study.correlations or {}).items():
         if not found:
@@ -218,59 +185,49 @@ def _norm(study: Study, collection: str) -> list[str]:
         count = len(raw if label == RAW_HEADS else study.rows)
         strongest = max(found, key=lambda name: abs(found[name]))
         norm = f"{found['mean_row_norm']:+.2f}" if "mean_row_norm" in found else "undefined"
-        lines.append(
+        yield (
             f"Over {count} {label}, the rank correlation of {METRIC} on {Path(collection).name} with the head's mean row norm is {norm}; "
             f"the strongest correlation with a statistic before training is {found[strongest]:+.2f}, for {strongest.replace('_', ' ')}."
         )
     if len(raw) > 1:
         listed = "; ".join(f"{row.backbone} {row.before.mean_row_norm:.2f}: {row.results[collection].text}" for row in raw)
-        lines.append(f"Raw heads by norm: {listed}.")
-    return lines
+        yield f"Raw heads by norm: {listed}."
 
 
-def _dynamics(study: Study, collection: str) -> list[str]:
-    lines = []
+def _dynamics(study: Study, collection: str) -> Iterator[str]:
     for row, shown in zip(study.rows, study.curves or (), strict=True):
         loss, spread, similarity = (
             [statistics.mean(curve[end][1] for curve in curves) for end in (0, -1)]
             for curves in (shown.curves.loss, shown.curves.score_std, shown.curves.document_similarity)
         )
         findings = f"; the monitor found: {', '.join(row.findings)}" if row.findings else ""
-        lines.append(
+        yield (
             f"{row.backbone}, {row.arm}: ranking loss {loss[0]:.3g} in the first step and {loss[1]:.3g} in the last; standard deviation of "
             f"the scores {spread[0]:.3g} and {spread[1]:.3g}; cosine between documents at the end {similarity[1]:.2f}; "
             f"{METRIC} {row.results[collection].text}{findings}."
         )
-    return lines
 
 
-def _tradeoff(rows: Sequence[RowResult], collection: str) -> list[str]:
-    lines = []
+def _tradeoff(rows: Sequence[RowResult], collection: str) -> Iterator[str]:
     for backbone, group in by_backbone(rows):
         ours = [row.results[collection] for row in group if row.key == Arm.AUTO]
         if not ours:
             continue
+        top = max(ours, key=lambda point: point.ndcg)
         for arm in dict.fromkeys(row.arm for row in group if row.key != Arm.AUTO):
             best = max((row.results[collection] for row in group if row.arm == arm), key=lambda point: point.ndcg)
-            line = f"{backbone}: the best point of {arm} ({best.text} at {best.flops:.2f} FLOPS) is "
-            reached = [point for point in ours if point.ndcg >= best.ndcg]
-            if reached:
+            line = f"not reached by auto, whose best is {top.text} at {top.flops:.2f}"
+            if reached := [point for point in ours if point.ndcg >= best.ndcg]:
                 least = min(reached, key=lambda point: point.flops)
-                line += f"reached by auto with {least.text} at {least.flops:.2f}"
+                line = f"reached by auto with {least.text} at {least.flops:.2f}"
                 if 0 < least.flops < best.flops:
                     line += f", {_times(best.flops / least.flops)} times fewer"
                 elif 0 < best.flops < least.flops:
                     line += f", {_times(least.flops / best.flops)} times as many"
-                line += "."
-            else:
-                top = max(ours, key=lambda point: point.ndcg)
-                line += f"not reached by auto, whose best is {top.text} at {top.flops:.2f}."
-            lines.append(line)
-    return lines
+            yield f"{backbone}: the best point of {arm} ({best.text} at {best.flops:.2f} FLOPS) is {line}."
 
 
-def _sensitivity(rows: Sequence[RowResult], collection: str) -> list[str]:
-    lines = []
+def _sensitivity(rows: Sequence[RowResult], collection: str) -> Iterator[str]:
     for backbone, group in by_backbone(rows):
         k_alone = {row.axis.k: row.results[collection] for row in group if row.axis.k and not row.axis.level}
         if not k_alone:
@@ -291,8 +248,7 @@ def _sensitivity(rows: Sequence[RowResult], collection: str) -> list[str]:
             if auto := by_arm(group).get(Arm.AUTO):
                 ours = auto.results[collection]
                 line += f" auto has {ours.text}" + _part(ours, top, "of the map's best") + f", at {ours.flops:.2f} FLOPS."
-        lines.append(line)
-    return lines
+        yield line
 
 
 def _part(point: Means, whole: Means, words: str) -> str:

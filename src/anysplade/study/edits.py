@@ -18,12 +18,7 @@ from anysplade.study.plan import Edit, Edits
 
 
 def edited(backbone: str, edits: Edits, out: str | Path) -> str:
-    """Write a backbone with an edited head into a folder, once; without edits, return the backbone itself.
-
-    Raises:
-        OptionError: an edit is unknown.
-        ModelError: the head has no LayerNorm to fold into.
-    """
+    """Write a backbone with an edited head into a folder, once; returns its path, or without edits the backbone itself."""
     if not edits:
         return backbone
     target = Path(out) / edited_name(backbone, edits)
@@ -64,11 +59,7 @@ def _edit(model: PreTrainedModel, edit: Edit, value: float) -> None:
 
 
 def _norm_before_decoder(model: PreTrainedModel) -> nn.LayerNorm:
-    """The last LayerNorm of the head, whose output the decoder projects.
-
-    Raises:
-        ModelError: the head has no LayerNorm.
-    """
+    """The last LayerNorm of the head, whose output the decoder projects."""
     prefix = f"{model.base_model_prefix}."
     norms = [module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not name.startswith(prefix)]
     if not norms:

@@ -1,13 +1,14 @@
 """The figures of a study."""
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from anysplade._common.figures import INK, ON_A_PAGE, draw
 from anysplade.study.arms import Arm
@@ -18,7 +19,11 @@ _COLORS = {Arm.RAW: "#d1495b", Arm.AUTO: "#2a9d8f"}
 _OTHERS = ("#e9a23b", "#7b6fd0", "#4c8bd6", "#9a9a9a")
 _MARKERS = {Arm.RAW: "s", Arm.AUTO: "o"}
 _WIDTH, _HEIGHT = 4.4, 3.2  # inches
-_LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.15), "frameon": False}
+_LEGEND: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.15)}
+_STYLE = ON_A_PAGE | {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
+    "legend.frameon": False,
+}  # fmt: skip
 _QUANTITIES = {
     "loss": "ranking loss",
     "document_active_dims": "active dims per document",
@@ -42,66 +47,46 @@ Sketch = tuple[str, str, float, Callable[[Any], None]]  # subject, caption, heig
 def study_figures(name: str, result: StudyResult) -> list[Figure]:
     """Draw the figures of a study."""
     study = result.studies[name]
-    first = study.settings.collections[0]
+    collections, groups = study.settings.collections, by_backbone(study.rows)
+    first = collections[0]
     sketches = {
         "norm": lambda: [_norm(study.rows, first)],
-        "tradeoff": lambda: [_tradeoff(*group, first) for group in by_backbone(study.rows)],
+        "tradeoff": lambda: [_tradeoff(*group, first) for group in groups],
         "dynamics": lambda: _dynamics(study.curves or ()),
-        "sensitivity": lambda: [sketch for group in by_backbone(study.rows) for sketch in _sensitivity(*group, first)],
-        "controls": lambda: [_controls(*group, first) for group in by_backbone(study.rows)],
-        **dict.fromkeys(
-            ("main", "folding"),
-            lambda: [_main(study, collection, result.bm25[collection]) for collection in study.settings.collections],
-        ),
+        "sensitivity": lambda: [sketch for group in groups for sketch in _sensitivity(*group, first)],
+        "controls": lambda: [_controls(*group, first) for group in groups],
+        **dict.fromkeys(("main", "folding"), lambda: [_main(study, place, result.bm25[place]) for place in collections]),
     }[name]()
     figures = []
     for number, (subject, caption, height, paint) in enumerate(sketches, 1):
         slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")
-        figures.append(Figure(f"{name}-{number}-{slug}", caption, draw(paint, _WIDTH, height, ON_A_PAGE)))
+        figures.append(Figure(f"{name}-{number}-{slug}", caption, draw(paint, _WIDTH, height, _STYLE)))
     return figures
 
 
-def _axes(figure: Any, x: str, y: str) -> Any:
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    return axes
+def _colors(rows: Sequence[RowResult] | Sequence[RowCurves]) -> dict[str, str]:
+    """The colour of each arm by label, in the order of the rows."""
+    others = itertools.cycle(_OTHERS)
+    return {arm: _COLORS.get(key) or next(others) for arm, key in {row.arm: row.key for row in rows}.items()}
 
 
-def _arms(rows: Sequence[RowResult] | Sequence[RowCurves]) -> dict[str, Arm]:
-    """Arms by label, in the order of the rows."""
-    return {row.arm: row.key for row in rows}
-
-
-def _color(arm: str, arms: dict[str, Arm]) -> str:
-    others = [name for name, key in arms.items() if key not in _COLORS]
-    return _COLORS.get(arms[arm]) or _OTHERS[others.index(arm) % len(_OTHERS)]
-
-
-def _sds(points: Iterable[Means]) -> list[float]:
-    """The standard deviations; NaN, which is not drawn, for single trainings."""
-    return [math.nan if point.ndcg_sd is None else point.ndcg_sd for point in points]
+def _means(points: Sequence[Means]) -> tuple[np.ndarray, np.ndarray]:
+    """The means, and the standard deviations: NaN, which is not drawn, for single trainings."""
+    return np.array([point.ndcg for point in points]), np.array([point.ndcg_sd for point in points], float)
 
 
 def _paint_points(
     rows: Sequence[RowResult], collection: str, label: str, x: Callable[[RowResult], float], line: str, figure: Any
 ) -> None:
     """Effectiveness of each arm against a quantity ``x`` on a logarithmic axis; ``line`` is matplotlib's style of a line or ""."""
-    arms = _arms(rows)
-    axes = _axes(figure, label, METRIC)
-    for arm, key in arms.items():
+    axes = figure.add_subplot(xlabel=label, ylabel=METRIC, xscale="log")
+    for arm, color in _colors(rows).items():
         group = [row for row in rows if row.arm == arm]
         if line:
             group.sort(key=x)
-        points = [row.results[collection] for row in group]
-        axes.errorbar(
-            [x(row) for row in group], [point.ndcg for point in points], _sds(points),
-            fmt=_MARKERS.get(key, "^") + line, color=_color(arm, arms), capsize=3, label=arm,
-        )  # fmt: skip
-    axes.set_xscale("log")
+        marker = _MARKERS.get(group[0].key, "^") + line
+        means, sds = _means([row.results[collection] for row in group])
+        axes.errorbar([x(row) for row in group], means, sds, fmt=marker, color=color, capsize=3, label=arm)
     axes.set_ylim(bottom=0)
     axes.legend(**_LEGEND, ncols=3)
 
@@ -118,12 +103,8 @@ def _norm(rows: Sequence[RowResult], collection: str) -> Sketch:
 
 def _tradeoff(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
     caption = f"{backbone}: one point for each weight of the regularizers; bars are standard deviations."
-    return (
-        backbone,
-        caption,
-        _HEIGHT,
-        partial(_paint_points, rows, collection, "FLOPS", lambda row: row.results[collection].flops, "-"),
-    )
+    paint = partial(_paint_points, rows, collection, "FLOPS", lambda row: row.results[collection].flops, "-")
+    return backbone, caption, _HEIGHT, paint
 
 
 def _dynamics(rows: Sequence[RowCurves]) -> list[Sketch]:
@@ -135,16 +116,14 @@ def _dynamics(rows: Sequence[RowCurves]) -> list[Sketch]:
 
 
 def _paint_curves(rows: Sequence[RowCurves], name: str, label: str, figure: Any) -> None:
-    axes = _axes(figure, "step", label)
+    axes = figure.add_subplot(xlabel="step", ylabel=label, yscale="log")
+    colors = _colors(rows)
     for row in rows:
         seeds = getattr(row.curves, name)
         steps = [step for step, _ in seeds[0]]
-        columns = list(zip(*([max(value, 1e-3) for _, value in seed[: len(steps)]] for seed in seeds), strict=True))
-        steps = steps[: len(columns)]
-        color = _color(row.arm, _arms(rows))
-        axes.plot(steps, [sum(values) / len(values) for values in columns], color=color, label=row.arm)
-        axes.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2, linewidth=0)
-    axes.set_yscale("log")
+        values = np.maximum([[value for _, value in seed[: len(steps)]] for seed in seeds], 1e-3)  # (seeds, steps)
+        axes.plot(steps, values.mean(axis=0), color=colors[row.arm], label=row.arm)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colors[row.arm], alpha=0.2, linewidth=0)
     axes.legend(**_LEGEND, ncols=3)
 
 
@@ -159,12 +138,11 @@ def _sensitivity(backbone: str, rows: Sequence[RowResult], collection: str) -> l
 
 
 def _paint_k(rows: Sequence[RowResult], collection: str, figure: Any) -> None:
-    axes = _axes(figure, "k", METRIC)
+    axes = figure.add_subplot(xlabel="k", ylabel=METRIC)
     points = {row.axis.k: row.results[collection] for row in rows if row.axis.k and not row.axis.level}
-    means, sds = [point.ndcg for point in points.values()], _sds(points.values())
+    means, sds = _means(list(points.values()))
     axes.errorbar(list(points), means, sds, fmt="^-", color=_OTHERS[0], capsize=3, label="k alone")
-    low, high = ([mean + sign * sd for mean, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
-    axes.fill_between(list(points), low, high, color=_OTHERS[0], alpha=0.2, linewidth=0)
+    axes.fill_between(list(points), means - sds, means + sds, color=_OTHERS[0], alpha=0.2, linewidth=0)
     for row in rows:
         if row.key == Arm.AUTO:
             axes.axhline(row.results[collection].ndcg, color=_COLORS[Arm.AUTO], linestyle="--", label=row.arm)
@@ -175,7 +153,7 @@ def _paint_k(rows: Sequence[RowResult], collection: str, figure: Any) -> None:
 
 
 def _paint_map(grid: Mapping[tuple[Any, Any], Means], figure: Any) -> None:
-    axes = _axes(figure, "k", "token logits above zero")
+    axes = figure.add_subplot(xlabel="k", ylabel="token logits above zero")
     axes.grid(visible=False)
     ks, levels = sorted({k for k, _ in grid}), sorted({level for _, level in grid}, reverse=True)
     values = [[grid[k, level].ndcg if (k, level) in grid else float("nan") for k in ks] for level in levels]
@@ -201,7 +179,7 @@ def _without_y(axes: Any, lowest: float) -> None:
 
 def _controls(backbone: str, rows: Sequence[RowResult], collection: str) -> Sketch:
     def paint(figure: Any) -> None:
-        axes = _axes(figure, METRIC, "")
+        axes = figure.add_subplot(xlabel=METRIC)
         for i, row in enumerate(rows):
             means = row.results[collection]
             color = _COLORS.get(row.key, _OTHERS[2])
@@ -214,21 +192,20 @@ def _controls(backbone: str, rows: Sequence[RowResult], collection: str) -> Sket
 
 
 def _main(study: Study, collection: str, bm25: Baseline) -> Sketch:
-    arms = _arms(study.rows)
+    colors = _colors(study.rows)
     named = {row.arm: row for row in reversed(study.rows)}  # the first row of each arm is in the legend
     groups = by_backbone(study.rows)
 
     def paint(figure: Any) -> None:
-        axes = _axes(figure, METRIC, "")
+        axes = figure.add_subplot(xlabel=METRIC)
         for i, (backbone, rows) in enumerate(groups):
             axes.text(0, i - 0.3, backbone, va="bottom", ha="left", fontsize=9)
             for row in rows:
                 means = row.results[collection]
-                y = i - 0.2 + 0.55 * list(arms).index(row.arm) / max(1, len(arms) - 1)
-                axes.errorbar(
-                    means.ndcg, y, xerr=means.ndcg_sd, fmt=_MARKERS.get(row.key, "^"), color=_color(row.arm, arms),
-                    capsize=3, label=row.arm if row is named[row.arm] else None,
-                )  # fmt: skip
+                y = i - 0.2 + 0.55 * list(colors).index(row.arm) / max(1, len(colors) - 1)
+                style = {"fmt": _MARKERS.get(row.key, "^"), "color": colors[row.arm], "capsize": 3}
+                label = row.arm if row is named[row.arm] else None
+                axes.errorbar(means.ndcg, y, xerr=means.ndcg_sd, **style, label=label)
         axes.axvline(bm25.ndcg, color=INK, linestyle=":", label="BM25")
         _without_y(axes, len(groups) - 0.4)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)

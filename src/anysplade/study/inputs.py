@@ -16,12 +16,12 @@ def model_fingerprint(model: str) -> str | None:
 
 def read_pairs(config: TrainingConfig) -> tuple[list[Pair], str]:
     """Training examples and their hash."""
-    return _read_pairs(config.data, config.texts, config.negatives, config.teacher)
+    named = {name: getattr(config, name) for name in ("texts", "negatives", "teacher")}  # all else has no effect on them
+    return _read_pairs(TrainingConfig("", config.data, output="", **named))
 
 
 @cache
-def _read_pairs(data: str, texts: str | None, negatives: int | None, teacher: str | None) -> tuple[list[Pair], str]:
-    config = TrainingConfig("", data, output="", texts=texts, negatives=negatives, teacher=teacher)
+def _read_pairs(config: TrainingConfig) -> tuple[list[Pair], str]:
     pairs = list(read_examples(config)[0])
     return pairs, DataHash(pairs).hexdigest()
 

@@ -3,15 +3,15 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from anysplade._common.arguments import require
 from anysplade._common.files import only_process, user_path, write_atomic
 from anysplade._common.progress import counted, duration
 from anysplade._common.provenance import provenance
+from anysplade._common.tables import Tabular
 from anysplade.data.collections import load_python_docs, write_collection
 from anysplade.data.names import PYTHON_DOCS, is_built_in
 from anysplade.errors import AnyspladeError
@@ -19,7 +19,7 @@ from anysplade.evaluation.evaluations import evaluate
 from anysplade.model.checkpoints import load_masked_lm
 from anysplade.model.folding import folds_by_case
 from anysplade.model.measuring import describe_head
-from anysplade.study.cells import METRICS, CellRecord, read_cell
+from anysplade.study.cells import METRICS, CellRecord, read_cells
 from anysplade.study.conclusions import summarize
 from anysplade.study.inputs import clear_caches, collection_hash, read_collection
 from anysplade.study.plan import STUDIES, Cell, Name, Row, StudyConfig, plan
@@ -68,8 +68,8 @@ class PlannedRow:
     done: int  # number of finished trainings
 
 
-@dataclass(frozen=True)
-class StudyPlan:
+@dataclass(frozen=True, repr=False)
+class StudyPlan(Tabular):
     """What a study would train."""
 
     rows: list[PlannedRow]
@@ -78,69 +78,48 @@ class StudyPlan:
     workers: int  # number of cells that run at the same time
     seconds: float | None  # time for the missing cells; None unless each of their backbones has a finished cell
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def plan_study(config: StudyConfig) -> StudyPlan:
-    """Show what ``run_study`` would train, row by row, and how much of it is done. Nothing is trained or written.
-
-    Args:
-        config: the study, its backbones, data, collections and seeds.
-
-    Raises:
-        UsageError: a backbone, the data or a collection cannot be read.
-    """
+    """Show what ``run_study`` would train, row by row, and how much of it is done. Nothing is trained or written."""
     out = user_path(config.output)
     clear_caches()
     config = _with_python_docs(config, out) if (out / "python-docs").exists() else config
     for name in config.collections:
         read_collection(name)
-    rows = _plan(config)
-    cells = _cells(rows)
-    records = {hash_: record for hash_, cell in cells.items() if (record := read_cell(out, cell, config.collections))}
-    known = known_seconds(config, out)
-    missing = [cell for hash_, cell in cells.items() if hash_ not in records]
-    timed = all(cell.backbone in known for cell in missing)
-    workers = config.workers or default_workers()
+    rows, cells = _plan(config)
+    records = read_cells(out, cells.values(), config.collections)
+    known, workers = known_seconds(config, out), config.workers or default_workers()
+    missing = [cell.backbone for hash_, cell in cells.items() if hash_ not in records]
+    seconds = sum(known[backbone] for backbone in missing) / workers if known.keys() >= set(missing) else None
     planned = [(name, row, _runs(row, records, {})) for name, study in rows.items() for row in study]
-    return StudyPlan(
-        rows=[PlannedRow(name, runs.backbone, runs.label, len(row.cells), len(runs.cells)) for name, row, runs in planned],
-        cells=len(cells),
-        done=len(records),
-        workers=workers,
-        seconds=sum(known[cell.backbone] for cell in missing) / workers if timed else None,
-    )
+    listed = [PlannedRow(name, runs.backbone, runs.label, len(row.cells), len(runs.cells)) for name, row, runs in planned]
+    return StudyPlan(listed, len(cells), len(records), workers, seconds)
 
 
-def _plan(config: StudyConfig) -> dict[Name, list[Row]]:
-    """The rows of each study."""
+def _plan(config: StudyConfig) -> tuple[dict[Name, list[Row]], dict[str, Cell]]:
+    """The rows of each study, and their cells by hash."""
     norms, cased = {}, set()
     for name in config.backbones:
         model, tokenizer = load_masked_lm(name)
         norms[name] = describe_head(model, None, name).mean_row_norm
         if "folding" in config.names and folds_by_case(tokenizer):
             cased.add(name)
-    return {name: plan(name, config, norms, cased) for name in config.names}
-
-
-def _cells(rows: Mapping[Name, Sequence[Row]]) -> dict[str, Cell]:
-    """The cells of all rows by hash."""
-    return {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
+    rows = {name: plan(name, config, norms, cased) for name in config.names}
+    return rows, {cell.hash: cell for study in rows.values() for row in study for cell in row.cells}
 
 
 def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
     clear_caches()
     collections = {name: read_collection(name) for name in config.collections}
-    rows = _plan(config)
+    rows, cells = _plan(config)
     earlier = read_results(out / "study.json") if (out / "study.json").exists() else StudyResult({}, {}, {}, {}, "")
-    cells = _cells(rows)
-    missing = [cell for cell in cells.values() if read_cell(out, cell, config.collections) is None]
+    done = read_cells(out, cells.values(), config.collections)
+    missing = [cell for hash_, cell in cells.items() if hash_ not in done]
     workers = config.workers or default_workers()
     if missing:
         time = duration(estimate(missing, config, out, collections) / workers)
-        done = f"{counted(len(cells), 'cell')}, {len(cells) - len(missing)} of them done"
-        logger.info("%s: %s; %d to run, %d at a time, about %s", ", ".join(config.names), done, len(missing), workers, time)
+        counts = f"{counted(len(cells), 'cell')}, {len(done)} of them done; {len(missing)} to run, {workers} at a time"
+        logger.info("%s: %s, about %s", ", ".join(config.names), counts, time)
     records, failed = run_cells(list(cells.values()), config.collections, out, workers, progress)
     if not records:
         raise AnyspladeError(f"{out}: every cell failed, the first one with: {next(iter(failed.values()))}")
@@ -169,8 +148,8 @@ def _run_study(config: StudyConfig, out: Path, progress: bool) -> StudyResult:
 
 def _runs(row: Row, records: Mapping[str, CellRecord], failed: Mapping[str, str]) -> RowRuns:
     hashes = [cell.hash for cell in row.cells]
-    cells, messages = [hash_ for hash_ in hashes if hash_ in records], [failed[hash_] for hash_ in hashes if hash_ in failed]
-    return RowRuns(**vars(row) | {"cells": cells, "failed": messages})
+    messages = [failed[hash_] for hash_ in hashes if hash_ in failed]
+    return RowRuns(**vars(row) | {"cells": [hash_ for hash_ in hashes if hash_ in records], "failed": messages})
 
 
 def _with_python_docs(config: StudyConfig, out: Path) -> StudyConfig:

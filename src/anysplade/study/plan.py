@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
 WEIGHTS = (1, 10, 100)  # factors of the regularizers' weights in the tradeoff study
 TARGETS: dict[str, Any] = {"query_active_dims": 16, "document_active_dims": 64}  # of the folding study, for equal cost
 LEVELS = (0.01, 0.003, 0.001, 0.0003)  # shares of the token logits above zero, in the sensitivity study
+_AUTO: dict[str, Any] = {"k": "auto", "shift": "auto"}
 _SAME_NORM = 0.01  # relative difference below which two norms count as equal
 
 # A change of a checkpoint before the training:
@@ -46,23 +47,14 @@ Edits = tuple[tuple[Edit, float], ...]  # (edit, value), in order
 
 @dataclass(frozen=True)
 class Cell:
-    """A training and its evaluation.
+    """A training and its evaluation."""
 
-    Args:
-        backbone: a masked LM's folder or hub id.
-        data: training examples, in any form that ``train`` takes.
-        options: of ``TrainingConfig``, with ``k``, ``shift`` and ``seed``.
-        edits: changes of the checkpoint, in order.
-        level: share of the token logits above zero at the start; replaces the number in ``shift``.
-        spread_of: a k; sets the temperature so that the standard deviation of the scores at the start is that of W / k.
-    """
-
-    backbone: str
-    data: str
-    options: Mapping[str, Any]
+    backbone: str  # a masked LM's folder or hub id
+    data: str  # training examples, in any form that ``train`` takes
+    options: Mapping[str, Any]  # of ``TrainingConfig``, with ``k``, ``shift`` and ``seed``
     edits: Edits = ()
-    level: float | None = None
-    spread_of: float | None = None
+    level: float | None = None  # share of the token logits above zero at the start; replaces the number in ``shift``
+    spread_of: float | None = None  # a k: the temperature gives the scores at the start the standard deviation that W / k has
 
     @property
     def config(self) -> TrainingConfig:
@@ -148,20 +140,15 @@ class StudyConfig:
 
 
 def plan(name: Name, config: StudyConfig, norms: Mapping[str, float], cased: Collection[str] = ()) -> list[Row]:
-    """The rows of a study.
-
-    Args:
-        norms: mean row norm of each backbone's decoder, for the controls that take another backbone's norm.
-        cased: the backbones whose vocabulary can be folded by case.
-    """
+    """The rows of a study; ``norms`` are the decoders' mean row norms, and ``cased`` the backbones that can be folded by case."""
     rows = []
     for backbone in config.backbones:
         arm = partial(_row, config, backbone)
-        raw, scaled, auto = arm(Arm.RAW), arm(Arm.FIXED, k=config.k), arm(Arm.AUTO, k="auto", shift="auto")
+        raw, scaled, auto = arm(Arm.RAW), arm(Arm.FIXED, k=config.k), arm(Arm.AUTO, **_AUTO)
         if name in ("norm", "dynamics"):
             rows += [raw, scaled, auto]
         elif name == "folding":
-            folding = partial(arm, k="auto", shift="auto", fold="none", mute=False, **TARGETS)
+            folding = partial(arm, fold="none", mute=False, **_AUTO, **TARGETS)
             rows.append(folding(Arm.AUTO))
             if backbone in cased:
                 rows.append(folding(Arm.BY_CASE, fold="case"))
@@ -170,15 +157,11 @@ def plan(name: Name, config: StudyConfig, norms: Mapping[str, float], cased: Col
         elif name == "main":
             rows += [raw, *(arm(Arm.FIXED, k=k) for k in (config.k / 2, config.k, config.k * 2)), auto]
         elif name == "tradeoff":
+            sides = ("query_regularizer_weight", "document_regularizer_weight")
             for factor in WEIGHTS:
-                weights = {
-                    side: config.training.get(side, getattr(TrainingConfig, side)) * factor
-                    for side in ("query_regularizer_weight", "document_regularizer_weight")
-                }
-                axis = Axis(weight=weights["document_regularizer_weight"])
-                rows.append(arm(Arm.RAW, axis=axis, **weights))
-                rows.append(arm(Arm.FIXED, axis=axis, k=config.k, **weights))
-                rows.append(arm(Arm.AUTO, axis=axis, k="auto", shift="auto", **weights))
+                weights = {side: config.training.get(side, getattr(TrainingConfig, side)) * factor for side in sides}
+                weighted = partial(arm, axis=Axis(weight=weights["document_regularizer_weight"]), **weights)
+                rows += [weighted(Arm.RAW), weighted(Arm.FIXED, k=config.k), weighted(Arm.AUTO, **_AUTO)]
         elif name == "sensitivity":
             powers = [2.0**power for power in range(6)]
             rows += [arm(Arm.FIXED if k > 1 else Arm.RAW, axis=Axis(k=k), k=k) for k in powers]

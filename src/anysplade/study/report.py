@@ -11,7 +11,7 @@ from anysplade._common.figures import INK
 from anysplade._common.files import write_atomic
 from anysplade._common.progress import counted, duration
 from anysplade.study.cells import METRIC, METRICS
-from anysplade.study.figures import study_figures
+from anysplade.study.figures import Figure, study_figures
 from anysplade.study.results import RowResult, Settings, Study, StudyResult, plus_minus
 
 
@@ -28,11 +28,11 @@ def write_report(result: StudyResult, out: Path) -> None:
     parts = [_part(name, result) for name in result.studies]
     content = {"studies": parts, "entries": _entries(result), "cells": result.cells, "metric": METRIC}
     environment = Environment(loader=PackageLoader("anysplade.study"), autoescape=select_autoescape(["html"]), trim_blocks=False)
-    environment.filters |= {"short": _short, "duration": duration}
+    environment.filters |= {"short": _short, "duration": duration, "inline": _inline}
     for template, name in (("study.html", "report.html"), ("study.md", "report.md")):
         write_atomic(out / name, environment.get_template(template).render(content) + "\n")
     for figure in (figure for part in parts for figure in part["figures"]):
-        write_atomic(out / "figures" / f"{figure['name']}.svg", figure["file"])
+        write_atomic(out / "figures" / f"{figure.name}.svg", figure.svg.replace(INK, "#555555"))
 
 
 def _part(name: str, result: StudyResult) -> dict[str, Any]:
@@ -40,18 +40,10 @@ def _part(name: str, result: StudyResult) -> dict[str, Any]:
     return {
         "name": name,
         "settings": _settings(study.settings),
-        "origin": _origin(study.provenance),
-        "figures": [
-            {
-                "name": figure.name,
-                "caption": figure.caption,
-                "svg": _inline(figure.svg, figure.name, figure.caption),
-                "file": figure.svg.replace(INK, "#555555"),
-            }
-            for figure in study_figures(name, result)
-        ],
-        "tables": _tables(study, result, folding=name == "folding"),
+        "figures": study_figures(name, result),
         "conclusions": study.conclusions,
+        "tables": _tables(study, result, folding=name == "folding"),
+        "origin": _origin(study.provenance),
     }
 
 
@@ -75,29 +67,11 @@ def _origin(provenance: dict[str, Any]) -> str:
 
 # ----------------------------------------------------------------------------------------- tables
 
-_COLUMNS = [
-    "backbone",
-    "head",
-    "seeds",
-    "k",
-    "shift",
-    *(f"{metric} ± sd" for metric in METRICS),
-    "query active dims",
-    "document active dims",
-    "FLOPS",
-    "monitor",
-]
-_TEST_COLUMNS = [
-    "backbone",
-    "collection",
-    "head",
-    "against",
-    f"difference in {METRIC} ± half of its 95 % interval",
-    "p, Holm",
-    "counts",
-    "FLOPS",
-    "FLOPS of the other",
-]
+_MEASURES = [f"{metric} ± sd" for metric in METRICS]
+_COSTS = ["query active dims", "document active dims", "FLOPS"]
+_COLUMNS = ["backbone", "head", "seeds", "k", "shift", *_MEASURES, *_COSTS, "monitor"]
+_DIFFERENCE = f"difference in {METRIC} ± half of its 95 % interval"
+_TEST_COLUMNS = ["backbone", "collection", "head", "against", _DIFFERENCE, "p, Holm", "counts", "FLOPS", "FLOPS of the other"]
 
 
 def _tables(study: Study, result: StudyResult, folding: bool) -> list[_Table]:
@@ -144,9 +118,9 @@ def _entries(result: StudyResult) -> dict[str, RowResult]:
     return entries
 
 
-def _inline(svg: str, prefix: str, label: str) -> str:
+def _inline(figure: Figure) -> str:
     """Turn an SVG file of matplotlib into a part of an HTML page: unique ids, no namespaces, the colour of the page's text."""
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(figure.svg)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}metadata", "}style")):
@@ -156,7 +130,7 @@ def _inline(svg: str, prefix: str, label: str) -> str:
         attributes = {name.rpartition("}")[2]: value.replace(INK, "currentColor") for name, value in element.items()}
         for name in attributes.keys() & {"id", "href", "clip-path"}:  # values: "name", "#name" and "url(#name)"
             before, mark, target = attributes[name].rpartition("#")
-            attributes[name] = f"{before}{mark}{prefix}-{target}"
+            attributes[name] = f"{before}{mark}{figure.name}-{target}"
         element.attrib = attributes
-    root.attrib = {"role": "img", "aria-label": label, "stroke-linejoin": "round", "viewBox": root.attrib["viewBox"]}
+    root.attrib = {"role": "img", "aria-label": figure.caption, "stroke-linejoin": "round", "viewBox": root.attrib["viewBox"]}
     return ElementTree.tostring(root, encoding="unicode")

@@ -79,11 +79,14 @@ class RowResult(RowRuns):
     findings: list[str]  # names of what the monitor found in any training
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Difference:
-    """A tested difference of two rows."""
+    """A tested difference of two rows of the same backbone."""
 
+    backbone: str
     difference: float
-    noise: float | None
+    p: float
+    noise: float | None  # half the width of the difference's 95 % interval over seeds; None if a row has one training
     p_corrected: float
 
     @property
@@ -92,37 +95,27 @@ class _Difference:
         return self.noise is not None and self.p_corrected < SIGNIFICANT and abs(self.difference) > self.noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedTest(_Difference):
-    """A row compared with another row of the same backbone, over the queries of a collection."""
+    """A row compared with another row, over the queries of a collection."""
 
-    backbone: str
     collection: str
     key: Arm  # of the other row
     against: str  # label of the other row
-    difference: float
-    p: float
-    noise: float | None  # half the width of the difference's 95 % interval over seeds; None if a row has one training
     flops: float
     flops_of_other: Annotated[float, Field(alias="flops of the other")]
-    p_corrected: float
     head: str = "auto"  # label of the row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ControlPair(_Difference):
     """Two rows that differ in one thing."""
 
-    backbone: str
     about: str  # what they differ in
     one: str  # label of the first row
     other: str
-    difference: float
-    p: float
-    noise: float | None
     values: tuple[str, str]
     flops: tuple[float, float]
-    p_corrected: float
     conclusion: Annotated[str, Field(alias="said")]
 
 
@@ -251,11 +244,7 @@ _RESULT = TypeAdapter(StudyResult)
 
 
 def read_results(file: Path) -> StudyResult:
-    """Read a ``study.json``.
-
-    Raises:
-        OutputError: the file was written by an older version of anysplade.
-    """
+    """Read a ``study.json``; raises OutputError if an older version of anysplade wrote it."""
     try:
         return _RESULT.validate_json(file.read_bytes())
     except ValidationError as error:

@@ -15,41 +15,28 @@ import torch
 from anysplade._common.progress import bar
 from anysplade._common.workers import devices_of_workers, take_device
 from anysplade.errors import AnyspladeError, worker_died
-from anysplade.study.cells import CellRecord, read_cell, run_cell
+from anysplade.study.cells import CellRecord, read_cells, run_cell
 from anysplade.study.plan import Cell
 
 logger = logging.getLogger(__name__)
 
 
 def run_cells(
-    cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int | None = None, progress: bool = False
+    cells: Sequence[Cell], collections: Sequence[str], out: Path, workers: int, progress: bool = False
 ) -> tuple[dict[str, CellRecord], dict[str, str]]:
-    """Run the cells that are missing in a folder.
-
-    Args:
-        collections: on which each cell is evaluated.
-        out: the folder; records are stored in ``cells/``.
-        workers: number of processes; by default one per GPU, or one per core.
-
-    Returns:
-        Records and messages of failed cells, both by hash.
-
-    Raises:
-        AnyspladeError: a worker process died.
-    """
-    wanted = {cell.hash: cell for cell in cells}
-    missing = [cell for cell in wanted.values() if read_cell(out, cell, collections) is None]
-    failed = _run_missing(missing, collections, out, workers or default_workers(), progress) if missing else {}
-    records = {hash_: record for hash_, cell in wanted.items() if (record := read_cell(out, cell, collections))}
-    return records, failed
+    """Run the cells that are missing in a folder; returns all records, and the messages of failed cells, both by hash."""
+    done = read_cells(out, cells, collections)
+    missing = list({cell.hash: cell for cell in cells if cell.hash not in done}.values())
+    failed = _run_missing(missing, collections, out, workers, progress) if missing else {}
+    return read_cells(out, cells, collections), failed
 
 
 def default_workers() -> int:
+    """One per GPU, or one per core."""
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 def _run_missing(missing: Sequence[Cell], collections: Sequence[str], out: Path, workers: int, progress: bool) -> dict[str, str]:
-    """Run cells; returns the messages of failed ones by hash."""
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     devices = devices_of_workers(context, workers)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from anysplade.data.collections import Collection
@@ -44,9 +45,9 @@ def _rehearse(backbone: str, config: StudyConfig, out: Path, collections: Sequen
         options = {**config.training, "steps": _REHEARSAL_STEPS}
         trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))
         overhead = time.perf_counter() - start - trained.seconds
-        corpus = dict(list(collections[0].corpus.items())[:_REHEARSAL_TEXTS])
-        queries = dict(list(collections[0].queries.items())[:1])
-        small = Collection("rehearsal", corpus, queries, {query_id: {next(iter(corpus)): 1} for query_id in queries})
+        corpus = dict(islice(collections[0].corpus.items(), _REHEARSAL_TEXTS))
+        query_id, query = next(iter(collections[0].queries.items()))
+        small = Collection("rehearsal", corpus, {query_id: query}, {query_id: {next(iter(corpus)): 1}})
         evaluation = evaluate(trained.model, small, METRIC, depth=10, max_length=trained_length(trained))
     steps = config.training.get("steps") or trained.pairs * config.training.get("epochs", 1.0) / options.get("batch_size", 32)
     texts = sum(len(collection.corpus) + len(collection.queries) for collection in collections)
@@ -57,11 +58,11 @@ def _rehearse(backbone: str, config: StudyConfig, out: Path, collections: Sequen
 @contextmanager
 def _quiet(*loggers: str) -> Iterator[None]:
     """Show only the errors of some loggers: what they say of a rehearsal is not about the cells."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     try:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

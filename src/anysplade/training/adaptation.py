@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,26 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import atomic_folder, default_cache, digests, only_process, user_path, write_atomic
-from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
+from anysplade._common.files import atomic_folder, default_cache, only_process, user_path, write_atomic
+from anysplade._common.outputs import digests, earlier_call, is_whole, require_unused, restored, write_record
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.corpus import Document, read_corpus
-from anysplade.data.document_pairs import KINDS, make_pairs
+from anysplade.data.document_pairs import make_pairs
+from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
 from anysplade.data.rows import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
+from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, evaluate
 from anysplade.model.encoder import open_encoder
 from anysplade.model.modules import has_static_queries
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.card import CARD_FILES
-from anysplade.training.config import TrainingConfig
+from anysplade.training.config import TrainingConfig, TrainingPrecision
 from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train_as
 from anysplade.training.teachers import open_sparse, teacher_kind, without_advice
@@ -72,9 +74,6 @@ class Adaptation(Tabular):
     seconds: float  # time in this process
     provenance: dict[str, Any]  # versions, commit, hardware, command
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def _rows(self) -> list[dict[str, Any]]:
         models = (("original", self.before), ("adapted", self.after))
         return [{"model": name, "kept": name == self.kept} | values for name, values in models]
@@ -88,12 +87,12 @@ def adapt(
     teacher: str,
     judged: str | None = None,
     split: str = "test",
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = PAIR_KINDS,
     steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 1e-4,
     max_length: int | None = 256,
-    precision: str = "float32",
+    precision: TrainingPrecision = "float32",
     seed: int = 0,
     progress: bool = False,
 ) -> Adaptation:
@@ -126,15 +125,14 @@ def adapt(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a model is adapted by one process; start it without torchrun")
     output = user_path(output)
-    source = resolve_model(model)
-    guide = resolve_model(teacher)
-    teacher_kind(guide)
+    source, teacher_source = resolve_model(model), resolve_model(teacher)
+    teacher_kind(teacher_source)
     options = {
         "model": model, "corpus": corpus, "teacher": teacher, "judged": judged, "split": split, "kinds": list(kinds),
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
         "precision": precision, "seed": seed,
     }  # fmt: skip
-    about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(guide)]}
+    about = {"options": options, "fingerprints": [fingerprint(source), fingerprint(teacher_source)]}
     with only_process(output):
         return _adapt(source, output, about, progress)
 
@@ -164,12 +162,13 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         checkpoint_steps=max(1, min(500, options["steps"])),
         **{name: options[name] for name in _TRAINING},
     )
-    collection = None if judged is None else load_collection(judged, split, progress=progress)
+    given = None if judged is None else load_collection(judged, split, progress=progress)
     begun = (output / "options.json").exists()
-    write_atomic(output / "options.json", json.dumps(about, indent=2) + "\n")
+    write_record(output / "options.json", about)
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
-        held_out = _write_training(corpus, output, judged is None, progress)
+        collection = _write_training(corpus, output, given is None, progress) or given
+        assert collection is not None  # it is given or held out
         shutil.rmtree(output / "original", ignore_errors=True)  # from an interrupted call
         with atomic_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
@@ -182,8 +181,6 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         if not (begun or (output / "training" / "run.json").exists()):  # nothing to continue
             shutil.rmtree(output)
         raise
-    collection = held_out or collection
-    assert collection is not None  # it is given or held out
     shutil.rmtree(output / "adapted", ignore_errors=True)
     _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
     cache = default_cache()
@@ -192,8 +189,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     )
     compared = compare([before, after])[0]
     better, reason = _judge(before, after, compared)
-    costs = ("query_active_dims", "document_active_dims", "flops")
-    summaries = [found.metrics | {name: getattr(found, name) for name in costs} for found in (before, after)]
+    summaries = [found.metrics | {name: getattr(found, name) for name in COSTS} for found in (before, after)]
     shutil.rmtree(output / "model", ignore_errors=True)
     with atomic_folder(output / "model") as folder:
         shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
@@ -211,8 +207,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         seconds=time.perf_counter() - start,
         provenance=provenance(),
     )
-    record = about | result.to_dict() | {"files": digests(output / "model", without=CARD_FILES)}
-    write_atomic(output / "adaptation.json", json.dumps(record, indent=2) + "\n")
+    files = {"files": digests(output / "model", without=CARD_FILES)}
+    write_record(output / "adaptation.json", about | result.to_dict() | files)
     return result
 
 
@@ -259,12 +255,8 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
     A shortened document, without the words of its query, would teach the model to expand what it can match. In a full document
     the query's words are an easy match, but what is learned is the teacher's order of the other documents.
 
-    Returns:
-        With ``hold_out``, a collection of the pairs of some documents, chosen by the hash of their ids and not trained on. In it
-        these documents lack the part that their query was made from.
-
-    Raises:
-        DataError: too few documents have pairs to hold some out.
+    With ``hold_out``, the pairs of some documents, chosen by the hash of their ids, are returned as a collection instead. In it
+    these documents lack the part that their query was made from.
     """
     rows = [row for _, row in read_rows(output / "pairs.jsonl")]
     documents = dict(read_corpus(corpus, progress=progress))
@@ -285,14 +277,12 @@ def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -
     write_atomic(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
     if not hold_out:
         return None
-    queries: dict[str, str] = {}
-    qrels: dict[str, dict[str, int]] = {}
+    first: dict[str, dict[str, str]] = {}  # pair of each document
     for row in rows:
-        id_ = row["document_id"]
-        if id_ in held and f"of {id_}" not in queries:  # the first pair of each
-            queries[f"of {id_}"] = row["query"]
-            qrels[f"of {id_}"] = {id_: 1}
-            documents[id_] = Document("", row["positive"])
+        if row["document_id"] in held:
+            first.setdefault(row["document_id"], row)
+    documents |= {id_: Document("", row["positive"]) for id_, row in first.items()}
+    queries, qrels = {f"of {id_}": row["query"] for id_, row in first.items()}, {f"of {id_}": {id_: 1} for id_ in first}
     return Collection(f"{len(queries)} held-out pairs", documents, queries, qrels)
 
 

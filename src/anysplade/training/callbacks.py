@@ -14,7 +14,8 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from anysplade._common.files import damaged_file, digests, read_record, write_atomic
+from anysplade._common.files import write_atomic
+from anysplade._common.outputs import damaged_file, digests, read_record
 from anysplade._common.progress import bar, counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
@@ -122,11 +123,7 @@ class Progress(TrainerCallback):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check before the training that the trainer can report to these trackers.
-
-    Raises:
-        OptionError: a tracker is unknown or not installed.
-    """
+    """Raise OptionError, before the training, if a tracker is unknown or not installed."""
     usable = {*get_available_reporting_integrations(), *_OWN_CHECK}
     for name in names if tuple(names) not in (("all",), ("none",)) else ():
         if name not in INTEGRATION_TO_CALLBACK:

@@ -6,14 +6,13 @@ masked tokens from their context (Devlin et al., arXiv 1810.04805). The encoder 
 layer at a lower rate than the one above it.
 """
 
-import json
 import logging
 import math
 import os
 import random
 import shutil
+import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,9 @@ from typing import Any
 from transformers import set_seed
 
 from anysplade._common.arguments import require
-from anysplade._common.files import (
-    atomic_folder,
-    beside,
-    damaged_file,
-    digests,
-    only_process,
-    require_empty,
-    user_path,
-    write_atomic,
-    writing,
-)
+from anysplade._common.files import atomic_folder, beside, only_process, require_empty, user_path, writing
 from anysplade._common.hashing import DataHash
-from anysplade._common.outputs import earlier_call, restored
+from anysplade._common.outputs import damaged_file, digests, earlier_call, restored, write_record
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.corpus import read_texts
@@ -114,12 +103,12 @@ def train_head(
     encoder, text, output = str(encoder), str(text), user_path(output)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("a head is trained by one process; start it without torchrun")
-    whole_numbers = {"steps": (steps, 1), "batch_size": (batch_size, 1), "max_length": (max_length, 8)}
-    whole_numbers["checkpoint_steps"] = (checkpoint_steps, 1)
-    for name, (value, low) in whole_numbers.items():
-        if checked_option(name, value, int) < low:
+    whole_numbers = {"steps": steps, "batch_size": batch_size, "max_length": max_length, "checkpoint_steps": checkpoint_steps}
+    for name, value in whole_numbers.items():
+        whole_numbers[name] = checked_option(name, value, int)
+        if value < (low := 8 if name == "max_length" else 1):
             raise OptionError(f"{name} is {value}: it must be at least {low}")
-    steps, batch_size, max_length, checkpoint_steps = (int(value) for value, _ in whole_numbers.values())
+    steps, batch_size, max_length, checkpoint_steps = whole_numbers.values()
     if not (0 < learning_rate < 1 and 0 <= encoder_learning_rate < 1 and 0 < layer_decay <= 1):
         raise OptionError(
             f"learning_rate {learning_rate}, encoder_learning_rate {encoder_learning_rate}, layer_decay {layer_decay}: "
@@ -143,7 +132,7 @@ def train_head(
         set_seed(seed)
         model, tokenizer = with_new_head(source, folder)
         check_length(model, max_length)
-        write_atomic(parts / "about.json", json.dumps(about, indent=2) + "\n")
+        write_record(parts / "about.json", about)
         counts = token_counts(model, tokenizer, pieces[:_COUNTED], max_length)
         start_biases(model, counts)
         trainer = HeadTrainer(model, tokenizer, pieces, counts, head_arguments(parts, options, checkpoint_steps), options, progress)
@@ -172,18 +161,13 @@ def train_head(
         with atomic_folder(output) as whole:
             model.eval().save_pretrained(whole)
             tokenizer.save_pretrained(whole)
-            record = about | result.to_dict() | {"files": digests(whole)}
-            write_atomic(whole / "head.json", json.dumps(record, indent=2) + "\n")
+            write_record(whole / "head.json", about | result.to_dict() | {"files": digests(whole)})
         shutil.rmtree(parts)
         return result
 
 
 def _earlier_head(output: Path, parts: Path, about: dict[str, Any]) -> HeadTraining | None:
-    """The result of an earlier call with the same options, if it is finished.
-
-    Raises:
-        OutputError: the output or the unfinished training is not from the same call, or the output is damaged.
-    """
+    """The result of an earlier call with the same options, if it is finished."""
     inputs = {"fingerprint": "encoder", "data_hash": "text"}
     if not (output / "head.json").is_file():
         if earlier_call(parts / "about.json", about, inputs) is None:
@@ -202,9 +186,6 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
     """Draw ``count`` pieces of the texts of a source at random, in random order; only they are kept in memory.
 
     A text with more than ``characters`` is cut, at white space if it has some. If there are fewer pieces, all are returned.
-
-    Raises:
-        DataError: there is no text in the source.
     """
     draw = random.Random(seed)
     kept: list[str] = []
@@ -219,15 +200,8 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
     return kept
 
 
-def _pieces(text: str, characters: int) -> Iterator[str]:
-    text = " ".join(text.split())
-    start = 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            end = text.rfind(" ", start + characters // 2, end + 1) + 1 or end
-        yield text[start:end].strip()
-        start = end
+def _pieces(text: str, characters: int) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), characters, break_on_hyphens=False)
 
 
 def _first_and_last(log: list[dict[str, float]], name: str) -> list[float]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from sentence_transformers import SparseEncoderTrainingArguments as Arguments
 
-from anysplade._common.files import file_digest, read_record, record_path, user_path
+from anysplade._common.files import user_path
+from anysplade._common.outputs import file_digest, read_record, record_path
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.names import PYTHON_DOCS
 from anysplade.data.pairs import read_pairs

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -19,20 +20,16 @@ from anysplade.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-_TRIM_STEP = 0.005  # precision of the shift
+_STEPS = 256  # a shift is a multiple of 1/256
 _SAMPLE = 200  # training pairs whose active dims are counted
 _BEFORE = 32  # training pairs for the estimate before the training
 
 
-def _sample(pairs: Sequence[Pair], most: int = _SAMPLE) -> list[Pair]:
-    """Evenly spaced training pairs."""
-    count = min(most, len(pairs))
-    return [pairs[i * len(pairs) // count] for i in range(count)]
-
-
 def _texts(pairs: Sequence[Pair], role: Role, most: int = _SAMPLE) -> list[str]:
-    """The queries or the documents of the sample."""
-    return [pair.query if role == "query" else pair.positive for pair in _sample(pairs, most)]
+    """The queries or the documents of evenly spaced training pairs."""
+    count = min(most, len(pairs))
+    sample = (pairs[i * len(pairs) // count] for i in range(count))
+    return [pair.query if role == "query" else pair.positive for pair in sample]
 
 
 def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) -> None:
@@ -92,7 +89,7 @@ def trim_level(
     count = min(_SAMPLE, len(pairs))
     errors: dict[float, list[float]] = {}  # of each target, by shift
     low, high = -1.0, 1.0
-    while high - low > _TRIM_STEP:
+    while high - low > 1 / _STEPS:
         shift = (low + high) / 2  # 0 is the first, so the result is never worse than no shift
         dims = [(len(sorted_) - np.searchsorted(sorted_, shift + 1, "right")) / count for sorted_ in logits]
         errors[shift] = [math.log(max(n, 1e-3) / target) for n, target in zip(dims, targets, strict=True) if target is not None]
@@ -146,14 +143,9 @@ def trim_flops(encoder: SparseEncoder, pairs: Sequence[Pair], most: np.ndarray) 
     if not biases:
         return 0.0
     logits = _flops_logits(encoder, pairs)
-    if (_flops(logits, 0.0) <= most).all():
-        return 0.0
-    low, high = 0.0, 1.0
-    while high - low > _TRIM_STEP:
-        shift = (low + high) / 2
-        low, high = (low, shift) if (_flops(logits, shift) <= most).all() else (shift, high)
-    _shift(biases, [bias.detach().clone() for bias in biases], high)
-    return high
+    shift = bisect_left(range(_STEPS), True, key=lambda step: bool((_flops(logits, step / _STEPS) <= most).all())) / _STEPS
+    _shift(biases, biases, shift)
+    return shift
 
 
 @torch.no_grad()

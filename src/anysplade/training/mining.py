@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from anysplade._common.arguments import require
-from anysplade._common.files import beside, file_digest, finished_record, only_process, record_path, user_path, write_atomic
+from anysplade._common.files import beside, only_process, user_path, write_atomic
 from anysplade._common.hashing import DataHash
-from anysplade._common.outputs import earlier_call
+from anysplade._common.outputs import earlier_call, file_digest, finished_record, record_path, write_record
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -30,20 +29,18 @@ from anysplade.data.collections import Pair
 from anysplade.data.corpus import read_corpus
 from anysplade.data.names import is_built_in
 from anysplade.data.pairs import load_pairs
-from anysplade.errors import AnyspladeError, DataError, ModelError, OptionError
-from anysplade.model.options import Role, checked_option
-from anysplade.search.exact import Postings
+from anysplade.errors import DataError, ModelError, OptionError
+from anysplade.model.options import checked_option
+from anysplade.search.exact import Postings, nearest
 from anysplade.training.teacher_cache import VectorCache, open_vector_cache
-from anysplade.training.teachers import Rows, Teacher, open_teacher
+from anysplade.training.teachers import open_teacher
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 512  # examples per block
-_DOCUMENTS = 2**16  # that a dense model scores at once
 
 Found = tuple[np.ndarray, np.ndarray]  # positions of documents and their scores, the best first
-Search = Callable[[list[str]], list[Found]]  # for queries
-Judge = Callable[[list[tuple[str, str]]], np.ndarray]  # scores for pairs of a query and a document
+Search = Callable[[list[str]], list[Found]]  # what is found for each of several queries
 Block = Callable[[list[Pair]], Iterator[dict[str, Any]]]  # rows to write for a block of examples
 
 
@@ -84,12 +81,12 @@ def mine(
         data: training examples, in any form that ``read_pairs`` can read.
         output: a JSONL file.
         miner: ``"bm25"``, or the folder or hub id of a sparse encoder or dense model; several take turns.
-        teacher: a dense model, sparse encoder or cross-encoder that tells probable answers from negatives.
-        corpus: documents to search; if None, the positives of the data.
+        teacher: a dense model, sparse encoder or cross-encoder that tells probable answers from negatives; if None, the miner.
+        corpus: documents to search (JSONL, BEIR folder); if None, the positives of the data.
         texts: source of the texts, if the data have ids.
         negatives: number of negatives per example, the highest ranked ones.
         depth: length of the ranking that they are taken from.
-        margin: share of the positive's score, in [0, 1).
+        margin: documents that score above ``1 - margin`` times the positive are left out as probable answers; in [0, 1).
         max_length: tokens after which models truncate a text; if None, each model's own limit.
         precision: of the models' matrix products, float32 or bfloat16.
         progress: show progress bars.
@@ -109,12 +106,10 @@ def mine(
         raise OptionError("no miner; name bm25 or a model")
     if teacher == "bm25":
         raise OptionError("bm25 cannot be the teacher of mining: it would recognize probable answers by their words; name a model")
-    for name in miners:
-        _require_extra(name)
+    _require_extra(*miners)
     pairs = load_pairs(data, texts=texts, progress=progress)
-    documents = list(dict.fromkeys(pair.positive for pair in pairs))
-    if corpus is not None:
-        documents = list(dict.fromkeys([*(d.full_text for d in read_corpus(corpus).values()), *documents]))
+    searched = [] if corpus is None else [document.full_text for document in read_corpus(corpus).values()]
+    documents = list(dict.fromkeys([*searched, *(pair.positive for pair in pairs)]))
     position = {text: i for i, text in enumerate(documents)}
     positives: dict[str, set[int]] = {}
     for pair in pairs:
@@ -123,22 +118,20 @@ def mine(
     options = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
     given = {"teacher": teacher, "max_length": max_length, "precision": None if precision == "float32" else precision}
     options |= {name: value for name, value in given.items() if value is not None}
-    opened = functools.partial(open_teacher, max_length=max_length, precision=precision)
     output = user_path(output)
 
     # Models are opened when they are first needed; a finished output needs none.
     @functools.cache
-    def judge() -> VectorCache | None:
-        if teacher is None:
-            return None
-        cache = open_vector_cache(opened(teacher), _parts_of(output) / "teacher", progress)
+    def vectors_of(model: str) -> VectorCache:
+        opened = open_teacher(model, max_length=max_length, precision=precision)
+        cache = open_vector_cache(opened, _parts_of(output) / "teacher", progress)
         cache.ensure_cached(documents, "document")
         cache.ensure_cached([pair.query for pair in pairs], "query")
         return cache
 
     @functools.cache
     def searches() -> list[Search]:
-        return [_searcher(name, opened, documents, depth, judge() if name == teacher else None, progress) for name in miners]
+        return [_searcher(name, vectors_of, documents, depth) for name in miners]
 
     found_any = False
 
@@ -157,8 +150,8 @@ def mine(
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
         chosen = candidates(part)
-        if (scored := judge()) is not None:
-            chosen = _below_the_positive(part, chosen, documents, scored, negatives, margin)
+        if teacher is not None:
+            chosen = _below_the_positive(part, chosen, documents, vectors_of(teacher), negatives, margin)
         for pair, taken in zip(part, chosen, strict=True):
             if len(taken) >= negatives:
                 yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
@@ -166,11 +159,12 @@ def mine(
     with only_process(_parts_of(output)):
         mined = _in_blocks(output, options, pairs, documents, block, progress, f"mining negatives with {' and '.join(miners)}")
     if mined is None:
-        terms = "words" if miners == ["bm25"] else "active dims"
-        nothing = f": {', '.join(miners)} finds no document for any query, they have no {terms} in common"
-        nothing += "; try another `miner` or `corpus`"
-        few = "; ask for fewer, look deeper, or give a larger `corpus`"
-        raise DataError(f"{data}: no example has enough negatives{few if found_any else nothing}")
+        reason = "; ask for fewer, look deeper, or give a larger `corpus`"
+        if not found_any:
+            terms = "words" if miners == ["bm25"] else "active dims"
+            reason = f": {', '.join(miners)} finds no document for any query, they have no {terms} in common"
+            reason += "; try another `miner` or `corpus`"
+        raise DataError(f"{data}: no example has enough negatives{reason}")
     return mined
 
 
@@ -206,7 +200,13 @@ def score(
     documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
     options = {"data": data, "teacher": teacher, "max_length": max_length}
     output = user_path(output)
-    judge = functools.cache(lambda: _judge(teacher, documents, max_length, batch_size, _parts_of(output) / "teacher"))
+
+    @functools.cache
+    def judge() -> Callable[[list[tuple[str, str]]], np.ndarray]:
+        if teacher == "bm25":
+            return _scorer_by_words(documents)
+        opened = open_teacher(teacher, max_length=max_length, batch_size=batch_size)
+        return open_vector_cache(opened, _parts_of(output) / "teacher").scores
 
     def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
         read = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
@@ -246,64 +246,40 @@ def _below_the_positive(
 # ------------------------------------------------------------------------------ miners and teachers
 
 
-def _require_extra(name: str) -> None:
-    """Raise ExtraError, before the data are read, if BM25 is named and its library is not installed."""
-    if is_built_in(name, "bm25"):
+def _require_extra(*models: str) -> None:
+    """Raise ExtraError, before the data are read, if BM25 is among the models and its library is not installed."""
+    if any(is_built_in(name, "bm25") for name in models):
         import_module("anysplade.search.bm25")
 
 
-def _searcher(
-    miner: str, opened: Callable[[str], Teacher], documents: list[str], depth: int, cache: VectorCache | None, progress: bool
-) -> Search:
-    """The search of a miner; ``opened`` loads a model, and ``cache`` has the miner's vectors if it is the teacher too."""
+def _searcher(miner: str, vectors_of: Callable[[str], VectorCache], documents: list[str], depth: int) -> Search:
+    """The search of a miner, which is BM25 or a model with vectors of the documents."""
     if miner == "bm25":
         from anysplade.search.bm25 import BM25
 
         bm25 = BM25(documents)
         return lambda queries: bm25.top(queries, depth)
-    model = opened(miner) if cache is None else cache.teacher
-    if model.kind == "cross-encoder":
+    cache = vectors_of(miner)
+    if cache.teacher.kind == "cross-encoder":
         raise ModelError(f"{miner}: a cross-encoder cannot search; mine with bm25, a sparse or a dense model")
-
-    def vectors(texts: list[str], role: Role, progress: bool = False) -> Rows:
-        return model.encode(texts, role, progress) if cache is None else cache.vectors(texts, role)
-
-    rows = vectors(documents, "document", progress)
-    if sparse.issparse(rows):
+    rows = cache.vectors(documents, "document").astype(np.float32)
+    if cache.teacher.kind == "sparse":
         postings = Postings.from_documents(rows)
-        return lambda queries: postings.top_rows(vectors(queries, "query"), depth)
-    return lambda queries: _nearest(np.asarray(vectors(queries, "query")), np.asarray(rows), depth)
+        return lambda queries: postings.top_rows(cache.vectors(queries, "query"), depth)
+    return lambda queries: nearest(cache.vectors(queries, "query").astype(np.float32), rows, depth)
 
 
-def _nearest(queries: np.ndarray, documents: np.ndarray, depth: int) -> list[Found]:
-    """The documents with the highest dot products; ties are ordered by position."""
-    best: list[list[Found]] = [[] for _ in queries]
-    for start in range(0, len(documents), _DOCUMENTS):
-        scores = queries.astype(np.float32) @ documents[start : start + _DOCUMENTS].astype(np.float32).T
-        for found, row in zip(best, scores, strict=True):
-            bound = np.partition(row, -depth)[-depth] if depth < len(row) else -np.inf
-            places = np.flatnonzero(row >= bound)
-            found.append((places + start, row[places]))
-    result = []
-    for found in best:
-        places, row = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.argsort(-row, kind="stable")[:depth]
-        result.append((places[order], row[order]))
-    return result
-
-
-def _judge(teacher: str, documents: list[str], max_length: int | None, batch_size: int, fallback: Path) -> Judge:
-    if teacher != "bm25":
-        return open_vector_cache(open_teacher(teacher, max_length=max_length, batch_size=batch_size), fallback).scores
+def _scorer_by_words(documents: list[str]) -> Callable[[list[tuple[str, str]]], np.ndarray]:
+    """A function that gives BM25's scores of pairs of a query and one of the documents, (pairs,)."""
     from anysplade.search.bm25 import BM25
 
     bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
 
-    def by_words(pairs: list[tuple[str, str]]) -> np.ndarray:
+    def scores(pairs: list[tuple[str, str]]) -> np.ndarray:
         groups = [(query, [position[text] for _, text in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])]
         return np.concatenate([bm25.score(query, np.array(places)) for query, places in groups])
 
-    return by_words
+    return scores
 
 
 # --------------------------------------------------------------------------------------- in blocks
@@ -326,20 +302,14 @@ def _in_blocks(
             file.unlink()
     if not started.exists() and (record := finished_record(output, about)) is not None:
         return Mined(record.pop("examples"), record.pop("left_out"), record)
-    write_atomic(started, json.dumps(about, indent=2) + "\n")
     blocks = []
     with bar(task, "example", len(pairs), progress) as shown:
         for start in range(0, len(pairs), _BLOCK):
             written = _written_part(parts, start)
             part = pairs[start : start + _BLOCK]
             if written is None:
-                try:
-                    rows = list(block(part))
-                except AnyspladeError:
-                    if not any(parts.glob("*.jsonl")):  # nothing to continue
-                        shutil.rmtree(parts)
-                    raise
-                written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+                written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in block(part)).encode()
+                write_record(started, about)  # not earlier: a call that fails at once leaves nothing
                 write_atomic(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
             blocks.append(written)
             shown.update(len(part))
@@ -350,7 +320,7 @@ def _in_blocks(
     write_atomic(output, b"".join(blocks))
     about |= {"sha256": file_digest(output), "provenance": provenance()}
     mined = Mined(count, len(pairs) - count, about)
-    write_atomic(record_path(output), json.dumps(mined.to_dict(), indent=2) + "\n")
+    write_record(record_path(output), mined.to_dict())
     shutil.rmtree(parts)
     if mined.left_out:
         logger.warning("%d of %d examples left out, which have too few hard negatives", mined.left_out, len(pairs))

@@ -1,6 +1,7 @@
 """A new MLM head for an encoder that has none, before its training."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,11 +15,7 @@ from anysplade.model.head import find_head
 
 
 def check_encoder(source: str, folder: str) -> None:
-    """Check before the text is read that an encoder can get an MLM head; arguments as in ``with_new_head``.
-
-    Raises:
-        ModelError: the config cannot be read, transformers has no masked LM of this architecture, or there is a trained head.
-    """
+    """Raise ModelError, before the text is read, if an encoder cannot get an MLM head; arguments as in ``with_new_head``."""
     model_class = masked_lm_class(source, folder)
     missing = missing_weights(model_class, source, folder)
     body = [key for key in missing if key.startswith(f"{model_class.base_model_prefix}.")]
@@ -33,9 +30,6 @@ def with_new_head(source: str, folder: str = "") -> tuple[PreTrainedModel, PreTr
 
     A square projection in the head starts as the identity; other new weights start as transformers initializes them. ``folder`` is
     the subfolder of the source that has the encoder.
-
-    Raises:
-        ModelError: the tokenizer does not match or has no mask token, or the decoder is not tied or not the last step.
     """
     missing = set(missing_weights(masked_lm_class(source, folder), source, folder))
     options: dict[str, Any] = {"subfolder": folder, "trust_remote_code": False}
@@ -58,10 +52,9 @@ def with_new_head(source: str, folder: str = "") -> tuple[PreTrainedModel, PreTr
 
 def token_counts(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], max_length: int) -> Tensor:
     """How often each token is in the texts, plus one, (vocabulary,)."""
-    counts = torch.ones(find_head(model).decoder.weight.shape[0])
-    for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]:
-        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
-    return counts
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    vocabulary = find_head(model).decoder.weight.shape[0]
+    return 1 + torch.bincount(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.long), minlength=vocabulary).float()
 
 
 @torch.no_grad()

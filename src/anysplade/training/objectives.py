@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.losses import (
     CachedSpladeLoss,
@@ -112,17 +113,17 @@ def make_loss(config: TrainingConfig, encoder: SparseEncoder, teacher: BatchTeac
     losses: dict[str, nn.Module] = {}
     for name in weights:
         if name == "contrastive":
-            several: dict[str, Any] = {"scale": 1 / config.temperature, "gather_across_devices": get_world_size() > 1}
             kind = SparseMultipleNegativesRankingLoss if teacher is None else partial(TaughtContrastiveLoss, teacher=teacher)
-            losses[name] = kind(encoder, **several)
+            losses[name] = kind(encoder, scale=1 / config.temperature, gather_across_devices=get_world_size() > 1)
         elif name == "teacher":
             assert teacher is not None  # the config requires one
             losses[name] = TeacherLoss(teacher, config.temperature, config.teacher_temperature or teacher.temperature)
         elif name == "margin-mse":
             losses[name] = SparseMarginMSELoss(encoder)
         else:
-            temperatures: dict[str, Any] = {"temperature": config.kl_temperature, "teacher_temperature": config.teacher_temperature}
-            losses[name] = SparseDistillKLDivLoss(encoder, **temperatures)
+            losses[name] = SparseDistillKLDivLoss(
+                encoder, temperature=config.kl_temperature, teacher_temperature=config.teacher_temperature
+            )
     ranking: Any = next(iter(losses.values())) if list(weights.values()) == [1.0] else _WeightedSum(losses, weights)
     options: dict[str, Any] = {
         f"{role}_regularizer": make_regularizer(config.regularizer, encoder) for role in ("document", "query")
@@ -135,13 +136,7 @@ def make_loss(config: TrainingConfig, encoder: SparseEncoder, teacher: BatchTeac
 
 
 def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
-    """Check that the objective can use the examples, and warn if the teacher's scores do not suit it.
-
-    ``pairs`` are the first examples; all have the same number of negatives and scores.
-
-    Raises:
-        DataError: there are no negatives or no scores, or margins instead of scores.
-    """
+    """Raise DataError if the objective cannot use the first examples, and warn if the teacher's scores do not suit it."""
     weights = parse_objective(config.objective)
     negatives, scores = len(pairs[0].negatives), len(pairs[0].scores or ())
     distilled = [name for name in weights if name in ("margin-mse", "kl")]
@@ -168,9 +163,7 @@ def check_examples(config: TrainingConfig, pairs: Sequence[Pair]) -> None:
             )
     if "kl" in weights:
         temperature = config.teacher_temperature or config.kl_temperature
-        logits = given / temperature
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        best = float((shares.max(axis=1) / shares.sum(axis=1)).mean())  # mean probability of the first choice
+        best = float(softmax(given / temperature, axis=1).max(axis=1).mean())  # mean probability of the first choice
         guess = 1 / given.shape[1]
         if best - guess < _FLAT * (1 - guess) or best > 0.999:
             spread = float(given.std(axis=1).mean())

@@ -22,8 +22,8 @@ from sentence_transformers import SparseEncoder, SparseEncoderTrainer
 from sentence_transformers import SparseEncoderTrainingArguments as Arguments
 
 from anysplade._common.arguments import require
-from anysplade._common.files import atomic_folder, digests, only_process, read_record, user_path, write_atomic, writing
-from anysplade._common.outputs import earlier_call, is_whole, require_unused, restored
+from anysplade._common.files import atomic_folder, only_process, user_path, write_atomic, writing
+from anysplade._common.outputs import digests, earlier_call, is_whole, read_record, require_unused, restored, write_record
 from anysplade._common.progress import begin
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
@@ -115,6 +115,8 @@ def _label(config: TrainingConfig) -> str:
 def train_as(config: TrainingConfig, progress: bool, label: str) -> TrainingResult:
     """``train``; ``label`` is the line in the log that announces the training."""
     check_trackers(config.report_to)
+    if config.dev is not None:
+        import_module("anysplade.evaluation.evaluations")  # a missing extra is an error before hours of training
     output = user_path(config.output)
     with only_process(output) if os.environ.get("RANK", "0") == "0" else nullcontext():
         return _train(config, output, progress, label)
@@ -122,8 +124,6 @@ def train_as(config: TrainingConfig, progress: bool, label: str) -> TrainingResu
 
 def _train(config: TrainingConfig, output: Path, progress: bool, label: str) -> TrainingResult:
     """``train``, in a folder that no other run writes to."""
-    if config.dev is not None:
-        import_module("anysplade.evaluation.evaluations")  # a missing extra is an error before hours of training
     arguments = training_arguments(config, output)
     is_first = arguments.process_index == 0
     with arguments.main_process_first(local=False):
@@ -149,7 +149,9 @@ def _train(config: TrainingConfig, output: Path, progress: bool, label: str) -> 
             _record_collapse(config, output, run, attempt.monitor, is_first)
         del attempt
         gc.collect()  # its parts refer to each other, and the next attempt needs the memory
-    _require_all_steps(config, output, attempt)
+    state = attempt.trainer.state
+    if state.global_step < state.max_steps and config.patience is None:  # batches ran out, of which the trainer says nothing
+        raise AnyspladeError(f"{output}: the training ended at step {state.global_step} of {state.max_steps}; no model was written")
     if is_first:
         _save(output, run, attempt.encoder, _measured(config, output, run, inputs, attempt, progress))
     if arguments.world_size > 1:
@@ -163,12 +165,7 @@ def _train(config: TrainingConfig, output: Path, progress: bool, label: str) -> 
 
 
 def _earlier_run(config: TrainingConfig, output: Path) -> tuple[dict[str, Any], TrainingResult | None]:
-    """What is recorded of this run, {} for a new one, and its result if it is finished and the model is undamaged.
-
-    Raises:
-        OutputError: the folder has another run, or other content.
-        CollapseError: the run collapsed before.
-    """
+    """What is recorded of this run, {} for a new one, and its result if it is finished and the model is undamaged."""
     if not (output / "run.json").exists():
         require_unused(output, DATA, "lock")
         return {}, None
@@ -195,10 +192,6 @@ def _as_json(config: TrainingConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(asdict(config))))
 
 
-def _write_run(output: Path, run: dict[str, Any]) -> None:
-    write_atomic(output / "run.json", json.dumps(run, indent=2) + "\n")
-
-
 def _stored_result(output: Path) -> TrainingResult | None:
     record = read_record(output / "training.json", *(field.name for field in fields(TrainingResult) if field.default is MISSING))
     if record is None:
@@ -213,7 +206,7 @@ def _check_inputs_again(config: TrainingConfig, output: Path, run: dict[str, Any
     inputs = read_inputs(config, output, arguments, progress)
     shutil.rmtree(output / DATA)
     _require_unchanged(config, output, run, inputs)
-    _write_run(output, run | {"hashes": inputs.hashes})
+    write_record(output / "run.json", run | {"hashes": inputs.hashes})
 
 
 def _require_unchanged(config: TrainingConfig, output: Path, known: dict[str, Any], inputs: Inputs) -> None:
@@ -240,7 +233,7 @@ def _attempt(
     run["calibration"] = calibration.to_dict()
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
-            _write_run(output, run)
+            write_record(output / "run.json", run)
             write_atomic(output / _OPTIONS, yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True))
         checkpoint = last_checkpoint(output / "checkpoints")
     trainer, monitor = make_trainer(config, encoder, lengths, inputs, arguments, progress)
@@ -258,20 +251,13 @@ def _record_collapse(config: TrainingConfig, output: Path, run: dict[str, Any], 
     evidence = f"{worst.name} at step {worst.step} ({worst.evidence})"
     if config.on_collapse == "stop" or len(run["restarts"]) == _RESTARTS:
         if write:
-            _write_run(output, run | {"collapsed": findings})
+            write_record(output / "run.json", run | {"collapsed": findings})
         raise CollapseError(f"{output}: the training collapsed: {evidence}; {worst.fix}")
     run["restarts"].append({"k": run["calibration"]["k"], "shift": run["calibration"]["shift"], "findings": findings})
     if write:
-        _write_run(output, run)
+        write_record(output / "run.json", run)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     logger.warning("%s; starting again from the beginning with a stronger calibration", evidence)
-
-
-def _require_all_steps(config: TrainingConfig, output: Path, attempt: _Attempt) -> None:
-    """Raise AnyspladeError if the training ended early; the trainer says nothing when batches run out."""
-    state = attempt.trainer.state
-    if state.global_step < state.max_steps and config.patience is None:
-        raise AnyspladeError(f"{output}: the training ended at step {state.global_step} of {state.max_steps}; no model was written")
 
 
 # ---------------------------------------------------------------------------- the result
@@ -346,6 +332,6 @@ def _save(output: Path, run: dict[str, Any], encoder: SparseEncoder, result: Tra
     with atomic_folder(output / "model") as folder:
         encoder.save_pretrained(str(folder))
         write_card(folder, result.to_dict())
-    _write_run(output, run | {"model": digests(output / "model", without=CARD_FILES)})
-    write_atomic(output / "training.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    write_record(output / "run.json", run | {"model": digests(output / "model", without=CARD_FILES)})
+    write_record(output / "training.json", result.to_dict())
     shutil.rmtree(output / DATA)

@@ -1,19 +1,19 @@
 """A cache on disk for the vectors and scores of teachers, so that nothing is computed twice."""
 
 import hashlib
-import io
 import json
 import logging
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.files import default_cache, make_folder, write_atomic
+from anysplade._common.files import default_cache, make_folder
+from anysplade._common.parts import DAMAGED, write_rows
 from anysplade._common.progress import bar
 from anysplade.errors import DataError
 from anysplade.model.options import Role
@@ -46,7 +46,7 @@ class VectorCache:
                 keys = np.load(file)
                 if len(keys) == self._length(name):
                     self._add(name, keys)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            except DAMAGED:
                 logger.info("%s: is damaged; it is made again", file)
         self._shard = lru_cache(_OPEN)(self._read)
 
@@ -96,14 +96,8 @@ class VectorCache:
 
     def _write(self, keys: np.ndarray, rows: Rows) -> None:
         name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
-        file, key_file = io.BytesIO(), io.BytesIO()
-        if sparse.issparse(rows):
-            sparse.save_npz(file, rows, compressed=False)
-        else:
-            np.save(file, rows)
-        np.save(key_file, keys)
-        write_atomic(self.folder / f"{name}.{'npz' if sparse.issparse(rows) else 'npy'}", file.getvalue())
-        write_atomic(self.folder / f"{name}.keys.npy", key_file.getvalue())  # last: it marks the shard as whole
+        write_rows(self.folder / f"{name}.{'npz' if sparse.issparse(rows) else 'npy'}", rows)
+        write_rows(self.folder / f"{name}.keys.npy", keys)  # last: it marks the shard as whole
         self._add(name, keys)
 
     def _add(self, name: str, keys: np.ndarray) -> None:
@@ -121,7 +115,7 @@ class VectorCache:
         path = self.folder / f"{name}.npz"
         try:
             return sparse.load_npz(path) if path.exists() else np.load(self.folder / f"{name}.npy", mmap_mode="r")
-        except zipfile.BadZipFile as error:  # damage that ``_length`` cannot see
+        except BadZipFile as error:  # damage that ``_length`` cannot see
             raise DataError(f"{path}: is damaged ({error}); remove it, and it is made again") from error
 
 

@@ -3,20 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from anysplade._common.files import atomic_folder, digests, read_record, write_atomic
-from anysplade._common.outputs import is_whole
+from anysplade._common.files import atomic_folder
+from anysplade._common.outputs import digests, is_whole, read_record, write_record
 from anysplade.data.collections import Pair
 from anysplade.errors import DataError
 from anysplade.model.options import Role
 from anysplade.training.teacher_cache import SHARD, VectorCache, open_vector_cache
-from anysplade.training.teachers import Rows, Teacher, open_teacher
+from anysplade.training.teachers import Rows, open_teacher
 
 
 class BatchTeacher:
@@ -28,7 +29,7 @@ class BatchTeacher:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open what ``write`` wrote."""
+        """Open what ``prepare_teacher`` wrote."""
         about = json.loads((folder / "teacher.json").read_text(encoding="utf-8"))
         self.temperature: float = about["temperature"]
         self._numbers = np.load(folder / ("scores.npy" if about["kind"] == "cross-encoder" else "rows.npy"), mmap_mode="r")
@@ -38,39 +39,11 @@ class BatchTeacher:
         elif about["kind"] == "sparse":
             self._vectors = sparse.load_npz(folder / "vectors.npz")
 
-    @staticmethod
-    def write(teacher: Teacher, pairs: Sequence[Pair], folder: Path, cache: VectorCache) -> None:
-        """Compute the vectors or scores that a training needs; all examples have the same number of negatives.
-
-        Raises:
-            DataError: the teacher is a cross-encoder, and the examples have no negatives.
-            ModelError: a score is NaN or infinite.
-        """
-        with atomic_folder(folder) as work:
-            if teacher.kind == "cross-encoder":
-                if not pairs[0].negatives:
-                    raise DataError(
-                        f"{teacher.name}: a cross-encoder ranks an example's own documents, and there are no negatives; give some"
-                    )
-                scores = _mapped(work / "scores.npy", np.float32, (len(pairs), 1 + len(pairs[0].negatives)))
-                for start, part in _parts(pairs, SHARD):
-                    texts = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
-                    scores[start : start + len(part)] = cache.scores(texts).reshape(len(part), -1)
-            else:
-                _write_vectors(pairs, work, cache)
-            about = {"name": teacher.name, "kind": teacher.kind, "temperature": teacher.temperature, "precision": teacher.precision}
-            write_atomic(work / "teacher.json", json.dumps(about | {"files": digests(work)}, indent=2) + "\n")
-
     def scores(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Score each query against each document of a batch.
+        """Score the queries of some examples against the documents of some, given by their numbers, (queries,) and (examples,).
 
-        Args:
-            queries: numbers of the examples whose queries are scored, (queries,).
-            documents: numbers of the examples whose documents are scored, (examples,).
-
-        Returns:
-            (queries, examples x (1 + negatives)), float32, NaN where the teacher has no score. The columns are all positives,
-            then all first negatives, and so on.
+        The scores are (queries, examples x (1 + negatives)), float32, NaN where the teacher has none. The columns are all
+        positives, then all first negatives, and so on.
         """
         if self._vectors is None:
             own = self._numbers[queries]  # (queries, 1 + negatives)
@@ -83,32 +56,61 @@ class BatchTeacher:
         return query_vectors.astype(np.float32) @ document_vectors.astype(np.float32).T
 
 
+def prepare_teacher(
+    name: str, pairs: Sequence[Pair], folder: Path, *, max_length: int | None, precision: str, progress: bool = False
+) -> BatchTeacher:
+    """Open a run's teacher in ``folder``; its scores of the examples are computed unless they are stored there undamaged."""
+    known = read_record(folder / "teacher.json", "files")
+    if known is None or not is_whole(folder, known["files"]):
+        shutil.rmtree(folder, ignore_errors=True)
+        teacher = open_teacher(name, max_length=max_length, precision=precision)
+        cache = open_vector_cache(teacher, folder.with_name("teachers"), progress)
+        with atomic_folder(folder) as work:
+            (_write_scores if teacher.kind == "cross-encoder" else _write_vectors)(pairs, work, cache)
+            about = {"name": name, "kind": teacher.kind, "temperature": teacher.temperature, "precision": precision}
+            write_record(work / "teacher.json", about | {"files": digests(work)})
+    return BatchTeacher(folder)
+
+
+def _write_scores(pairs: Sequence[Pair], folder: Path, cache: VectorCache) -> None:
+    """Write a cross-encoder's ``scores.npy``."""
+    if not pairs[0].negatives:
+        raise DataError(
+            f"{cache.teacher.name}: a cross-encoder ranks an example's own documents, and there are no negatives; give some"
+        )
+    scores = _mapped(folder / "scores.npy", np.float32, (len(pairs), 1 + len(pairs[0].negatives)))
+    for start in range(0, len(pairs), SHARD):
+        part = pairs[start : start + SHARD]
+        texts = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
+        scores[start : start + len(part)] = cache.scores(texts).reshape(len(part), -1)
+
+
 def _write_vectors(pairs: Sequence[Pair], folder: Path, cache: VectorCache) -> None:
-    """Write ``rows.npy``, and the vectors with one row per distinct text and role."""
-    numbers: dict[tuple[Role, str], int] = {}
+    """Write ``rows.npy``, and the vectors with one row per distinct query, and then one per distinct document."""
+    queries: dict[str, int] = {}
+    documents: dict[str, int] = {}
     rows = _mapped(folder / "rows.npy", np.int64, (len(pairs), 2 + len(pairs[0].negatives)))
-    for start, part in _parts(pairs, SHARD):  # before the vectors, to know how many there are
-        for i, pair in enumerate(part, start):
-            documents: list[tuple[Role, str]] = [("document", text) for text in (pair.positive, *pair.negatives)]
-            rows[i] = [numbers.setdefault(text, len(numbers)) for text in [("query", pair.query), *documents]]
-    blocks: list[sparse.csr_matrix] = []
-    order: list[int] = []
-    dense: Any = None
-    roles: tuple[Role, ...] = ("query", "document")
-    for role in roles:
-        texts = [(number, text) for (text_role, text), number in numbers.items() if text_role == role]
-        for _, block in _parts(texts, 16 * SHARD):
-            vectors = cache.vectors([text for _, text in block], role)
-            places = [number for number, _ in block]
-            if sparse.issparse(vectors):
-                blocks.append(vectors)
-                order += places
-                continue
-            if dense is None:
-                dense = _mapped(folder / "vectors.npy", np.float16, (len(numbers), vectors.shape[1]))
-            dense[places] = vectors
-    if blocks:
-        sparse.save_npz(folder / "vectors.npz", sparse.vstack(blocks, format="csr")[np.argsort(order)], compressed=False)
+    for i, pair in enumerate(pairs):
+        texts = (pair.positive, *pair.negatives)
+        rows[i] = [queries.setdefault(pair.query, len(queries)), *(documents.setdefault(text, len(documents)) for text in texts)]
+    rows[:, 1:] += len(queries)
+    blocks = chain(_vectors(queries, "query", cache), _vectors(documents, "document", cache))
+    if cache.teacher.kind == "sparse":
+        sparse.save_npz(folder / "vectors.npz", sparse.vstack(list(blocks), format="csr"), compressed=False)
+        return
+    start, dense = 0, np.zeros((0, 0))
+    for block in blocks:
+        if not start:
+            dense = _mapped(folder / "vectors.npy", np.float16, (len(queries) + len(documents), block.shape[1]))
+        dense[start : start + len(block)] = block
+        start += len(block)
+
+
+def _vectors(texts: Iterable[str], role: Role, cache: VectorCache) -> Iterator[Rows]:
+    """The vectors of texts, block by block."""
+    listed = list(texts)
+    for start in range(0, len(listed), 16 * SHARD):
+        yield cache.vectors(listed[start : start + 16 * SHARD], role)
 
 
 def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -118,20 +120,3 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
-    for start in range(0, len(items), size):
-        yield start, items[start : start + size]
-
-
-def prepare_teacher(
-    name: str, pairs: Sequence[Pair], folder: Path, *, max_length: int | None, precision: str, progress: bool = False
-) -> BatchTeacher:
-    """Open a run's teacher in ``folder``; its scores of the examples are computed unless they are stored there undamaged."""
-    known = read_record(folder / "teacher.json", "files")
-    if known is None or not is_whole(folder, known["files"]):
-        shutil.rmtree(folder, ignore_errors=True)
-        teacher = open_teacher(name, max_length=max_length, precision=precision)
-        BatchTeacher.write(teacher, pairs, folder, open_vector_cache(teacher, folder.with_name("teachers"), progress))
-    return BatchTeacher(folder)

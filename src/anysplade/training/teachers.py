@@ -53,16 +53,9 @@ class Teacher:
         return 0.05 if self.cosine else 1.0
 
     def encode(self, texts: Sequence[str], role: Role, progress: bool = False, shown: Any = None) -> Rows:
-        """Encode texts to vectors whose dot products are the scores.
+        """Vectors whose dot products are the scores, (texts, width): float16 from a dense model, float32 from a sparse one.
 
-        Args:
-            shown: a ``bar`` to update, instead of showing one.
-
-        Returns:
-            (texts, width); float16 from a dense model, float32 from a sparse one.
-
-        Raises:
-            ModelError: a vector has NaN, infinity or a number too large for float16.
+        ``shown`` is a ``bar`` to update, instead of showing one.
         """
         if self.kind == "sparse":
             rows: sparse.csr_matrix = encode(self.model, texts, role, progress=progress, shown=shown)
@@ -80,17 +73,7 @@ class Teacher:
         return vectors
 
     def rate(self, pairs: Sequence[tuple[str, str]], shown: Any = None) -> np.ndarray:
-        """Score pairs of a query and a document with a cross-encoder.
-
-        Args:
-            shown: a ``bar`` to update; None shows nothing.
-
-        Returns:
-            Raw logits, (pairs,), float32.
-
-        Raises:
-            ModelError: a score is NaN or infinite.
-        """
+        """A cross-encoder's raw logits for pairs of a query and a document, (pairs,), float32; ``shown`` is a ``bar`` to update."""
         clean = [(replace_surrogates(query), replace_surrogates(document)) for query, document in pairs]
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             # Identity keeps the logits: after a sigmoid, margins and differences between good documents would vanish.
@@ -105,11 +88,7 @@ class Teacher:
 
 
 def teacher_kind(source: str) -> Kind:
-    """Read from its configuration what kind of teacher a model's folder or hub id contains.
-
-    Raises:
-        ModelError: the model is none of the three kinds.
-    """
+    """What kind of teacher a model's folder or hub id contains, by its configuration."""
     kinds: dict[str | None, Kind] = {"SentenceTransformer": "dense", "SparseEncoder": "sparse", "CrossEncoder": "cross-encoder"}
     saved = saved_kind(source)
     if saved in kinds:
@@ -129,9 +108,6 @@ def open_teacher(name: str, *, max_length: int | None = None, precision: str = "
     """Load a teacher from a folder or the hub.
 
     Texts are truncated to ``max_length`` tokens, or the model's own limit if it is lower; ``batch_size`` is per forward pass.
-
-    Raises:
-        ModelError: the model is not found, cannot teach, or has scores that are not dot products.
     """
     source = resolve_model(name)
     kind = teacher_kind(source)
@@ -173,11 +149,7 @@ def without_advice() -> Iterator[None]:
 
 
 def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
-    """Open a saved sparse encoder, or build one from the masked LM of a published SPLADE; ``max_length`` as in ``open_teacher``.
-
-    Raises:
-        ModelError: the masked LM was not trained to retrieve.
-    """
+    """Open a saved sparse encoder, or build one from the masked LM of a published SPLADE; ``max_length`` as in ``open_teacher``."""
     if is_saved_encoder(source):
         return cut_within(open_encoder(source), max_length)
     with without_advice():

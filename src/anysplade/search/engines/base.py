@@ -16,14 +16,19 @@ from anysplade._common.arguments import require, require_list
 from anysplade._common.progress import bar
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError, without_credentials
 from anysplade.search.documents import EncodedDocument, check_document, check_vector
-from anysplade.search.filters import Filter, Tagged, Tags, check_filter, explain_filter
-from anysplade.search.hits import Hit
+from anysplade.search.filters import Filter, Tagged, Tags, check_filter, explain_filter, tag
+from anysplade.search.hits import Hit, Hits, check_count
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SHOWN = ["id", "title", "text", "metadata"]  # stored fields that a hit has
 BUSY = (429, 503)  # HTTP statuses after which the same request may succeed
+_FIXES: dict[int | None, str] = {
+    **dict.fromkeys((None, 200), "check its address, and that the server runs"),  # 200: another kind of server
+    **dict.fromkeys(BUSY, "the server is busy; try again later"),
+}
 _PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry
 _DELETED_AT_ONCE = 1000  # documents per request
 
@@ -32,6 +37,7 @@ class ServerEngine(Tagged):
     """An index on a server; a subclass calls the client library. Methods raise AnyspladeError if the server fails or refuses."""
 
     errors: tuple[type[Exception], ...]  # of the client library
+    login: str  # how to fix an error of authorization
 
     def __init__(self, client: Any, name: str, label: str) -> None:
         self.client = client
@@ -86,15 +92,14 @@ class ServerEngine(Tagged):
             OptionError: ``batch`` is below 1.
         """
         self.about()  # raises if the index does not exist
-        if batch < 1:
-            raise OptionError(f"batch {batch}: give 1 or more")
+        batch = check_count("batch", batch)
         sent = 0
         source = iter(documents)
         with bar("uploading", "document", show=progress) as shown:
             while part := list(islice(source, batch)):
-                hashed = {pair[0].id: pair for pair in map(_hashed, part)}
-                stored = self._stored_hashes([self.key(id_) for id_ in hashed])
-                changed = [pair for id_, pair in hashed.items() if stored.get(self.key(id_)) != pair[1]]
+                prepared = {document.id: (document, _payload(document)) for document in map(check_document, part)}
+                stored = self._stored_hashes([self.key(id_) for id_ in prepared])
+                changed = [pair for id_, pair in prepared.items() if stored.get(self.key(id_)) != pair[1]["hash"]]
                 if changed:
                     self._send(changed)
                 sent += len(changed)
@@ -102,7 +107,7 @@ class ServerEngine(Tagged):
         self._refresh()
         return sent
 
-    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: Filter | None = None) -> list[Hit]:
+    def search(self, terms: np.ndarray, weights: np.ndarray, k: int, filter: Filter | None = None) -> Hits:
         """The k documents of the largest scores, best first. A document without a term of the query is not found.
 
         Args:
@@ -115,18 +120,16 @@ class ServerEngine(Tagged):
             OptionError: k or the filter is invalid, or no document has a name of the filter.
         """
         terms, weights = check_vector("the query", terms, weights)
-        if k < 1:
-            raise OptionError(f"k {k}: give 1 or more")
-        conditions = check_filter(filter)
+        k, conditions = check_count("k", k), check_filter(filter)
         with self._created():
-            hits = self._search(terms, weights, k, conditions) if len(terms) else []
-        if conditions and len(terms) and not hits:
+            found = self._search(terms, weights, k, conditions) if len(terms) else []
+        if conditions and not found:
             if not self.about().get("tagged"):
                 raise DataError(
                     f"{self.label}: was made by an earlier version, where filters find nothing; build it again under another name"
                 )
-            explain_filter(self, filter)
-        return hits
+            return Hits(note=explain_filter(self, filter))
+        return Hits(Hit(score=score, **payload) for score, payload in found)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Delete the documents with these ids; ids without a document are ignored."""
@@ -159,10 +162,11 @@ class ServerEngine(Tagged):
             try:
                 return call(*args, **kwargs)
             except self.errors as error:
-                why, fix, is_busy = self._explain(error)
+                why, status = self._explain(error)
             line = without_credentials(" ".join(why.split()))[:300]
             pause = next(pauses, None)
-            if pause is None or not is_busy:
+            if pause is None or status not in (None, *BUSY):
+                fix = self.login if status in (401, 403) else _FIXES.get(status, "its log may say more")
                 raise AnyspladeError(f"{self.label}: {line}; {fix}")
             logger.info("trying again in %.1f s: %s", pause, line)
             time.sleep(pause)
@@ -187,10 +191,12 @@ class ServerEngine(Tagged):
     def _stored_hashes(self, keys: list[str]) -> dict[str, str]: ...
 
     @abstractmethod
-    def _send(self, documents: list[tuple[EncodedDocument, str]]) -> None: ...
+    def _send(self, documents: list[tuple[EncodedDocument, dict[str, Any]]]) -> None:
+        """Store documents, each with the fields that are stored beside its vector."""
 
     @abstractmethod
-    def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[Hit]: ...
+    def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[tuple[float, Any]]:
+        """The scores and the ``SHOWN`` fields of the k best documents, the best first."""
 
     @abstractmethod
     def _delete(self, keys: list[str]) -> None: ...
@@ -200,35 +206,35 @@ class ServerEngine(Tagged):
         """Let search see all changes."""
 
     @abstractmethod
-    def _explain(self, error: Any) -> tuple[str, str, bool]:
-        """Why a request failed, how to fix it, and whether the server was only busy."""
+    def _explain(self, error: Any) -> tuple[str, int | None]:
+        """Why a request failed, and the HTTP status of the answer; None without an answer."""
 
 
 def require_same_model(label: str, stored: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Raise OutputError if the description of an existing index differs from ``about`` in anything that changes a vector."""
-    if stored.get("model_fingerprint") != about["model_fingerprint"]:
-        model = stored.get("model", "unknown")
-        raise OutputError(f"{label}: exists and holds vectors of another model ({model}); choose another name, or delete it first")
-    if not stored.get("tagged"):
-        raise OutputError(f"{label}: exists and was made by an earlier version; choose another name, or delete it first")
     different = [name for name in ("precision", "top_k", "max_length") if stored.get(name) != about.get(name)]
-    if different:
-        raise OutputError(
-            f"{label}: exists and was made with another {', '.join(different)} "
-            f"({', '.join(str(stored.get(name)) for name in different)}); choose another name, or delete it first"
-        )
+    if stored.get("model_fingerprint") != about["model_fingerprint"]:
+        what = f"holds vectors of another model ({stored.get('model', 'unknown')})"
+    elif not stored.get("tagged"):
+        what = "was made by an earlier version"
+    elif different:
+        what = f"was made with another {', '.join(different)} ({', '.join(str(stored.get(name)) for name in different)})"
+    else:
+        return
+    raise OutputError(f"{label}: exists and {what}; choose another name, or delete it first")
 
 
-def _hashed(document: EncodedDocument) -> tuple[EncodedDocument, str]:
-    """A document with a checked vector, and the hash of its content and vector.
+def _payload(document: EncodedDocument) -> dict[str, Any]:
+    """The stored fields of a document apart from its vector, with the tags for filters and the hash of its content and vector.
 
     Raises:
-        DataError: the vector is malformed, or the text or metadata cannot be sent as JSON.
+        DataError: the text or metadata cannot be sent as JSON.
     """
-    document = check_document(document)
     try:
         content = json.dumps([document.id, *document.content], sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # ValueError: NaN, or a lone surrogate
         raise DataError(f"document {document.id[:80]!r}: cannot be sent as JSON ({error}); fix its text or metadata") from None
     vector = document.terms.tobytes() + document.weights.tobytes()
-    return document, hashlib.sha256(content + b"\0" + vector).hexdigest()  # JSON contains no zero byte
+    digest = hashlib.sha256(content + b"\0" + vector).hexdigest()  # JSON contains no zero byte
+    fields = {name: value for name, value in document.content._asdict().items() if value is not None}
+    return {"id": document.id, "hash": digest} | fields | tag(document.content.metadata)._asdict()

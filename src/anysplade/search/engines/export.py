@@ -61,13 +61,10 @@ def export_ciff(
     """Write a Common Index File (https://github.com/osirrc/ciff); returns the number of documents.
 
     All postings are in memory to be sorted by term, which takes about 20 bytes per posting. The length of a document is the sum
-    of its quantized weights.
+    of its quantized weights. ``documents``, ``tokens`` and ``quantization`` are as in ``export_anserini``.
 
     Args:
-        documents: encoded by one model.
-        tokens: (vocabulary,) by term id; None for a term without a token.
         path: the file.
-        quantization: factor of the weights, which are then rounded.
 
     Raises:
         OutputError: ``path`` is a folder, or cannot be written.
@@ -108,13 +105,12 @@ def export_queries(
     """Write queries for Anserini (``-topicReader TsvString`` with ``-impact -pretokenized``) and PISA; returns their number.
 
     A line has the id, a tab, and each term as many times as its quantized weight, because these tools weight a term by its count.
+    ``tokens`` and ``quantization`` are as in ``export_anserini``.
 
     Args:
         ids: of the queries.
         vectors: (queries, vocabulary), in the order of the ids.
-        tokens: (vocabulary,) by term id; None for a term without a token.
         path: the file.
-        quantization: factor of the weights, which are then rounded.
 
     Raises:
         OutputError: ``path`` is a folder, or cannot be written.

@@ -9,9 +9,8 @@ from opensearchpy import OpenSearch
 from opensearchpy.exceptions import ConnectionError, TransportError
 
 from anysplade.search.documents import EncodedDocument
-from anysplade.search.engines.base import BUSY, ServerEngine
-from anysplade.search.filters import Tags, tag
-from anysplade.search.hits import Hit
+from anysplade.search.engines.base import BUSY, SHOWN, ServerEngine
+from anysplade.search.filters import Tags
 
 _MAX_CLAUSES = 1024  # default of indices.query.bool.max_clause_count; Lucene counts the whole query, filters included
 _MAX_ID = 512  # bytes
@@ -39,6 +38,7 @@ class OpenSearchEngine(ServerEngine):
     """
 
     errors = (TransportError,)
+    login = "give a user and password that may: opensearch://user:password@host:9200/name"
 
     def __init__(self, client: OpenSearch, name: str) -> None:
         super().__init__(client, name, f"OpenSearch index {name!r}")
@@ -83,17 +83,15 @@ class OpenSearchEngine(ServerEngine):
         answer = self.ask(self.client.mget, body={"ids": keys}, index=self.name, params={"_source_includes": "hash"}, again=True)
         return {found["_id"]: found["_source"]["hash"] for found in answer["docs"] if found.get("found")}
 
-    def _send(self, documents: list[tuple[EncodedDocument, str]]) -> None:
+    def _send(self, documents: list[tuple[EncodedDocument, dict[str, Any]]]) -> None:
         lines = []
-        for (id_, content, terms, weights), digest in documents:
+        for (id_, _, terms, weights), payload in documents:
             kept = weights >= np.finfo(np.float32).tiny  # Lucene refuses subnormal weights, which add nothing to a score
             vector = dict(zip(map(str, terms[kept].tolist()), weights[kept].tolist(), strict=True))
-            fields = {name: value for name, value in content._asdict().items() if value is not None}
-            fields |= tag(content.metadata)._asdict()
-            lines += [{"index": {"_id": self.key(id_)}}, {"id": id_, "hash": digest, **fields, "vector": vector}]
+            lines += [{"index": {"_id": self.key(id_)}}, payload | {"vector": vector}]
         self._bulk(lines)
 
-    def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[Hit]:
+    def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[tuple[float, Any]]:
         largest = np.argsort(-weights, kind="stable")[: _MAX_CLAUSES - len(conditions)]
         clauses = [
             {"rank_feature": {"field": f"vector.{term}", "linear": {}, "boost": weight}}
@@ -102,13 +100,9 @@ class OpenSearchEngine(ServerEngine):
         filters = [{"terms": {"values": values}} for _, values in conditions]
         query = {"bool": {"should": clauses, "minimum_should_match": 1, "filter": filters}}
         # Unless all hits are counted, Lucene skips blocks that cannot reach the first k.
-        body = {"size": k, "query": query, "_source": ["id", "title", "text", "metadata"], "track_total_hits": False}
+        body = {"size": k, "query": query, "_source": SHOWN, "track_total_hits": False}
         hits = self.ask(self.client.search, index=self.name, body=body)["hits"]["hits"]
-        return [
-            Hit(source["id"], hit["_score"], source["title"], source["text"], source.get("metadata"))
-            for hit in hits
-            for source in (hit["_source"],)
-        ]
+        return [(hit["_score"], hit["_source"]) for hit in hits]
 
     def _delete(self, keys: list[str]) -> None:
         self._bulk([{"delete": {"_id": key}} for key in keys])
@@ -126,12 +120,9 @@ class OpenSearchEngine(ServerEngine):
     def _refresh(self) -> None:
         self.ask(self.client.indices.refresh, index=self.name, again=True)
 
-    def _explain(self, error: Any) -> tuple[str, str, bool]:
+    def _explain(self, error: Any) -> tuple[str, int | None]:
         if isinstance(error, ConnectionError):
-            return str(error.info), "check its address, and that the server runs", True
+            return str(error.info), None
         cause = error.info.get("error") if isinstance(error.info, dict) else error.info
         reason = cause.get("reason", cause) if isinstance(cause, dict) else cause
-        fix = "its log may say more"
-        if error.status_code in (401, 403):
-            fix = "give a user and password that may: opensearch://user:password@host:9200/name"
-        return f"{error.status_code} {error.error}: {reason}", fix, error.status_code in BUSY
+        return f"{error.status_code} {error.error}: {reason}", error.status_code

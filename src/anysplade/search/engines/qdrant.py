@@ -12,9 +12,8 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 
 from anysplade.errors import OutputError
 from anysplade.search.documents import EncodedDocument
-from anysplade.search.engines.base import BUSY, ServerEngine
-from anysplade.search.filters import Tags, tag
-from anysplade.search.hits import Hit
+from anysplade.search.engines.base import SHOWN, ServerEngine
+from anysplade.search.filters import Tags
 
 _VECTOR = "splade"
 
@@ -23,6 +22,7 @@ class QdrantEngine(ServerEngine):
     """A collection on a Qdrant server. Every method raises AnyspladeError if the server cannot be reached or refuses."""
 
     errors = (ResponseHandlingException, UnexpectedResponse, ResourceExhaustedResponse)
+    login = "put the key into the environment as QDRANT_API_KEY"
 
     def __init__(self, client: QdrantClient, name: str) -> None:
         super().__init__(client, name, f"Qdrant collection {name!r}")
@@ -64,17 +64,15 @@ class QdrantEngine(ServerEngine):
         found = self.ask(self.client.retrieve, self.name, keys, with_payload=["hash"], with_vectors=False, again=True)
         return {str(point.id): (point.payload or {}).get("hash", "") for point in found}
 
-    def _send(self, documents: list[tuple[EncodedDocument, str]]) -> None:
-        self.ask(self.client.upsert, self.name, [self._point(*pair) for pair in documents], wait=True, again=True)
+    def _send(self, documents: list[tuple[EncodedDocument, dict[str, Any]]]) -> None:
+        points = []
+        for (id_, _, terms, weights), payload in documents:
+            # Qdrant documents points without a vector, but not empty sparse vectors.
+            vectors: Any = {_VECTOR: models.SparseVector(indices=terms.tolist(), values=weights.tolist())} if len(terms) else {}
+            points.append(models.PointStruct(id=self.key(id_), vector=vectors, payload=payload))
+        self.ask(self.client.upsert, self.name, points, wait=True, again=True)
 
-    def _point(self, document: EncodedDocument, digest: str) -> models.PointStruct:
-        id_, content, terms, weights = document
-        payload = {"id": id_, **content._asdict(), "hash": digest, **tag(content.metadata)._asdict()}
-        # Qdrant documents points without a vector, but not empty sparse vectors.
-        vectors: Any = {_VECTOR: models.SparseVector(indices=terms.tolist(), values=weights.tolist())} if len(terms) else {}
-        return models.PointStruct(id=self.key(id_), vector=vectors, payload=payload)
-
-    def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[Hit]:
+    def _search(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> list[tuple[float, Any]]:
         found = self.ask(
             self.client.query_points,
             self.name,
@@ -82,13 +80,9 @@ class QdrantEngine(ServerEngine):
             using=_VECTOR,
             query_filter=_filter("values", [values for _, values in conditions]) if conditions else None,
             limit=k,
-            with_payload=["id", "title", "text", "metadata"],
+            with_payload=SHOWN,
         )
-        return [
-            Hit(payload["id"], point.score, payload["title"], payload["text"], payload.get("metadata"))
-            for point in found.points
-            if (payload := point.payload) is not None
-        ]
+        return [(point.score, point.payload) for point in found.points]
 
     def _delete(self, keys: list[str]) -> None:
         self.ask(self.client.delete, self.name, models.PointIdsList(points=list(keys)), wait=True, again=True)
@@ -96,19 +90,16 @@ class QdrantEngine(ServerEngine):
     def _refresh(self) -> None:
         """Every change has waited for that already."""
 
-    def _explain(self, error: Any) -> tuple[str, str, bool]:
+    def _explain(self, error: Any) -> tuple[str, int | None]:
         if isinstance(error, ResponseHandlingException):
-            is_connection = isinstance(error.source, httpx.TransportError)
-            return str(error.source), "check its address, and that the server runs", is_connection
+            return str(error.source), None if isinstance(error.source, httpx.TransportError) else 200
         if isinstance(error, ResourceExhaustedResponse):
-            return str(error), "the server is busy; try again later", True
+            return str(error), 429
         try:
             reason = str(error.structured()["status"]["error"])
         except (ValueError, LookupError, TypeError):
             reason = error.reason_phrase
-        unauthorized = error.status_code in (401, 403)
-        fix = "put the key into the environment as QDRANT_API_KEY" if unauthorized else "its log may say more"
-        return f"{error.status_code} {reason}", fix, error.status_code in BUSY
+        return f"{error.status_code} {reason}", error.status_code
 
 
 def _filter(kind: str, conditions: Sequence[Sequence[str]]) -> models.Filter:
