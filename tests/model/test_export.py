@@ -115,7 +115,7 @@ def test_fastembed_reads_the_weights_of_queries(tmp_path):
 
 def test_int8_is_an_approximation_that_says_so(exports):
     _, onnx, _ = exports("bert")
-    exact, rounded = OnnxQueries(onnx), OnnxQueries(onnx, quantized=True)
+    exact, rounded = OnnxQueries(onnx), OnnxQueries(onnx, "int8")
     assert (exact.precision, rounded.precision) == ("float32", "int8")
     first, second = exact.encode(TEXTS[:1]).toarray(), rounded.encode(TEXTS[:1]).toarray()
     assert 0 < abs(first - second).max() < 0.1 * first.max()

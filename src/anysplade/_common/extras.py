@@ -6,6 +6,16 @@ from contextlib import contextmanager
 from anysplade.errors import ExtraError
 
 
+_TRAIN = {"accelerate", "datasets", "pandas", "sentence_transformers", "sklearn", "torch", "transformers"}
+
+
+def missing_library(error: ModuleNotFoundError) -> ModuleNotFoundError | ExtraError:
+    """An ExtraError for a missing library of ``anysplade[train]``, which many modules import first of all; else the error itself."""
+    if error.name not in _TRAIN:
+        return error
+    return ExtraError(f'{error.name} is not installed: pip install "anysplade[train]"')
+
+
 @contextmanager
 def extra(name: str) -> Iterator[None]:
     """A context for importing the libraries of an extra; if one is missing, the ExtraError gives the command that installs it."""

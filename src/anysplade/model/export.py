@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -27,9 +27,8 @@ from anysplade.model.fused import unfuse_pooling
 from anysplade.model.head import untie_head
 from anysplade.model.modules import has_static_queries, is_routed, is_splade, masked_lm, splade_modules
 from anysplade.model.onnx_queries import ABOUT, MODEL, QUANTIZED
+from anysplade.model.options import Form
 from anysplade.model.saved import fingerprint, first_line, resolve_model
-
-Form = Literal["logits", "vector", "terms"]
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "logits": ("logits",),

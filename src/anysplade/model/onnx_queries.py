@@ -1,7 +1,6 @@
 """Encode queries with an exported ONNX model: onnxruntime or OpenVINO, and ``tokenizers``; no torch is imported."""
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from anysplade._common.extras import extra
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
+from anysplade.model.options import Precision
 from anysplade.model.queries import Cut
 from anysplade.model.saved import first_line
 from anysplade.model.vocabulary import term_names
@@ -35,12 +35,12 @@ def exported(folder: str | Path) -> dict[str, Any] | None:
 class OnnxQueries:
     """Encodes queries with an exported model; implements ``model.queries.Queries``. Several threads may share it."""
 
-    def __init__(self, folder: str | Path, quantized: bool = False, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, precision: Precision = "float32", max_length: int | None = None) -> None:
         """Open a folder that ``export_onnx`` wrote.
 
         Args:
-            quantized: take its int8 model, an approximation.
-            threads: of a query; the usable cores if None.
+            precision: ``"int8"`` takes the quantized model, an approximation; the others are float32.
+            max_length: tokens that are read of a text, at most those of the export.
 
         Raises:
             ModelError: the folder has no exported model, or one that cannot be opened.
@@ -49,21 +49,21 @@ class OnnxQueries:
         about = exported(folder)
         if about is None:
             raise ModelError(f"{folder}: no exported model in it; anysplade export MODEL --to onnx --out {folder} writes one")
-        with extra("onnx"):
+        self.precision = "int8" if precision == "int8" else "float32"
+        file = Path(folder, QUANTIZED if precision == "int8" else MODEL)
+        if not file.is_file():
+            raise ModelError(f"{folder}: no {file.name} in it; export the model with `quantize`")
+        with extra("search"):
             import onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        file = Path(folder, QUANTIZED if quantized else MODEL)
         try:
-            self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
             self._tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
         except Exception as error:  # both libraries raise errors of their own, or Exception itself
             raise ModelError(f"{folder}: the exported model cannot be opened: {first_line(error)}") from error
-        self.precision = "int8" if quantized else "float32"
         self._about = about
         self._prompt = about["prompts"].get("query") or ""
+        self._limit: int | None = min(filter(None, (about["max_length"], max_length)), default=None)
         self._tokenizer.no_padding()
-        self._limit: int | None = about["max_length"]
         if self._limit is None:
             self._tokenizer.no_truncation()
         else:

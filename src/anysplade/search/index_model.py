@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anysplade.errors import ModelError
+from anysplade.model.onnx_queries import OnnxQueries, exported
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries, StaticQueries
 from anysplade.model.saved import fingerprint, resolve_model
@@ -86,6 +87,12 @@ class IndexModel:
     @cached_property
     def queries(self) -> Queries:
         """See ``WithModel.queries``."""
+        if self.moved is not None and (about := exported(self.moved)) is not None:
+            if about["model_fingerprint"] != self.about["model_fingerprint"]:
+                raise ModelError(f"{self.moved}: exported from another model than that of {self.index}; export that one")
+            if about["static_queries"]:
+                raise ModelError(f"{self.moved}: the queries of this model need no export; leave `model` out, or give the model")
+            return OnnxQueries(self.moved, self.precision, self.about.get("max_length"))
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
