@@ -5,12 +5,11 @@ from contextlib import contextmanager
 
 from anysplade.errors import ExtraError
 
-
 _TRAIN = {"accelerate", "datasets", "pandas", "sentence_transformers", "sklearn", "torch", "transformers"}
 
 
 def missing_library(error: ModuleNotFoundError) -> ModuleNotFoundError | ExtraError:
-    """An ExtraError for a missing library of ``anysplade[train]``, which many modules import first of all; else the error itself."""
+    """The ExtraError for a library of ``anysplade[train]``, which many modules import at their top; for others the error itself."""
     if error.name not in _TRAIN:
         return error
     return ExtraError(f'{error.name} is not installed: pip install "anysplade[train]"')

@@ -22,8 +22,8 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
-from anysplade._common.files import READ_ONLY
 from anysplade._common.extras import missing_library
+from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
 from anysplade.cli.order import check_order, in_own_words
 from anysplade.data.names import misnamed
