@@ -2,19 +2,24 @@
 
 ``max (or sum) over tokens of log1p(relu(W h + b))`` is computed in tiles of the vocabulary, without the (batch, length, vocabulary)
 logits. Outputs and gradients equal those of the unfused modules up to the order of float additions. Under autocast, the products
-run in autocast's type and everything after them in float32.
+run in autocast's type and everything after them in float32. ``_max_pool`` says where Triton kernels compute the maximum.
 """
 
+import functools
+import logging
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from anysplade.model.hardware import native_int8
 from anysplade.model.screening import drop_screen, screened_max
 from anysplade.model.tiles import count_terms, fill_padding, index_terms, products, spread_terms
+
+logger = logging.getLogger(__name__)
 
 
 # Not compiled inside a compiled model: the number of entries in the backward pass depends on the data.
@@ -30,8 +35,9 @@ def splade_pool(
 ) -> Tensor:
     """SPLADE vectors from the hidden states before the decoder.
 
-    Memory: two to three numbers per (sequence, term), 8 MiB of logits at a time (256 MiB on a GPU), and the gradients. Without
-    gradients, on a CPU with native int8 products, also two int8 copies of the weight.
+    Memory: two to three numbers per (sequence, term), the gradients, and 8 MiB of logits at a time (256 MiB on a GPU). With Triton
+    kernels there are no logits, and backward takes up to three numbers more per (sequence, term). Without gradients, on a CPU with
+    native int8 products, also two int8 copies of the weight.
 
     Args:
         hidden: (batch, length, width).
@@ -55,7 +61,7 @@ def splade_pool(
             screened = screened_max(hidden, weight, bias, mask, double_log, live)
         if screened is not None:
             return screened if torch.is_autocast_enabled(device) else screened.to(hidden.dtype)
-    return _apply(_SumPool if pooling == "sum" else _MaxPool, hidden, weight, bias, mask, 2 if double_log else 1, keep, live)
+    return _apply(pooling, hidden, weight, bias, mask, 2 if double_log else 1, keep, live)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -65,10 +71,12 @@ def max_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor
     Returns:
         (batch, vocabulary); a row without tokens has the logits of its first padding.
     """
-    return _apply(_MaxPool, hidden, weight, bias, mask, logs=0)
+    return _apply("max", hidden, weight, bias, mask, logs=0)
 
 
-class _Options(NamedTuple):
+class PoolOptions(NamedTuple):
+    """What the autograd functions of pooling take besides tensors with gradients."""
+
     logs: int  # log1p is applied this many times after relu; 0 leaves the logits as they are
     dtype: torch.dtype  # of the result
     keep: bool  # what the backward pass needs
@@ -76,7 +84,7 @@ class _Options(NamedTuple):
 
 
 def _apply(
-    function: type[torch.autograd.Function],
+    pooling: Literal["max", "sum"],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -89,19 +97,47 @@ def _apply(
     if torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)
         hidden, weight, dtype = hidden.to(half), weight.to(half), torch.float32
+    function = _SumPool if pooling == "sum" else _max_pool(hidden, weight, live)
+    if function not in (_SumPool, _MaxPool) and hidden.shape[2] % 16:  # kernels copy unaligned rows number by number
+        hidden, weight = (pad(t, (0, -t.shape[-1] % 16)) for t in (hidden, weight))
     with torch.autocast(device, enabled=False):
-        return function.apply(hidden, weight, bias, mask, _Options(logs, dtype, keep, live))
+        return function.apply(hidden, weight, bias, mask, PoolOptions(logs, dtype, keep, live))
+
+
+def _max_pool(hidden: Tensor, weight: Tensor, live: Tensor | None) -> type[torch.autograd.Function]:
+    """Triton kernels where they run and tensor cores multiply; exact products of float32 are left to torch's library."""
+    if hidden.device.type != "cuda" or not hidden.numel() or not count_terms(weight, live) or not _kernels_run(hidden.device):
+        return _MaxPool
+    from anysplade.model.kernel_pooling import KernelMaxPool, allows_tf32
+
+    fast = hidden.dtype in (torch.bfloat16, torch.float16) or (hidden.dtype == torch.float32 and allows_tf32())
+    return KernelMaxPool if fast else _MaxPool
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether Triton compiles and runs a kernel on an NVIDIA GPU; if it should and does not, the reason is logged."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0) or find_spec("triton") is None:
+        return False
+    try:
+        from anysplade.model.kernel_pooling import check_device
+
+        check_device(device)
+    except Exception as error:  # of many kinds: no C compiler, a driver that is too old, a GPU that Triton does not know yet
+        logger.warning("pooling runs without Triton kernels, which is slower but gives the same result: %s", error)
+        return False
+    return True
 
 
 class _MaxPool(torch.autograd.Function):
-    """Pools the largest logits, because the activation is monotone.
+    """Pools the largest logits, because the activation is monotone. On a GPU, backward waits once, for the number of entries.
 
     Only the token with the maximum gets a gradient from a (sequence, term), so both gradients are sparse products with at most
     batch x vocabulary entries.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, options: _Options) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, options: PoolOptions) -> Tensor:
         logs, dtype, keep, live = options
         batch, length, _ = hidden.shape
         terms = count_terms(weight, live)
@@ -157,7 +193,7 @@ class _SumPool(torch.autograd.Function):
     """Pools all tokens; the backward pass computes the logits of each tile again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, options: _Options) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, options: PoolOptions) -> Tensor:
         logs, dtype, _, live = options
         batch, length, width = hidden.shape
         tokens = hidden.reshape(-1, width)
