@@ -22,6 +22,9 @@ from tiny import WORDS, make_backbone, make_static
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
+# It asks for an older huggingface-hub than transformers, and runs with a newer one.
+WITHOUT_FASTEMBED = "needs pip install --no-deps fastembed loguru mmh3 py-rust-stemmers"
+
 TEXTS = ["kabel lodan mifil", "", "😀 kabel", "\ud800 lodan", "[SEP] kabel [PAD]", " ".join(WORDS)]
 
 
@@ -88,7 +91,7 @@ def test_queries_need_no_torch(exports):
 
 def test_fastembed_gives_the_same_vectors(exports):
     """FastEmbed pools logits itself, with one logarithm and the maximum."""
-    fastembed = pytest.importorskip("fastembed")
+    fastembed = pytest.importorskip("fastembed", reason=WITHOUT_FASTEMBED)
     model, onnx, _ = exports("bert")
     texts = ["kabel lodan mifil", "kabel " * 100, ""]
     theirs = fastembed.SparseTextEmbedding("prithivida/Splade_PP_en_v1", specific_model_path=str(onnx), local_files_only=True)
@@ -100,7 +103,7 @@ def test_fastembed_gives_the_same_vectors(exports):
 
 
 def test_fastembed_reads_the_weights_of_queries(tmp_path):
-    kind = pytest.importorskip("fastembed.sparse.if_splade").IfSplade
+    kind = pytest.importorskip("fastembed.sparse.if_splade", reason=WITHOUT_FASTEMBED).IfSplade
     model = make_static(tmp_path)
     export_onnx(model, tmp_path / "onnx")
     theirs = kind(kind._list_supported_models()[0].model, specific_model_path=str(tmp_path / "onnx"), local_files_only=True)
