@@ -1,4 +1,4 @@
-"""The core works without any extra, and a missing extra is one line."""
+"""A missing extra is one line, training needs only ``train``, and searching with an exported model needs no torch."""
 
 import json
 import re
@@ -10,20 +10,35 @@ from pathlib import Path
 
 import pytest
 
+from anysplade import Index, ModelError, export_onnx, load_encoder
+from processes import run_python
 from tiny import WORDS
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-# What the extras bring and the core does not, by the names that are imported.
+# What the extras bring beside ``train``, by the names that are imported.
 MODULES = {
     "evaluation": ["bm25s", "ir_datasets", "ir_measures", "matplotlib", "Stemmer"],
-    "search": ["qdrant_edge"],
+    "search": ["onnxruntime", "qdrant_edge"],
     "serve": ["fastapi", "prometheus_client", "starlette", "uvicorn"],
     "qdrant": ["qdrant_client"],
     "opensearch": ["opensearchpy"],
+    "onnx": ["onnx", "onnxscript"],
     "openvino": ["openvino", "nncf"],
     "ray": ["ray"],
 }
 
+
+TRAIN = ["accelerate", "datasets", "pandas", "sentence_transformers", "sklearn", "torch", "transformers"]
+WITHOUT_TRAIN = f"""
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name in {TRAIN!r}:
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Missing)
+from anysplade.cli import run
+run()
+"""
 
 # Runs one command per line of its standard input, and answers with its exit code and what it wrote to standard error.
 LOOP = f"""
@@ -60,10 +75,10 @@ def test_every_extra_is_in_all():
     extras = PROJECT["optional-dependencies"]
     (everything,) = extras["all"]
     named = set(re.search(r"\[(.*)\]", everything)[1].split(","))
-    assert named == extras.keys() - {"all", "dev", "docs"}
+    assert named == extras.keys() - {"all", "dev", "docs", "train"}
 
 
-def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(run_core, backbone, tmp_path):
+def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_other_extra(run_core, backbone, tmp_path):
     rows = [json.dumps({"query": a, "positive": f"{a} {b}"}) for a, b in pairwise(WORDS)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     for arguments in (
@@ -92,6 +107,7 @@ def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_extra(run_c
         ("index {model} {data} --to opensearch://localhost/docs", "search"),
         ("search {tmp}/index kabel", "search"),
         ("serve {tmp}/index", "serve"),
+        ("export {model} --to onnx --out {tmp}/onnx", "onnx"),
         ("study norm --out {tmp}/study --backbones {model} --data {data} --collections {data}", "evaluation"),
         ("demo --out {tmp}/demo", "(evaluation|search)"),
     ],
@@ -103,3 +119,42 @@ def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(
     assert code == 2, errors
     assert re.fullmatch(rf'anysplade: \w+ is not installed: pip install "anysplade\[{extra}\]"\n', errors)
     assert not any((tmp_path / name).exists() for name in ("run", "index", "study"))
+
+
+def test_without_torch_an_exported_model_searches_and_the_rest_is_one_line(backbone, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"_id": word, "text": f"{word} {WORDS[0]}"}) + "\n" for word in WORDS[:9])
+    )
+    model = tmp_path / "model"
+    load_encoder(backbone, k=2, shift=0).save_pretrained(str(model))
+    with Index.build(model, tmp_path / "docs.jsonl", tmp_path / "index") as index:
+        expected = index.search(WORDS[3], k=5)
+    export_onnx(model, tmp_path / "onnx", "vector")
+
+    def run(*arguments):
+        return run_python("-c", WITHOUT_TRAIN, *arguments)
+
+    found = run("search", tmp_path / "index", WORDS[3], "--model", tmp_path / "onnx", "--k", 5, "--json")
+    assert found.returncode == 0, found.stderr
+    hits = json.loads(found.stdout)["hits"]
+    assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
+    assert [hit["score"] for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-4)
+    for arguments in (
+        ["search", tmp_path / "index", "kabel"],
+        ["train", backbone, tmp_path / "docs.jsonl", "--out", tmp_path / "run"],
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2
+        assert re.fullmatch(r'anysplade: \w+ is not installed: pip install "anysplade\[train\]"\n', refused.stderr), refused.stderr
+
+
+def test_an_exported_model_must_be_the_one_of_the_index(backbone, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"_id": "a", "text": "kabel"}) + "\n")
+    export_onnx(backbone, tmp_path / "onnx")
+    load_encoder(backbone, k=2, shift=0).save_pretrained(str(tmp_path / "model"))
+    with Index.build(tmp_path / "model", tmp_path / "docs.jsonl", tmp_path / "index"):
+        pass
+    with Index.load(tmp_path / "index", tmp_path / "onnx") as index, pytest.raises(ModelError, match="another model"):
+        index.search("kabel")

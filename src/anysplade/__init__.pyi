@@ -31,6 +31,8 @@ from .model.calibration import calibrate as calibrate
 from .model.encoder import load_encoder as load_encoder
 from .model.encoder import open_encoder as open_encoder
 from .model.encoding import encode as encode
+from .model.export import export_checkpoint as export_checkpoint
+from .model.export import export_onnx as export_onnx
 from .model.folding import Folding as Folding
 from .model.folding import fold_head as fold_head
 from .model.measuring import HeadReport as HeadReport

@@ -569,7 +569,7 @@ def test_exports(indexed, call_json, tmp_path):
     assert {row["id"] for row in rows} == {"a", "b", "c"}
     queries = tmp_path / "topics.tsv"
     queries.write_text("1\tkabel lodan\n2\tmifil\n")
-    written = call_json("export", indexed, "--format", "ciff", "--out", tmp_path / "index.ciff", "--queries", queries)
+    written = call_json("export", indexed, "--to", "ciff", "--out", tmp_path / "index.ciff", "--queries", queries)
     assert (written["documents"], written["queries"]) == (3, 2)
     lines = (tmp_path / "index.ciff.queries.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["1", "2"]
@@ -588,7 +588,7 @@ def test_a_head_that_is_wider_than_the_vocabulary(collection_folder, call_json, 
     assert padding & set(matched)
     assert None not in matched
     call_json("export", tmp_path / "index", "--format", "anserini", "--out", tmp_path / "anserini")
-    call_json("export", tmp_path / "index", "--format", "ciff", "--out", tmp_path / "index.ciff")
+    call_json("export", tmp_path / "index", "--to", "ciff", "--out", tmp_path / "index.ciff")
     lines = [json.loads(line) for line in (tmp_path / "anserini" / "0000.jsonl").read_text().splitlines()]
     with Index.load(tmp_path / "index") as index:
         assert [len(line["vector"]) for line in lines] == [(document.weights >= 0.005).sum() for document in index.store]
@@ -634,7 +634,7 @@ def test_a_model_that_was_moved_is_named(backbone, call, call_json, tmp_path):
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     for command in (
         ("search", tmp_path / "index", "kabel"),
-        ("export", tmp_path / "index", "--format", "ciff", "--out", tmp_path / "c"),
+        ("export", tmp_path / "index", "--to", "ciff", "--out", tmp_path / "c"),
     ):
         code, _, err = call(*command)
         assert (code, err.count("\n")) == (2, 1)

@@ -173,7 +173,7 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("index begun cranfield --out new", "begun: has no model yet: its training is unfinished; the same command continues it"),
         ("index changing cranfield --out new", "its adaptation is unfinished; the same command continues it"),
         ("train growing cranfield --out new", "its training of a head is unfinished; the same command continues it"),
-        ("export idxx --format ciff --out deep/new", "did you mean idx?"),
+        ("export idxx --to ciff --out deep/new", "did you mean idx?"),
     ],
 )
 def test_mistakes_name_what_was_meant(command, message, refused):

@@ -5,6 +5,15 @@ from contextlib import contextmanager
 
 from anysplade.errors import ExtraError
 
+_TRAIN = {"accelerate", "datasets", "pandas", "sentence_transformers", "sklearn", "torch", "transformers"}
+
+
+def missing_library(error: ModuleNotFoundError) -> ModuleNotFoundError | ExtraError:
+    """The ExtraError for a library of ``anysplade[train]``, which many modules import at their top; for others the error itself."""
+    if error.name not in _TRAIN:
+        return error
+    return ExtraError(f'{error.name} is not installed: pip install "anysplade[train]"')
+
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:

@@ -22,6 +22,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
+from anysplade._common.extras import missing_library
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
 from anysplade.cli.order import check_order, in_own_words
@@ -165,7 +166,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{odd}: not UTF-8; characters that cannot be decoded are read as U+FFFD", file=sys.stderr)
         app.config = config_file(arguments)
         check_order(arguments)
-        app(arguments, exit_on_error=False, print_error=False)
+        try:
+            app(arguments, exit_on_error=False, print_error=False)
+        except ModuleNotFoundError as error:
+            raise missing_library(error) from error
     except CycloptsError as error:
         _report(in_own_words(error, arguments))
         return 2

@@ -15,7 +15,7 @@ from anysplade.cli.app import Result, command, is_first_process
 from anysplade.cli.library import options_of
 from anysplade.cli.rendering import hit_lines, snippet, table
 from anysplade.errors import OptionError, OutputError, without_credentials
-from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.options import Form, Precision, Role, Runtime, runtime_for
 
 if TYPE_CHECKING:
     from anysplade.search.sizing import Size
@@ -219,38 +219,61 @@ def _size_lines(found: "Size") -> list[RenderableType]:
 
 @command
 def export(
-    index: str,
+    source: str,
     /,
     *,
-    format: Literal["anserini", "ciff"],
+    to: Literal["onnx", "checkpoint", "lucene", "ciff"],
     out: Path,
+    form: Form | None = None,
+    quantize: bool = False,
     queries: str | None = None,
     quantization: int = 100,
     model: str | None = None,
 ) -> Result:
-    """Write an index's vectors, and queries for them, for Lucene: as Anserini's JSONL or the Common Index File Format.
+    """Write a model or an index for other software.
 
     Args:
-        index: folder of an index.
-        format: anserini (a folder of JSONL files) or ciff (one file).
+        source: of onnx and checkpoint, folder or hub id of a sparse encoder; of lucene and ciff, folder of an index.
+        to: onnx (FastEmbed, Vespa, OpenSearch, transformers.js, and searching without torch), checkpoint (vLLM and
+            text-embeddings-inference), lucene (JSONL that Anserini and Pyserini index) or ciff (one file, the Common Index File
+            Format).
         out: the folder or file to write.
-        queries: a file or collection of queries, which are written to OUT.queries.tsv.
-        quantization: weights are multiplied by this and written as whole numbers.
-        model: folder of the index's model, if it was moved.
+        form: of onnx: what the network gives: logits (the default), which most software pools itself, vector (OpenSearch) or terms
+            (Anserini).
+        quantize: of onnx: also write a network whose products are in int8, which is approximate.
+        queries: of lucene and ciff: a file or collection of queries, which are written to OUT.queries.tsv.
+        quantization: of lucene and ciff: weights are multiplied by this and written as whole numbers.
+        model: of lucene and ciff: folder of the index's model, if it was moved.
     """
+    of_model = to in ("onnx", "checkpoint")
+    given = ({} if to == "onnx" else {"form": form, "quantize": quantize}) | (
+        {"queries": queries, "model": model} if of_model else {}
+    )
+    odd = [name for name, value in given.items() if value]
+    if odd:
+        raise OptionError(f"`{odd[0]}` has no meaning for `to={to}`; leave it out")
+    if of_model:
+        from anysplade.model import export as exporting_models
+
+        if to == "checkpoint":
+            exporting_models.export_checkpoint(source, out)
+            return Result({"out": str(out), "to": to}, [f"a checkpoint with all tensors of its head in {out}"])
+        about = exporting_models.export_onnx(source, out, form or "logits", quantize)
+        line = f"{about['form']} of {source} in {out}; they differ from torch's by at most {about['largest_difference']:.1e}"
+        return Result(about | {"out": str(out), "to": to}, [line])
     from anysplade.data.queries import load_queries
     from anysplade.search.engines import export as exporting
     from anysplade.search.index import Index
 
     asked = {} if queries is None else load_queries(queries)
     written = beside(out, "{}.queries.tsv")
-    with Index.load(index, model) as opened:
+    with Index.load(source, model) as opened:
         names = opened.queries.term_names
         if asked:  # first, because queries are few and an error in them should come early
             exporting.export_queries(list(asked), opened.queries.encode(list(asked.values())), names, written, quantization)
-        write = exporting.export_anserini if format == "anserini" else exporting.export_ciff
+        write = exporting.export_anserini if to == "lucene" else exporting.export_ciff
         count = write(opened.store, names, out, quantization)
-    found: dict[str, Any] = {"documents": count, "out": str(out), "format": format}
+    found: dict[str, Any] = {"documents": count, "out": str(out), "to": to}
     lines: list[RenderableType] = [f"{counted(count, 'document')} in {out}"]
     if asked:
         found |= {"queries": len(asked), "queries_out": str(written)}

@@ -14,6 +14,7 @@ Runtime = Literal["auto", "torch", "openvino"]  # of encoding
 Pooling = Literal["max", "sum"]
 Role = Literal["query", "document"]
 QueryEncoder = Literal["mlm", "idf", "static"]
+Form = Literal["logits", "vector", "terms"]  # what an exported network gives
 Fold = Literal["none", "case", "stem"]  # which terms share a dimension
 
 OPEN_ENCODER = "give a SparseEncoder; anysplade.open_encoder opens one"  # the fix if another type is given

@@ -1,20 +1,20 @@
 """Show a sparse vector as words with weights; pieces of a word are joined."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
-from sentence_transformers import SparseEncoder
-from torch import Tensor
 
 from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.errors import OptionError
-from anysplade.model.encoding import ModelQueries
-from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER
 from anysplade.model.vocabulary import join_pieces, split_words
+
+if TYPE_CHECKING:
+    from sentence_transformers import SparseEncoder
+    from torch import Tensor
 
 
 class WeightedTerm(NamedTuple):
@@ -35,7 +35,7 @@ class Terms(list[WeightedTerm], Tabular):
 
 
 def terms(
-    vector: sparse.spmatrix | np.ndarray | Tensor, encoder: SparseEncoder, text: str | None = None, k: int | None = None
+    vector: "sparse.spmatrix | np.ndarray | Tensor", encoder: "SparseEncoder", text: str | None = None, k: int | None = None
 ) -> Terms:
     """The words of a sparse vector with their weights, the largest first.
 
@@ -50,6 +50,11 @@ def terms(
     Raises:
         OptionError: the vector has another width than the encoder, or several rows.
     """
+    from sentence_transformers import SparseEncoder  # here, for the search page joins words without torch
+
+    from anysplade.model.encoding import ModelQueries
+    from anysplade.model.modules import term_names
+
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     row = _one_row(vector)
     names = term_names(encoder)
@@ -67,7 +72,7 @@ def join_terms(weights: Iterable[tuple[int, float]], names: Sequence[str], words
 
 def _one_row(vector: Any) -> sparse.csr_matrix:
     """The vector as a sparse row, (1, vocabulary), without stored zeros."""
-    if isinstance(vector, Tensor):
+    if hasattr(vector, "detach"):  # a tensor
         vector = vector.detach().cpu().to_dense().float().numpy()
     if not sparse.issparse(vector):
         vector = np.atleast_2d(np.asarray(vector, np.float32))

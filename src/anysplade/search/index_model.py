@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anysplade._common.extras import extra
 from anysplade.errors import ModelError
+from anysplade.model.onnx_queries import OnnxQueries, exported
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries, StaticQueries
 from anysplade.model.saved import fingerprint, resolve_model
@@ -52,7 +54,8 @@ class IndexModel:
     @cached_property
     def source(self) -> str:
         """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index."""
-        places = described_places(self.about, "model", self.index) if self.moved is None else [str(self.moved)]
+        elsewhere = self.moved is not None and exported(self.moved) is None
+        places = [str(self.moved)] if elsewhere else described_places(self.about, "model", self.index)
         changed, missing = [], []
         for place in dict.fromkeys(places):
             try:
@@ -63,7 +66,7 @@ class IndexModel:
             if fingerprint(source) == self.about["model_fingerprint"]:
                 return source
             changed.append(source)
-        if changed and self.moved is not None and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())):
+        if changed and elsewhere and self.about["model"] not in (changed[0], str(Path(changed[0]).resolve())):
             raise ModelError(
                 f"{changed[0]}: not the model of {self.index}, which was built with {self.about['model']}; give the place of that "
                 "one as `model`, or leave `model` out if it is still there"
@@ -78,19 +81,27 @@ class IndexModel:
     @cached_property
     def encoder(self) -> "SparseEncoder":
         """The whole model as it was saved; it reads texts up to the ``max_length`` of the index."""
-        from anysplade.model.encoder import open_encoder
-        from anysplade.model.modules import cut_within
+        with extra("train"):
+            from anysplade.model.encoder import open_encoder
+            from anysplade.model.modules import cut_within
 
         return cut_within(open_encoder(self.source), self.about.get("max_length"))  # earlier versions recorded any length
 
     @cached_property
     def queries(self) -> Queries:
         """See ``WithModel.queries``."""
+        if self.moved is not None and (about := exported(self.moved)) is not None:
+            if about["model_fingerprint"] != self.about["model_fingerprint"]:
+                raise ModelError(f"{self.moved}: exported from another model than that of {self.index}; export that one")
+            if about["static_queries"]:
+                raise ModelError(f"{self.moved}: the queries of this model need no export; leave `model` out, or give the model")
+            return OnnxQueries(self.moved, self.precision, self.about.get("max_length"))
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
-        from anysplade.model.encoding import ModelQueries
-        from anysplade.model.runtimes import for_inference, resolve_precision
+        with extra("train"):
+            from anysplade.model.encoding import ModelQueries
+            from anysplade.model.runtimes import for_inference, resolve_precision
 
         precision = resolve_precision(self.precision, self.encoder.device)
         return ModelQueries(for_inference(self.encoder, self.runtime, precision), precision)

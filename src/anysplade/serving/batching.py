@@ -18,7 +18,6 @@ from scipy import sparse
 from anysplade._common.files import user_path
 from anysplade.data.names import is_built_in
 from anysplade.errors import AnyspladeError
-from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.filters import Filter
@@ -268,10 +267,15 @@ class Searcher:
             same_role = [job for job in jobs if job.role == role and job.texts]
             if same_role:
                 texts = list(chain.from_iterable(job.texts for job in same_role))
-                rows = self.index.queries.encode(texts) if role == "query" else encode(self.index.encoder, texts, role)
+                rows = self.index.queries.encode(texts) if role == "query" else self._encode_documents(texts)
                 ends = accumulate(len(job.texts) for job in same_role)
                 for job, end in zip(same_role, ends, strict=True):
                     job.vectors = rows[end - len(job.texts) : end]
+
+    def _encode_documents(self, texts: list[str]) -> sparse.csr_matrix:
+        from anysplade.model.encoding import encode  # needs torch
+
+        return encode(self.index.encoder, texts, "document")
 
     def _open(self, folder: Path, model: str | Path | None = None) -> Index:
         index = Index.load(folder, model, **self._options)

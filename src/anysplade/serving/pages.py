@@ -14,15 +14,11 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader
 from scipy import sparse
-from transformers import PreTrainedModel
 
+from anysplade._common.extras import extra
 from anysplade._common.progress import counted
-from anysplade.model.calibration import choose, logit_figure
-from anysplade.model.encoder import is_saved_encoder
-from anysplade.model.measuring import Probe, describe_head, measure_logits
-from anysplade.model.modules import masked_lm
 from anysplade.model.options import Role
-from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
+from anysplade.model.probe import PROBE_QUERIES
 from anysplade.model.queries import Queries
 from anysplade.model.terms import join_terms
 from anysplade.model.vocabulary import split_words
@@ -161,24 +157,15 @@ def _pieces(queries: Queries, hit: Hit) -> dict[str, Any]:
 
 
 async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any], str]:
-    """The head report of the model, and the histogram as SVG.
+    """The head report of the model, and the histogram as SVG; both need torch.
 
     Searches wait only for the logits, which take as long as encoding the 48 short probe texts.
     """
+    with extra("train"):
+        from anysplade.serving.head_page import describe_logits, measure_index
 
-    def measure() -> tuple[PreTrainedModel, Probe]:
-        encoder = index.encoder
-        model = masked_lm(encoder)
-        return model, measure_logits(model, encoder.tokenizer, PROBE_QUERIES, PROBE_DOCUMENTS)
-
-    model, probe = await searcher.run(measure)
-
-    def describe() -> tuple[dict[str, Any], str]:
-        calibration = choose(probe, trained=is_saved_encoder(str(model.name_or_path)))
-        report = describe_head(model, probe, short_name(index.about["model"]))
-        return {"report": report, "calibration": calibration}, logit_figure(calibration)
-
-    return await searcher.run_second(describe)
+    measured = await searcher.run(partial(measure_index, index))
+    return await searcher.run_second(partial(describe_logits, *measured, short_name(index.about["model"])))
 
 
 async def _measure_cost(searcher: Searcher, index: Index) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Encode queries with an exported ONNX model: onnxruntime or OpenVINO, and ``tokenizers``; no torch is imported."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from tokenizers import Tokenizer
+
+from anysplade._common.extras import extra
+from anysplade.data.text import replace_surrogates
+from anysplade.errors import ModelError
+from anysplade.model.options import Precision
+from anysplade.model.queries import Cut
+from anysplade.model.saved import first_line
+from anysplade.model.vocabulary import term_names
+
+ABOUT = "anysplade.json"
+MODEL = "model.onnx"
+QUANTIZED = "model_quantized.onnx"
+
+
+def exported(folder: str | Path) -> dict[str, Any] | None:
+    """The description of a folder that ``export_onnx`` wrote; None for other folders."""
+    path = Path(folder, ABOUT)
+    if not path.is_file() or not Path(folder, MODEL).is_file():
+        return None
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return about
+
+
+class OnnxQueries:
+    """Encodes queries with an exported model; implements ``model.queries.Queries``. Several threads may share it."""
+
+    def __init__(self, folder: str | Path, precision: Precision = "float32", max_length: int | None = None) -> None:
+        """Open a folder that ``export_onnx`` wrote.
+
+        Args:
+            precision: ``"int8"`` takes the quantized model, an approximation; the others are float32.
+            max_length: tokens that are read of a text, at most those of the export.
+
+        Raises:
+            ModelError: the folder has no exported model, or one that cannot be opened.
+            ExtraError: onnxruntime is not installed.
+        """
+        about = exported(folder)
+        if about is None:
+            raise ModelError(f"{folder}: no exported model in it; anysplade export MODEL --to onnx --out {folder} writes one")
+        self.precision = "int8" if precision == "int8" else "float32"
+        file = Path(folder, QUANTIZED if precision == "int8" else MODEL)
+        if not file.is_file():
+            raise ModelError(f"{folder}: no {file.name} in it; export the model with `quantize`")
+        with extra("search"):
+            import onnxruntime
+        try:
+            self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            self._tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+        except Exception as error:  # both libraries raise errors of their own, or Exception itself
+            raise ModelError(f"{folder}: the exported model cannot be opened: {first_line(error)}") from error
+        self._about = about
+        self._prompt = about["prompts"].get("query") or ""
+        self._limit: int | None = min(filter(None, (about["max_length"], max_length)), default=None)
+        self._tokenizer.no_padding()
+        if self._limit is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(self._limit)
+
+    def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """Sparse vectors of queries, in their order: float32, (texts, vocabulary); raises ModelError for NaN or infinity."""
+        rows = [self._vector(text, number) for number, text in enumerate(texts, 1)]
+        return sparse.vstack(rows, format="csr") if rows else sparse.csr_matrix((0, len(self.term_names)), dtype=np.float32)
+
+    def _vector(self, text: str, number: int) -> sparse.csr_matrix:
+        encoding = self._tokenizer.encode(self._prompt + replace_surrogates(text))
+        known = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask, "token_type_ids": encoding.type_ids}
+        outputs = self._session.run(None, {name: np.array([known[name]], np.int64) for name in self._about["inputs"]})
+        if self._about["form"] == "terms":
+            terms, weights = outputs
+        else:
+            vector = self._pooled(outputs[0][0]) if self._about["form"] == "logits" else outputs[0][0]
+            terms = np.flatnonzero(vector)
+            weights = vector[terms]
+        if not np.isfinite(weights).all():
+            raise ModelError(f"the model gives NaN or infinity for query text {number}; its training diverged")
+        most = self._about["max_active_dims"]
+        if most is not None and len(terms) > most:
+            kept = np.sort(np.argsort(-weights, kind="stable")[:most])
+            terms, weights = terms[kept], weights[kept]
+        return sparse.csr_matrix((weights, terms, [0, len(terms)]), shape=(1, len(self.term_names)))
+
+    def _pooled(self, logits: np.ndarray) -> np.ndarray:
+        """The vector, (vocabulary,), of a text's logits, (length, vocabulary)."""
+        sums = self._about["pooling"] == "sum"
+        weights = np.maximum(logits if sums else logits.max(axis=0), 0)
+        for _ in range(2 if self._about["double_log"] else 1):
+            weights = np.log1p(weights)
+        return weights.sum(axis=0) if sums else weights
+
+    def count_truncated(self, texts: Sequence[str]) -> Cut:
+        encodings = self._tokenizer.encode_batch([self._prompt + replace_surrogates(text) for text in texts])
+        return Cut(sum(bool(encoding.overflowing) for encoding in encodings), self._limit, self._limit)
+
+    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
+        return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @cached_property
+    def term_names(self) -> list[str]:
+        return term_names(self._tokenizer, self._about["vocabulary"])
