@@ -496,7 +496,7 @@ def test_pairs_from_documents_are_trained_on(backbone, call_json, call, tmp_path
     code, text, _ = call("pairs", corpus, "--kinds", "heading", "title", "--out", out)
     assert code == 0
     assert "8 pairs from 8 documents (8 title, 0 heading)" in text
-    assert "left out, heading: 8 without a heading" in text
+    assert "left out, heading: without heading: 8" in text
     assert text.rstrip().endswith(f"next: anysplade train MODEL {out} --out RUN")
     assert call("train", backbone, out, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 4)[0] == 0
     code, _, err = call("pairs", corpus, "--out", out)
