@@ -74,9 +74,13 @@ def size(
     memory_gib: float = 32.0,
     progress: bool = False,
 ) -> Size:
-    """Size an index of a number of documents, whose texts are like a sample of the corpus; everyday texts without a corpus.
+    """Size an index of a number of documents.
 
-    Queries are those of the corpus if it is a collection, or everyday ones. ``memory_gib`` is that of a machine, for postings.
+    Args:
+        corpus: texts similar to those to index; a collection also provides queries. Everyday texts if None.
+        sample: number of documents, and of queries, to encode for the measurement.
+        qps: queries per second to plan for.
+        memory_gib: of a machine, for postings.
     """
     if documents < 1 or sample < 1 or not 0 < qps < np.inf or not 0 < memory_gib < np.inf:
         raise OptionError(f"documents {documents}, sample {sample}, qps {qps}, memory {memory_gib} GiB: all must be above 0")

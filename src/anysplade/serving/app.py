@@ -207,7 +207,11 @@ def serve(
 ) -> Served:
     """Serve an index until the process gets SIGINT or SIGTERM; running requests are finished first.
 
-    The index and its options are those of ``Searcher``, and the token is that of ``create_app``. Port 0 is any free port.
+    Args:
+        index, beside, model, runtime, precision: see ``Searcher``.
+        host: an address of this machine; an address that other machines can reach needs a token.
+        port: 0 for any free port.
+        token: see ``create_app``.
     """
     name = f"[{host}]" if ":" in host else host
     if name not in _LOOPBACK and not token:
