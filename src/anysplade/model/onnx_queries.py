@@ -35,12 +35,15 @@ def exported(folder: str | Path) -> dict[str, Any] | None:
 class OnnxQueries:
     """Encodes queries with an exported model; implements ``model.queries.Queries``. Several threads may share it."""
 
-    def __init__(self, folder: str | Path, precision: Precision = "float32", max_length: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, precision: Precision = "float32", max_length: int | None = None, threads: int | None = None
+    ) -> None:
         """Open a folder that ``export_onnx`` wrote.
 
         Args:
             precision: ``"int8"`` takes the quantized model, an approximation; the others are float32.
             max_length: tokens that are read of a text, at most those of the export.
+            threads: of a query; all cores if None.
 
         Raises:
             ModelError: the folder has no exported model, or one that cannot be opened.
@@ -55,8 +58,10 @@ class OnnxQueries:
             raise ModelError(f"{folder}: no {file.name} in it; export the model with `quantize`")
         with extra("search"):
             import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
         try:
-            self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             self._tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
         except Exception as error:  # both libraries raise errors of their own, or Exception itself
             raise ModelError(f"{folder}: the exported model cannot be opened: {first_line(error)}") from error
