@@ -168,6 +168,6 @@ def push(model: str, repo_id: str, /, *, private: Annotated[bool, Parameter(nega
     results = f"with the results on {', '.join(pushed['evaluations'])}" if pushed["evaluations"] else "without results"
     what = f"{pushed['model']} is in" if pushed["changed"] else "nothing has changed since the last push to"
     lines = [f"{what} {pushed['url']}{' (private)' if pushed['private'] else ''}, {results}"]
-    if not pushed["evaluations"]:
+    if not pushed["evaluations"] and pushed["model"] != str(Path(model)):  # it is in a run's folder
         lines.append(f"next: anysplade evaluate {model} COLLECTION --out {Path(model) / 'evaluation'}, and push again")
     return Result(pushed, [*map(Text, lines)])

@@ -1,4 +1,4 @@
-"""What anysplade adds to the model card that sentence-transformers writes: how the model was made, its results, and its use elsewhere."""
+"""What anysplade adds to the model card of sentence-transformers: how the model was made, its results, and its use elsewhere."""
 
 import json
 import logging
@@ -14,15 +14,17 @@ from anysplade._common.figures import draw
 from anysplade.errors import ExtraError
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.runs import as_name
+from anysplade.model.head import RECORD
 from anysplade.model.rescaling import formula
-from anysplade.training.usage import usage
+from anysplade.training.usage import masked_lm_config, usage
 
 logger = logging.getLogger(__name__)
 
 _BEFORE = "\n## Training Details\n"  # heading in sentence-transformers' card after the new section
 _MADE = "## How it was made"
-_ADDED = ("<!-- by anysplade push -->", "<!-- end -->")  # around what ``published_card`` adds
-_NAMES = dict(zip(COSTS, ("query active dims", "document active dims", "FLOPS"), strict=True))
+_ADDED = "<!-- anysplade push -->"  # before and after what ``published_card`` adds
+_TAGS = ("sentence-transformers", "sparse-encoder", "splade")
+_COSTS = dict(zip(COSTS, ("query active dims", "document active dims", "FLOPS"), strict=True))
 _FIGURE = "training.svg"
 CARD_FILES = ("README.md", _FIGURE)
 
@@ -68,7 +70,7 @@ def _section(result: dict[str, Any], figure: bool) -> str:
         lines += [
             f"On the dev collection `{dev['collection']}` ({dev['queries']:,} queries, {dev['documents']:,} documents{kept}):",
             "",
-            *_results([dev]),
+            *_table([dev]),
             "",
         ]
     for finding in result["monitoring"]["findings"]:
@@ -97,80 +99,67 @@ def _calibrated(calibration: Mapping[str, Any]) -> str:
 
 
 def published_card(card: str, repo_id: str, source: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The card of a model on the hub, with results, if there are any, in text and metadata, and with its use elsewhere.
+    """The card of a model on the hub: with results in text and metadata, if there are any, and with its use elsewhere.
 
-    Args:
-        card: the one in the model's folder; what an earlier call added to it is replaced.
-        repo_id: the model's name on the hub.
-        source: the model's folder.
-        evaluations: each an ``Evaluation`` as JSON.
-
-    Raises:
-        ValueError: the card's metadata cannot be read.
+    ``card`` is the one in the folder ``source``; what an earlier call added to it is replaced. ``evaluations`` are JSON.
     """
-    card = re.sub(rf"\n*{_ADDED[0]}.*?{_ADDED[1]}\n*", "\n\n", card, flags=re.DOTALL)
-    card = re.sub(r"\bSparseEncoder\(\"sparse_encoder_model_id\"\)", f'SparseEncoder("{repo_id}")', card)
-    lines = ["## Results", "", *_results(evaluations), ""] if evaluations else []
-    elsewhere, calibration = usage(repo_id, source)
-    if calibration and _MADE not in card:
-        lines += [f"The MLM head was calibrated: {_calibrated(calibration)}.", ""]
-    added = "\n".join([_ADDED[0], *lines, *elsewhere, _ADDED[1]])
+    card = re.sub(f"\n*{_ADDED}.*?{_ADDED}\n*", "\n\n", card, flags=re.DOTALL)
+    card = card.replace('SparseEncoder("sparse_encoder_model_id")', f'SparseEncoder("{repo_id}")')
+    config = masked_lm_config(source)
+    lines = ["## Results", "", *_table(evaluations), ""] if evaluations else []
+    if _MADE not in card and "k" in (record := config.get(RECORD) or {}):
+        lines += [f"The MLM head was calibrated: {_calibrated(record)}.", ""]
+    added = "\n".join([_ADDED, *lines, usage(repo_id, source, config), _ADDED])
     place = next((card.index(heading) for heading in (_MADE, _BEFORE) if heading in card), len(card))
     card = f"{card[:place].rstrip()}\n\n{added}\n\n{card[place:].lstrip()}"
     return _with_results(card, repo_id.rpartition("/")[2], evaluations)
 
 
 def _with_results(card: str, name: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The card with both columns of each evaluation in its ``model-index``, in place of earlier ones of the same collection."""
-    new = [
+    """The card with effectiveness and cost of each evaluation in its ``model-index``; those of an earlier push are replaced."""
+    parsed = ModelCard(card)
+    data: Any = parsed.data
+    ours = (result for result in data.eval_results or [] if result.dataset_split or "sha256" not in (result.dataset_args or {}))
+    results = list(ours) + [
         EvalResult(
             task_type="sparse-information-retrieval",
             task_name="Sparse Information Retrieval",
             dataset_type=as_name(evaluation["collection"]),
             dataset_name=_label(evaluation),
             dataset_split=evaluation.get("split"),
-            dataset_config=_approximate(evaluation),
+            dataset_args={"sha256": evaluation["data_hash"], "precision": evaluation["precision"]},
             metric_type=metric,
-            metric_name=_NAMES.get(metric, metric),
+            metric_name=_COSTS.get(metric, metric),
             metric_value=evaluation[metric],
         )
         for evaluation in evaluations
-        for metric in [*_metrics(evaluation), *COSTS]
+        for metric in [*_metrics(evaluation), *_COSTS]
     ]
-    parsed = ModelCard(card)
-    replaced = {result.unique_identifier for result in new}
-    results = [result for result in parsed.data.eval_results or [] if result.unique_identifier not in replaced] + new
     if results:
-        parsed.data.model_name, parsed.data.eval_results = name, results
-    parsed.data.library_name = "sentence-transformers"
-    tags = parsed.data.tags or []
-    parsed.data.tags = tags + [tag for tag in ("sentence-transformers", "sparse-encoder", "splade") if tag not in tags]
+        data.model_name, data.eval_results = name, results
+    data.library_name, data.tags = "sentence-transformers", list(dict.fromkeys([*(data.tags or []), *_TAGS]))
     return str(parsed)
 
 
-def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table with a row for each evaluation: the collection, effectiveness and cost."""
+def _table(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row for each evaluation: the collection, effectiveness and cost."""
     metrics = list(dict.fromkeys(metric for evaluation in evaluations for metric in _metrics(evaluation)))
-    rows = [["collection", *metrics, *_NAMES.values()], ["---"] * (1 + len(metrics) + len(_NAMES))]
+    rows = [["collection", *metrics, *_COSTS.values()], ["---"] * (1 + len(metrics) + len(_COSTS))]
     for evaluation in evaluations:
         values = (f"{evaluation[metric]:.3f}" if metric in evaluation else "–" for metric in metrics)
-        rows.append([_label(evaluation).replace("|", r"\|"), *values, *(f"{evaluation[cost]:.2f}" for cost in COSTS)])
+        rows.append([_label(evaluation).replace("|", r"\|"), *values, *(f"{evaluation[cost]:.2f}" for cost in _COSTS)])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> list[str]:
     """The names of the measures; in JSON they lie beside the costs, and nothing else there is a float."""
-    return [name for name, value in evaluation.items() if isinstance(value, float) and name not in COSTS]
+    return [name for name, value in evaluation.items() if isinstance(value, float) and name not in _COSTS]
 
 
 def _label(evaluation: Mapping[str, Any]) -> str:
-    parts = (evaluation["collection"], evaluation.get("split"), _approximate(evaluation))
-    return ", ".join(str(part) for part in parts if part)
-
-
-def _approximate(evaluation: Mapping[str, Any]) -> str | None:
-    """The precision of the encoding, if it is an approximation."""
-    return None if evaluation["precision"] == "float32" else str(evaluation["precision"])
+    """The collection, with its split if that is known, and the precision if that is approximate."""
+    parts = (evaluation["collection"], evaluation.get("split"), evaluation["precision"].replace("float32", ""))
+    return ", ".join(filter(None, parts))
 
 
 def _curves(result: dict[str, Any]) -> str:

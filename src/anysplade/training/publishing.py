@@ -25,8 +25,8 @@ from anysplade.training.card import published_card
 logger = logging.getLogger(__name__)
 
 _RECORDS = {"run.json": "model", "adaptation.json": "files"}  # beside a model, and where in them its digests are
-_LEFT_OUT = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json", "complete"]
-_HIDDEN = [".*", "*/.*"]
+# Files of a training's checkpoint, and hidden ones.
+_LEFT_OUT = "optimizer.* scheduler.pt scaler.pt rng_state* training_args.bin trainer_state.json complete .* */.*".split()
 _REFUSED = {
     401: "the hub does not accept the token; log in again with: hf auth login",
     403: "you may not write there; name a repository of your own, or log in with a token that may write: hf auth login",
@@ -57,10 +57,12 @@ def push(model: str | Path, repo_id: str, *, private: bool = False, progress: bo
         AnyspladeError: the hub cannot be reached.
     """
     require("repo_id", repo_id, str, "give the name of a repository, org/name")
+    if repo_id.count("/") != 1:
+        raise OptionError(f"`repo_id` is {repo_id!r}: give org/name")
     source = _saved_encoder(model)
     if get_token() is None:
         raise OutputError(f"{repo_id}: there is no token for the hub here; log in with: hf auth login (or set HF_TOKEN)")
-    evaluations = _evaluations(source)
+    evaluations = _evaluations(source, user_path(model))
     api = HfApi(library_name="anysplade", library_version=__version__)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
@@ -71,9 +73,8 @@ def push(model: str | Path, repo_id: str, *, private: bool = False, progress: bo
             before = api.model_info(repo_id)
             _require_usable(before, private)
             begin(f"uploading {source} to {url}", progress)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload a model of anysplade", ignore_patterns=_LEFT_OUT + _HIDDEN
-            )
+            message = "Upload a model trained with anysplade"
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=[*_LEFT_OUT])
     return {
         "model": str(source),
         "repo_id": repo_id,
@@ -88,24 +89,25 @@ def push(model: str | Path, repo_id: str, *, private: bool = False, progress: bo
 def _saved_encoder(model: str | Path) -> Path:
     """The folder of a saved SparseEncoder; raises ModelError for anything else, and if it is unfinished or damaged."""
     if isinstance(model, str | Path) and not user_path(model).is_dir():
-        raise ModelError(f"{model}: no such folder{near(model) or '; give the output of train, or the folder of a SparseEncoder'}")
+        raise ModelError(f"{model}: no such folder; give the output of train, or of a SparseEncoder's save_pretrained{near(model)}")
     source = Path(resolve_model(model))
     if (kind := saved_kind(str(source))) != "SparseEncoder":
-        what = "not saved by sentence-transformers" if kind is None else f"a {kind}"
+        what = "not a model of sentence-transformers" if kind is None else f"a {kind}"
         raise ModelError(f"{source}: {what}, and only a SparseEncoder can be pushed; train it first: anysplade train {source} DATA")
     if not [*source.rglob("*.safetensors"), *source.rglob("pytorch_model*.bin")]:
         raise ModelError(f"{source}: has no weights; save the model again")
     for name, digests in _RECORDS.items():
         known = (read_record(source.parent / name) or {}).get(digests, {})
         if source.name == "model" and (damaged := damaged_file(source, known)):
-            raise ModelError(f"{source / damaged}: is missing or not what was written; the command that made the model makes it again")
+            raise ModelError(f"{source / damaged}: missing or changed since it was written; make the model again")
     return source
 
 
-def _evaluations(source: Path) -> list[dict[str, Any]]:
-    """The records of this model's evaluations in its folder or its run's, the newest of each collection and precision."""
+def _evaluations(source: Path, run: Path) -> list[dict[str, Any]]:
+    """The records of the model's evaluations in its run's folder, the newest of each collection and precision."""
     own, found = fingerprint(str(source)), {}
-    run = source.parent if any((source.parent / name).is_file() for name in _RECORDS) else source
+    if any((source.parent / name).is_file() for name in _RECORDS):  # the model was given, and not the run
+        run = source.parent
     for path in sorted(run.rglob("evaluation.json"), key=lambda path: path.stat().st_mtime):
         record = read_record(path, "collection", "kind", "precision", *COSTS)
         if record is None or record["kind"] != "sparse":
