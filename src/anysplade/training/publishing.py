@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 _RECORDS = {"run.json": "model", "adaptation.json": "files"}  # beside a model, and where in them its digests are
 # Files of a training's checkpoint, and hidden ones.
-_LEFT_OUT = "optimizer.* scheduler.pt scaler.pt rng_state* training_args.bin trainer_state.json complete .* */.*".split()
+_LEFT_OUT = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json", "complete"]
+_LEFT_OUT += [".*", "*/.*"]
 _REFUSED = {
     401: "the hub does not accept the token; log in again with: hf auth login",
     403: "you may not write there; name a repository of your own, or log in with a token that may write: hf auth login",

@@ -51,7 +51,7 @@ _OPENSEARCH = """**OpenSearch**: zip `model.onnx` and `tokenizer.json` of
 
 
 def usage(repo_id: str, source: str, config: dict[str, Any]) -> str:
-    """A section for the card, with the software that gives the vectors of the model in ``source``; ``config`` is its config.json."""
+    """A section for the card: the software that gives the vectors of the model in ``source``, whose config.json is ``config``."""
     parts, last = [_VECTORS], saved_json(source, "modules.json")[-1]
     if last["type"].endswith(".SpladePooling"):  # else queries need no masked LM, or there is none
         pooling = saved_json(source, str(Path(last["path"], "config.json")))
