@@ -109,7 +109,7 @@ def published_card(card: str, repo_id: str, source: str, evaluations: Sequence[M
     lines = ["## Results", "", *_table(evaluations), ""] if evaluations else []
     if _MADE not in card and "k" in (record := config.get(RECORD) or {}):
         lines += [f"The MLM head was calibrated: {_calibrated(record)}.", ""]
-    added = "\n".join([_ADDED, *lines, usage(repo_id, source, config), _ADDED])
+    added = "\n".join([_ADDED, *lines, usage(repo_id, source, config), "", _ADDED])
     place = next((card.index(heading) for heading in (_MADE, _BEFORE) if heading in card), len(card))
     card = f"{card[:place].rstrip()}\n\n{added}\n\n{card[place:].lstrip()}"
     return _with_results(card, repo_id.rpartition("/")[2], evaluations)
