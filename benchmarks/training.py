@@ -101,6 +101,7 @@ def measure(
         sum(losses.values()).backward() if isinstance(losses, dict) else losses.backward()
         optimizer.step()
         if monitored:
+            state.global_step += 1
             monitor.on_step_end(None, state, SimpleNamespace())
 
     fused = make_loss(True)

@@ -24,7 +24,7 @@ def test_an_observation_is_what_its_names_say(n, negatives, vocabulary, share, s
     columns = [torch.rand(n, vocabulary, generator=generator) for _ in range(2 + negatives)]
     columns = [column * (torch.rand(n, vocabulary, generator=generator) < share) for column in columns]
     queries, documents = columns[0], torch.cat(columns[1:])
-    seen = observe(columns, torch.tensor(1.5), torch.zeros(vocabulary), step=7, count=0)
+    seen = observe(columns, torch.tensor(1.5), torch.zeros(vocabulary), step=7, count=0).read()
     assert (seen.step, seen.loss, seen.chance) == (7, 1.5, math.log(len(documents)))
     assert seen.query_active_dims == pytest.approx((queries > 0).sum(1).float().mean().item())
     assert seen.document_active_dims == pytest.approx((documents > 0).sum(1).float().mean().item())
@@ -49,7 +49,7 @@ def test_an_observation_is_what_its_names_say(n, negatives, vocabulary, share, s
 def test_a_term_is_dead_once_no_document_used_it_for_fifty_observations():
     last_used = torch.zeros(4)
     vectors = torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0]])
-    shares = [observe([vectors, vectors], torch.tensor(0.0), last_used, count, count).dead_share for count in range(52)]
+    shares = [observe([vectors, vectors], torch.tensor(0.0), last_used, count, count).read().dead_share for count in range(52)]
     assert shares[50] == 0
     assert shares[51] == 0.5
 
@@ -80,6 +80,7 @@ def test_terms_that_no_text_can_have_are_not_counted():
     for _ in range(60):
         monitor._due = True
         monitor.see([torch.eye(2, 8), torch.eye(2, 8)], torch.tensor(2.0))
+    monitor.state()
     assert monitor.vocabulary == 4
     assert monitor.observations[-1].dead_share == 0.5
     assert monitor.observations[-1].document_active_dims == 1
@@ -97,7 +98,37 @@ def test_a_run_is_observed_at_most_so_often(steps, observed):
             monitor.on_train_begin(None, State, None)
         monitor.on_step_begin(None, State, None)
         monitor.see([torch.eye(2, 3), torch.eye(2, 3)], torch.tensor(1.0))
+    monitor.on_train_end(None, State, None)
     assert [seen.step for seen in monitor.observations] == list(observed)
+
+
+def test_an_observation_is_read_a_step_later_or_when_it_is_stored(caplog):
+    """A step does not wait for its own numbers, and what a checkpoint or the log has is the same as if it did."""
+    monitor, control = Monitor(3, stop=True), SimpleNamespace(should_training_stop=False)
+    state = SimpleNamespace(max_steps=10, global_step=0, stateful_callbacks={})
+    monitor.on_train_begin(None, state, control)
+
+    def step(loss):
+        monitor.on_step_begin(None, state, control)
+        monitor.see([torch.eye(2, 3), torch.eye(2, 3)], torch.tensor(loss))
+        state.global_step += 1
+        monitor.on_step_end(None, state, control)
+
+    step(1.0)
+    assert monitor.observations == []
+    step(2.0)
+    assert [seen.loss for seen in monitor.observations] == [1.0]
+    logs = {}
+    monitor.on_log(None, state, control, logs=logs)
+    assert logs["monitor/loss"] == 2.0
+    step(math.nan)
+    assert not monitor.collapsed
+    assert [seen["step"] for seen in monitor.state()["observations"]] == [0, 1, 2]
+    assert "step 2: divergence" in caplog.text
+    assert not control.should_training_stop
+    step(math.nan)
+    assert control.should_training_stop
+    assert len(monitor.findings) == 1
 
 
 def test_a_healthy_run_has_no_finding():
@@ -176,5 +207,6 @@ def test_the_loss_is_as_before_and_may_be_a_dictionary(backbone):
     observed = ObservedLoss(ranking, monitor.see)
     assert torch.equal(observed.compute_loss_from_embeddings(columns, None), expected)
     observed.compute_loss_from_embeddings(columns, None)
+    monitor.state()
     assert len(monitor.observations) == 1  # one a step, however many batches are accumulated
     assert monitor.observations[0].loss == pytest.approx(expected.item())

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -79,6 +80,14 @@ def test_regularizers_work_without_float64(name, backbone):
         assert ours.compute_loss_from_embeddings(vectors.as_subclass(OnMPS)).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_side_works_without_float64():
+    vectors = torch.ones(3, 40)
+    ours, theirs = _Side(target=10.0), _Side(target=10.0)
+    ours.measure(vectors.as_subclass(OnMPS), torch.tensor(5.0).as_subclass(OnMPS), chance=3.0)
+    theirs.measure(vectors, torch.tensor(5.0), chance=3.0)
+    assert ours.control(0.5, 0.01, 1.0).item() == pytest.approx(theirs.control(0.5, 0.01, 1.0).item(), rel=1e-5)
+
+
 def test_df_flops_of_vectors_of_zeros():
     vectors = torch.zeros(4, 3, requires_grad=True)
     loss = DFFlopsLoss().compute_loss_from_embeddings(vectors)
@@ -96,21 +105,36 @@ def test_names(backbone):
     ]
 
 
+def a_side(**numbers):
+    return _Side.restored(numbers, torch.device("cpu"))
+
+
+def test_a_stored_side_is_the_same_again():
+    side = _Side(target=50.0)
+    assert _Side.restored(side.state(), torch.device("cpu")) == side  # nothing measured yet
+    side.measure(torch.rand(3, 10), torch.tensor(5.0), chance=3.0)
+    stored = json.loads(json.dumps(side.state()))
+    assert _Side.restored(stored, torch.device("cpu")) == side
+    before = _Side.restored({"target": 50.0, "weight": None, "active": None, "first": 0.0, "inert": 0.0}, torch.device("cpu"))
+    before.measure(torch.ones(3, 10), torch.tensor(5.0), chance=3.0)
+    assert before.first == 10  # older versions stored 0 for what was not measured
+
+
 def test_where_a_side_begins():
     """The regularizer is then a hundredth of the loss of guessing."""
     side = _Side(target=50.0)
     assert side.control(0.0, 0.1, 1.0) == 0  # nothing measured yet
-    side.measure(torch.tensor([[0.5, 0.5, 0.0], [0.0, 9.0, 1.0]]), regularizer_value=5.0, chance=3.0)
+    side.measure(torch.tensor([[0.5, 0.5, 0.0], [0.0, 9.0, 1.0]]), torch.tensor(5.0), chance=3.0)
     assert (side.active, side.first) == (2.0, 2.0)
-    assert side.weight * 5.0 == pytest.approx(0.01 * 3.0)
-    assert side.inert == pytest.approx(regularization._INERT * side.weight)
+    assert side.weight.item() * 5.0 == pytest.approx(0.01 * 3.0)
+    assert side.inert.item() == pytest.approx(regularization._INERT * side.weight.item())
     weight = side.weight
-    side.measure(torch.ones(2, 10), regularizer_value=9.0, chance=9.0)
+    side.measure(torch.ones(2, 10), torch.tensor(9.0), chance=9.0)
     smoothing = regularization._SMOOTHING
-    assert side.active == pytest.approx(smoothing * 2 + (1 - smoothing) * 10)
+    assert side.active.item() == pytest.approx(smoothing * 2 + (1 - smoothing) * 10)
     assert (side.first, side.weight) == (2.0, weight)
     empty = _Side(target=50.0)
-    empty.measure(torch.zeros(4, 10), regularizer_value=0.0, chance=3.0)
+    empty.measure(torch.zeros(4, 10), torch.tensor(0.0), chance=3.0)
     assert (empty.active, empty.first) == (1.0, 1.0)  # a logarithm is taken of it
 
 
@@ -128,14 +152,16 @@ def test_where_a_side_begins():
 )
 def test_the_rule_by_hand(ramp, active, speed, error):
     """The integral part stays in the weight; the proportional part is in what is given back alone."""
-    side = _Side(target=10.0, weight=3.0, active=active, first=1000.0, inert=0.0)
+    side = a_side(target=10.0, weight=3.0, active=active, first=1000.0, inert=0.0)
     given = side.control(ramp * regularization._RAMP, 0.01, speed)
-    assert side.weight == pytest.approx(3.0 * math.exp(regularization._INTEGRAL * 0.01 * speed * error))
-    assert given == pytest.approx(side.weight * math.exp(regularization._PROPORTIONAL * error))
+    weight = 3.0 * math.exp(regularization._INTEGRAL * 0.01 * speed * error)
+    assert side.weight.item() == pytest.approx(weight)
+    assert given.item() == pytest.approx(weight * math.exp(regularization._PROPORTIONAL * error))
+    assert given.dtype == torch.float32
 
 
 def test_a_weight_stays_above_what_does_next_to_nothing():
-    side = _Side(target=10.0, weight=0.011, active=1.0, first=10.0, inert=0.01)
+    side = a_side(target=10.0, weight=0.011, active=1.0, first=10.0, inert=0.01)
     side.control(1.0, 0.1, 1.0)
     assert side.weight == 0.01
 
@@ -152,10 +178,10 @@ def test_the_rule_meets_its_target_on_a_simple_plant(steps, target, strength):
         noisy = active * (1 + 0.05 * torch.randn((), generator=generator).item())
         vectors = torch.zeros(1, 1000)
         vectors[0, : int(noisy)] = 1
-        side.measure(vectors, regularizer_value=50.0, chance=2.8)
+        side.measure(vectors, torch.tensor(50.0), chance=2.8)
         speed = 1 - step / steps  # of a learning rate that falls to 0
         weight = side.control(step / steps, 1 / steps, speed)
-        steady = 600.0 / (1 + strength * weight) ** 0.7
+        steady = 600.0 / (1 + strength * float(weight)) ** 0.7
         active += (steady - active) * min(1.0, 30 * speed / steps)
     assert active == pytest.approx(target, rel=0.1)
 
@@ -179,11 +205,18 @@ def test_a_side_without_a_target_keeps_the_ramp(backbone):
     (side,) = controller.sides.values()
     assert side.target == 50
     # FLOPS are 149 squares of a mean weight of 1, and guessing among five documents has the loss log 5.
-    assert side.weight == pytest.approx(0.01 * math.log(5) / 149)
-    other = _Side(**vars(side))
+    assert side.weight.item() == pytest.approx(0.01 * math.log(5) / 149)
+    other = a_side(**side.state())
     State.global_step = 4
     controller.on_step_begin(None, State, None, optimizer=optimizer)
     assert loss.document_regularizer_weight == other.control(4 / 30, 1 / 30, 0.1 / 0.2) > 0
+    logs = {}
+    controller.on_log(None, State, None, logs=logs)
+    assert logs == {
+        "query_regularizer_weight": pytest.approx(2e-3 * (4 / 10) ** 2),
+        "document_regularizer_weight": loss.document_regularizer_weight.item(),
+    }
+    assert {*map(type, logs.values())} == {float}
     with torch.no_grad():  # an evaluation is no step of the training
         loss.document_regularizer.compute_loss_from_embeddings(torch.zeros(5, 149))
     assert side.active == 149

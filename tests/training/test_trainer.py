@@ -30,9 +30,8 @@ def test_bfloat16_that_the_processor_would_emulate_is_said(config, native, monke
 
 @pytest.mark.parametrize("several", [1, 4])
 @pytest.mark.parametrize("trained", ["encoder", "head"])
-def test_one_process_uses_one_gpu(trained, several, config, tmp_path, monkeypatch, caplog):
+def test_one_process_uses_one_gpu(trained, several, config, tmp_path, monkeypatch):
     """transformers would wrap the model in DataParallel, whose copies pool with the first GPU's weights."""
-    caplog.set_level("INFO")
 
     def devices(arguments):  # what transformers finds on a machine with several GPUs
         arguments._n_gpu, arguments.distributed_state = several, None
@@ -48,4 +47,3 @@ def test_one_process_uses_one_gpu(trained, several, config, tmp_path, monkeypatc
         arguments = head_arguments(tmp_path, options, 1)
     assert arguments.parallel_mode == ParallelMode.NOT_PARALLEL
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
-    assert ("torchrun --nproc-per-node 4" in caplog.text) == (trained == "encoder" and several > 1)

@@ -27,6 +27,7 @@ from anysplade.study.report import write_report
 from anysplade.study.results import RowRuns, Settings, StudyResult, baseline, read_results, summarize_cell
 from anysplade.study.run import default_workers, run_cells
 from anysplade.study.timing import estimate, known_seconds
+from anysplade.training.devices import require_one_process
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def run_study(config: StudyConfig, progress: bool = False) -> StudyResult:
         UsageError: as in ``train`` and ``evaluate``, before the first cell.
     """
     require("config", config, StudyConfig, 'give anysplade.StudyConfig("main", output=folder)')
+    require_one_process("a study is run")
     out = user_path(config.output)
     new = not out.exists()
     with only_process(out):

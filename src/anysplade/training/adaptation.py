@@ -8,7 +8,6 @@ and the trained ones (Wortsman et al., arXiv 2109.01903).
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from anysplade.data.document_pairs import make_pairs
 from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
 from anysplade.data.rows import rows as read_rows
-from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
+from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.evaluation.comparisons import Comparison, compare
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, evaluate
@@ -40,6 +39,7 @@ from anysplade.model.modules import has_static_queries
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.card import CARD_FILES
 from anysplade.training.config import TrainingConfig, TrainingPrecision
+from anysplade.training.devices import require_one_process, say_one_gpu
 from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train_as
 from anysplade.training.teachers import open_sparse, teacher_kind, without_advice
@@ -122,8 +122,7 @@ def adapt(
         OutputError: the folder has other content.
         OptionError: an option is impossible, or there are several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError("a model is adapted by one process; start it without torchrun")
+    require_one_process("a model is adapted")
     output = user_path(output)
     source, teacher_source = resolve_model(model), resolve_model(teacher)
     teacher_kind(teacher_source)
@@ -175,6 +174,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         original, pairs = open_encoder(output / "original"), load_pairs(data)
         queries, documents = _targets(original, pairs)
         config = replace(config, query_active_dims=queries, document_active_dims=documents)
+        say_one_gpu("a model is adapted")
         with without_advice():
             trained = train_as(config, progress, f"training {counted(options['steps'], 'step')} on {counted(len(pairs), 'pair')}")
     except AnyspladeError:

@@ -98,7 +98,8 @@ class TrainingConfig:
         dev: collection that is evaluated at every checkpoint; the model with the best nDCG@10 is kept.
         dev_split: judgements of the collection to use.
         patience: checkpoints without improvement after which the training stops.
-        precision: of the matrix products in training; bfloat16 is faster where the hardware supports it.
+        precision: of the matrix products in training: float32 (TF32 on NVIDIA's GPUs since 2020), or bfloat16, which is faster
+            where the hardware supports it.
         gradient_checkpointing: compute activations twice instead of storing them.
         attention: the backbone's implementation, such as flash_attention_2, which also drops the padding.
         report_to: trackers that the trainer knows: tensorboard, wandb, trackio, ...

@@ -14,6 +14,8 @@ from anysplade.model.hardware import native_bfloat16
 from anysplade.model.head import find_head
 from anysplade.model.pooling import max_logits
 from anysplade.training.callbacks import EndsOnce, Estimate, MarkComplete, Progress, common_arguments
+from anysplade.training.devices import use_one_gpu
+from anysplade.training.steps import Steps
 
 WEIGHTS = {"masked": 0.0, "named": 1.0, "bag": 0.3}  # of the parts of the loss; a part with weight 0 is not computed
 _MASKED = 0.2  # share of a text's tokens to guess from their context
@@ -22,7 +24,7 @@ _BAGS = 0.5  # share of a batch's texts to name as bags of words
 _LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")  # number of the layer in the name of a weight
 
 
-class HeadTrainer(EndsOnce, Trainer):
+class HeadTrainer(Steps, EndsOnce, Trainer):
     """Trains a head on pieces of text; ``options`` are those of ``train_head``.
 
     ``counts``, (vocabulary,), says how often each token is in a sample of the texts.
@@ -44,10 +46,10 @@ class HeadTrainer(EndsOnce, Trainer):
         self._tokenizer = tokenizer
         self.mask_token: int = tokenizer.mask_token_id
         self.options = options
-        self.special = torch.tensor(tokenizer.all_special_ids)  # neither masked nor named
-        self.rarity = -(counts / counts.sum()).log()  # (vocabulary,)
+        self.special = torch.tensor(tokenizer.all_special_ids, device=arguments.device)  # neither masked nor named
+        self.rarity = -(counts / counts.sum()).log().to(arguments.device)  # (vocabulary,)
         self.rarity[self.special] = 0
-        self.parts: dict[str, list[float]] = {}  # values of the loss's parts since the last log
+        self.parts: dict[str, list[Tensor]] = {}  # values of the loss's parts since the last log
 
     def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
         length = self.options["max_length"]
@@ -66,18 +68,20 @@ class HeadTrainer(EndsOnce, Trainer):
                 if rate > 0:
                     groups.setdefault(rate, []).append(weight)
             parameters = [{"params": weights, "lr": rate} for rate, weights in groups.items()]
-            self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+            fused = self.args.device.type == "cuda" or None
+            self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=fused)
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs | {f"{name}_loss": sum(values) / len(values) for name, values in self.parts.items()}, *args, **kwargs)
+        means = {f"{name}_loss": sum(torch.stack(values).tolist()) / len(values) for name, values in self.parts.items()}
+        super().log(logs | means, *args, **kwargs)
         self.parts.clear()
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         model.eval()  # without dropout
         parts = self.loss_parts(model, inputs["input_ids"], inputs["attention_mask"])
         for name, part in parts.items():
-            self.parts.setdefault(name, []).append(float(part.detach()))
+            self.parts.setdefault(name, []).append(part.detach())
         return sum(WEIGHTS[name] * part for name, part in parts.items())
 
     def loss_parts(self, model: Any, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
@@ -86,7 +90,7 @@ class HeadTrainer(EndsOnce, Trainer):
         The masked and named tokens are drawn anew in each step.
         """
         decoder = find_head(model).decoder
-        words = attention.bool() & ~torch.isin(ids, self.special.to(ids.device))
+        words = attention.bool() & ~torch.isin(ids, self.special)
         draw, how = torch.rand(ids.shape, device=ids.device), torch.rand(ids.shape, device=ids.device)
         chosen = {"masked": words & (draw < _MASKED), "named": words & (draw >= 1 - _NAMED)}
         seen = ids
@@ -97,12 +101,13 @@ class HeadTrainer(EndsOnce, Trainer):
         parts = {}
         for name, where in chosen.items():
             if WEIGHTS[name]:
-                total = nn.functional.cross_entropy(decoder(hidden[where]).float(), ids[where], reduction="sum")
-                parts[name] = total / max(1, int(where.sum()))
+                places = where.nonzero(as_tuple=True)  # the host waits to know their number
+                total = nn.functional.cross_entropy(decoder(hidden[places]).float(), ids[places], reduction="sum")
+                parts[name] = total / max(1, len(places[0]))
         if WEIGHTS["bag"]:
             few = math.ceil(len(ids) * _BAGS)
             logits = max_logits(hidden[:few], decoder.weight, decoder.bias, attention[:few]).float()
-            bags = torch.zeros_like(logits).scatter_(1, ids[:few], 1) * self.rarity.to(ids.device)  # padding is special
+            bags = torch.zeros_like(logits).scatter_(1, ids[:few], 1) * self.rarity  # padding is special
             parts["bag"] = nn.functional.cross_entropy(logits, bags / bags.sum(dim=1, keepdim=True).clamp_min(1e-9))
         return parts
 
@@ -120,6 +125,7 @@ def layer_rates(model: PreTrainedModel, top: float, decay: float) -> dict[str, f
 
 def head_arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int) -> TrainingArguments:
     """The trainer's arguments, for one GPU or none."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options["steps"],
@@ -128,9 +134,9 @@ def head_arguments(folder: Path, options: dict[str, Any], checkpoint_steps: int)
         warmup_steps=0.06,
         remove_unused_columns=False,
         report_to="none",
-        bf16=native_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
+        bf16=native_bfloat16(device),
+        logging_nan_inf_filter=False,  # it waits for every loss
         **common_arguments(options["seed"], checkpoint_steps),
     )
-    _ = arguments.device  # counts the GPUs
-    arguments._n_gpu = min(1, arguments.n_gpu)  # with several, each would take a batch of its own
+    use_one_gpu(arguments)
     return arguments

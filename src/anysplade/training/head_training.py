@@ -8,7 +8,6 @@ layer at a lower rate than the one above it.
 
 import logging
 import math
-import os
 import random
 import shutil
 import textwrap
@@ -32,6 +31,7 @@ from anysplade.model.encoder import encoder_folder
 from anysplade.model.options import checked_option
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.callbacks import last_checkpoint
+from anysplade.training.devices import require_one_process, say_one_gpu
 from anysplade.training.head_trainer import WEIGHTS, HeadTrainer, head_arguments
 from anysplade.training.new_head import check_encoder, start_biases, token_counts, with_new_head
 
@@ -101,8 +101,7 @@ def train_head(
     for argument, given in (("encoder", encoder), ("text", text)):
         require(argument, given, (str, Path), "give its path, or its name on the hub")
     encoder, text, output = str(encoder), str(text), user_path(output)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptionError("a head is trained by one process; start it without torchrun")
+    require_one_process("a head is trained")
     whole_numbers = {"steps": steps, "batch_size": batch_size, "max_length": max_length, "checkpoint_steps": checkpoint_steps}
     for name, value in whole_numbers.items():
         whole_numbers[name] = checked_option(name, value, int)
@@ -137,6 +136,7 @@ def train_head(
         start_biases(model, counts)
         trainer = HeadTrainer(model, tokenizer, pieces, counts, head_arguments(parts, options, checkpoint_steps), options, progress)
         checkpoint = last_checkpoint(parts)
+        say_one_gpu("a head is trained")
         start = time.perf_counter()
         with writing(parts):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -51,10 +51,33 @@ class Observation:
     gradient_norm: float | None = None  # before clipping, from the trainer's log
 
 
+class Pending:
+    """An observation whose numbers are still being computed, so that the host can queue further work on the device.
+
+    Reading it waits for the device to reach the observation, not for what was queued after it.
+    """
+
+    def __init__(self, step: int, chance: float | None, statistics: Tensor) -> None:
+        self.step = step
+        self._chance = chance
+        self._statistics = statistics
+        self._copied: torch.cuda.Event | None = None
+        if statistics.device.type == "cuda":
+            self._statistics = statistics.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> Observation:
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, *others = self._statistics.tolist()
+        return Observation(self.step, loss, self._chance, *others)
+
+
 @torch.no_grad()
 def observe(
     embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step: int, count: int, contrastive: bool = True
-) -> Observation:
+) -> Pending:
     """Compute the statistics of observation number ``count``, of queries, positives and any negatives, (n, vocabulary) each.
 
     ``last_used``, (vocabulary,), has the number of the observation in which a document last used each term; it is updated.
@@ -64,10 +87,10 @@ def observe(
     n, m = len(queries), len(documents)
     in_query, in_document = (queries > 0).float(), (documents > 0).float()
     used = in_document.sum(dim=0)  # (vocabulary,)
-    last_used[used > 0] = count
+    last_used.masked_fill_(used > 0, count)
     scores = queries @ documents.T  # (n, m)
     right = scores[:, : len(positives)].diagonal()
-    values = torch.stack(  # in the order of the fields, for one transfer from the device
+    statistics = torch.stack(  # in the order of the fields, for one transfer from the device
         [
             loss.detach().float(),
             in_query.sum() / n,
@@ -81,8 +104,8 @@ def observe(
             (last_used < count - _MEMORY).float().mean(),
             (used == m).sum() / (used.sum() / m).clamp(min=1),
         ]
-    ).tolist()
-    return Observation(step, values[0], math.log(m) if contrastive else None, *values[1:])
+    )
+    return Pending(step, math.log(m) if contrastive else None, statistics)
 
 
 def _similarity(vectors: Tensor) -> Tensor:
@@ -177,7 +200,8 @@ class Monitor(TrainerCallback, ExportableState):
 
     ``see`` is the observer of the ranking loss, for ``ObservedLoss``; if it is ``contrastive``, the loss of guessing is known.
     Only the terms with the ids ``live`` are observed. With several processes, each observes the whole batch, so all have the same
-    findings.
+    findings. An observation is read at the end of the next step, or when it is logged or stored, so that no step waits for its
+    own numbers; a finding is reported, and a run stopped, as late as that.
     """
 
     def __init__(self, vocabulary: int, stop: bool = False, contrastive: bool = True, live: Tensor | None = None) -> None:
@@ -187,6 +211,7 @@ class Monitor(TrainerCallback, ExportableState):
         self.vocabulary = vocabulary if live is None else len(live)
         self.stop = stop
         self.contrastive = contrastive
+        self._pending: list[Pending] = []
         self._last_used: Tensor | None = None
         self._due = False
         self._step = 0
@@ -200,6 +225,7 @@ class Monitor(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The state that the trainer stores in checkpoints."""
+        self._read()
         return self.to_dict() | {"last_used": None if self._last_used is None else self._last_used.tolist()}
 
     def see(self, embeddings: list[Tensor], loss: Tensor | dict[str, Tensor]) -> None:
@@ -215,8 +241,23 @@ class Monitor(TrainerCallback, ExportableState):
             embeddings = [embedding[:, self.live] for embedding in embeddings]
         if self._last_used is None:
             self._last_used = torch.full((embeddings[0].shape[1],), len(self.observations), device=embeddings[0].device)
-        count = len(self.observations)
-        self.observations.append(observe(embeddings, loss, self._last_used, self._step, count, self.contrastive))
+        count = len(self.observations) + len(self._pending)
+        self._pending.append(observe(embeddings, loss, self._last_used, self._step, count, self.contrastive))
+
+    def _read(self, before: float = math.inf) -> None:
+        """Read the pending observations of steps before this one, and look for findings after each."""
+        while self._pending and self._pending[0].step < before:
+            self.observations.append(self._pending.pop(0).read())
+            self._look()
+
+    def _look(self) -> None:
+        """Report what the last observations show, each finding once in a run."""
+        known = {finding.name for finding in self.findings}
+        for finding in _check(self.observations, self.vocabulary) if self.observations else []:
+            if finding.name not in known:
+                known.add(finding.name)
+                self.findings.append(finding)
+                logger.warning("step %d: %s (%s); %s", finding.step, finding.name, finding.evidence, finding.fix)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._every = max(1, state.max_steps // OBSERVATIONS)
@@ -231,16 +272,16 @@ class Monitor(TrainerCallback, ExportableState):
         self._due = state.global_step % self._every == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        known = {finding.name for finding in self.findings}
-        for finding in _check(self.observations, self.vocabulary) if self.observations else []:
-            if finding.name not in known:
-                known.add(finding.name)
-                self.findings.append(finding)
-                logger.warning("step %d: %s (%s); %s", finding.step, finding.name, finding.evidence, finding.fix)
+        self._look()  # the last log may have added a gradient norm
+        self._read(before=self._step)
         if self.stop and self.collapsed:
             control.should_training_stop = True
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._read()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        self._read()
         if logs is None or not self.observations:
             return
         if "grad_norm" in logs:

@@ -97,7 +97,12 @@ class TeacherLoss(nn.Module):
 
 
 def _teach(teacher: BatchTeacher, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's scores, (queries of this process, documents of all), and the column of each query's positive."""
+    """The teacher's scores, (queries of this process, documents of all), and the column of each query's positive.
+
+    ``numbers`` are those of the examples, or the scores if there is one process.
+    """
+    if numbers.ndim == 2:
+        return numbers, torch.arange(len(numbers), device=numbers.device)
     everywhere = all_gather(numbers) if get_world_size() > 1 else numbers
     own = torch.arange(len(numbers), device=numbers.device) + (get_rank() * len(numbers) if get_world_size() > 1 else 0)
     scores = teacher.scores(numbers.cpu().numpy(), everywhere.cpu().numpy())
@@ -107,7 +112,7 @@ def _teach(teacher: BatchTeacher, numbers: Tensor) -> tuple[Tensor, Tensor]:
 def make_loss(config: TrainingConfig, encoder: SparseEncoder, teacher: BatchTeacher | None = None) -> SpladeLoss:
     """The config's loss with regularizers; its attribute ``loss`` is the ranking loss.
 
-    With a teacher, the labels of a batch are the examples' numbers.
+    With a teacher, the labels of a batch are the examples' numbers, or the teacher's scores, (batch, documents).
     """
     weights = parse_objective(config.objective)
     losses: dict[str, nn.Module] = {}

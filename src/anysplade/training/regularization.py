@@ -5,7 +5,7 @@ With several processes the batch is that of all, so the same weight gives the sa
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -65,8 +65,7 @@ class DFFlopsLoss(nn.Module):
                 self.frequency = seen
             else:
                 self.frequency = self.memory * self.frequency + (1 - self.memory) * seen
-            exact = torch.float32 if seen.device.type == "mps" else torch.float64  # MPS has no float64; the error is 4e-6
-            ratio = self.frequency.to(exact).clamp(min=1e-9) ** self.exponent - 1
+            ratio = self.frequency.to(_exact(seen.device)).clamp(min=1e-9) ** self.exponent - 1
             weight = (1 / (1 + ratio.clamp(min=0) ** self.beta)).to(embeddings.dtype)
         return (weight * _over_processes(embeddings.mean(dim=0))).square().sum()
 
@@ -87,34 +86,53 @@ _INERT = 0.1  # lowest weight, as a share of the first
 _FIRST_SHARE = 1e-2  # first value of the regularizer, as a share of the ranking loss of a model that only guesses
 
 
+def _exact(device: torch.device) -> torch.dtype:
+    """float64, except on MPS, which has none; there df-flops has an error of 4e-6."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass
 class _Side:
-    """The control loop for queries or for documents."""
+    """The control loop for queries or for documents. Its numbers stay on the device, so that no step waits for them."""
 
     target: float
-    weight: float | None = None  # set by the first batch
-    active: float | None = None  # running average of the active dims
-    first: float = 0.0  # active dims of the first batch
-    inert: float = 0.0  # lowest weight; it has almost no effect, and recovery from a lower one would take longer
+    weight: Tensor | None = None  # set by the first batch
+    active: Tensor | None = None  # running average of the active dims
+    first: Tensor | None = None  # active dims of the first batch
+    inert: Tensor | None = None  # lowest weight; it has almost no effect, and recovery from a lower one would take longer
 
-    def measure(self, vectors: Tensor, regularizer_value: float, chance: float) -> None:
-        active = float(_over_processes((vectors > 0).sum() / len(vectors)))
-        if self.active is None or self.weight is None:
-            self.active = self.first = max(active, 1.0)
-            self.weight = _FIRST_SHARE * chance / max(regularizer_value, 1e-9)
+    @classmethod
+    def restored(cls, saved: dict[str, Any], device: torch.device) -> "_Side":
+        """A side from its ``state``."""
+        side = cls(saved["target"])
+        for name in ("weight", "active", "first", "inert"):
+            if saved[name] is not None:
+                setattr(side, name, torch.tensor(saved[name], dtype=_exact(device), device=device))
+        return side
+
+    def state(self) -> dict[str, float | None]:
+        """The numbers for a checkpoint."""
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+    def measure(self, vectors: Tensor, regularizer_value: Tensor, chance: float) -> None:
+        exact = _exact(vectors.device)
+        active = _over_processes((vectors > 0).sum() / len(vectors)).to(exact)
+        if self.active is None:
+            self.active = self.first = active.clamp(min=1.0)
+            self.weight = _FIRST_SHARE * chance / regularizer_value.to(exact).clamp(min=1e-9)
             self.inert = _INERT * self.weight
         else:
             self.active = _SMOOTHING * self.active + (1 - _SMOOTHING) * active
 
-    def control(self, progress: float, step_share: float, speed: float) -> float:
+    def control(self, progress: float, step_share: float, speed: float) -> Tensor | float:
         """The weight for the next step; ``progress`` and ``step_share`` are shares of the run, ``speed`` of the peak rate."""
-        if self.weight is None or self.active is None:
+        if self.weight is None or self.active is None or self.first is None or self.inert is None:
             return 0.0
         ramp = min(1.0, progress / _RAMP)
-        set_point = math.log(self.first) * (1 - ramp) + math.log(self.target) * ramp
-        error = max(-1.0, min(1.0, math.log(max(self.active, 1e-3)) - set_point))
-        self.weight = max(self.inert, self.weight * math.exp(_INTEGRAL * step_share * speed * error))
-        return self.weight * math.exp(_PROPORTIONAL * error)
+        set_point = self.first.log() * (1 - ramp) + math.log(self.target) * ramp
+        error = (self.active.clamp(min=1e-3).log() - set_point).clamp(-1.0, 1.0)
+        self.weight = torch.maximum(self.inert, self.weight * (_INTEGRAL * step_share * speed * error).exp())
+        return (self.weight * (_PROPORTIONAL * error).exp()).float()  # a regularizer in float32 must not become float64
 
 
 class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableState):
@@ -136,11 +154,11 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
     def _measure(self, role: str, vectors: Tensor, value: Tensor) -> None:
         if torch.is_grad_enabled():
             texts = len(vectors) * get_world_size()
-            self.sides[role].measure(vectors.detach(), float(value.detach()), math.log(max(2, texts)))
+            self.sides[role].measure(vectors.detach(), value.detach(), math.log(max(2, texts)))
 
     def state(self) -> dict[str, Any]:
         """The state that the trainer stores in checkpoints."""
-        sides = {role: asdict(side) for role, side in self.sides.items()}
+        sides = {role: side.state() for role, side in self.sides.items()}
         frequencies = {
             role: regularizer.frequency.tolist()
             for role, regularizer in self._regularizers.items()
@@ -152,7 +170,7 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
         super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved:
-            self.sides = {role: _Side(**side) for role, side in saved["sides"].items()}
+            self.sides = {role: _Side.restored(side, args.device) for role, side in saved["sides"].items()}
             for role, frequency in saved["frequency"].items():
                 self._regularizers[role].frequency = torch.tensor(frequency, device=args.device)
 
@@ -162,4 +180,8 @@ class ActiveDimsController(SpladeRegularizerWeightSchedulerCallback, ExportableS
         for role, side in self.sides.items():
             weight = side.control(state.global_step / state.max_steps, 1 / state.max_steps, speed)
             setattr(self.loss, f"{role}_regularizer_weight", weight)
-            setattr(self, f"_current_{role}_regularizer_weight", weight)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, model, logs, **kwargs)
+        for name in (f"{role}_regularizer_weight" for role in self.sides):
+            logs[name] = float(getattr(self.loss, name))

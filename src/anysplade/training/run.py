@@ -34,9 +34,11 @@ from anysplade.model.saved import resolve_model
 from anysplade.training.callbacks import check_trackers, last_checkpoint, step_of
 from anysplade.training.card import CARD_FILES, write_card
 from anysplade.training.config import TrainingConfig
+from anysplade.training.devices import more_gpus
 from anysplade.training.inputs import DATA, Inputs, batch_teacher, input_files, read_inputs
 from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
 from anysplade.training.monitoring import Monitor, renamed_findings
+from anysplade.training.steps import matrix_products
 from anysplade.training.trainer import make_trainer, start_encoder, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class TrainingResult(Tabular):
     provenance: dict[str, Any]  # versions, commit, hardware, command
     ranking_loss: dict[str, dict[str, float]] | None = None  # mean over the first and the last tenth of the steps
     max_seq_length: int | None = None  # tokens of a document that the finished model reads
+    matrix_products: str | None = None  # their format in training: bfloat16, tf32 or float32; older records lack it
 
 
 @dataclass
@@ -101,7 +104,8 @@ def train(config: TrainingConfig, progress: bool = False) -> TrainingResult:
         CollapseError: the run collapsed with ``on_collapse="stop"``, or all restarts collapsed too.
     """
     require("config", config, TrainingConfig, "give anysplade.TrainingConfig(backbone, data, output=folder)")
-    return train_as(config, progress, _label(config))
+    announced = (_label(config), more_gpus(config.batch_size, user_path(config.output) / _OPTIONS))
+    return train_as(config, progress, "\n".join(filter(None, announced)))
 
 
 def _label(config: TrainingConfig) -> str:
@@ -113,7 +117,7 @@ def _label(config: TrainingConfig) -> str:
 
 
 def train_as(config: TrainingConfig, progress: bool, label: str) -> TrainingResult:
-    """``train``; ``label`` is the line in the log that announces the training."""
+    """``train``; ``label`` announces the training in the log."""
     check_trackers(config.report_to)
     if config.dev is not None:
         import_module("anysplade.evaluation.evaluations")  # a missing extra is an error before hours of training
@@ -298,6 +302,7 @@ def _measured(
         provenance=provenance(),
         ranking_loss=_ranking_loss(state.log_history),
         max_seq_length=splade_modules(encoder)[0].max_seq_length,
+        matrix_products=matrix_products(config.precision, attempt.trainer.args.device),
     )
 
 

@@ -1,9 +1,9 @@
 """The encoder that a run starts from, and sentence-transformers' trainer with this package's loss and callbacks."""
 
 import logging
-import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer
 from sentence_transformers import SparseEncoderTrainingArguments as Arguments
 from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sparse_encoder.data_collator import SparseEncoderDataCollator
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
@@ -27,12 +28,15 @@ from anysplade.model.saved import resolve_model
 from anysplade.training.batches import DistinctBatches
 from anysplade.training.callbacks import DevEvaluator, EndsOnce, Estimate, MarkComplete, Patience, Progress, common_arguments
 from anysplade.training.config import TrainingConfig, parse_objective
+from anysplade.training.devices import processes, use_one_gpu
 from anysplade.training.inputs import Inputs
 from anysplade.training.level import batch_target
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import make_loss
 from anysplade.training.observers import ObservedLoss
 from anysplade.training.regularization import ActiveDimsController
+from anysplade.training.steps import Steps
+from anysplade.training.teacher_scores import BatchTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +51,12 @@ def training_arguments(config: TrainingConfig, output: Path) -> Arguments:
     if config.dev is not None:
         more = {"eval_strategy": "steps", "eval_steps": config.checkpoint_steps, "load_best_model_at_end": True}
         more |= {"metric_for_best_model": _DEV_METRIC, "greater_is_better": True}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch_size % processes:
-        raise OptionError(f"batch_size {config.batch_size} does not divide among {processes} processes; choose a multiple")
-    if processes > 1:  # all processes share a batch, so their number changes nothing but the speed
-        more |= {"accelerator_config": {"split_batches": True}, "ddp_backend": "nccl" if gpu else "gloo"}
-        more["ddp_timeout"] = _PREPARATION
+    if config.batch_size % processes():
+        raise OptionError(f"batch_size {config.batch_size} does not divide among {processes()} processes; choose a multiple")
+    common = common_arguments(config.seed, config.checkpoint_steps)
+    if processes() > 1:  # all processes share a batch, so their number changes nothing but the speed
+        common["accelerator_config"]["split_batches"] = True
+        more |= {"ddp_backend": "nccl" if gpu else "gloo", "ddp_timeout": _PREPARATION}
     contrastive = "contrastive" in parse_objective(config.objective)
     arguments = Arguments(
         output_dir=str(output / "checkpoints"),
@@ -66,14 +70,12 @@ def training_arguments(config: TrainingConfig, output: Path) -> Arguments:
         batch_sampler=BatchSamplers.NO_DUPLICATES if contrastive else BatchSamplers.BATCH_SAMPLER,
         dataloader_drop_last=True,  # a small batch has few negatives
         bf16=config.precision == "bfloat16",
+        logging_nan_inf_filter=False,  # it waits for every loss; the monitor finds those that are not finite
         report_to=list(config.report_to) or "none",
-        **common_arguments(config.seed, config.checkpoint_steps),
+        **common,
         **more,
     )
-    device = arguments.device  # connects the processes
-    if (gpus := arguments.n_gpu) > 1:
-        logger.info("one of %d GPUs is used; `torchrun --nproc-per-node %d -m anysplade train ...` trains on all", gpus, gpus)
-        arguments._n_gpu = 1  # transformers would copy the model to all, and the copies' pooling would read the first one's weights
+    device = use_one_gpu(arguments)
     if config.precision == "bfloat16" and device.type == "cpu" and not native_bfloat16("cpu"):
         logger.warning("this processor has no products of bfloat16 and emulates them slowly; `precision=float32` is faster here")
     return arguments
@@ -141,12 +143,33 @@ def make_trainer(
         callbacks.append(Patience(early_stopping_patience=config.patience))
     dev = None if inputs.dev is None else DevEvaluator(inputs.dev)
     trainer = _Trainer(model=encoder, args=arguments, train_dataset=dataset, loss=loss, evaluator=dev, callbacks=callbacks)
+    collator: Any = trainer.data_collator
+    collator.teacher = inputs.teacher if arguments.world_size == 1 else None
     trainer.callback_handler.callbacks.insert(1, monitor)  # before the trackers, so that they report what it logs
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which is for the result
     return trainer, monitor
 
 
-class _Trainer(EndsOnce, SparseEncoderTrainer):
+@dataclass
+class _Collator(SparseEncoderDataCollator):
+    """Replaces the examples' numbers by the teacher's scores of the batch, (queries, documents), while the device is still at work.
+
+    With several processes, the loss does it, which knows the documents of all.
+    """
+
+    teacher: BatchTeacher | None = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(features)
+        if self.teacher is not None:
+            numbers = batch["label"].numpy()
+            batch["label"] = torch.from_numpy(self.teacher.scores(numbers, numbers))
+        return batch
+
+
+class _Trainer(Steps, EndsOnce, SparseEncoderTrainer):
+    data_collator_class = _Collator
+
     def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.batch_sampler == BatchSamplers.NO_DUPLICATES:
             return DistinctBatches(*args, **kwargs)
