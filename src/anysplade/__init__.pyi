@@ -64,6 +64,7 @@ from .training.head_training import train_head as train_head
 from .training.mining import Mined as Mined
 from .training.mining import mine as mine
 from .training.mining import score as score
+from .training.publishing import push as push
 from .training.run import TrainingResult as TrainingResult
 from .training.run import train as train
 

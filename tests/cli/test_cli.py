@@ -563,7 +563,7 @@ def test_the_index_command_twice_does_nothing_twice(indexed, backbone, call_json
 
 
 def test_exports(indexed, call_json, tmp_path):
-    written = call_json("export", indexed, "--format", "anserini", "--out", tmp_path / "anserini")
+    written = call_json("export", indexed, "--to", "lucene", "--out", tmp_path / "anserini")
     assert written["documents"] == 3
     rows = [json.loads(line) for path in (tmp_path / "anserini").iterdir() for line in path.read_text().splitlines()]
     assert {row["id"] for row in rows} == {"a", "b", "c"}
@@ -587,7 +587,7 @@ def test_a_head_that_is_wider_than_the_vocabulary(collection_folder, call_json, 
     matched = [term["term"] for hit in hits for term in hit["terms"]]
     assert padding & set(matched)
     assert None not in matched
-    call_json("export", tmp_path / "index", "--format", "anserini", "--out", tmp_path / "anserini")
+    call_json("export", tmp_path / "index", "--to", "lucene", "--out", tmp_path / "anserini")
     call_json("export", tmp_path / "index", "--to", "ciff", "--out", tmp_path / "index.ciff")
     lines = [json.loads(line) for line in (tmp_path / "anserini" / "0000.jsonl").read_text().splitlines()]
     with Index.load(tmp_path / "index") as index:

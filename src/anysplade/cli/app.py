@@ -117,7 +117,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-_ARGUMENTS = {"backbone", "collection", "data", "index", "query", "runs"}  # positional, so they have no flag
+_ARGUMENTS = {"backbone", "collection", "data", "index", "query", "repo_id", "runs"}  # positional, so they have no flag
 
 
 def _as_typed(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands that train and prepare training data: train, adapt, head, pairs, mine, score."""
+"""Commands that train and prepare training data: train, adapt, head, pairs, mine, score, push."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,3 +151,23 @@ def score(data: str, /, *, teacher: str, out: Path, **options: Any) -> Result:
 
     scored = mining.score(data, out, teacher=teacher, **options, progress=is_first_process())
     return Result(scored.to_dict() | {"out": str(out)}, [f"{counted(scored.examples, 'example')} scored by {teacher}, in {out}"])
+
+
+@command
+def push(model: str, repo_id: str, /, *, private: Annotated[bool, Parameter(negative="")] = False) -> Result:
+    """Publish a trained model on the Hugging Face hub, with a card that has its results and its use in other software.
+
+    Args:
+        model: the output of train or adapt, or the folder of any saved SparseEncoder.
+        repo_id: name of the repository, ORG/NAME; it is created if there is none.
+        private: create a private repository; an existing one that is public is refused.
+    """
+    from anysplade.training import publishing
+
+    pushed = publishing.push(model, repo_id, private=private, progress=is_first_process())
+    results = f"with the results on {', '.join(pushed['evaluations'])}" if pushed["evaluations"] else "without results"
+    what = f"{pushed['model']} is in" if pushed["changed"] else "nothing has changed since the last push to"
+    lines = [f"{what} {pushed['url']}{' (private)' if pushed['private'] else ''}, {results}"]
+    if not pushed["evaluations"] and pushed["model"] != str(Path(model)):  # it is in a run's folder
+        lines.append(f"next: anysplade evaluate {model} COLLECTION --out {Path(model) / 'evaluation'}, and push again")
+    return Result(pushed, [*map(Text, lines)])

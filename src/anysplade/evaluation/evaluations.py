@@ -24,7 +24,7 @@ from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids
 from anysplade.model.dense import is_dense
 from anysplade.model.encoding import prune
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
-from anysplade.model.saved import resolve_model
+from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings
 
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept per document
@@ -53,6 +53,7 @@ class Evaluation(Tabular):
     seconds: dict[str, float]  # by stage
     provenance: dict[str, Any]  # versions, commit, hardware, command
     per_query: dict[str, dict[str, float]]  # value by metric and query id
+    model_fingerprint: str | None = None  # of a sparse model's files; None for loaded ones
     run: Run  # score by query id and document id, the best document first
     vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # (queries, vocabulary), (documents, vocabulary), in order
     terms: list[str] | None = None  # name of each column of the vectors
@@ -139,6 +140,7 @@ def evaluate(
         ranked = ranker.by_sparse(model)
     else:
         ranked = ranker.by_dense(model)
+    own = fingerprint(resolve_model(model)) if ranked["kind"] == "sparse" and isinstance(model, str | Path) else None
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
         model = f"a loaded {type(model).__name__}" + (f", base model {base}" if base else "")
@@ -146,6 +148,7 @@ def evaluate(
     evaluation = Evaluation(
         model=str(model),
         collection=collection.name,
+        model_fingerprint=own,
         metrics=values,
         queries=len(collection.queries),
         documents=len(collection.corpus),
