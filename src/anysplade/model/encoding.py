@@ -130,7 +130,7 @@ def count_truncated(encoder: SparseEncoder | SentenceTransformer, texts: Sequenc
     if limit is None or limit >= LARGE_INTEGER:
         return Cut(0)
     options = {"add_special_tokens": is_transformer, "verbose": False, "return_attention_mask": False}
-    prompt, count = _prompt(encoder, role) or "", 0
+    prompt, count = prompt_of(encoder, role) or "", 0
     for start in range(0, len(texts), _CHUNK):
         chunk = [prompt + replace_surrogates(text) for text in texts[start : start + _CHUNK]]
         with _TOKENIZING:
@@ -141,7 +141,7 @@ def count_truncated(encoder: SparseEncoder | SentenceTransformer, texts: Sequenc
 # --------------------------------------------------------------------------------- batches
 
 
-def _prompt(encoder: SparseEncoder | SentenceTransformer, role: Role) -> str | None:
+def prompt_of(encoder: SparseEncoder | SentenceTransformer, role: Role) -> str | None:
     """The prompt that the encoder adds for a role, chosen as ``encode_query`` and ``encode_document`` do."""
     prompts = encoder.prompts or {}
     names = ("query",) if role == "query" else ("document", "passage", "corpus")
@@ -152,7 +152,7 @@ def _prompt(encoder: SparseEncoder | SentenceTransformer, role: Role) -> str | N
 def _preprocess(encoder: SparseEncoder, texts: Sequence[str], role: Role) -> dict[str, Any]:
     """The model's inputs for texts, with the prompt of their role."""
     with _TOKENIZING:
-        return encoder.preprocess(list(texts), prompt=_prompt(encoder, role), task=role)
+        return encoder.preprocess(list(texts), prompt=prompt_of(encoder, role), task=role)
 
 
 def _lengths(encoder: SparseEncoder, texts: list[str], role: Role) -> np.ndarray:
