@@ -95,6 +95,21 @@ def test_requests_are_refused_when_too_many_wait(place, monkeypatch):
     assert after == next(result for result in results if isinstance(result, list))
 
 
+def test_a_failure_of_one_role_leaves_the_other_alone(place, monkeypatch):
+    def fail(*_):
+        raise ExtraError("torch is not installed")
+
+    async def mixed(searcher):
+        return await asyncio.gather(
+            searcher.encode(["kabel"], "document"), searcher.search("kabel", 2, False), return_exceptions=True
+        )
+
+    monkeypatch.setattr(Searcher, "_encode_documents", fail)
+    failed, fine = asyncio.run(use(place / "index", mixed))
+    assert isinstance(failed, ExtraError)
+    assert len(fine) == 2
+
+
 def test_a_failure_affects_only_its_request(place):
     async def one_fails(searcher):
         return await asyncio.gather(searcher.search("kabel", 0, False), searcher.search("kabel", 2, False), return_exceptions=True)

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from anysplade._common.extras import extra
 from anysplade._common.files import beside
 from anysplade._common.progress import counted, duration
 from anysplade.cli.app import Result, command, is_first_process
@@ -253,7 +254,8 @@ def export(
     if odd:
         raise OptionError(f"`{odd[0]}` has no meaning for `to={to}`; leave it out")
     if of_model:
-        from anysplade.model import export as exporting_models
+        with extra("onnx" if to == "onnx" else "train"):
+            from anysplade.model import export as exporting_models
 
         if to == "checkpoint":
             exporting_models.export_checkpoint(source, out)

@@ -31,9 +31,9 @@ from anysplade.model.folding import DEAD
 from anysplade.model.fused import unfuse_pooling
 from anysplade.model.head import untie_head
 from anysplade.model.modules import has_static_queries, is_routed, is_splade, masked_lm, splade_modules
-from anysplade.model.onnx_queries import ABOUT, FORMAT, MODEL, QUANTIZED, read_tokenizer
+from anysplade.model.onnx_queries import FORMAT, MODEL, QUANTIZED, read_tokenizer
 from anysplade.model.options import Form, Role
-from anysplade.model.saved import fingerprint, first_line, resolve_model
+from anysplade.model.saved import EXPORTED, fingerprint, first_line, resolve_model
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "logits": ("logits",),
@@ -118,7 +118,7 @@ def export_onnx(model: str | Path, out: str | Path, form: Form = "logits", quant
             (work / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in entries), encoding="utf-8")
         if has_static_queries(encoder):
             _write_json(work / "idf.json", _query_weights(encoder))
-        _write_json(work / ABOUT, about)
+        _write_json(work / EXPORTED, about)
     return about
 
 

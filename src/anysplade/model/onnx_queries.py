@@ -16,10 +16,9 @@ from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.options import Precision
 from anysplade.model.queries import Cut
-from anysplade.model.saved import first_line
+from anysplade.model.saved import EXPORTED, first_line
 from anysplade.model.vocabulary import term_names
 
-ABOUT = "anysplade.json"
 MODEL = "model.onnx"
 QUANTIZED = "model_quantized.onnx"
 TOKENIZER = "tokenizer.json"
@@ -36,7 +35,7 @@ def exported(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         ModelError: the description is damaged, or another version of anysplade wrote it.
     """
-    path = user_path(folder) / ABOUT
+    path = user_path(folder) / EXPORTED
     if not path.is_file():
         return None
     try:

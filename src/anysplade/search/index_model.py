@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anysplade._common.extras import extra
-from anysplade.errors import ModelError, OptionError
+from anysplade.errors import ExtraError, ModelError, OptionError
 from anysplade.model.onnx_queries import OnnxQueries, exported
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries, StaticQueries
@@ -99,10 +99,12 @@ class IndexModel:
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
-        with extra("train"):
-            from anysplade.model.encoding import ModelQueries
-            from anysplade.model.runtimes import for_inference, resolve_precision
-
+        try:
+            with extra("train"):
+                from anysplade.model.encoding import ModelQueries
+                from anysplade.model.runtimes import for_inference, resolve_precision
+        except ExtraError as error:
+            raise ExtraError(f"{self.index}: {error}, or give its model, exported to ONNX, as `model`") from error
         precision = resolve_precision(self.precision, self.encoder.device)
         return ModelQueries(for_inference(self.encoder, self.runtime, precision), precision)
 
