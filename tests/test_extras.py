@@ -151,9 +151,9 @@ def test_without_torch_an_exported_model_searches_and_the_rest_is_one_line(backb
         assert refused.returncode == 2
         line = rf'anysplade: .*is not installed: pip install "anysplade\[{extra}\]"{more}\n'
         assert re.fullmatch(line, refused.stderr), refused.stderr
-    with Index.load(tmp_path / "index", tmp_path / "onnx", runtime="openvino") as index:
-        with pytest.raises(OptionError, match="runtime is openvino"):
-            index.search("kabel")
+    openvino = Index.load(tmp_path / "index", tmp_path / "onnx", runtime="openvino")
+    with openvino as index, pytest.raises(OptionError, match="runtime is openvino"):
+        index.search("kabel")
     shutil.copytree(tmp_path / "index", tmp_path / "other")
     with no_encoder():
         searcher = Searcher(tmp_path / "index", str(tmp_path / "other"), tmp_path / "onnx")

@@ -43,9 +43,7 @@ def exports(tmp_path_factory):
             encoder = load_encoder(make_backbone(architecture, folder / "backbone"), k=2, shift=0.1, fused=False)
             encoder = SparseEncoder(modules=[encoder[0], SpladePooling(**changes)], prompts={"query": "kabel: ", "document": ""})
             if architecture == "roberta":
-                encoder = SparseEncoder(
-                    modules=list(encoder), prompts={"all": "lodan "}, default_prompt_name="all", max_active_dims=9
-                )
+                encoder.prompts, encoder.default_prompt_name, encoder.max_active_dims = {"all": "lodan "}, "all", 9
                 encoder.tokenizer.truncation_side = "left"
             if architecture == "distilbert":
                 encoder.max_seq_length = 16
@@ -220,7 +218,7 @@ def test_a_network_that_differs_from_the_model_is_refused(exports, tmp_path, mon
             export_onnx(tmp_path / f"{change}", tmp_path / "out")
     (tmp_path / "damaged").write_bytes(b"damaged")
     monkeypatch.setattr(torch.onnx, "export", copied(tmp_path / "damaged"))
-    with pytest.raises(ModelError, match="BertForMaskedLM cannot be exported to ONNX: .*$"):
+    with pytest.raises(ModelError, match=r"BertForMaskedLM cannot be exported to ONNX: .*$"):
         export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -229,7 +227,7 @@ def test_a_tokenizer_that_other_software_cannot_read_is_refused(tmp_path):
     model = make_backbone("bert", tmp_path / "model")
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"split_special_tokens": True}))
-    with pytest.raises(ModelError, match="in another way than tokenizer.json"):
+    with pytest.raises(ModelError, match=r"in another way than tokenizer\.json"):
         export_onnx(model, tmp_path / "onnx")
     make_backbone("esm", tmp_path / "slow")
     for file in (tmp_path / "slow").glob("tokenizer*"):
@@ -278,7 +276,7 @@ def test_an_export_is_no_model(exports):
 
 
 def test_the_queries_of_an_export_without_quantized_network(exports):
-    with pytest.raises(ModelError, match="no model_quantized.onnx in it; export the model with `quantize`"):
+    with pytest.raises(ModelError, match=r"no model_quantized\.onnx in it; export the model with `quantize`"):
         OnnxQueries(exports("distilbert", "terms")[1], "int8")
 
 

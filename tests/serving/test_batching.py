@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from anysplade import Document, Index
-from anysplade.errors import AnyspladeError, DataError, ModelError
+from anysplade.errors import AnyspladeError, DataError, ExtraError, ModelError
 from anysplade.model.encoding import ModelQueries
 from anysplade.search.store import Store
 from anysplade.serving import batching
