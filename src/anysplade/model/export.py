@@ -27,9 +27,8 @@ from anysplade.errors import ModelError, OptionError, OutputError
 from anysplade.model.checkpoints import usable_positions
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import prompt_of
-from anysplade.model.folding import DEAD
 from anysplade.model.fused import unfuse_pooling
-from anysplade.model.head import untie_head
+from anysplade.model.head import DEAD, untie_head
 from anysplade.model.modules import has_static_queries, is_routed, is_splade, masked_lm, splade_modules
 from anysplade.model.onnx_queries import FORMAT, MODEL, QUANTIZED, read_tokenizer
 from anysplade.model.options import Form, Role
