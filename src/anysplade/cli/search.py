@@ -135,7 +135,7 @@ def search(
         filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a repeated name means any of
             its values.
         exact: search the vectors in memory, in float64, instead of the engine.
-        model: folder of the index's model, if it was moved.
+        model: folder of the index's model, if it was moved, or of its export to ONNX, which needs no torch.
         runtime: for encoding the query; auto is torch, which starts faster.
         precision: for encoding the query; see index.
     """
@@ -169,7 +169,7 @@ def serve(index: str, beside: str | None = None, /, *, token: str | None = None,
     Args:
         index: folder of an index.
         beside: folder of another index, or bm25, for the page that compares.
-        model: folder of the index's model, if it was moved.
+        model: folder of the index's model, if it was moved, or of its export to ONNX, which needs no torch.
         runtime: for encoding queries; see index.
         precision: for encoding queries; see index.
         token: secret that every request must carry; ANYSPLADE_TOKEN by default, if that is set.
