@@ -172,6 +172,8 @@ def serve(index: str, beside: str | None = None, /, *, token: str | None = None,
         model: folder of the index's model, if it was moved, or of its export to ONNX, which needs no torch.
         runtime: for encoding queries; see index.
         precision: for encoding queries; see index.
+        host: address to listen on; any other than loopback needs a token.
+        port: 0 is any free port.
         token: secret that every request must carry; ANYSPLADE_TOKEN by default, if that is set.
     """
     from anysplade.serving import app as server
