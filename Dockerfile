@@ -1,15 +1,14 @@
-# A server for one index: docs/serve.md has the commands. Not built yet.
+# A server for one index, without torch: docs/serve.md has the commands. Not built yet.
 FROM python:3.11-slim
-
-# On Linux, PyPI's torch is the CUDA build, several GB large.
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
 
 WORKDIR /opt/anysplade
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install --no-cache-dir ".[serve]"
+# The tests of the libraries are an eighth of what is installed.
+RUN pip install --no-cache-dir ".[serve]" \
+    && find /usr/local/lib/python3.11/site-packages -type d -name tests -prune -exec rm -r {} +
 
-# The index and its model are mounted at /data, read-only if wanted.
+# The index and its model, exported to ONNX, are mounted at /data, read-only if wanted.
 RUN useradd --create-home anysplade
 USER anysplade
 WORKDIR /data
@@ -20,4 +19,4 @@ r.urlopen(r.Request('http://127.0.0.1:8080/health', headers={'Authorization': 'B
 
 # Outside of loopback the server needs a token: ANYSPLADE_TOKEN in the environment.
 ENTRYPOINT ["anysplade", "serve", "--host", "0.0.0.0", "--port", "8080"]
-CMD ["index"]
+CMD ["index", "--model", "onnx"]

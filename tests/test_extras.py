@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from anysplade import Index, ModelError, export_onnx, load_encoder
+from anysplade import Index, ModelError, OptionError, export_onnx, load_encoder
+from anysplade.serving.batching import Searcher
 from processes import run_python
-from tiny import WORDS
+from tiny import WORDS, no_encoder
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 # What the extras bring beside ``train``, by the names that are imported.
@@ -140,13 +142,22 @@ def test_without_torch_an_exported_model_searches_and_the_rest_is_one_line(backb
     hits = json.loads(found.stdout)["hits"]
     assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
     assert [hit["score"] for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-4)
-    for arguments in (
-        ["search", tmp_path / "index", "kabel"],
-        ["train", backbone, tmp_path / "docs.jsonl", "--out", tmp_path / "run"],
+    for arguments, extra, more in (
+        (["search", tmp_path / "index", "kabel"], "train", ", or give its model, exported to ONNX, as --model"),
+        (["train", backbone, tmp_path / "docs.jsonl", "--out", tmp_path / "run"], "train", ""),
+        (["export", model, "--to", "onnx", "--out", tmp_path / "out"], "onnx", ""),
     ):
         refused = run(*arguments)
         assert refused.returncode == 2
-        assert re.fullmatch(r'anysplade: \w+ is not installed: pip install "anysplade\[train\]"\n', refused.stderr), refused.stderr
+        line = rf'anysplade: .*is not installed: pip install "anysplade\[{extra}\]"{more}\n'
+        assert re.fullmatch(line, refused.stderr), refused.stderr
+    openvino = Index.load(tmp_path / "index", tmp_path / "onnx", runtime="openvino")
+    with openvino as index, pytest.raises(OptionError, match="runtime is openvino"):
+        index.search("kabel")
+    shutil.copytree(tmp_path / "index", tmp_path / "other")
+    with no_encoder():
+        searcher = Searcher(tmp_path / "index", str(tmp_path / "other"), tmp_path / "onnx")
+        assert [hit.id for hit in searcher.other.search(WORDS[3], k=5)] == [hit.id for hit in expected]
 
 
 def test_an_exported_model_must_be_the_one_of_the_index(backbone, tmp_path):

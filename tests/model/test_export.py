@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SpladePooling
+from transformers import EsmTokenizer
 
 from anysplade import ModelError, OptionError, OutputError, load_encoder, open_encoder
-from anysplade.model.encoding import encode
+from anysplade.model.encoding import ModelQueries, encode
 from anysplade.model.export import OUTPUTS, export_checkpoint, export_onnx
 from anysplade.model.fused import hidden_states
-from anysplade.model.modules import masked_lm
+from anysplade.model.head import DEAD
+from anysplade.model.modules import cut_within, masked_lm
 from anysplade.model.onnx_queries import OnnxQueries, exported
 from processes import run_python
 from tiny import WORDS, make_backbone, make_static
@@ -39,6 +42,11 @@ def exports(tmp_path_factory):
             folder = tmp_path_factory.mktemp("exports")
             encoder = load_encoder(make_backbone(architecture, folder / "backbone"), k=2, shift=0.1, fused=False)
             encoder = SparseEncoder(modules=[encoder[0], SpladePooling(**changes)], prompts={"query": "kabel: ", "document": ""})
+            if architecture == "roberta":
+                encoder.prompts, encoder.default_prompt_name, encoder.max_active_dims = {"all": "lodan "}, "all", 9
+                encoder.tokenizer.truncation_side = "left"
+            if architecture == "distilbert":
+                encoder.max_seq_length = 16
             encoder.save_pretrained(str(folder / "model"))
             about = export_onnx(folder / "model", folder / "onnx", form, quantize=form == "logits")
             made[key] = folder / "model", folder / "onnx", about
@@ -67,6 +75,10 @@ def test_an_exported_model_gives_the_vectors_of_torch(architecture, form, change
     expected = encode(open_encoder(model), TEXTS, "query").toarray()
     np.testing.assert_allclose(queries.encode(TEXTS).toarray(), expected, atol=1e-5)
     assert queries.encode([]).shape == (0, expected.shape[1])
+    torch_queries = ModelQueries(open_encoder(model))
+    assert queries.count_truncated(TEXTS) == torch_queries.count_truncated(TEXTS)
+    assert queries.term_names == torch_queries.term_names
+    assert [queries.tokens(text) for text in TEXTS] == [torch_queries.tokens(text) for text in TEXTS]
 
 
 def test_texts_are_cut_where_the_encoder_cuts_them(exports):
@@ -75,6 +87,22 @@ def test_texts_are_cut_where_the_encoder_cuts_them(exports):
     long = ["kabel lodan " * 50_000]
     np.testing.assert_allclose(queries.encode(long).toarray(), encode(encoder, long, "query").toarray(), atol=1e-5)
     assert queries.count_truncated([*long, "kabel"]).texts == 1
+
+
+@pytest.mark.parametrize("max_length", [8, 40, 1000])
+def test_the_length_of_an_index_replaces_that_of_the_model(max_length, exports):
+    model, onnx, _ = exports("distilbert", "terms")
+    queries, encoder = OnnxQueries(onnx, max_length=max_length), cut_within(open_encoder(model), max_length)
+    assert queries.count_truncated(TEXTS) == ModelQueries(encoder).count_truncated(TEXTS)
+    np.testing.assert_allclose(queries.encode(TEXTS).toarray(), encode(encoder, TEXTS, "query").toarray(), atol=1e-5)
+
+
+def test_threads_share_the_queries_of_an_export(exports):
+    queries = OnnxQueries(exports("bert")[1])
+    texts = [f"{word} kabel" for word in WORDS[:40]]
+    with ThreadPoolExecutor(8) as threads:
+        rows = list(threads.map(lambda text: queries.encode([text]).toarray(), texts))
+    np.testing.assert_array_equal(np.vstack(rows), queries.encode(texts).toarray())
 
 
 def test_queries_need_no_torch(exports):
@@ -122,6 +150,8 @@ def test_int8_is_an_approximation_that_says_so(exports):
     assert (exact.precision, rounded.precision) == ("float32", "int8")
     first, second = exact.encode(TEXTS[:1]).toarray(), rounded.encode(TEXTS[:1]).toarray()
     assert 0 < abs(first - second).max() < 0.1 * first.max()
+    with pytest.raises(OptionError, match="precision is bfloat16"):
+        OnnxQueries(onnx, "bfloat16")
 
 
 @pytest.mark.network
@@ -160,7 +190,7 @@ def test_what_cannot_be_exported_says_why(exports, tmp_path, monkeypatch):
         export_onnx(model, tmp_path / "full")
 
     def fail(*_, **__):
-        raise RuntimeError("no such operator\nand a page of advice")
+        raise RuntimeError("advice") from RuntimeError("no such operator\nand a page of advice")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ModelError, match=r"cannot be exported to ONNX: no such operator$"):
@@ -171,11 +201,83 @@ def test_what_cannot_be_exported_says_why(exports, tmp_path, monkeypatch):
     assert exported(tmp_path) is None
 
 
-def test_a_damaged_export_is_one_line(exports, tmp_path):
+def copied(network):
+    """In place of torch's exporter: the network of another model."""
+    return lambda module, args, path, **_: shutil.copy(network, path)
+
+
+def test_a_network_that_differs_from_the_model_is_refused(exports, tmp_path, monkeypatch):
+    model, onnx, _ = exports("bert")
+    monkeypatch.setattr(torch.onnx, "export", copied(onnx / "model.onnx"))
+    encoder = open_encoder(model, fused=False)
+    bias = masked_lm(encoder).get_output_embeddings().bias.data
+    for change, error in ((0.01, "differs from torch by 0.01"), (float("nan"), "NaN or infinity; its training diverged")):
+        bias[5], bias[7] = DEAD, bias[7] + change  # a term that is switched off allows no larger difference of the others
+        encoder.save_pretrained(str(tmp_path / f"{change}"))
+        with pytest.raises(ModelError, match=error):
+            export_onnx(tmp_path / f"{change}", tmp_path / "out")
+    (tmp_path / "damaged").write_bytes(b"damaged")
+    monkeypatch.setattr(torch.onnx, "export", copied(tmp_path / "damaged"))
+    with pytest.raises(ModelError, match=r"BertForMaskedLM cannot be exported to ONNX: .*$"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_other_software_cannot_read_is_refused(tmp_path):
+    model = make_backbone("bert", tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"split_special_tokens": True}))
+    with pytest.raises(ModelError, match=r"in another way than tokenizer\.json"):
+        export_onnx(model, tmp_path / "onnx")
+    make_backbone("esm", tmp_path / "slow")
+    for file in (tmp_path / "slow").glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join(["<pad>", "<cls>", "<eos>", "<unk>", "<mask>", *WORDS]))
+    EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "slow")
+    with pytest.raises(ModelError, match="EsmTokenizer, is written in Python"):
+        export_onnx(tmp_path / "slow", tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_checkpoint])
+def test_an_export_into_its_model_is_refused(export, tmp_path):
+    model = make_backbone("bert", tmp_path / "model")
+    with pytest.raises(OutputError, match="in the folder of the model"):
+        export(model, tmp_path / "model" / "onnx")
+    assert not (tmp_path / "model" / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "file, content, error",
+    [
+        ("model.onnx", "damaged", "cannot be opened"),
+        ("model.onnx", None, "no model.onnx in it; export the model again"),
+        ("tokenizer.json", None, "no tokenizer.json in it"),
+        ("tokenizer.json", "{}", "cannot be opened"),
+        ("anysplade.json", "{", "is damaged"),
+        ("anysplade.json", "[]", "is damaged"),
+        ("anysplade.json", '{"format": 1}', "is damaged"),
+        ("anysplade.json", '{"format": 2}', "another version of anysplade"),
+    ],
+)
+def test_a_damaged_export_is_one_line(file, content, error, exports, tmp_path):
     shutil.copytree(exports("bert")[1], tmp_path / "onnx")
-    (tmp_path / "onnx" / "model.onnx").write_bytes(b"damaged")
-    with pytest.raises(ModelError, match="cannot be opened"):
+    if content is None:
+        (tmp_path / "onnx" / file).unlink()
+    else:
+        (tmp_path / "onnx" / file).write_text(content)
+    with pytest.raises(ModelError, match=error) as raised:
         OnnxQueries(tmp_path / "onnx")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_export_is_no_model(exports):
+    with pytest.raises(ModelError, match="an exported model, which only searches"):
+        open_encoder(exports("bert")[1])
+
+
+def test_the_queries_of_an_export_without_quantized_network(exports):
+    with pytest.raises(ModelError, match=r"no model_quantized\.onnx in it; export the model with `quantize`"):
+        OnnxQueries(exports("distilbert", "terms")[1], "int8")
 
 
 # ------------------------------------------------------------ servers that read the checkpoint, and cannot be installed here

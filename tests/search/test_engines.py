@@ -13,6 +13,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from opensearchpy import OpenSearch
 from qdrant_client import QdrantClient, models
 from scipy import sparse
+from scipy.stats import kendalltau
 
 from anysplade import export_queries
 from anysplade.data.corpus import Document
@@ -647,6 +648,53 @@ def test_ciff(tmp_path):
     assert header.total_terms_in_collection == exact.sum()
     assert header.average_doclength == exact.sum() / 400
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["index.ciff"]
+
+
+def read_jsonl(folder):
+    """Postings of Anserini's JSONL: {term: {document: impact}}."""
+    postings = {}
+    for line in map(json.loads, (folder / "0000.jsonl").read_text().splitlines()):
+        for term, impact in line["vector"].items():
+            postings.setdefault(term, {})[line["id"]] = impact
+    return postings
+
+
+def read_postings(path):
+    """Postings of a CIFF, as ``read_jsonl`` gives them."""
+    _, lists, records = read_ciff(path)
+    ids = {record.docid: record.collection_docid for record in records}
+    numbers = [np.cumsum([posting.docid for posting in one.postings]).tolist() for one in lists]
+    return {
+        one.term: {ids[number]: posting.tf for number, posting in zip(found, one.postings, strict=True)}
+        for one, found in zip(lists, numbers, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "export, name, read", [(export_anserini, "out", read_jsonl), (export_ciff, "out.ciff", read_postings)], ids=["jsonl", "ciff"]
+)
+def test_the_files_rank_as_the_exact_integers_do_and_nearly_as_the_floats(export, name, read, tmp_path):
+    """Another scorer, term by term over the words of the files, as the engines that read them."""
+    rng = np.random.default_rng(0)
+    tokens = [f"t{term}" for term in range(200)]
+    dense = np.where(rng.random((340, 200)) < 0.1, rng.gamma(2, 0.5, (340, 200)), 0).astype(np.float32)
+    documents, queries = sparse.csr_matrix(dense[:300]), sparse.csr_matrix(dense[300:])
+    export(from_rows(documents), tokens, tmp_path / name)
+    export_queries([f"q{i}" for i in range(40)], queries, tokens, tmp_path / "queries.tsv")
+    postings = read(tmp_path / name)
+    exact = quantized(queries) @ quantized(documents).T
+    floats = (queries @ documents.T).toarray()
+    taus, shared = [], []
+    for row, line in enumerate((tmp_path / "queries.tsv").read_text().splitlines()):
+        scores = np.zeros(300, int)
+        for word in line.split("\t")[1].split():
+            for id_, impact in postings.get(word, {}).items():
+                scores[int(id_[1:])] += impact
+        np.testing.assert_array_equal(scores, exact[row])
+        taus.append(kendalltau(scores, floats[row]).statistic)
+        shared.append(len({*np.argsort(-scores)[:10]} & {*np.argsort(-floats[row])[:10]}) / 10)
+    assert np.mean(taus) > 0.997
+    assert np.mean(shared) == 1
 
 
 @pytest.mark.parametrize("gap", [1, 127, 128, 2**14 - 1, 2**14, 2**21, 2**28, 2**31 - 1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
-from anysplade import DataError, Index, ModelError, OptionError, OutputError, load_collection, load_encoder
+from anysplade import DataError, Index, ModelError, OptionError, OutputError, export_onnx, load_collection, load_encoder
 from anysplade.cli import main
 from anysplade.model.modules import term_names
 from anysplade.model.runtimes import resolve_precision
@@ -44,6 +44,18 @@ def test_the_same_hits(server, model, collection_folder, tmp_path):
         mine, theirs = a[0], next(hit for hit in b if hit.id == a[0].id)
         assert [term.term for term in mine.terms[:3]] == [term.term for term in theirs.terms[:3]]
         assert sum(term.product for term in mine.terms) == pytest.approx(mine.score, rel=1e-4)
+
+
+def test_queries_of_an_exported_model(server, model, collection_folder, tmp_path):
+    pytest.importorskip("onnxscript")
+    RemoteIndex.build(model, collection_folder, ADDRESS, tmp_path / "work")
+    export_onnx(model, tmp_path / "onnx")
+    query = next(iter(load_collection(collection_folder).queries.values()))
+    expected = open_index(ADDRESS).search(query)
+    with no_encoder():
+        hits = open_index(ADDRESS, tmp_path / "onnx").search(query)
+    assert [hit.id for hit in hits] == [hit.id for hit in expected]
+    assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], rel=1e-5)
 
 
 def test_no_more_tokens_than_positions(server, model, collection_folder, tmp_path):

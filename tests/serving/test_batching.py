@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from anysplade import Document, Index
-from anysplade.errors import AnyspladeError, DataError, ModelError
+from anysplade.errors import AnyspladeError, DataError, ExtraError, ModelError
 from anysplade.model.encoding import ModelQueries
 from anysplade.search.store import Store
 from anysplade.serving import batching
@@ -93,6 +93,21 @@ def test_requests_are_refused_when_too_many_wait(place, monkeypatch):
     assert 0 < len(refused) < 40
     assert all(isinstance(result, list | OverloadedError) for result in results)
     assert after == next(result for result in results if isinstance(result, list))
+
+
+def test_a_failure_of_one_role_leaves_the_other_alone(place, monkeypatch):
+    def fail(*_):
+        raise ExtraError("torch is not installed")
+
+    async def mixed(searcher):
+        return await asyncio.gather(
+            searcher.encode(["kabel"], "document"), searcher.search("kabel", 2, False), return_exceptions=True
+        )
+
+    monkeypatch.setattr(Searcher, "_encode_documents", fail)
+    failed, fine = asyncio.run(use(place / "index", mixed))
+    assert isinstance(failed, ExtraError)
+    assert len(fine) == 2
 
 
 def test_a_failure_affects_only_its_request(place):

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from anysplade._common.extras import extra
 from anysplade._common.files import beside
 from anysplade._common.progress import counted, duration
 from anysplade.cli.app import Result, command, is_first_process
@@ -134,7 +135,7 @@ def search(
         filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a repeated name means any of
             its values.
         exact: search the vectors in memory, in float64, instead of the engine.
-        model: folder of the index's model, if it was moved.
+        model: folder of the index's model, if it was moved, or of its export to ONNX, which needs no torch.
         runtime: for encoding the query; auto is torch, which starts faster.
         precision: for encoding the query; see index.
     """
@@ -168,9 +169,11 @@ def serve(index: str, beside: str | None = None, /, *, token: str | None = None,
     Args:
         index: folder of an index.
         beside: folder of another index, or bm25, for the page that compares.
-        model: folder of the index's model, if it was moved.
+        model: folder of the index's model, if it was moved, or of its export to ONNX, which needs no torch.
         runtime: for encoding queries; see index.
         precision: for encoding queries; see index.
+        host: address to listen on; any other than loopback needs a token.
+        port: 0 is any free port.
         token: secret that every request must carry; ANYSPLADE_TOKEN by default, if that is set.
     """
     from anysplade.serving import app as server
@@ -253,7 +256,8 @@ def export(
     if odd:
         raise OptionError(f"`{odd[0]}` has no meaning for `to={to}`; leave it out")
     if of_model:
-        from anysplade.model import export as exporting_models
+        with extra("onnx" if to == "onnx" else "train"):
+            from anysplade.model import export as exporting_models
 
         if to == "checkpoint":
             exporting_models.export_checkpoint(source, out)

@@ -1,7 +1,7 @@
-"""Encode queries with an exported ONNX model: onnxruntime or OpenVINO, and ``tokenizers``; no torch is imported."""
+"""Encode queries with an exported ONNX model: onnxruntime and ``tokenizers``; no torch is imported."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,54 @@ from scipy import sparse
 from tokenizers import Tokenizer
 
 from anysplade._common.extras import extra
+from anysplade._common.files import user_path
 from anysplade.data.text import replace_surrogates
-from anysplade.errors import ModelError
+from anysplade.errors import ModelError, OptionError
 from anysplade.model.options import Precision
 from anysplade.model.queries import Cut
-from anysplade.model.saved import first_line
+from anysplade.model.saved import EXPORTED, first_line
 from anysplade.model.vocabulary import term_names
 
-ABOUT = "anysplade.json"
 MODEL = "model.onnx"
 QUANTIZED = "model_quantized.onnx"
+TOKENIZER = "tokenizer.json"
+FORMAT = 1  # of the description
+_NEEDED = {
+    *("format", "form", "inputs", "model_fingerprint", "vocabulary", "pooling", "double_log", "max_length", "positions"),
+    *("truncation_side", "max_active_dims", "query_prompt", "static_queries"),
+}
 
 
 def exported(folder: str | Path) -> dict[str, Any] | None:
-    """The description of a folder that ``export_onnx`` wrote; None for other folders."""
-    path = Path(folder, ABOUT)
-    if not path.is_file() or not Path(folder, MODEL).is_file():
+    """The description of a folder that ``export_onnx`` wrote; None for other folders.
+
+    Raises:
+        ModelError: the description is damaged, or another version of anysplade wrote it.
+    """
+    path = user_path(folder) / EXPORTED
+    if not path.is_file():
         return None
-    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        about = json.loads(path.read_bytes())
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or (about.get("format", FORMAT) == FORMAT and not about.keys() >= _NEEDED):
+        raise ModelError(f"{path}: the description of an exported model is damaged; export the model again")
+    if about["format"] != FORMAT:
+        raise ModelError(f"{path}: another version of anysplade exported this model; export it again with this one")
     return about
+
+
+def read_tokenizer(folder: Path, about: Mapping[str, Any], max_length: int | None = None) -> Tokenizer:
+    """The tokenizer of an exported model; it cuts texts as the model does, or at ``max_length`` tokens if there are positions."""
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    tokenizer.no_padding()
+    limit = min(filter(None, (max_length or about["max_length"], about["positions"])), default=None)
+    if limit is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(limit, direction=about["truncation_side"])
+    return tokenizer
 
 
 class OnnxQueries:
@@ -41,38 +70,41 @@ class OnnxQueries:
         """Open a folder that ``export_onnx`` wrote.
 
         Args:
-            precision: ``"int8"`` takes the quantized model, an approximation; the others are float32.
-            max_length: tokens that are read of a text, at most those of the export.
+            precision: ``"int8"`` takes the quantized model, an approximation; ``"auto"`` is float32.
+            max_length: tokens that are read of a text, at most the model's positions; None for those of the model.
             threads: of a query; all cores if None.
 
         Raises:
-            ModelError: the folder has no exported model, or one that cannot be opened.
+            ModelError: the folder has no exported model, one that cannot be opened, or one whose queries need no network.
+            OptionError: ``precision`` is ``"bfloat16"``.
             ExtraError: onnxruntime is not installed.
         """
+        folder = user_path(folder)
         about = exported(folder)
         if about is None:
             raise ModelError(f"{folder}: no exported model in it; anysplade export MODEL --to onnx --out {folder} writes one")
+        if about["static_queries"]:
+            raise ModelError(f"{folder}: the queries of this model need no export; leave `model` out, or give the model")
+        if precision == "bfloat16":
+            raise OptionError(f"precision is bfloat16: {folder} is an exported model, which has float32 and int8; give one of them")
         self.precision = "int8" if precision == "int8" else "float32"
-        file = Path(folder, QUANTIZED if precision == "int8" else MODEL)
+        file = folder / (QUANTIZED if precision == "int8" else MODEL)
         if not file.is_file():
-            raise ModelError(f"{folder}: no {file.name} in it; export the model with `quantize`")
+            fix = "with `quantize`" if precision == "int8" else "again"
+            raise ModelError(f"{folder}: no {file.name} in it; export the model {fix}")
+        if not (folder / TOKENIZER).is_file():
+            raise ModelError(f"{folder}: no {TOKENIZER} in it; export the model again")
         with extra("search"):
             import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         try:
             self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-            self._tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+            self._tokenizer = read_tokenizer(folder, about, max_length)
         except Exception as error:  # both libraries raise errors of their own, or Exception itself
             raise ModelError(f"{folder}: the exported model cannot be opened: {first_line(error)}") from error
         self._about = about
-        self._prompt = about["prompts"].get("query") or ""
-        self._limit: int | None = min(filter(None, (about["max_length"], max_length)), default=None)
-        self._tokenizer.no_padding()
-        if self._limit is None:
-            self._tokenizer.no_truncation()
-        else:
-            self._tokenizer.enable_truncation(self._limit)
+        self._prompt = about["query_prompt"]
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary); raises ModelError for NaN or infinity."""
@@ -106,8 +138,11 @@ class OnnxQueries:
         return weights.sum(axis=0) if sums else weights
 
     def count_truncated(self, texts: Sequence[str]) -> Cut:
+        if self._tokenizer.truncation is None:
+            return Cut(0)
+        limit = self._tokenizer.truncation["max_length"]
         encodings = self._tokenizer.encode_batch([self._prompt + replace_surrogates(text) for text in texts])
-        return Cut(sum(bool(encoding.overflowing) for encoding in encodings), self._limit, self._limit)
+        return Cut(sum(bool(encoding.overflowing) for encoding in encodings), limit, self._about["positions"])
 
     def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
         encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)

@@ -16,6 +16,7 @@ from safetensors import deserialize
 from scipy import sparse
 from tokenizers import Tokenizer
 
+from anysplade._common.extras import extra
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.saved import first_line, saved_file, saved_json
@@ -177,7 +178,8 @@ def _read_tokenizer(source: str, folder: str) -> Tokenizer | None:
         tokenizer, limit = Tokenizer.from_file(str(file)), config.get("model_max_length")
         side = config.get("truncation_side") or (tokenizer.truncation or {}).get("direction", "right")
     else:
-        from transformers import AutoTokenizer
+        with extra("train"):
+            from transformers import AutoTokenizer
 
         loaded: Any = AutoTokenizer.from_pretrained(source, subfolder=folder, trust_remote_code=False)
         if not loaded.is_fast:

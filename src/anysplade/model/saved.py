@@ -13,6 +13,7 @@ from anysplade.data.names import BM25_NAMES, INDEX, has_checkpoint, held, is_bui
 from anysplade.errors import ModelError
 from anysplade.model.backbones import BUNDLED
 
+EXPORTED = "anysplade.json"  # describes a model that was exported to ONNX, which has no weights for torch
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
@@ -32,6 +33,8 @@ def resolve_model(name: str | Path) -> str:
     if not text:
         raise ModelError(f"an empty name: no such model folder; {fix}{built_in}")
     path = user_path(text)
+    if (path / EXPORTED).is_file():
+        raise ModelError(f"{path}: an exported model, which only searches; give the model that it was exported from")
     for folder in (path, path / "model"):  # the output of `train` has the model in model/
         if has_checkpoint(folder):
             return str(folder)

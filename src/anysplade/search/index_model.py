@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anysplade._common.extras import extra
-from anysplade.errors import ModelError
+from anysplade.errors import ExtraError, ModelError, OptionError
 from anysplade.model.onnx_queries import OnnxQueries, exported
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.queries import Queries, StaticQueries
@@ -93,16 +93,18 @@ class IndexModel:
         if self.moved is not None and (about := exported(self.moved)) is not None:
             if about["model_fingerprint"] != self.about["model_fingerprint"]:
                 raise ModelError(f"{self.moved}: exported from another model than that of {self.index}; export that one")
-            if about["static_queries"]:
-                raise ModelError(f"{self.moved}: the queries of this model need no export; leave `model` out, or give the model")
+            if self.runtime == "openvino":
+                raise OptionError(f"runtime is openvino: {self.moved} is an exported model, which onnxruntime runs; leave it out")
             return OnnxQueries(self.moved, self.precision, self.about.get("max_length"))
         static = StaticQueries.open(self.source)
         if static is not None:
             return static
-        with extra("train"):
-            from anysplade.model.encoding import ModelQueries
-            from anysplade.model.runtimes import for_inference, resolve_precision
-
+        try:
+            with extra("train"):
+                from anysplade.model.encoding import ModelQueries
+                from anysplade.model.runtimes import for_inference, resolve_precision
+        except ExtraError as error:
+            raise ExtraError(f"{self.index}: {error}, or give its model, exported to ONNX, as `model`") from error
         precision = resolve_precision(self.precision, self.encoder.device)
         return ModelQueries(for_inference(self.encoder, self.runtime, precision), precision)
 

@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from anysplade._common.extras import extra
 from anysplade._common.files import user_path
 from anysplade.data.corpus import Document, empty_corpus, iter_corpus
-from anysplade.errors import DataError, OptionError, without_credentials
+from anysplade.errors import DataError, ExtraError, OptionError, without_credentials
 from anysplade.model.options import Precision, Runtime
 from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument
@@ -173,7 +174,11 @@ class RemoteIndex(WithModel):
         hits = self.engine.search(vector.indices, vector.data, k, filter)
         if not explain or not hits:
             return hits
-        from anysplade.model.encoding import encode
+        try:
+            with extra("train"):
+                from anysplade.model.encoding import encode
+        except ExtraError as error:
+            raise ExtraError(f"{self.address}: its hits are explained with the model itself: {error}") from error
 
         texts = [Document(hit.title, hit.text).full_text for hit in hits]
         rows = encode(self._model.documents, texts, "document", top_k=self.about.get("top_k"))

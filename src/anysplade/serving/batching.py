@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from scipy import sparse
 
+from anysplade._common.extras import extra
 from anysplade._common.files import user_path
+from anysplade._common.outputs import read_record
 from anysplade.data.names import is_built_in
 from anysplade.errors import AnyspladeError
 from anysplade.model.options import Precision, Role, Runtime
@@ -78,7 +80,7 @@ class Searcher:
 
         Args:
             beside: another index, or bm25, to compare with.
-            model: of the first index, if it moved.
+            model: of the first index, if it moved, and of the other one if it was built with the same.
         """
         self.folder = user_path(folder)
         self.beside = beside
@@ -86,7 +88,7 @@ class Searcher:
         self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}
         self.index = self._open(self.folder, model)
         self.documents = len(self.index)  # constant: no other process can write while this one has the index open
-        self.other = None if beside is None or is_built_in(beside, "bm25") else self._open(Path(beside))
+        self.other = None if beside is None or is_built_in(beside, "bm25") else self._open_other(user_path(beside))
         self._version = self._read_version()
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._futures: set[asyncio.Future[Any]] = set()
@@ -259,21 +261,26 @@ class Searcher:
     def _run_batch(self, jobs: Sequence[_Job]) -> list[_Result]:
         self.on_batch(len(jobs))
         self._reload()
-        _, failure = _try(partial(self._encode, jobs))
-        return [(None, failure) if failure is not None and job.texts else _try(partial(job.work, job.vectors)) for job in jobs]
-
-    def _encode(self, jobs: Sequence[_Job]) -> None:
+        failures = {}  # of one role, which may need a model that is not there, leaves the other alone
         for role in get_args(Role):
-            same_role = [job for job in jobs if job.role == role and job.texts]
-            if same_role:
-                texts = list(chain.from_iterable(job.texts for job in same_role))
-                rows = self.index.queries.encode(texts) if role == "query" else self._encode_documents(texts)
-                ends = accumulate(len(job.texts) for job in same_role)
-                for job, end in zip(same_role, ends, strict=True):
-                    job.vectors = rows[end - len(job.texts) : end]
+            _, failures[role] = _try(partial(self._encode, role, [job for job in jobs if job.role == role and job.texts]))
+        return [
+            (None, failures[job.role]) if failures[job.role] is not None and job.texts else _try(partial(job.work, job.vectors))
+            for job in jobs
+        ]
+
+    def _encode(self, role: Role, jobs: Sequence[_Job]) -> None:
+        if not jobs:
+            return
+        texts = list(chain.from_iterable(job.texts for job in jobs))
+        rows = self.index.queries.encode(texts) if role == "query" else self._encode_documents(texts)
+        ends = accumulate(len(job.texts) for job in jobs)
+        for job, end in zip(jobs, ends, strict=True):
+            job.vectors = rows[end - len(job.texts) : end]
 
     def _encode_documents(self, texts: list[str]) -> sparse.csr_matrix:
-        from anysplade.model.encoding import encode  # needs torch
+        with extra("train"):
+            from anysplade.model.encoding import encode
 
         return encode(self.index.encoder, texts, "document")
 
@@ -281,6 +288,12 @@ class Searcher:
         index = Index.load(folder, model, **self._options)
         _ = index.queries  # loads the model, if it needs one
         return index
+
+    def _open_other(self, folder: Path) -> Index:
+        """The index to compare with; ``model`` is that of the first one, and of this one if both have the same."""
+        known = read_record(folder / "index.json") or {}
+        same = known.get("model_fingerprint") == self.index.about["model_fingerprint"]
+        return self._open(folder, self._model if same else None)
 
     def _read_version(self) -> tuple[int, int] | None:
         try:

@@ -102,9 +102,10 @@ def export_ciff(
 def export_queries(
     ids: Sequence[str], vectors: sparse.csr_matrix, tokens: Sequence[str | None], path: str | Path, quantization: int = 100
 ) -> int:
-    """Write queries for Anserini (``-topicReader TsvString`` with ``-impact -pretokenized``) and PISA; returns their number.
+    """Write queries for Anserini (``-topicReader TsvString`` with ``-impact -pretokenized``); returns their number.
 
     A line has the id, a tab, and each term as many times as its quantized weight, because these tools weight a term by its count.
+    PISA and BMP read the same with a colon in place of the tab.
     ``tokens`` and ``quantization`` are as in ``export_anserini``.
 
     Args:
