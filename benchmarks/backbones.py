@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SparseEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -16,6 +17,8 @@ from transformers import (
     XLMRobertaConfig,
     XLMRobertaForMaskedLM,
 )
+
+from anysplade import load_encoder
 
 
 def _sizes(width: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
@@ -56,3 +59,10 @@ def save_backbone(geometry: str, folder: Path) -> str:
 def random_texts(lengths: list[int], vocabulary: int, seed: int = 0) -> list[str]:
     generator = random.Random(seed)
     return [" ".join(f"w{generator.randrange(5, vocabulary)}" for _ in range(length)) for length in lengths]
+
+
+def sparse_encoder(backbone: str, texts: list[str], active_dims: int, device: str = "cpu") -> SparseEncoder:
+    """A SPLADE encoder on a random backbone, its head shifted until these texts have this number of active dims on average."""
+    raw = load_encoder(backbone, k=1, shift=0).to(device)
+    pooled = torch.expm1(raw.encode(texts, convert_to_sparse_tensor=False)).flatten()
+    return load_encoder(backbone, k=1, shift=pooled.topk(len(texts) * active_dims).values[-1].item())

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from anysplade import Document, Index, export_onnx, for_inference, load_encoder
+from anysplade import Document, Index, export_onnx, for_inference
 from anysplade.model.encoding import ModelQueries
 from anysplade.model.onnx_queries import OnnxQueries
-from backbones import GEOMETRIES, random_texts, save_backbone
+from backbones import GEOMETRIES, random_texts, save_backbone, sparse_encoder
 from harness import alternate, finish, memory, parser, spread
 
 PORT = 8731
@@ -34,14 +34,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         backbone = save_backbone(options.geometry, folder / "backbone")
-        load_encoder(backbone, k=1, shift=0.5).save_pretrained(str(folder / "model"))
         texts = random_texts([20] * 100, 5000)
+        sparse_encoder(backbone, texts[:20], 150).save_pretrained(str(folder / "model"))
         with Index.build(
             folder / "model", {f"d{i}": Document("", text) for i, text in enumerate(texts)}, folder / "index"
         ) as index:
             encoder = index.encoder
-        export_onnx(folder / "model", folder / "vector", "vector")
-        export_onnx(folder / "model", folder / "logits", "logits", quantize=True)
+        export_onnx(folder / "model", folder / "vector", "vector", quantize=True)
         command = [options.python, "-m", "anysplade", "search", str(folder / "index"), texts[0], "--json"]
         cold = {"exported": [*command, "--model", str(folder / "vector")], "model": command}
         if options.python != sys.executable:
@@ -57,7 +56,7 @@ def main() -> None:
         queries = random_texts([10] * options.queries, 5000, seed=1)
         ways: dict[str, Any] = {
             "exported, float32": OnnxQueries(folder / "vector", threads=1),
-            "exported, int8": OnnxQueries(folder / "logits", "int8", threads=1),
+            "exported, int8": OnnxQueries(folder / "vector", "int8", threads=1),
             "torch, float32": ModelQueries(encoder),
         }
         for runtime, precision in (("openvino", "float32"), ("openvino", "int8")):

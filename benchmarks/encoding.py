@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade import load_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.options import Precision, Role, Runtime
 from anysplade.model.runtimes import for_inference
-from backbones import GEOMETRIES, random_texts, save_backbone
+from backbones import GEOMETRIES, random_texts, save_backbone, sparse_encoder
 from harness import alternate, finish, parser, peak_extra_bytes, peaks
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -52,16 +51,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         backbone = save_backbone(options.geometry, Path(folder) / "backbone")
-        raw = load_encoder(backbone, k=1, shift=0)
-        everything = random_texts(lengths, raw.get_embedding_dimension() or 0)
-        pooled = torch.expm1(raw.encode(everything[:20], convert_to_sparse_tensor=False)).flatten()
-        shift = pooled.topk(20 * options.active_dims).values[-1].item()
-        encoder = load_encoder(backbone, k=1, shift=shift)
+        vocabulary = GEOMETRIES[options.geometry][1].vocab_size
+        everything = random_texts(lengths, vocabulary)
+        encoder = sparse_encoder(backbone, everything[:20], options.active_dims)
         path = f"{folder}/encoder"
         encoder.save_pretrained(path)
         texts = everything[: options.texts]
-        queries = random_texts([options.query_tokens - 2] * options.queries, raw.get_embedding_dimension() or 0, seed=1)
-        del raw
+        queries = random_texts([options.query_tokens - 2] * options.queries, vocabulary, seed=1)
 
         ours: dict[str, SparseEncoder] = {}
         runtimes: list[tuple[Runtime, Precision]] = [(r, p) for p in PRECISIONS for r in ("torch", "openvino")]

@@ -18,11 +18,10 @@ from sentence_transformers import SparseEncoder
 
 import pooling
 import training
-from anysplade import load_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.fused import unfuse_pooling
 from anysplade.model.pooling import splade_pool
-from backbones import random_texts, save_backbone
+from backbones import GEOMETRIES, random_texts, save_backbone, sparse_encoder
 from harness import alternate, finish, parser, summary, synchronize
 
 Row = tuple[str, str, str, str]  # what is measured, ours, the peer's, the ratio
@@ -126,13 +125,9 @@ def encoding(options: Any, dtype: torch.dtype) -> Iterator[tuple[Row, Any]]:
     for geometry in geometries:
         with tempfile.TemporaryDirectory() as folder:
             backbone = save_backbone(geometry, Path(folder) / "backbone")
-            probe = load_encoder(backbone, k=1, shift=0).to(options.device)
-            vocabulary = probe.get_embedding_dimension() or 0
+            vocabulary = GEOMETRIES[geometry][1].vocab_size
             texts = random_texts([126] * count, vocabulary)
-            maxima = torch.expm1(probe.encode(texts[:20], convert_to_sparse_tensor=False)).flatten()
-            shift = maxima.topk(20 * 150).values[-1].item()
-            ours = load_encoder(backbone, k=1, shift=shift).to(options.device, dtype)
-            theirs = load_encoder(backbone, k=1, shift=shift).to(options.device, dtype)
+            ours, theirs = (sparse_encoder(backbone, texts[:20], 150, options.device).to(options.device, dtype) for _ in range(2))
             unfuse_pooling(theirs)
         peers = {size: stock(theirs, texts[: count // 4], size) for size in ((128, 512, 1024) if not options.small else (8,))}
         trial = alternate({str(size): run for size, run in peers.items()}, 1, options.device)
