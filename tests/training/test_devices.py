@@ -1,6 +1,4 @@
 import json
-import multiprocessing
-import os
 import shlex
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import torch
 
 from anysplade import OptionError, StudyConfig, TrainingConfig, run_study, train, train_head
 from anysplade.training.callbacks import MarkComplete
-from anysplade.training.devices import more_gpus, tokenizing_workers
+from anysplade.training.devices import more_gpus
 from processes import run_python
 
 
@@ -73,35 +71,3 @@ def test_what_one_process_does_alone(teachers, collection_folder, tmp_path, gpus
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match="a study is run by one process; start it without torchrun"):
         run_study(StudyConfig("main", output=str(tmp_path / "study")))
-
-
-@pytest.mark.parametrize(
-    "gpu, method, cores, world, workers",
-    [
-        (True, "fork", 16, "1", 2),
-        (True, "fork", 16, "8", 1),
-        (True, "fork", 2, "1", 1),
-        (True, "fork", 1, "1", 0),
-        (True, "spawn", 16, "1", 0),
-        (False, "fork", 16, "1", 0),
-    ],
-)
-def test_how_many_processes_tokenize(gpu, method, cores, world, workers, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    assert tokenizing_workers() == workers
-
-
-def test_the_weights_are_the_same_with_processes_that_tokenize(backbone, collection_folder, tmp_path, monkeypatch, capfd):
-    def weights(workers):
-        monkeypatch.setattr("anysplade.training.callbacks.tokenizing_workers", lambda: workers)
-        output = tmp_path / str(workers)
-        options = {"epochs": 2.0, "batch_size": 8, "max_length": 16}  # workers are started for each
-        train(TrainingConfig(backbone, str(collection_folder), output=str(output), **options))
-        return (output / "model" / "model.safetensors").read_bytes()
-
-    assert weights(1) == weights(0)
-    assert "fork" not in capfd.readouterr().err
-    assert "TOKENIZERS_PARALLELISM" not in os.environ

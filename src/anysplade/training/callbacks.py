@@ -20,7 +20,6 @@ from anysplade._common.progress import bar, counted, duration
 from anysplade.data.collections import Collection
 from anysplade.errors import OptionError
 from anysplade.model.saved import first_line
-from anysplade.training.devices import tokenizing_workers
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ def common_arguments(seed: int, checkpoint_steps: int) -> dict[str, Any]:
     saving = {"save_strategy": "steps", "save_steps": checkpoint_steps, "save_total_limit": 2}
     logs = {"logging_steps": 10, "logging_first_step": True, "disable_tqdm": True}
     device: dict[str, Any] = {"dataloader_pin_memory": gpu, "use_cpu": not gpu and not torch.backends.mps.is_available()}
-    device["dataloader_num_workers"] = tokenizing_workers()
     device["accelerator_config"] = {"non_blocking": gpu}  # copying a batch to a GPU does not wait for the step before it
     return {"seed": seed, "data_seed": seed} | saving | logs | device
 

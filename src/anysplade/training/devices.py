@@ -1,7 +1,6 @@
 """The processes of a training and their GPUs, one for each."""
 
 import logging
-import multiprocessing
 import os
 import shlex
 from pathlib import Path
@@ -23,17 +22,6 @@ def require_one_process(what: str) -> None:
     """Raise OptionError if ``torchrun`` started several processes for what one does alone, such as "a head is trained"."""
     if processes() > 1:
         raise OptionError(f"{what} by one process; start it without torchrun")
-
-
-def tokenizing_workers() -> int:
-    """Number of processes in which a training tokenizes its next batches; 0 leaves it to the process that trains.
-
-    On one core this takes 40 ms for 128 texts of 128 tokens, about as long as a GPU takes to train BERT-base on them. A CPU has
-    nothing to gain. Where processes are not forked, they would have to be given a copy of the model.
-    """
-    if not torch.cuda.is_available() or multiprocessing.get_start_method() != "fork":
-        return 0
-    return min(2, (os.cpu_count() or 1) // processes() // 2)
 
 
 def use_one_gpu(arguments: TrainingArguments) -> torch.device:

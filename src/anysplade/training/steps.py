@@ -4,7 +4,6 @@ The host waits whenever it reads a number from the device: to choose a branch, t
 are set. A test counts what would wait in a step.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -12,7 +11,6 @@ from typing import Any, Literal
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
 _ALL_MASKS = ("cuda",)  # types of device on which every attention mask is built
 Products = Literal["bfloat16", "tf32", "float32"]
 
@@ -33,28 +31,11 @@ class Steps:
 
     args: Any
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with _forkable_tokenizers() if self.args.dataloader_num_workers else nullcontext():
-            return super().train(*args, **kwargs)  # type: ignore[misc]  # the trainer has it
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         device = self.args.device
         with _all_masks() if device.type in _ALL_MASKS else nullcontext(), _fast_products(device):
             loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]  # the trainer has it
             return loss
-
-
-@contextmanager
-def _forkable_tokenizers() -> Iterator[None]:
-    """Let tokenizers be forked: without this variable they warn of it, and switch their threads off in the new process anyway."""
-    if _PARALLELISM in os.environ:
-        yield
-        return
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[_PARALLELISM]
 
 
 @contextmanager
