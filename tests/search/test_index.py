@@ -25,7 +25,7 @@ import anysplade.search.index_model
 import anysplade.search.store
 from anysplade import DataError, Document, Index, ModelError, OptionError, OutputError, UsageError, load_collection, load_encoder
 from anysplade.evaluation.evaluations import evaluate
-from anysplade.model.encoding import encode
+from anysplade.model.encoding import encode, encode_parts
 from anysplade.model.runtimes import resolve_precision
 from anysplade.search.exact import Postings
 from anysplade.search.index import Changes
@@ -134,6 +134,18 @@ def test_a_second_call_does_nothing_twice(built, collection_folder, tmp_path, mo
     assert len(Index.build(tmp_path / "model", collection_folder, tmp_path / "index")) == 40
 
 
+def seen(encoded):
+    """``encode_parts`` that lists the ids of the documents that it encodes."""
+
+    def encode_seen(encoder, parts, role, **options):
+        for part, matrix, longer in encode_parts(encoder, parts, role, **options):
+            if part.known is None:
+                encoded.extend(part.tag[0].ids)
+            yield part, matrix, longer
+
+    return encode_seen
+
+
 def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch):
     texts = {f"d{i}": f"{WORDS[i]} {WORDS[i + 1]}" for i in range(8)}
     corpus.write(texts)
@@ -141,7 +153,7 @@ def test_a_changed_corpus_is_taken_over(backbone, corpus, tmp_path, monkeypatch)
         assert first.changes == Changes(8, 0, 0)
         vectors = {document.id: document.terms.tolist() for document in first.store}
     encoded = []
-    monkeypatch.setattr("anysplade.search.document_encoding.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    monkeypatch.setattr("anysplade.search.document_encoding.encode_parts", seen(encoded))
     texts = {"new": "kabel"} | texts | {"d3": "lodan mifil", "newer": "kabel"}
     del texts["d5"], texts["d6"]
     corpus.write(texts)
@@ -384,14 +396,16 @@ def _build(model, corpus, output):
 
     anysplade.search.document_encoding.PART = 500
     # Vectors of the words themselves: what is tested is the indexing, not the model.
-    anysplade.search.document_encoding.encode = _words
+    anysplade.search.document_encoding.encode_parts = _words
     Index.build(model, corpus, output)
 
 
-def _words(encoder, texts, role, **options):
-    tokens = [sorted(set(encoder.tokenizer(text)["input_ids"])) for text in texts]
-    indptr = np.cumsum([0, *map(len, tokens)])
-    return sparse.csr_matrix((np.ones(indptr[-1], np.float32), np.concatenate(tokens), indptr), shape=(len(texts), 149))
+def _words(encoder, parts, role, **options):
+    for part in parts:
+        tokens = [sorted(set(encoder.tokenizer(text)["input_ids"])) for text in part.texts]
+        indptr = np.cumsum([0, *map(len, tokens)])
+        rows = (np.ones(indptr[-1], np.float32), np.concatenate(tokens), indptr)
+        yield part, sparse.csr_matrix(rows, shape=(len(tokens), 149)) if part.known is None else part.known, 0
 
 
 @pytest.mark.parametrize("count, wanted", [(10_000, 5), (50_000, 20)])  # a third of a minute, and a minute
@@ -443,7 +457,7 @@ def _update(model, corpus, output):
 
     anysplade.search.document_encoding.PART = 50
     anysplade.search.build.BATCH = anysplade.search.database.BATCH = anysplade.search.store.BATCH = 50
-    anysplade.search.document_encoding.encode = _words
+    anysplade.search.document_encoding.encode_parts = _words
     Index.build(model, corpus, output)
 
 
@@ -503,10 +517,10 @@ def test_a_failed_build_keeps_what_was_encoded(backbone, tmp_path, monkeypatch):
         Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index")
     (tmp_path / "corpus.jsonl").write_text("\n".join(good))
     encoded = []
-    monkeypatch.setattr("anysplade.search.document_encoding.encode", lambda *a, **k: encoded.extend(k["ids"]) or encode(*a, **k))
+    monkeypatch.setattr("anysplade.search.document_encoding.encode_parts", seen(encoded))
     with Index.build(backbone, tmp_path / "corpus.jsonl", tmp_path / "index") as index:
         assert [document.id for document in index.store] == [f"d{i}" for i in range(5)]
-    assert encoded == ["d4"]
+    assert encoded == ["d2", "d3", "d4"]  # d2 and d3 were being encoded while the part with the error was read
 
 
 def test_what_is_added_has_the_precision_of_the_index(backbone, tmp_path):
