@@ -12,8 +12,9 @@ import torch
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 
-from anysplade.model.pooling import PoolOptions, _MaxPool, max_logits
+from anysplade.model.pooling import PoolOptions, _MaxPool
 from harness import alternate, finish, parser, peak_extra_bytes
+from pooling import set_active
 
 
 class Case(NamedTuple):
@@ -44,11 +45,7 @@ class Head:
         self.decoder = nn.Linear(width, vocabulary, device=device, dtype=dtype)
         self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
         self.upstream = torch.randn(batch, vocabulary, device=device, dtype=dtype)
-        with torch.no_grad():
-            self.decoder.bias.fill_(0)
-            largest = max_logits(self.hidden, self.decoder.weight, None, self.mask).float().flatten()
-            level = largest[:: max(1, largest.numel() // 2**20)].quantile(1 - active).item()
-            self.decoder.bias.fill_(10.0 if active == 1 else -level)
+        set_active(self.decoder, self.hidden, self.mask, active)
         self.hidden.requires_grad_()
         self.kept: dict[str, Tensor] = {}
         pooling = SpladePooling("max").train()

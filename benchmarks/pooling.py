@@ -99,8 +99,8 @@ def measure(
 def set_active(decoder: nn.Linear, hidden: torch.Tensor, mask: torch.Tensor, share: float) -> None:
     """Set the decoder's bias so that a share of the pooled entries is above zero."""
     maxima = max_logits(hidden.float(), decoder.weight.float(), None, mask).flatten()
-    level = maxima[:: max(1, maxima.numel() // 2**20)].quantile(1 - share)
-    decoder.bias.copy_(-level + (1e-3 if share == 1 else 0))
+    level = maxima[:: max(1, maxima.numel() // 2**20)].quantile(1 - share).item()
+    decoder.bias.fill_(10.0 if share == 1 else -level)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from anysplade.evaluation.grid import evaluate_all
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.dense import open_dense
-from anysplade.model.encoding import prune
+from anysplade.model.pruning import prune
 
 
 def test_effectiveness_and_cost_by_hand(backbone, collection_folder, tmp_path):

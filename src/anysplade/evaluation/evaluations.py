@@ -22,8 +22,8 @@ from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.dense import is_dense
-from anysplade.model.encoding import prune
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
+from anysplade.model.pruning import prune
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings
 

@@ -21,6 +21,7 @@ from anysplade.errors import ModelError, OptionError
 from anysplade.model.batches import Budget, Rows, batch_budget, make_batches, sparse_rows, to_device
 from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER, Role, checked_batch_tokens
+from anysplade.model.pruning import prune
 from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
 from anysplade.model.tokenizing import TOKENIZING, TextReader, Tokens, count_truncated, limits_of
@@ -204,16 +205,6 @@ def require_texts(texts: Iterable[str]) -> list[str]:
         OptionError: a single text, or an item that is no text.
     """
     return require_list("texts", texts, "text")
-
-
-def prune(matrix: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
-    """Keep the k largest weights of each row; among equal ones, those with the lowest term ids."""
-    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((matrix.indices, -matrix.data, rows))  # by row, the largest weight first
-    rank = np.arange(len(rows)) - matrix.indptr[rows]
-    keep = np.sort(order[rank < k])
-    starts = np.concatenate([[0], np.cumsum(np.minimum(np.diff(matrix.indptr), k))])
-    return sparse.csr_matrix((matrix.data[keep], matrix.indices[keep], starts), shape=matrix.shape)
 
 
 def _launched(

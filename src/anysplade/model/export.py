@@ -6,7 +6,6 @@ With it, anysplade searches without torch.
 
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from anysplade._common.extras import extra
 from anysplade._common.files import atomic_folder, require_empty, user_path
+from anysplade._common.outputs import write_record
 from anysplade.errors import ModelError, OptionError, OutputError
 from anysplade.model.checkpoints import usable_positions
 from anysplade.model.encoder import open_encoder
@@ -111,13 +111,13 @@ def export_onnx(model: str | Path, out: str | Path, form: Form = "logits", quant
         if quantize:
             _quantize(work / MODEL, work / QUANTIZED)
         transformer.model.config.save_pretrained(work)
-        _write_json(work / "special_tokens_map.json", tokenizer.special_tokens_map)  # transformers 5 leaves it out
+        write_record(work / "special_tokens_map.json", tokenizer.special_tokens_map)  # transformers 5 leaves it out
         if isinstance(tokenizer.backend_tokenizer.model, WordPiece):
             entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
             (work / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in entries), encoding="utf-8")
         if has_static_queries(encoder):
-            _write_json(work / "idf.json", _query_weights(encoder))
-        _write_json(work / EXPORTED, about)
+            write_record(work / "idf.json", _query_weights(encoder))
+        write_record(work / EXPORTED, about)
     return about
 
 
@@ -288,7 +288,7 @@ def _quantize(path: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """A time without the warnings and advice of the two exporters, one of which writes to the root logger and adds a handler."""
-    handlers = list(logging.getLogger().handlers)
+    handlers, disabled = list(logging.getLogger().handlers), logging.root.manager.disable
     logging.disable()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -296,7 +296,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.getLogger().handlers[:] = handlers
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def _query_weights(encoder: SparseEncoder) -> dict[str, float]:
@@ -306,7 +306,3 @@ def _query_weights(encoder: SparseEncoder) -> dict[str, float]:
     names = {id_: token for token, id_ in static.tokenizer.get_vocab().items()}
     weights = static.weight.detach().float().tolist()
     return {names[id_]: weight for id_, weight in enumerate(weights) if weight and id_ in names}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

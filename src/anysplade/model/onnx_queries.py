@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from tokenizers import Tokenizer
 
 from anysplade._common.extras import extra
 from anysplade._common.files import user_path
-from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.options import Precision
-from anysplade.model.queries import Cut
+from anysplade.model.pruning import prune
+from anysplade.model.queries import Cut, TokenizerQueries
 from anysplade.model.saved import EXPORTED, first_line
-from anysplade.model.vocabulary import term_names
 
 MODEL = "model.onnx"
 QUANTIZED = "model_quantized.onnx"
@@ -61,7 +59,7 @@ def read_tokenizer(folder: Path, about: Mapping[str, Any], max_length: int | Non
     return tokenizer
 
 
-class OnnxQueries:
+class OnnxQueries(TokenizerQueries):
     """Encodes queries with an exported model; implements ``model.queries.Queries``. Several threads may share it."""
 
     def __init__(
@@ -100,19 +98,21 @@ class OnnxQueries:
         options.intra_op_num_threads = threads or 0
         try:
             self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-            self._tokenizer = read_tokenizer(folder, about, max_length)
+            tokenizer = read_tokenizer(folder, about, max_length)
         except Exception as error:  # both libraries raise errors of their own, or Exception itself
             raise ModelError(f"{folder}: the exported model cannot be opened: {first_line(error)}") from error
+        super().__init__(tokenizer, about["query_prompt"], about["vocabulary"])
         self._about = about
-        self._prompt = about["query_prompt"]
 
     def encode(self, texts: Sequence[str]) -> sparse.csr_matrix:
         """Sparse vectors of queries, in their order: float32, (texts, vocabulary); raises ModelError for NaN or infinity."""
-        rows = [self._vector(text, number) for number, text in enumerate(texts, 1)]
-        return sparse.vstack(rows, format="csr") if rows else sparse.csr_matrix((0, len(self.term_names)), dtype=np.float32)
+        rows = [self._vector(encoding, number) for number, encoding in enumerate(self._read(texts, special_tokens=True), 1)]
+        if not rows:
+            return sparse.csr_matrix((0, self._vocabulary), dtype=np.float32)
+        matrix, most = sparse.vstack(rows, format="csr"), self._about["max_active_dims"]
+        return matrix if most is None else prune(matrix, most)
 
-    def _vector(self, text: str, number: int) -> sparse.csr_matrix:
-        encoding = self._tokenizer.encode(self._prompt + replace_surrogates(text))
+    def _vector(self, encoding: Any, number: int) -> sparse.csr_matrix:
         known = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask, "token_type_ids": encoding.type_ids}
         outputs = self._session.run(None, {name: np.array([known[name]], np.int64) for name in self._about["inputs"]})
         if self._about["form"] == "terms":
@@ -123,11 +123,7 @@ class OnnxQueries:
             weights = vector[terms]
         if not np.isfinite(weights).all():
             raise ModelError(f"the model gives NaN or infinity for query text {number}; its training diverged")
-        most = self._about["max_active_dims"]
-        if most is not None and len(terms) > most:
-            kept = np.sort(np.argsort(-weights, kind="stable")[:most])
-            terms, weights = terms[kept], weights[kept]
-        return sparse.csr_matrix((weights, terms, [0, len(terms)]), shape=(1, len(self.term_names)))
+        return sparse.csr_matrix((weights, terms, [0, len(terms)]), shape=(1, self._vocabulary))
 
     def _pooled(self, logits: np.ndarray) -> np.ndarray:
         """The vector, (vocabulary,), of a text's logits, (length, vocabulary)."""
@@ -141,13 +137,5 @@ class OnnxQueries:
         if self._tokenizer.truncation is None:
             return Cut(0)
         limit = self._tokenizer.truncation["max_length"]
-        encodings = self._tokenizer.encode_batch([self._prompt + replace_surrogates(text) for text in texts])
-        return Cut(sum(bool(encoding.overflowing) for encoding in encodings), limit, self._about["positions"])
-
-    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
-        encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
-        return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
-
-    @cached_property
-    def term_names(self) -> list[str]:
-        return term_names(self._tokenizer, self._about["vocabulary"])
+        count = sum(bool(encoding.overflowing) for encoding in self._read(texts, special_tokens=True))
+        return Cut(count, limit, self._about["positions"])

@@ -67,16 +67,38 @@ class Queries(Protocol):
         """The name of each term, (vocabulary,) by id, as ``vocabulary.term_names`` defines it."""
 
 
-class StaticQueries:
+class TokenizerQueries:
+    """The part of a query encoder that reads a tokenizer of ``tokenizers``, which truncates and does not pad."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._vocabulary = vocabulary
+
+    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
+        return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @cached_property
+    def term_names(self) -> list[str]:
+        return term_names(self._tokenizer, self._vocabulary)
+
+    def _read(self, texts: Sequence[str], special_tokens: bool) -> list[Any]:
+        """The encodings of texts with the prompt."""
+        return self._tokenizer.encode_batch(
+            [self._prompt + replace_surrogates(text) for text in texts], add_special_tokens=special_tokens
+        )
+
+
+class StaticQueries(TokenizerQueries):
     """Encodes queries by looking up one weight per token: bit for bit the vectors of the model, without the model."""
 
     precision = "float32"
 
     def __init__(self, weights: np.ndarray, tokenizer: Tokenizer, prompt: str = "") -> None:
         """Take weights, (vocabulary,) by token id, a tokenizer that truncates and does not pad, and a prompt for every query."""
+        super().__init__(tokenizer, prompt, len(weights))
         self._weights = weights
-        self._tokenizer = tokenizer
-        self._prompt = prompt
         self._finite = bool(np.isfinite(weights).all())
 
     @classmethod
@@ -114,7 +136,7 @@ class StaticQueries:
         """
         if texts and not self._finite:  # one such weight is enough, because zero times NaN is NaN
             raise ModelError("the model gives NaN or infinity for query text 1; its training diverged")
-        rows = [sorted(set(encoding.ids)) for encoding in self._encode(texts)]
+        rows = [sorted(set(encoding.ids)) for encoding in self._read(texts, special_tokens=False)]
         terms = np.fromiter(chain.from_iterable(rows), np.int32)
         weights = self._weights[terms]
         starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
@@ -126,18 +148,7 @@ class StaticQueries:
 
     def count_truncated(self, texts: Sequence[str]) -> Cut:
         limit = (self._tokenizer.truncation or {}).get("max_length")
-        return Cut(sum(bool(encoding.overflowing) for encoding in self._encode(texts)), limit, limit)
-
-    def tokens(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
-        encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=special_tokens)
-        return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
-
-    @cached_property
-    def term_names(self) -> list[str]:
-        return term_names(self._tokenizer, len(self._weights))
-
-    def _encode(self, texts: Sequence[str]) -> list[Any]:
-        return self._tokenizer.encode_batch([self._prompt + replace_surrogates(text) for text in texts], add_special_tokens=False)
+        return Cut(sum(bool(encoding.overflowing) for encoding in self._read(texts, special_tokens=False)), limit, limit)
 
 
 def _query_folder(source: str) -> str | None:

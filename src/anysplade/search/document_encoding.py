@@ -31,9 +31,10 @@ from anysplade._common.workers import count_gpus, devices_of_workers, take_devic
 from anysplade.data.corpus import Document
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import Encoded, Part, encode_parts, prune
+from anysplade.model.encoding import Encoded, Part, encode_parts
 from anysplade.model.modules import cut_within
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
+from anysplade.model.pruning import prune
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference
 from anysplade.model.tokenizing import count_truncated, limits_of

@@ -4,11 +4,11 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from anysplade._common.logs import at_least
 from anysplade.data.collections import Collection
 from anysplade.evaluation.evaluations import evaluate
 from anysplade.study.cells import METRIC, read_record, trained_length
@@ -41,7 +41,9 @@ def estimate(missing: Sequence[Cell], config: StudyConfig, out: Path, collection
 def _rehearse(backbone: str, config: StudyConfig, out: Path, collections: Sequence[Collection]) -> float:
     """Train for a few steps, evaluate on a few texts, and extrapolate to a whole cell."""
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=out) as work, _quiet("anysplade.training", "anysplade.model.queries"):
+    # What a rehearsal logs is not about the cells.
+    quiet = at_least(logging.ERROR, "anysplade.training", "anysplade.model.queries")
+    with tempfile.TemporaryDirectory(dir=out) as work, quiet:
         options = {**config.training, "steps": _REHEARSAL_STEPS}
         trained = train(TrainingConfig(backbone, config.data, output=f"{work}/run", **options))
         overhead = time.perf_counter() - start - trained.seconds
@@ -53,16 +55,3 @@ def _rehearse(backbone: str, config: StudyConfig, out: Path, collections: Sequen
     texts = sum(len(collection.corpus) + len(collection.queries) for collection in collections)
     encoding = texts * evaluation.seconds["encoding"] / (len(corpus) + 1)
     return overhead + steps * trained.seconds / _REHEARSAL_STEPS + encoding
-
-
-@contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """Show only the errors of some loggers: what they say of a rehearsal is not about the cells."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
-    try:
-        for logger in levels:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)

@@ -7,8 +7,8 @@ together, so it scores pairs.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from scipy import sparse
 from sentence_transformers import CrossEncoder, SparseEncoder
 from torch import nn
 
+from anysplade._common.logs import at_least
 from anysplade._common.progress import bar_within
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
@@ -146,18 +147,9 @@ def _open_cross_encoder(source: str, max_length: int | None) -> CrossEncoder:
     return model
 
 
-@contextmanager
-def without_advice() -> Iterator[None]:
+def without_advice() -> AbstractContextManager[None]:
     """Do not log why a head is not calibrated and how to change that, where there are no options for it."""
-    loggers = [logging.getLogger(f"anysplade.model.{module}") for module in ("encoder", "calibration")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    return at_least(logging.WARNING, "anysplade.model.encoder", "anysplade.model.calibration")
 
 
 def open_sparse(source: str, max_length: int | None = None) -> SparseEncoder:
