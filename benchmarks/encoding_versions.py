@@ -5,8 +5,8 @@ cut at ``--tokens``. The texts that are cut are counted, as ``index`` does. Rows
 ``--rounds``; ``--cpu-time`` counts the time of the processor instead, for a machine that has other work. For example, against the
 version before:
 
-    git worktree add /tmp/before main
-    python benchmarks/encoding_versions.py --before /tmp/before/src --geometry minilm --runtime openvino
+    git worktree add ../before main
+    python benchmarks/encoding_versions.py --before ../before/src --geometry minilm --runtime openvino
 """
 
 import json
