@@ -8,11 +8,13 @@ import pytest
 import Stemmer
 
 from anysplade import Collection, Document, evaluate
-from anysplade.search import bm25 as module
+from anysplade.search import analysis
+from anysplade.search.analysis import Analyzer
+from anysplade.search.bm25 import BM25
 
 
 def tokens(text):
-    found = module.BM25([text])._tokens([text])
+    found = Analyzer().tokens([text])
     names = {i: token for token, i in found.vocab.items()}
     return [names[i] for i in found.ids[0]]
 
@@ -71,7 +73,7 @@ def test_tokens_of_scripts_without_spaces(text, expected):
 
 def test_a_run_is_of_letters_and_marks():
     """Digits and punctuation end it, and no code point of another kind is in the ranges."""
-    of_runs = [chr(i) for i in range(0x110000) if re.fullmatch(f"[{module._UNSPACED}]", chr(i))]
+    of_runs = [chr(i) for i in range(0x110000) if re.fullmatch(f"[{analysis._UNSPACED}]", chr(i))]
     assert {unicodedata.category(c)[0] for c in of_runs} <= {"L", "M", "N", "C"}
     assert {unicodedata.category(c) for c in of_runs if unicodedata.category(c)[0] == "N"} == {"Nl"}  # such as 〇
 
@@ -88,7 +90,7 @@ def collection(documents, queries):
 
 def test_scores_by_hand():
     """Lucene's ``log(1 + (N - n + 0.5) / (n + 0.5)) tf / (tf + k1 (1 - b + b length / mean length))``, k1 0.9 and b 0.4."""
-    found = module.BM25(["kabel kabel lodan", "lodan", "mifil nugor pehan rajim"], stemmed=False)  # 8/3 words on average
+    found = BM25(["kabel kabel lodan", "lodan", "mifil nugor pehan rajim"], stemmed=False)  # 8/3 words on average
     kabel, lodan = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)  # in one and in two of the three
     long, short = 0.9 * (0.6 + 0.4 * 9 / 8), 0.9 * (0.6 + 0.4 * 3 / 8)
     scores = [kabel * 2 / (2 + long) + lodan / (1 + long), lodan / (1 + short), 0]

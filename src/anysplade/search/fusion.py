@@ -1,0 +1,26 @@
+"""Fuse rankings of the same documents into one, by the names and formulas of ranx."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Fusion = Literal["rrf", "wsum"]
+
+_K = 60  # of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)
+
+
+def fuse(rankings: Sequence[Mapping[str, float]], method: Fusion) -> dict[str, float]:
+    """The fused score of each document that is in one of the rankings, which map ids to scores, the best first; best first.
+
+    rrf is the sum of 1 / (60 + rank). wsum is the mean of the scores, each ranking's scaled to [0, 1] by its lowest and highest;
+    a document that a ranking lacks has 0 there. Ties keep the order of first appearance.
+    """
+    fused: dict[str, float] = {}
+    for ranking in rankings:
+        lowest, highest = min(ranking.values(), default=0.0), max(ranking.values(), default=0.0)
+        for rank, (id_, score) in enumerate(ranking.items(), 1):
+            if method == "rrf":
+                value = 1 / (_K + rank)
+            else:
+                value = ((score - lowest) / (highest - lowest) if highest > lowest else 1.0) / len(rankings)
+            fused[id_] = fused.get(id_, 0.0) + value
+    return dict(sorted(fused.items(), key=lambda item: -item[1]))
