@@ -25,13 +25,18 @@ def drop_privileges() -> None:
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """A time in which no file can have more bytes: to the libraries, a full disk."""
+    """A time in which no file can have more bytes: to the libraries, a full disk.
+
+    The signal of that limit ends a process in which LLVM, which compiles kernels, has taken the signal from Python.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
