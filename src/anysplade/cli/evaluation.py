@@ -164,7 +164,7 @@ def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> lis
     notes.append("95 %: bootstrap over queries")
     for c in primary:
         if not c.is_shown:
-            notes.append(f"no difference shows between {c.model} and {c.baseline} in {metric}{_on(c, several)}")
+            notes.append(f"{c.verdict} between {c.model} and {c.baseline} in {metric}{_on(c, several)}")
     return [table(columns, rows), *map(Text, notes)]
 
 
