@@ -21,7 +21,7 @@ from anysplade.training.judging import CHEAPER_AND_NOT_WORSE, MARGIN, decide
 from anysplade.training.teacher_scores import BatchTeacher
 from experiments import parser, write_json
 
-QUERIES = (20, 50, 100, 200, 500, 1000)
+QUERIES = (20, 50, 100, 200, 500)
 EFFECTS = (0.0, 0.2, 0.4)  # by which ranks get better, in standard deviations of a document's score
 EQUAL, CHEAPER = (1.0, 1.0), (1.0, 0.8)  # FLOPS
 FEWEST = 20  # decisions for a mean
