@@ -60,6 +60,10 @@ def test_everything_at_once(backbone, collection_folder, tmp_path):
     assert mean["nDCG@10"] == pytest.approx(found.evaluations[1].metrics["nDCG@10"])
     assert mean["nDCG@10 sd"] == 0
     assert len(found.comparisons) == 2
+    (over,) = found.seed_comparisons  # of seeds that do not differ, so only the queries do
+    assert (over.seeds, over.baseline, over.difference) == (2, "bm25", pytest.approx(found.comparisons[0].difference))
+    assert over.p == over.p_corrected == pytest.approx(found.comparisons[0].p)
+    assert over.verdict == found.comparisons[0].verdict
     points = found.curves[0]["points"]
     assert points[0]["nDCG@10"] == found.evaluations[1].metrics["nDCG@10"]
     flops = [point["flops"] for point in points if point["document_top_k"] is not None]

@@ -99,11 +99,11 @@ def test_main_names_collapse_and_both_directions():
     assert "auto is worse than the best fixed k" in worse.conclusions[1]
     assert "4 times its FLOPS: a higher cost." in worse.conclusions[1]
     even = study("main", [("raw", {}, 0.4, 9.0), ("k=8", {}, 0.4, 1.0), ("auto", {}, 0.4, 1.0)])
-    assert "no difference shows" in even.conclusions[1]
+    assert "no difference shown" in even.conclusions[1]
     assert {test.against for test in even.tests} == {"raw", "k=8"}
     assert "auto is better than the raw head: +0.450" in better.conclusions[2]  # each line of the table of tests is said
     assert "auto is worse than the raw head: -0.200" in worse.conclusions[2]
-    assert "no difference shows between auto and the raw head" in even.conclusions[2]
+    assert "no difference shown between auto and the raw head" in even.conclusions[2]
 
 
 @pytest.mark.parametrize(("value", "place"), [(0.6, "above"), (0.4, "below"), (0.505, "level with")])
@@ -127,7 +127,7 @@ def test_folding_is_compared_with_the_vocabulary_as_it_is():
     better, worse, even = result.conclusions
     assert "folded by case, on docs: it is better than the vocabulary as it is: +0.100" in better
     assert "it is worse than" in worse
-    assert "no difference shows" in even
+    assert "no difference shown" in even
     assert "FLOPS 1.50 against 2.00" in better
 
 
@@ -141,7 +141,7 @@ def test_controls_say_what_follows():
     ]
     sentences = {pair.about: pair.conclusion for pair in study("controls", table).pairs}
     assert sentences["scale, with the step size that Adam gives it"].endswith("dividing W and b by k helps, as in the paper.")
-    assert sentences["scale of the scores alone"].endswith(": no difference shows.")
+    assert sentences["scale of the scores alone"].endswith(": no difference shown.")
     assert "Adam's k times larger relative steps" in sentences["relative step size, given the scale"]
     assert sentences["untying alone"].endswith("untying by itself does harm.")
     assert sentences["level against scale"].endswith("the level does more than the paper's scale.")
@@ -156,10 +156,10 @@ def test_a_difference_within_the_noise_of_the_seeds_is_none():
     rows += lost(*({*Arm} - {row.key for row in rows}))
     against = {test.against: test for test in main.tests}
     assert against["k=8"].p_corrected < 1e-6  # over queries, whose values hardly differ
-    assert "no difference shows between auto and the best fixed k" in main.conclusions[1]
+    assert "no difference shown between auto and the best fixed k" in main.conclusions[1]
     sentences = {pair.about: pair.conclusion for pair in summary("controls", rows, records).pairs}
     # Two seeds of k=8 lie 0.2 apart: Welch's t has one degree of freedom, so two standard errors are not enough.
-    assert sentences["scale, with the step size that Adam gives it"].endswith(": no difference shows.")
+    assert sentences["scale, with the step size that Adam gives it"].endswith(": no difference shown.")
 
 
 def test_norm_needs_three_heads_for_a_correlation():
@@ -286,7 +286,7 @@ DIFFERENCE = {"backbone": "bert", "difference": 0.1, "p": 0.001, "noise": 0.05, 
 TEST = PairedTest(**DIFFERENCE, collection="docs", key=Arm.FIXED, against="k=8", flops=1.0, flops_of_other=4.0)
 PAIR = ControlPair(**DIFFERENCE, about="", one="a", other="b", values=("0.5", "0.4"), flops=(1.0, 4.0), conclusion="")
 BETTER, WORSE = "auto is better than", "auto is worse than"
-NONE, UNKNOWN = "no difference shows between auto and", "single trainings do not tell auto from"
+NONE, UNKNOWN = "no difference shown between auto and", "single trainings do not tell auto from"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_what_is_said_of_a_difference(change, said, values):
     assert replace(TEST, **change).counts == (said in (BETTER, WORSE))
     for about, _, _, helps, harms in CONTROLS:
         (line,) = conclude("controls", replace(main, pairs=[replace(PAIR, about=about, **change)]))
-        meaning = {BETTER: helps, WORSE: harms, NONE: "no difference shows", UNKNOWN: "single trainings do not tell"}[said]
+        meaning = {BETTER: helps, WORSE: harms, NONE: "no difference shown", UNKNOWN: "single trainings do not tell"}[said]
         assert line.endswith(f": {meaning}.")
 
 
@@ -358,7 +358,7 @@ def test_a_tradeoff_is_said_in_both_directions(raw, auto, end):
         ({"raw": (0.4, 0.41), "auto": (0.5, 0.51)}, "the raw head degrades, at 80%"),
         (
             {"raw": (0.3, 0.5), "auto": (0.5, 0.6)},
-            "the raw head is below the best, but no difference shows between it and auto, at 73%",
+            "the raw head is below the best, with no difference shown between it and auto, at 73%",
         ),
         ({"raw": (0.4,), "auto": (0.5,)}, "the raw head is below the best, but single trainings do not tell it from auto, at 80%"),
         ({"raw": (0.49, 0.5), "auto": (0.5, 0.5)}, "the raw head trains as well as the best, at 99%"),
@@ -382,7 +382,7 @@ def test_a_raw_head_degrades_by_the_test_of_the_table():
     }
     made = summary("main", [*(planned(arm, {}, [f"{arm}-0", f"{arm}-1"]) for arm in queries), *lost(Arm.FIXED)], records)
     assert made.tests[0].p_corrected > 0.5
-    assert "below the best, but no difference shows between it and auto, at 94%" in made.conclusions[1]
+    assert "below the best, with no difference shown between it and auto, at 94%" in made.conclusions[1]
 
 
 @pytest.mark.parametrize(

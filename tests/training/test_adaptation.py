@@ -2,13 +2,13 @@ import json
 import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from sentence_transformers import SparseEncoder
 
 from anysplade import (
+    Collection,
     DataError,
     ModelError,
     OptionError,
@@ -24,6 +24,7 @@ from anysplade import (
 )
 from anysplade._common.files import only_process
 from anysplade.training import adaptation as module
+from anysplade.training.judging import Decision, halves
 from anysplade.training.level import flops, trim_flops
 from tiny import WORDS
 
@@ -40,16 +41,22 @@ def corpus(tmp_path_factory):
     return str(file)
 
 
+def decided(keep):
+    """A ``judge`` that keeps the adapted model, or does not."""
+    return lambda _: Decision("better" if keep else "worse", keep, 12, 0.1, (0.05, 0.15), 0.001, True, (2.0, 1.0))
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monkeypatch):
     corpus = str(shutil.copy(corpus, tmp_path / "corpus.jsonl"))
-    if better:
-        monkeypatch.setattr(module, "_judge", lambda *_: (True, "said so"))
-    else:
-        monkeypatch.setattr(module, "_COSTLIER", 0.0)  # any cost is too high
+    monkeypatch.setattr(module, "judge", decided(better))
     result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     assert result.kept == ("adapted" if better else "original")
-    assert result.judged_by == "24 held-out pairs"
+    assert result.judged_by == "24 held-out pairs (24 sentence)"  # no document has a title or a heading
+    assert result.verdict == result.decision["verdict"] == ("better" if better else "worse")
+    assert result.by_kind["sentence"]["queries"] == 12  # the other half decided
+    assert result.by_kind["sentence"]["before"] == pytest.approx(result.before["nDCG@10"])
+    assert result.comparison["wins"] + result.comparison["ties"] + result.comparison["losses"] == 12
     chosen = tmp_path / "run" / ("adapted" if better else "original")
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == (chosen / "model.safetensors").read_bytes()
     SparseEncoder(result.model)
@@ -71,7 +78,7 @@ def test_what_is_not_better_is_not_kept(better, corpus, teachers, tmp_path, monk
 
 
 def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_judge", lambda *_: (True, "said so"))
+    monkeypatch.setattr(module, "judge", decided(True))
     result = adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], **OPTIONS)
     original, adapted = (open_encoder(tmp_path / "run" / name) for name in ("original", "model"))
     assert adapted.max_seq_length == original.max_seq_length == 64
@@ -86,28 +93,6 @@ def test_the_adapted_model_costs_no_more_and_reads_as_far(teachers, corpus, tmp_
     assert flops(adapted, pairs)[0] > 0
     assert (flops(adapted, pairs) <= flops(original, pairs)).all()
     assert (Path(result.model) / "README.md").read_text().count("How it was made") == 1
-
-
-@pytest.mark.parametrize(
-    "effectiveness, flops, shown, kept, reason",
-    [
-        (0.51, 2.0, True, True, "is better at no more cost"),
-        (0.51, 2.0, False, True, "is higher, but no difference shows, at no more cost"),
-        (0.51, 2.1, True, True, "is better at no more cost"),
-        (0.51, 2.11, True, False, "is better and costs more"),
-        (0.51, 2.11, False, False, "is higher, but no difference shows, and costs more"),
-        (0.5, 1.0, False, False, "not better"),
-        (0.49, 2.0, True, False, "not better"),
-    ],
-)
-def test_what_is_kept(effectiveness, flops, shown, kept, reason):
-    """Against 0.5 at two FLOPS, of which a twentieth more is the same cost."""
-    before, after = (
-        SimpleNamespace(metrics={"nDCG@10": value}, flops=cost) for value, cost in ((0.5, 2.0), (effectiveness, flops))
-    )
-    found = module._judge(before, after, SimpleNamespace(p=0.03, is_shown=shown))
-    assert found[0] == kept
-    assert reason in found[1]
 
 
 def test_the_targets_are_what_the_model_has(teachers):
@@ -134,10 +119,20 @@ def test_a_judged_collection(teachers, corpus, collection_folder, tmp_path, capl
     assert "k and shift" not in caplog.text  # adapt has no such options
     assert caplog.text.count("left out") <= 1
     assert result.judged_by == load_collection(judged).name
-    again = evaluate(result.model, judged)
+    collection = load_collection(judged)
+    _, reporting = halves(collection, {})
+    again = evaluate(result.model, reporting)
     expected = result.after if result.kept == "adapted" else result.before
     assert again.metrics["nDCG@10"] == pytest.approx(expected["nDCG@10"])
-    assert adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS) == result
+    assert (result.decision["queries"], again.queries, result.by_kind) == (10, 10, {})
+    record = json.loads((tmp_path / "run" / "adaptation.json").read_text())
+    assert record["verdict"] == result.verdict
+    del record["verdict"]  # of a version that decided and reported on the same queries
+    (tmp_path / "run" / "adaptation.json").write_text(json.dumps(record))
+    assert (
+        adapt(teachers["sparse"], corpus, tmp_path / "run", teacher=teachers["dense"], judged=judged, **OPTIONS).reason
+        == result.reason
+    )
     queries = tmp_path / "judged" / "queries.jsonl"
     queries.write_text(queries.read_text().replace(WORDS[3], WORDS[4]))
     with pytest.raises(OutputError, match="changed since it judged the models"):
@@ -220,7 +215,7 @@ def test_characters_that_end_lines_elsewhere_than_in_json(corpus, tmp_path):
     (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     made = make_pairs(str(tmp_path / "corpus.jsonl"), tmp_path / "pairs.jsonl")
     assert "\u2028" in (tmp_path / "pairs.jsonl").read_text()
-    module._write_training(str(tmp_path / "corpus.jsonl"), tmp_path, False, False)
+    module._write_training(str(tmp_path / "corpus.jsonl"), tmp_path, Collection("", {}, {}, {}), ("sentence",), False)
     texts = {row["text"] for row in rows}
     written = load_pairs(tmp_path / "training.jsonl")
     assert len(written) == sum(made.pairs.values())

@@ -17,6 +17,7 @@ from anysplade.errors import OptionError
 if TYPE_CHECKING:
     from anysplade.evaluation.comparisons import Comparison
     from anysplade.evaluation.grid import Evaluations
+    from anysplade.evaluation.seeds import SeedComparison
 
 
 @command
@@ -37,7 +38,8 @@ def evaluate(
             id, a hub dataset, nanobeir or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
-        seeds: the models differ only in their seed: show mean and standard deviation.
+        seeds: the sparse models differ only in their seed: show mean and standard deviation, and test the mean against the first
+            model, such as bm25, over seeds and queries together.
         curve: prune documents and queries to their largest weights, and show the effect on effectiveness and cost.
         runtime: for encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which
             is faster and as exact.
@@ -109,7 +111,16 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         parts.append(Text(f"{', '.join(hidden)}: not shown, since it is 1 if a ranking has all documents; the JSON has it"))
     if compared := [comparison for comparison in found.comparisons if comparison.metric in metrics]:
         parts += ["", *_comparison_parts(compared, several)]
+    parts += [Text(_seed_line(over)) for over in found.seed_comparisons if over.p_corrected is not None]
     return parts
+
+
+def _seed_line(over: "SeedComparison") -> str:
+    interval = "" if over.interval is None else f", 95 % {over.interval[0]:+.3f} to {over.interval[1]:+.3f}"
+    return (
+        f"mean of {over.seeds} seeds against {over.baseline} on {over.collection}, tested over seeds and queries: {over.metric} "
+        f"{over.difference:+.3f}{interval}, p {over.p:.2g}, Holm {over.p_corrected:.2g}: {over.verdict}"
+    )
 
 
 def _detail_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:
@@ -164,7 +175,7 @@ def _comparison_parts(comparisons: "Sequence[Comparison]", several: bool) -> lis
     notes.append("95 %: bootstrap over queries")
     for c in primary:
         if not c.is_shown:
-            notes.append(f"no difference shows between {c.model} and {c.baseline} in {metric}{_on(c, several)}")
+            notes.append(f"{c.verdict} between {c.model} and {c.baseline} in {metric}{_on(c, several)}")
     return [table(columns, rows), *map(Text, notes)]
 
 

@@ -81,7 +81,7 @@ def head_training_lines(result: "HeadTraining") -> list[RenderableType]:
 @command
 @options_of("training.adaptation", "adapt")
 def adapt(model: str, corpus: str, /, *, teacher: str, out: Path, kinds: tuple[str, ...] = PAIR_KINDS, **options: Any) -> Result:
-    """Adapt a sparse encoder to a corpus without labels, at no more search cost; the result is kept only if it is better.
+    """Adapt a sparse encoder to a corpus without labels, at no more search cost; the result is kept only if a test allows it.
 
     Args:
         kinds: kinds of training pairs: title, heading, sentence.
@@ -95,12 +95,19 @@ def adapt(model: str, corpus: str, /, *, teacher: str, out: Path, kinds: tuple[s
         result.to_dict(),
         [
             evaluation_table(rows, metrics),
-            f"judged by {result.judged_by}: {result.reason}",
+            f"verdict, judged by {result.judged_by}: {result.reason}",
+            *_kind_lines(result.by_kind),
             f"kept: the {result.kept} model, in {result.model}"
             + (f"; the adapted one is in {out / 'adapted'}" if result.kept == "original" else ""),
             f"next: anysplade index {result.model} {corpus} --out INDEX",
         ],
     )
+
+
+def _kind_lines(by_kind: dict[str, dict[str, Any]]) -> list[str]:
+    """The metric of each kind of held-out pairs, in one line if there are several."""
+    shown = [f"{kind} {part['before']:.3f} → {part['after']:.3f} ({part['queries']})" for kind, part in by_kind.items()]
+    return [f"by kind of pair (queries): {', '.join(shown)}"] if len(shown) > 1 else []
 
 
 @command

@@ -14,7 +14,7 @@ from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation
 from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import Run, require_match
-from anysplade.evaluation.significance import SIGNIFICANT, TIE, bootstrap_interval, holm, paired_p
+from anysplade.evaluation.significance import TIE, Verdict, bootstrap_interval, holm, paired_p, verdict
 from anysplade.search.hits import explain_score, join_matches
 
 _CHANGED = 5  # number of queries shown per comparison
@@ -40,9 +40,14 @@ class Comparison(Tabular):
     changed: list[dict[str, Any]]  # the queries that changed most
 
     @property
+    def verdict(self) -> Verdict:
+        """Better, worse or no difference shown; only the primary metric, whose p is corrected, can show one."""
+        return Verdict.NONE if self.p_corrected is None else verdict(self.difference, self.interval, self.p_corrected)
+
+    @property
     def is_shown(self) -> bool:
-        """Whether the corrected p is below 0.05; only the primary metric has one."""
-        return self.p_corrected is not None and self.p_corrected < SIGNIFICANT
+        """Whether the verdict is better or worse: the corrected p is below 0.05, and the interval is without 0."""
+        return self.verdict is not Verdict.NONE
 
     def _rows(self) -> list[dict[str, Any]]:
         low, high = self.interval or (None, None)

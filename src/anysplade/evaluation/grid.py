@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from anysplade.evaluation.comparisons import Comparison, compare_each
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
+from anysplade.evaluation.seeds import SeedComparison, compare_seeds
 from anysplade.model.options import Precision, Runtime
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Evaluations(Tabular):
     comparisons: list[Comparison]  # each model against the first one
     means: list[dict[str, Any]]  # over the sparse models as seeds of one model; over the collections per model
     curves: list[dict[str, Any]]  # effectiveness against cost by pruning, for each sparse model and collection
+    seed_comparisons: list[SeedComparison] = field(default_factory=list)  # the mean of the seeds against the first model
 
     def to_dict(self) -> dict[str, Any]:
         """A single evaluation as it is; otherwise a list for each field."""
@@ -41,7 +43,9 @@ class Evaluations(Tabular):
         if len(rows) == 1:
             return rows[0] | ({"curve": self.curves[0]["points"]} if self.curves else {})
         compared = [comparison.to_dict() for comparison in self.comparisons]
-        return {"evaluations": rows, "comparisons": compared, "means": self.means, "curves": self.curves}
+        over_seeds = [comparison.to_dict() for comparison in self.seed_comparisons]
+        result = {"evaluations": rows, "comparisons": compared, "means": self.means, "curves": self.curves}
+        return result | {"seed_comparisons": over_seeds}
 
     def _rows(self) -> list[dict[str, Any]]:
         return [*(row for evaluation in self.evaluations for row in evaluation._rows()), *self.means]
@@ -76,7 +80,8 @@ def evaluate_all(
             collections.
         metrics: names of ir-measures, a list or a single one. The first is the primary one: its comparisons are corrected
             together.
-        seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added.
+        seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added,
+            and, if the first model is none of them, a test of their mean against it over seeds and queries together.
         curves: add effectiveness against cost by pruning; see ``curve``.
         output: a folder; several evaluations each get a subfolder.
 
@@ -121,7 +126,7 @@ def evaluate_all(
     means = _over_seeds(evaluations) if seeds else []
     if len(loaded) > 1:
         means += [_over_collections(evaluations[i :: len(models)]) for i in range(len(models))]
-    result = Evaluations(evaluations, comparisons, means, drawn)
+    result = Evaluations(evaluations, comparisons, means, drawn, compare_seeds(evaluations) if seeds else [])
     if folder is not None and (not single or curves):
         write_record(folder / "evaluations.json", result.to_dict())
     return result

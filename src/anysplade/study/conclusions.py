@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from anysplade.evaluation.significance import Verdict
 from anysplade.study.aggregate import RAW_HEADS, Records, by_arm, control_pairs, correlations, means, paired_tests, training_curves
 from anysplade.study.arms import Arm
 from anysplade.study.cells import METRIC
@@ -75,21 +76,17 @@ def conclude(name: str, study: Study, bm25: Mapping[str, Baseline] | None = None
     return list(sentences[name])
 
 
-def _verdict(test: PairedTest | ControlPair, better: str, worse: str, none: str, unknown: str) -> str:
+def _in_words(test: PairedTest | ControlPair, better: str, worse: str, none: str, unknown: str) -> str:
     """The words for a difference."""
-    if test.noise is None:
-        return unknown
-    if test.counts:
-        return better if test.difference > 0 else worse
-    return none
+    return {Verdict.BETTER: better, Verdict.WORSE: worse, Verdict.NONE: none, None: unknown}[test.verdict]
 
 
 def _relation(test: PairedTest, subject: str) -> str:
-    return _verdict(
+    return _in_words(
         test,
         f"{subject} is better than",
         f"{subject} is worse than",
-        f"no difference shows between {subject} and",
+        f"{Verdict.NONE} between {subject} and",
         f"single trainings do not tell {subject} from",
     )
 
@@ -123,11 +120,11 @@ def _raw_heads(study: Study, collection: str) -> Iterator[str]:
         elif test is None:
             state = "is below the best"
         else:
-            state = _verdict(
+            state = _in_words(
                 test,
                 "degrades",
                 "is better than auto and below the best",
-                "is below the best, but no difference shows between it and auto",
+                f"is below the best, with {Verdict.NONE} between it and auto",
                 "is below the best, but single trainings do not tell it from auto",
             )
         yield f"{named}: the raw head {state}, at {ours / best:.0%} of the backbone's best on {place}."
@@ -170,7 +167,7 @@ def _folding(study: Study) -> Iterator[str]:
 
 def _control(pair: ControlPair) -> str:
     control = next(control for control in CONTROLS if control.about == pair.about)
-    meaning = _verdict(pair, control.better, control.worse, "no difference shows", "single trainings do not tell")
+    meaning = _in_words(pair, control.better, control.worse, Verdict.NONE, "single trainings do not tell")
     return (
         f"{pair.backbone}, {pair.about}: {pair.one} {pair.values[0]} against {pair.other} {pair.values[1]} "
         f"({plus_minus(pair.difference, pair.noise, '+')}, p {pair.p_corrected:.2g}; FLOPS {pair.flops[0]:.2f} and {pair.flops[1]:.2f}): {meaning}."

@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, TypeAdapter, Validati
 from anysplade._common.tables import Tabular
 from anysplade.errors import OutputError
 from anysplade.evaluation.evaluations import Evaluation
-from anysplade.evaluation.significance import SIGNIFICANT
+from anysplade.evaluation.significance import Verdict, verdict
 from anysplade.study.arms import Arm, Axis
 from anysplade.study.cells import METRICS, CellRecord, Effectiveness, Scores, Start
 
@@ -90,9 +90,16 @@ class _Difference:
     p_corrected: float
 
     @property
+    def verdict(self) -> Verdict | None:
+        """By the p over queries and the interval over seeds; None if a row has one training, which has no interval."""
+        if self.noise is None:
+            return None
+        return verdict(self.difference, (self.difference - self.noise, self.difference + self.noise), self.p_corrected)
+
+    @property
     def counts(self) -> bool:
         """Whether the difference is significant over queries and above the noise of the seeds."""
-        return self.noise is not None and self.p_corrected < SIGNIFICANT and abs(self.difference) > self.noise
+        return self.verdict in (Verdict.BETTER, Verdict.WORSE)
 
 
 @dataclass(frozen=True, kw_only=True)

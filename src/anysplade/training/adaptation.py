@@ -1,4 +1,4 @@
-"""Adapt a retrieval model to a corpus without labels, and keep the result only if it is better.
+"""Adapt a retrieval model to a corpus without labels, and keep the result only if a test speaks for it.
 
 Queries are made from the documents, and hard negatives are mined with BM25 and the model. A teacher recognizes false negatives and
 scores the batches. The targets of the training are the model's own active dims. The adapted weights are a mean of the original
@@ -10,8 +10,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
 from anysplade.data.rows import rows as read_rows
 from anysplade.errors import AnyspladeError, DataError, OutputError
-from anysplade.evaluation.comparisons import Comparison, compare
+from anysplade.evaluation.comparisons import compare
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, evaluate
 from anysplade.model.encoder import open_encoder
@@ -40,6 +40,7 @@ from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.card import CARD_FILES
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 from anysplade.training.devices import require_one_process, say_one_gpu
+from anysplade.training.judging import METRIC, by_kind, halves, held_out, judge, reason
 from anysplade.training.level import active_dims, flops, trim_flops
 from anysplade.training.run import train_as
 from anysplade.training.teachers import open_sparse, teacher_kind, without_advice
@@ -47,13 +48,11 @@ from anysplade.training.teachers import open_sparse, teacher_kind, without_advic
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = 0.1  # share of the documents that are held out for the comparison, without a collection to judge by
-_MOST_HELD_OUT = 300
+_MOST_HELD_OUT = 1000
 _FEWEST_HELD_OUT = 20
-_METRIC = "nDCG@10"
 _NEGATIVES = 4  # hard negatives per query
 _TRAINED = 0.7  # weight of the trained model in the mean; the original has the rest
 _TRIMMED = 0.85  # of the original's FLOPS on training texts, as a limit; below 1 because other texts may cost more
-_COSTLIER = 1.05  # of the original's FLOPS, above which the adapted model counts as more expensive
 _TRAINING = ("teacher", "steps", "batch_size", "learning_rate", "max_length", "precision", "seed")  # options passed to ``train``
 
 
@@ -63,12 +62,15 @@ class Adaptation(Tabular):
 
     model: str  # folder of the kept model
     kept: str  # "adapted" or "original"
+    verdict: str  # "better", "cheaper and not worse", "no difference shown" or "worse", of the deciding half of the queries
     reason: str  # one sentence
-    judged_by: str  # name of the collection, or held-out pairs
+    judged_by: str  # name of the collection, or held-out pairs and their kinds
     judged_hash: str  # SHA-256 of its content
-    before: dict[str, Any]  # effectiveness and cost of the original
+    decision: dict[str, Any]  # the test on the deciding half
+    before: dict[str, Any]  # effectiveness and cost of the original, on the other half, which decided nothing
     after: dict[str, Any]  # the same of the adapted model
-    comparison: dict[str, Any]  # of the two, paired by query
+    comparison: dict[str, Any]  # of the two, paired by query, on the same half
+    by_kind: dict[str, dict[str, Any]]  # the same half by kind of held-out pairs; empty for a judged collection
     pairs: dict[str, int]  # number of pairs made from the documents, by kind
     options: dict[str, Any]  # of ``adapt``
     seconds: float  # time in this process
@@ -98,14 +100,19 @@ def adapt(
 ) -> Adaptation:
     """Adapt a sparse encoder to the documents of a corpus, without labels and without making retrieval more expensive.
 
+    One half of the judging queries, by the hash of their ids, decides by a paired test whether the adapted model is kept: if it
+    is better at no more cost, or cheaper and, by the interval, less than 2 % worse. The other half, which nothing was chosen on,
+    gives the reported numbers. Without a judged collection, the queries are of all kinds of pairs.
+
     An interrupted call continues when it is repeated with the same options; a finished one returns the stored result.
 
     Args:
         model: folder or hub id of a sparse encoder, or of a published SPLADE.
         corpus: the documents; anything that can be indexed.
-        output: a folder; its ``model`` is the adapted model, or the original if the adapted one is not better.
+        output: a folder; its ``model`` is the adapted model, or the original if the adapted one is not kept.
         teacher: a dense model, sparse encoder or cross-encoder.
-        judged: a collection to compare the two models on; if None, a tenth of the documents is held out for that.
+        judged: a collection to compare the two models on; if None, a tenth of the documents is held out for that,
+            with one query of any kind made from each.
         split: judgements of the collection to use.
         kinds: kinds of pairs; see ``make_pairs``.
         steps: training steps.
@@ -162,12 +169,14 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         **{name: options[name] for name in _TRAINING},
     )
     given = None if judged is None else load_collection(judged, split, progress=progress)
+    if given is not None:
+        halves(given, {})  # raises DataError before anything is written
     begun = (output / "options.json").exists()
     write_record(output / "options.json", about)
     try:
         made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
-        collection = _write_training(corpus, output, given is None, progress) or given
-        assert collection is not None  # it is given or held out
+        collection, of_kind = _write_training(corpus, output, given, kinds, progress)
+        deciding, reporting = halves(collection, of_kind)
         shutil.rmtree(output / "original", ignore_errors=True)  # from an interrupted call
         with atomic_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
@@ -183,25 +192,26 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         raise
     shutil.rmtree(output / "adapted", ignore_errors=True)
     _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
-    cache = default_cache()
-    before, after = (
-        evaluate(output / name, collection, [_METRIC], cache=cache, progress=progress) for name in ("original", "adapted")
-    )
-    compared = compare([before, after])[0]
-    better, reason = _judge(before, after, compared)
-    summaries = [found.metrics | {name: getattr(found, name) for name in COSTS} for found in (before, after)]
+    decided, reported = (_evaluate_both(output, half, progress) for half in (deciding, reporting))
+    decision = judge(decided)
+    compared = compare(reported)[0]
+    summaries = [found.metrics | {name: getattr(found, name) for name in COSTS} for found in reported]
+    kept = "adapted" if decision.keep else "original"
     shutil.rmtree(output / "model", ignore_errors=True)
     with atomic_folder(output / "model") as folder:
-        shutil.copytree(output / ("adapted" if better else "original"), folder, dirs_exist_ok=True)
+        shutil.copytree(output / kept, folder, dirs_exist_ok=True)
     result = Adaptation(
         model=str(output / "model"),
-        kept="adapted" if better else "original",
-        reason=reason,
+        kept=kept,
+        verdict=decision.verdict,
+        reason=reason(decision, compared, reported),
         judged_by=collection.name,
-        judged_hash=after.data_hash,
+        judged_hash=data_hash(collection),
+        decision=json.loads(json.dumps(asdict(decision))),  # equal to the stored one
         before=summaries[0],
         after=summaries[1],
-        comparison=json.loads(json.dumps(compared.to_dict())),  # equal to the stored one
+        comparison=json.loads(json.dumps(compared.to_dict())),
+        by_kind=by_kind(reported, of_kind),
         pairs=made.pairs,
         options=options,
         seconds=time.perf_counter() - start,
@@ -235,55 +245,52 @@ def _write_adapted(trained: Path, output: Path, pairs: Sequence[Pair], most: np.
                 shutil.copy(trained / name, folder)
 
 
-def _judge(before: Evaluation, after: Evaluation, compared: Comparison) -> tuple[bool, str]:
-    """Whether the adapted model is kept, and why."""
-    assert before.flops is not None
-    assert after.flops is not None
-    values = f"{_METRIC} {before.metrics[_METRIC]:.3f} → {after.metrics[_METRIC]:.3f} (p {compared.p:.2g})"
-    cost = f"FLOPS {before.flops:.2f} → {after.flops:.2f}"
-    if after.metrics[_METRIC] <= before.metrics[_METRIC]:
-        return False, f"the adapted model is not better: {values}, {cost}"
-    better = f"the adapted model is {'better' if compared.is_shown else 'higher, but no difference shows,'}"
-    if after.flops > _COSTLIER * before.flops:
-        return False, f"{better} and costs more: {values}, {cost}"
-    return True, f"{better} at no more cost: {values}, {cost}"
+def _evaluate_both(output: Path, collection: Collection, progress: bool) -> list[Evaluation]:
+    """The original and the adapted model on a half of the queries; the vectors of the documents are computed once."""
+    folders, cache = (output / "original", output / "adapted"), default_cache()
+    return [evaluate(folder, collection, [METRIC], cache=cache, progress=progress) for folder in folders]
 
 
-def _write_training(corpus: str, output: Path, hold_out: bool, progress: bool) -> Collection | None:
+def _write_training(
+    corpus: str, output: Path, given: Collection | None, kinds: Sequence[str], progress: bool
+) -> tuple[Collection, dict[str, str]]:
     """Write the pairs to train on to ``training.jsonl``: the made queries with their full documents.
 
     A shortened document, without the words of its query, would teach the model to expand what it can match. In a full document
     the query's words are an easy match, but what is learned is the teacher's order of the other documents.
 
-    With ``hold_out``, the pairs of some documents, chosen by the hash of their ids, are returned as a collection instead. In it
-    these documents lack the part that their query was made from.
+    Returns the collection to judge by and the kinds of its queries. If none is ``given``, documents are held out for it.
     """
-    rows = [row for _, row in read_rows(output / "pairs.jsonl")]
     documents = dict(read_corpus(corpus, progress=progress))
-    held: set[str] = set()
-    if hold_out:
-        chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
-        held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
-        if len(held) < _FEWEST_HELD_OUT:
-            raise DataError(
-                f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection "
-                "with `judged`"
-            )
+    collection, of_kind, held = _hold_out(corpus, output, documents, kinds, progress) if given is None else (given, {}, set())
     training = (
         {"query": row["query"], "positive": documents[row["document_id"]].full_text, "document_id": row["document_id"]}
-        for row in rows
+        for _, row in read_rows(output / "pairs.jsonl")
         if row["document_id"] not in held
     )
     write_atomic(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
-    if not hold_out:
-        return None
-    first: dict[str, dict[str, str]] = {}  # pair of each document
-    for row in rows:
-        if row["document_id"] in held:
-            first.setdefault(row["document_id"], row)
-    documents |= {id_: Document("", row["positive"]) for id_, row in first.items()}
-    queries, qrels = {f"of {id_}": row["query"] for id_, row in first.items()}, {f"of {id_}": {id_: 1} for id_ in first}
-    return Collection(f"{len(queries)} held-out pairs", documents, queries, qrels)
+    return collection, of_kind
+
+
+def _hold_out(
+    corpus: str, output: Path, documents: Mapping[str, Document], kinds: Sequence[str], progress: bool
+) -> tuple[Collection, dict[str, str], set[str]]:
+    """A collection of queries made from some documents, chosen by the hash of their ids; the queries' kinds; and these ids.
+
+    The queries are of all kinds, also of those that are not trained on.
+    """
+    pairs = output / "pairs.jsonl"
+    if set(kinds) != set(PAIR_KINDS):
+        pairs = output / "judging.jsonl"
+        make_pairs(corpus, pairs, progress=progress)
+    rows = [row for _, row in read_rows(pairs)]
+    chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
+    held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
+    if len(held) < _FEWEST_HELD_OUT:
+        raise DataError(
+            f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection with `judged`"
+        )
+    return *held_out(rows, documents, held), held
 
 
 def _earlier_adaptation(output: Path, about: dict[str, Any]) -> Adaptation | None:
@@ -295,5 +302,7 @@ def _earlier_adaptation(output: Path, about: dict[str, Any]) -> Adaptation | Non
     earlier_call(output / "options.json", about, inputs)
     record = earlier_call(output / "adaptation.json", about, inputs)
     if record is None or not is_whole(output / "model", record.get("files", {})):
+        return None
+    if "verdict" not in record:  # an older version judged on the queries that it reported on; the training is kept
         return None
     return restored(Adaptation, record)

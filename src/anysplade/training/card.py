@@ -66,7 +66,7 @@ def _section(result: dict[str, Any], figure: bool) -> str:
     lines = [_MADE, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table), ""]
     if result["dev"] is not None:
         dev = result["dev"]
-        kept = f", of step {result['best_step']:,}" if result["best_step"] else ""
+        kept = f"; they chose step {result['best_step']:,}, so other queries may give less" if result["best_step"] else ""
         lines += [
             f"On the dev collection `{dev['collection']}` ({dev['queries']:,} queries, {dev['documents']:,} documents{kept}):",
             "",
