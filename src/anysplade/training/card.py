@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from anysplade._common.figures import draw
 from anysplade.errors import ExtraError
-from anysplade.evaluation.costs import COSTS
+from anysplade.evaluation.costs import COSTS, OWN_WORDS
 from anysplade.evaluation.runs import as_name
 from anysplade.model.head import RECORD
 from anysplade.model.rescaling import formula
@@ -153,7 +153,7 @@ def _table(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _metrics(evaluation: Mapping[str, Any]) -> list[str]:
     """The names of the measures; in JSON they lie beside the costs, and nothing else there is a float."""
-    return [name for name, value in evaluation.items() if isinstance(value, float) and name not in _COSTS]
+    return [name for name, value in evaluation.items() if isinstance(value, float) and name not in (*COSTS, *OWN_WORDS)]
 
 
 def _label(evaluation: Mapping[str, Any]) -> str:
