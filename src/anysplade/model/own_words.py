@@ -1,13 +1,13 @@
 """Own words kept: how much of a text's own words a sparse vector still has.
 
-A word piece of a text is *own* to it, and *kept* if it is active in the text's vector. Own words kept is the share of all own pieces
-that are kept, each weighted by its idf, over texts of one role:
+A word piece of a text is *own* to it, and *kept* if it is active in the text's vector. Own words kept is the share of own pieces
+that are kept, over all texts of a role, each weighted by its idf:
 
     sum over texts and their own pieces of idf(piece) [piece is active] / sum over texts and their own pieces of idf(piece)
 
-A piece counts once per text, as far as the model reads it. The idf is Lucene's, log(1 + (N - n + 0.5) / (n + 0.5)) for a piece in n of
-N documents, for queries too. Three kinds of pieces do not count: special tokens, the pieces of the role's prompt, and terms that are
-switched off. Both sums are over terms of two counts, so that texts can be counted in parts, without keeping any.
+A piece counts once per text, as far as the model reads it. The idf is Lucene's, log(1 + (N - n + 0.5) / (n + 0.5)) for a piece in n
+of N documents, for queries too. Three kinds of pieces do not count: special tokens, the pieces of the role's prompt, and terms that
+are switched off. Both sums are over terms of two counts, so that texts can be counted in parts, without keeping any.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from sentence_transformers import SparseEncoder
 from anysplade.model.head import live_terms
 from anysplade.model.modules import is_splade, masked_lm, reader
 from anysplade.model.options import Role
+from anysplade.model.runtimes import runtime_of
 from anysplade.model.tokenizing import TOKENIZING, Tokens, prompt_of
 
 
@@ -34,11 +35,7 @@ class PieceCounts:
 
     def add(self, vectors: sparse.csr_matrix, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Count texts, of which all tokens are in ``ids``, (tokens,), one text after the other."""
-        known = ids < len(self.own)  # a tokenizer can have more tokens than the head has rows
-        starts = np.concatenate([[0], np.cumsum(known)])[np.concatenate([[0], np.cumsum(lengths)])]
-        own = sparse.csr_matrix((np.ones(starts[-1], np.int8), ids[known], starts), shape=(len(lengths), len(self.own)))
-        own.sum_duplicates()
-        own.data[:] = 1
+        own = _own_pieces(ids, lengths, len(self.own))
         self.texts += len(lengths)
         for counts, rows in ((self.own, own), (self.kept, own.multiply(vectors > 0).tocsr())):
             counts += np.bincount(rows.indices, minlength=len(counts))
@@ -57,6 +54,21 @@ class PieceCounts:
         """Own words kept; None if no own piece has a weight above 0. ``idf`` is (vocabulary,)."""
         total = float(self.own @ idf)
         return float(self.kept @ idf) / total if total > 0 else None
+
+
+def _own_pieces(ids: np.ndarray, lengths: np.ndarray, vocabulary: int) -> sparse.csr_matrix:
+    """1 for each piece of each text, (texts, vocabulary)."""
+    known = ids < vocabulary  # a tokenizer can have more tokens than the head has rows
+    starts = np.concatenate([[0], np.cumsum(known)])[np.concatenate([[0], np.cumsum(lengths)])]
+    own = sparse.csr_matrix((np.ones(starts[-1], np.int8), ids[known], starts), shape=(len(lengths), vocabulary))
+    own.sum_duplicates()
+    own.data[:] = 1
+    return own
+
+
+def document_frequency(ids: np.ndarray, lengths: np.ndarray, vocabulary: int) -> np.ndarray:
+    """In how many texts each piece is, (vocabulary,); the arguments are those of ``PieceCounts.add``."""
+    return np.bincount(_own_pieces(ids, lengths, vocabulary).indices, minlength=vocabulary)
 
 
 def own_words(vectors: sparse.csr_matrix, ids: Sequence[Sequence[int]], idf: np.ndarray) -> float | None:
@@ -82,9 +94,12 @@ def lucene_idf(frequency: np.ndarray, documents: int) -> np.ndarray:
 
 
 def counts_as_own(encoder: SparseEncoder, role: Role) -> np.ndarray | None:
-    """Which pieces count in texts of a role, (vocabulary,) of bool; None if the terms of the encoder are not its tokens."""
+    """Which pieces count in texts of a role, (vocabulary,) of bool.
+
+    None if the terms of the encoder are not its tokens, or if it was loaded for another runtime than torch, whose head is not read.
+    """
     module: Any = reader(encoder, role)
-    if not is_splade(encoder) or module is None:
+    if not is_splade(encoder) or module is None or runtime_of(encoder) != "torch":
         return None
     live = live_terms(masked_lm(encoder))
     counts = np.full(encoder.get_embedding_dimension() or 0, live is None)
