@@ -85,7 +85,6 @@ def test_a_training_with_the_loss_keeps_more_words(more, tmp_path):
         assert seen[0]["document_own_words"] == seen[0]["query_own_words"] == 1
         assert ("own_words_regularizer_loss" in result.log[0]) == (weight > 0)
         kept.append(result.document_own_words)
-    print(kept, seen[-1])
     assert kept[0] < kept[1] - 0.1
     card = (tmp_path / "20.0" / "model" / "README.md").read_text()
     assert f"Own words kept, by idf | {result.query_own_words:.2f} of queries, {kept[1]:.2f} of documents" in card

@@ -66,7 +66,8 @@ class BatchPieces:
         """Own words kept by the queries and the documents of the batch, (2,); NaN if not known."""
         shares = {}
         for role, (vectors, own, weights) in self.columns(embeddings).items():
-            shares[role] = (own & (vectors > 0)).sum(dim=0) @ weights / (own.sum(dim=0) @ weights)
+            found, total = ((which.sum(dim=0).to(weights.dtype) @ weights) for which in (own & (vectors > 0), own))
+            shares[role] = found / total
         unknown = embeddings[0].new_full((), torch.nan, dtype=torch.float32)
         return torch.stack([shares.get(role, unknown) for role in ROLES])
 
