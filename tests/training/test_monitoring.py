@@ -151,6 +151,12 @@ def test_a_run_that_loses_the_words_of_the_text(first, later, found):
     assert all(finding.name == "words lost" and not finding.collapse for finding in findings)
 
 
+def test_a_dense_head_has_words_by_chance():
+    seen = run(20, document_own_words=0.5)
+    seen[0] = replace(seen[0], document_own_words=1.0, document_active_dims=900.0)
+    assert diagnose(seen, vocabulary=1000) == []
+
+
 def test_a_healthy_run_has_no_finding():
     assert diagnose(run(), vocabulary=1000) == []
 

@@ -208,7 +208,8 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     for role, plural in (("query", "queries"), ("document", "documents")):
         name = f"{role}_own_words"
         first, shares = getattr(observations[0], name), [getattr(seen, name) for seen in window]
-        if first is not None and first >= _WORDS and all(share is not None and share < _WORDS for share in shares):
+        by_chance = getattr(observations[0], f"{role}_active_dims") > 0.5 * vocabulary  # a dense head has any word
+        if first is not None and first >= _WORDS and not by_chance and all(share is not None and share < _WORDS for share in shares):
             evidence = f"{plural} keep {shares[-1]:.0%} of their own words by idf, {first:.0%} at the start"
             add("words lost", evidence, _KEEP, False)
             break
