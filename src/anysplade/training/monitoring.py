@@ -77,9 +77,8 @@ class Pending:
         if self._copied is not None:
             self._copied.synchronize()
         loss, *others, query_own, document_own = self._statistics.tolist()
-        own = {"query_own_words": query_own, "document_own_words": document_own}
-        known = {name: None if math.isnan(share) else share for name, share in own.items()}
-        return Observation(self.step, loss, self._chance, *others, **known)
+        own = [None if math.isnan(share) else share for share in (query_own, document_own)]
+        return Observation(self.step, loss, self._chance, *others, query_own_words=own[0], document_own_words=own[1])
 
 
 @torch.no_grad()
@@ -208,8 +207,9 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
     for role, plural in (("query", "queries"), ("document", "documents")):
         name = f"{role}_own_words"
         first, shares = getattr(observations[0], name), [getattr(seen, name) for seen in window]
-        by_chance = getattr(observations[0], f"{role}_active_dims") > 0.5 * vocabulary  # a dense head has any word
-        if first is not None and first >= _WORDS and not by_chance and all(share is not None and share < _WORDS for share in shares):
+        is_dense = getattr(observations[0], f"{role}_active_dims") > 0.5 * vocabulary  # and has any word by chance
+        lost = all(share is not None and share < _WORDS for share in shares)
+        if first is not None and first >= _WORDS and lost and not is_dense:
             evidence = f"{plural} keep {shares[-1]:.0%} of their own words by idf, {first:.0%} at the start"
             add("words lost", evidence, _KEEP, False)
             break
