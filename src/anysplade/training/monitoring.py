@@ -78,7 +78,8 @@ class Pending:
             self._copied.synchronize()
         loss, *others, query_own, document_own = self._statistics.tolist()
         own = [None if math.isnan(share) else share for share in (query_own, document_own)]
-        return Observation(self.step, loss, self._chance, *others, query_own_words=own[0], document_own_words=own[1])
+        seen = Observation(self.step, loss, self._chance, *others)
+        return replace(seen, query_own_words=own[0], document_own_words=own[1])
 
 
 @torch.no_grad()
