@@ -29,6 +29,7 @@ from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.dense import open_dense
 from anysplade.model.pruning import prune
+from tiny import make_lexical
 
 
 def test_effectiveness_and_cost_by_hand(backbone, collection_folder, tmp_path):
@@ -547,3 +548,15 @@ def test_what_is_cut_is_counted_and_vectors_are_kept_by_what_is_read(kind, teach
     assert same.run == whole.run != short.run
     where = f"{model} on {whole.collection}: 40 of 40 documents were cut at 8 tokens"
     assert [f"{where}, and what follows cannot be found; `max_length` raises the limit, up to {own}"] == caplog.messages
+
+
+def test_own_words(backbone, collection_folder, tmp_path):
+    """A model whose terms are the words of the text keeps them all; what the cache has is counted again."""
+    found = evaluate_all([make_lexical(tmp_path / "model"), backbone, "bm25"], collection_folder, cache=tmp_path / "cache")
+    lexical, random, bm25 = found.evaluations
+    assert (lexical.query_own_words, lexical.document_own_words) == (1, 1)
+    assert 0 < random.document_own_words < 1
+    assert bm25.document_own_words is None
+    assert "own words" in [column.header for column in evaluations_parts(found, ["nDCG@10"])[0].columns]
+    again = evaluate(backbone, collection_folder, cache=tmp_path / "cache").to_dict()
+    assert again["document_own_words"] == random.document_own_words

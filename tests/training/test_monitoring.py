@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +129,32 @@ def test_an_observation_is_read_a_step_later_or_when_it_is_stored(caplog):
     step(math.nan)
     assert control.should_training_stop
     assert len(monitor.findings) == 1
+
+
+@pytest.mark.parametrize(
+    "first, later, found",
+    [
+        ((0.8, 0.8), (0.5, 0.8), ["queries keep 50% of their own words by idf, 80% at the start"]),
+        ((0.8, 0.8), (0.8, 0.5), ["documents keep 50% of their own words by idf, 80% at the start"]),
+        ((0.4, 0.4), (0.3, 0.3), []),  # an untrained head that does not know the words
+        ((0.8, 0.8), (0.7, 0.7), []),
+        ((None, 0.8), (None, 0.5), ["documents keep 50% of their own words by idf, 80% at the start"]),
+        ((None, None), (None, None), []),  # a run of an older version
+    ],
+)
+def test_a_run_that_loses_the_words_of_the_text(first, later, found):
+    names = ("query_own_words", "document_own_words")
+    seen = run(20, **dict(zip(names, later, strict=True)))
+    seen[0] = replace(seen[0], **dict(zip(names, first, strict=True)))
+    findings = diagnose(seen, vocabulary=1000)
+    assert [finding.evidence for finding in findings] == found
+    assert all(finding.name == "words lost" and not finding.collapse for finding in findings)
+
+
+def test_a_dense_head_has_words_by_chance():
+    seen = run(20, document_own_words=0.5)
+    seen[0] = replace(seen[0], document_own_words=1.0, document_active_dims=900.0)
+    assert diagnose(seen, vocabulary=1000) == []
 
 
 def test_a_healthy_run_has_no_finding():

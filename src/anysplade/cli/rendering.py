@@ -53,16 +53,26 @@ def snippet(text: str) -> str:
 
 
 def evaluation_table(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str], names: Sequence[str] = ("model",)) -> Table:
-    """A table with one row per result: the columns ``names``, effectiveness, and cost."""
+    """A table with one row per result: the columns ``names``, effectiveness, cost and, where it is known, own words kept."""
+    rows = list(rows)
+    own = [_own_words(row) for row in rows]
+    has_own = any(shown != "–" for shown in own)
     lines = [
         [
             *(_name(row.get(name)) for name in names),
             *(f"{row[metric]:.3f}" for metric in metrics),
             *("–" if row[cost] is None else f"{row[cost]:,.1f}" for cost in _COSTS.values()),
+            *([shown] if has_own else []),
         ]
-        for row in rows
+        for row, shown in zip(rows, own, strict=True)
     ]
-    return table((*names, *metrics, *_COSTS), lines)
+    return table((*names, *metrics, *_COSTS, *(["own words"] if has_own else [])), lines)
+
+
+def _own_words(row: Mapping[str, Any]) -> str:
+    """Own words kept by queries and documents."""
+    values = [row.get(f"{role}_own_words") for role in ("query", "document")]
+    return "–" if values == [None, None] else " / ".join("–" if value is None else f"{value:.2f}" for value in values)
 
 
 def _name(value: object) -> str:

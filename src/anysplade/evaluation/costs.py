@@ -6,6 +6,7 @@ import numpy as np
 from scipy import sparse
 
 COSTS = ("query_active_dims", "document_active_dims", "flops")  # what tables show of a cost
+OWN_WORDS = ("query_own_words", "document_own_words")  # beside the costs: what the vectors keep of the texts' own words
 
 
 def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:

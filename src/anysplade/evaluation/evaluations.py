@@ -17,7 +17,7 @@ from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, data_hash, load_collection
 from anysplade.data.names import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
-from anysplade.evaluation.costs import COSTS, mean_costs, search_cost
+from anysplade.evaluation.costs import COSTS, OWN_WORDS, mean_costs, search_cost
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
@@ -42,6 +42,8 @@ class Evaluation(Tabular):
     query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for BM25 and run files
     document_active_dims: float | None  # the same for documents
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
+    query_own_words: float | None = None  # share of the queries' own word pieces that are active in their vectors, by idf
+    document_own_words: float | None = None  # the same for documents; both None for models whose terms are not their tokens
     cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
     precision: str | None = None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
     runtime: str | None = None  # torch or openvino; None for BM25 and run files
@@ -67,7 +69,8 @@ class Evaluation(Tabular):
 
     def _rows(self) -> list[dict[str, Any]]:
         costs = {name: getattr(self, name) for name in COSTS}
-        return [{"model": self.model, "collection": self.collection} | self.metrics | costs]
+        own = {name: getattr(self, name) for name in OWN_WORDS}
+        return [{"model": self.model, "collection": self.collection} | self.metrics | costs | own]
 
 
 def evaluate(

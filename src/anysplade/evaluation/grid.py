@@ -172,6 +172,8 @@ def _over_seeds(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         if len(group) > 1:
             row: dict[str, Any] = {"model": f"mean of {len(group)}", "collection": collection}
             for name, column in _columns(group).items():
+                if None in column:
+                    continue
                 row |= {name: float(np.mean(column)), f"{name} sd": float(np.std(column, ddof=1))}
             rows.append(row)
     return rows
@@ -180,7 +182,7 @@ def _over_seeds(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 def _over_collections(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """Means of one model's evaluations."""
     columns = _columns(evaluations).items()
-    means = {name: None if column[0] is None else float(np.mean(column)) for name, column in columns}
+    means = {name: None if None in column else float(np.mean(column)) for name, column in columns}
     return {"model": evaluations[0].model, "collection": f"mean of {len(evaluations)}"} | means
 
 

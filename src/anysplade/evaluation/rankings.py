@@ -26,6 +26,7 @@ from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import Encoded, ModelQueries, encode_counted
 from anysplade.model.modules import cut_at, cut_within, is_splade, term_names, transformer_lengths
 from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.own_words import PieceCounts, counts_as_own, lucene_idf
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
@@ -105,6 +106,7 @@ class Ranker:
             cut_at(encoder, self.max_length)
         length = self.max_length if transformer_lengths(encoder) != own else None
         precision = resolve_precision(self.precision, encoder.device)
+        counted_pieces = {role: counts_as_own(encoder, role) for role in _PLURALS}
         # A loaded model may be in training; converting it for each evaluation would cost more than it saves.
         count = 0 if encoder is model else sum(map(len, self.texts.values()))
         start = time.perf_counter()
@@ -116,8 +118,10 @@ class Ranker:
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
         workers = 1 if isinstance(model, SparseEncoder) or used != "torch" else workers_for(len(self.texts["document"]))
         options = Options(str(model), precision, None, self.max_length, "torch")
+        pieces = {role: PieceCounts(len(counted)) for role, counted in counted_pieces.items() if counted is not None}
 
         def encode_role(texts: list[str], role: Role, **given: Any) -> Encoded:
+            given["pieces"] = pieces.get(role)
             if role == "document" and workers > 1:
                 return encode_texts(encoder, texts, options, workers, batch_tokens=self.batch_tokens, **given)
             return encode_counted(encoder, texts, role, batch_tokens=self.batch_tokens, **given)
@@ -135,6 +139,7 @@ class Ranker:
             "cut": cut,
             "precision": precision if used == "openvino" else str(encoder.dtype).removeprefix("torch."),  # of the weights
             "runtime": used,
+            **_own_words(pieces, counted_pieces),
             "vectors": (queries, documents),
             "terms": term_names(encoder),
             "words": self._words(encoder),
@@ -201,6 +206,14 @@ class Ranker:
             vectors[role] = encode_role(self.texts[role], role, cache=folders.get(role), **shown)
         seconds = time.perf_counter() - start
         return vectors, seconds, None if cached else round(sum(map(len, self.texts.values())) / seconds, 2)
+
+
+def _own_words(pieces: dict[Role, PieceCounts], counted: dict[Role, np.ndarray | None]) -> dict[str, float | None]:
+    """Own words kept by queries and documents; none if terms are not tokens."""
+    if "document" not in pieces:
+        return {}
+    idf = lucene_idf(pieces["document"].own, pieces["document"].texts)
+    return {f"{role}_own_words": found.share(idf * counted[role]) for role, found in pieces.items()}
 
 
 def _name(model: Any) -> str:

@@ -21,6 +21,7 @@ from anysplade.errors import ModelError, OptionError
 from anysplade.model.batches import Budget, Rows, batch_budget, make_batches, sparse_rows, to_device
 from anysplade.model.modules import term_names
 from anysplade.model.options import OPEN_ENCODER, Role, checked_batch_tokens
+from anysplade.model.own_words import PieceCounts
 from anysplade.model.pruning import prune
 from anysplade.model.queries import Cut
 from anysplade.model.runtimes import runtime_of
@@ -82,7 +83,10 @@ def encode(
 
 
 def encode_counted(encoder: SparseEncoder, texts: Sequence[str], role: Role, **options: Any) -> Encoded:
-    """``encode`` without ``top_k``, and ``count_truncated`` for the same texts, which are tokenized only once."""
+    """``encode`` without ``top_k``, and ``count_truncated`` for the same texts, which are tokenized only once.
+
+    The option ``pieces``, ``PieceCounts`` or None, also counts the texts' own pieces.
+    """
     return _encode(encoder, texts, role, True, **options)
 
 
@@ -98,6 +102,7 @@ def _encode(
     progress: bool = False,
     what: str | None = None,
     shown: Any = None,
+    pieces: PieceCounts | None = None,
 ) -> Encoded:
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
     texts = require_texts(texts)
@@ -115,7 +120,7 @@ def _encode(
     blocks, cut = [], 0
     with bar_within(shown, what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         parts = map(part, range(0, len(texts), size))
-        encoded = encode_parts(encoder, parts, role, batch_tokens=batch_tokens, shown=shown)
+        encoded = encode_parts(encoder, parts, role, batch_tokens=batch_tokens, shown=shown, pieces=pieces)
         for (file, given, _, known), matrix, longer in encoded:
             if known is not None:
                 shown.update(len(given))
@@ -123,13 +128,24 @@ def _encode(
                 write_rows(file, matrix)
             blocks.append(matrix)
             if is_counted:
-                cut += count_truncated(encoder, given, role).texts if longer is None else longer
+                cut += count_known(encoder, given, matrix, role, None if known is None else pieces) if longer is None else longer
     width = encoder.get_embedding_dimension() or 0
     if not blocks:
         whole = sparse.csr_matrix((0, width), dtype=np.float32)
     else:
         whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
     return Encoded(whole, limits_of(encoder, role)._replace(texts=cut) if is_counted else Cut(cut))
+
+
+def count_known(
+    encoder: SparseEncoder, texts: Sequence[str], matrix: sparse.csr_matrix, role: Role, pieces: PieceCounts | None
+) -> int:
+    """How many texts are longer than what the model reads; ``pieces`` counts their own pieces in the same pass."""
+    tokens = None
+    if pieces is not None:
+        tokens = TextReader(encoder, role).read([replace_surrogates(text) for text in texts])
+        pieces.add_tokens(matrix, tokens)
+    return count_truncated(encoder, texts, role).texts if tokens is None or tokens.cut is None else tokens.cut
 
 
 class Part(NamedTuple):
@@ -142,13 +158,20 @@ class Part(NamedTuple):
 
 
 def encode_parts(
-    encoder: SparseEncoder, parts: Iterable[Part], role: Role, *, batch_tokens: int | None = None, shown: Any = None
+    encoder: SparseEncoder,
+    parts: Iterable[Part],
+    role: Role,
+    *,
+    batch_tokens: int | None = None,
+    shown: Any = None,
+    pieces: PieceCounts | None = None,
 ) -> Iterator[tuple[Part, sparse.csr_matrix, int | None]]:
     """Encode part by part; a part's texts are tokenized while the model works on the part before.
 
     Args:
         parts: one more is read than is yielded.
         shown: a ``bar`` to update with the texts that are encoded.
+        pieces: counts the own pieces of the texts that are encoded.
 
     Yields:
         Each part in its order, its vectors, and how many of its texts are longer than what the model reads; None if that was not
@@ -181,7 +204,10 @@ def encode_parts(
         if shown is not None:
             shown.update(len(batch))
         if len(order) == len(part.texts):
-            yield part, _in_order([rows.matrix for rows in done], order), tokens.cut
+            matrix = _in_order([rows.matrix for rows in done], order)
+            if pieces is not None:
+                pieces.add_tokens(matrix, tokens)
+            yield part, matrix, tokens.cut
             done, order = [], []
 
 

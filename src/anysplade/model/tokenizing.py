@@ -45,6 +45,9 @@ class Tokens(Protocol):
     def batch(self, positions: np.ndarray) -> dict[str, Any]:
         """The model's inputs for some of the texts, on the CPU."""
 
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all tokens, (tokens,), one text after the other, and how many each text has, (texts,)."""
+
 
 class TextReader:
     """Reads the texts of a role for an encoder; made anew for each call, because limits and prompts can change."""
@@ -130,6 +133,9 @@ class _Tokenized(NamedTuple):
             features["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         return features | self.extras
 
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.values["input_ids"], self.lengths
+
     def _flat(self, taken: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
         """One row without padding, for flash attention."""
         ends = np.cumsum(lengths)[:-1]
@@ -160,6 +166,15 @@ class _Preprocessed:
 
     def batch(self, positions: np.ndarray) -> dict[str, Any]:
         return _preprocess(self._encoder, self._role, [self._texts[i] for i in positions])
+
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        features = self.batch(np.arange(len(self._texts)))
+        ids, mask, ends = (features.get(name) for name in ("input_ids", "attention_mask", "cu_seq_lens_q"))
+        assert ids is not None  # asked of encoders whose terms are tokens
+        if ends is not None:  # one row without padding
+            return ids[0].numpy(), ends.diff().numpy().astype(np.int64)
+        mask = torch.ones_like(ids) if mask is None else mask
+        return ids[mask.bool()].numpy(), mask.sum(dim=1).numpy()
 
 
 def count_truncated(encoder: SparseEncoder | SentenceTransformer, texts: Sequence[str], role: Role) -> Cut:

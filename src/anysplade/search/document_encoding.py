@@ -31,9 +31,10 @@ from anysplade._common.workers import count_gpus, devices_of_workers, take_devic
 from anysplade.data.corpus import Document
 from anysplade.errors import OptionError, worker_died
 from anysplade.model.encoder import open_encoder
-from anysplade.model.encoding import Encoded, Part, encode_parts
-from anysplade.model.modules import cut_within
+from anysplade.model.encoding import Encoded, Part, count_known, encode_parts
+from anysplade.model.modules import cut_within, is_splade
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
+from anysplade.model.own_words import PieceCounts
 from anysplade.model.pruning import prune
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference
@@ -89,6 +90,7 @@ class _Rows(NamedTuple):
 
     matrix: sparse.csr_matrix  # (documents, vocabulary)
     cut: Cut  # how many documents were cut
+    pieces: PieceCounts | None = None  # of texts without ids
 
 
 def encode_documents(
@@ -165,12 +167,15 @@ def encode_texts(
     cache: Path | None = None,
     progress: bool = False,
     what: str = "encoding documents",
+    pieces: PieceCounts | None = None,
 ) -> Encoded:
     """``encode_counted`` for documents, in several processes that each open the model of ``options``.
 
     Args:
         encoder: the same model, which counts the texts whose vectors are in the ``cache``.
+        pieces: counts the texts' own pieces.
     """
+    limits = limits_of(encoder, "document")
 
     def file(start: int) -> Path | None:
         return None if cache is None else cache / f"{start:012}.npz"
@@ -179,17 +184,22 @@ def encode_texts(
         for start in range(0, len(texts), PART):
             part, kept = _Texts(start, texts[start : start + PART]), file(start)
             known = None if kept is None else read_rows(kept)
-            yield part, None if known is None else _Rows(known, count_truncated(encoder, part.texts, "document"))
+            if known is None:
+                yield part, None
+            else:
+                yield part, _Rows(known, limits._replace(texts=count_known(encoder, part.texts, known, "document", pieces)))
 
     matrices, count = [], 0
     with bar(what, "text", len(texts), progress) as shown:
         for part, rows, is_new in _in_processes(jobs(), options, workers, batch_tokens):
             if is_new and (kept := file(part.start)) is not None:
                 write_rows(kept, rows.matrix)
+            if pieces is not None and rows.pieces is not None:
+                pieces.merge(rows.pieces)
             matrices.append(rows.matrix)
             count += rows.cut.texts
             shown.update(len(part.texts))
-    return Encoded(sparse.vstack(matrices, format="csr"), limits_of(encoder, "document")._replace(texts=count))
+    return Encoded(sparse.vstack(matrices, format="csr"), limits._replace(texts=count))
 
 
 def workers_for(documents: int) -> int:
@@ -234,8 +244,9 @@ def _rows(encoder: SparseEncoder, part: _Part | _Texts, matrix: sparse.csr_matri
 
 
 def _encode(encoder: SparseEncoder, part: _Part | _Texts, top_k: int | None, batch_tokens: int | None) -> _Rows:
-    ((_, matrix, longer),) = encode_parts(encoder, [_as_given(part)], "document", batch_tokens=batch_tokens)
-    return _rows(encoder, part, matrix, longer, top_k)
+    pieces = PieceCounts(encoder.get_embedding_dimension() or 0) if isinstance(part, _Texts) and is_splade(encoder) else None
+    ((_, matrix, longer),) = encode_parts(encoder, [_as_given(part)], "document", batch_tokens=batch_tokens, pieces=pieces)
+    return _rows(encoder, part, matrix, longer, top_k)._replace(pieces=pieces)
 
 
 # ------------------------------------------------------------------------------ where parts are encoded

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from anysplade._common.figures import draw
 from anysplade.errors import ExtraError
-from anysplade.evaluation.costs import COSTS
+from anysplade.evaluation.costs import COSTS, OWN_WORDS
 from anysplade.evaluation.runs import as_name
 from anysplade.model.head import RECORD
 from anysplade.model.rescaling import formula
@@ -55,6 +55,7 @@ def _section(result: dict[str, Any], figure: bool) -> str:
         ("Calibration of the MLM head", _calibrated(calibration)),
         ("Query active dims", f"{result['query_active_dims']:.0f} (training texts)"),
         ("Document active dims", f"{result['document_active_dims']:.0f} (training texts)"),
+        ("Own words kept, by idf", _own_words(result)),
         ("Data", f"`{config['data']}`, {result['pairs']:,} examples, SHA-256 `{result['data_hash'][:16]}`"),
         ("Objective", f"{config['objective']}, {config['regularizer']} regularizer"),
         ("Steps", f"{steps}, seed {config['seed']}, {result['processes']} process(es)"),
@@ -92,6 +93,12 @@ def _section(result: dict[str, Any], figure: bool) -> str:
         "</details>",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _own_words(result: Mapping[str, Any]) -> str:
+    """What the finished model's vectors keep of the training texts' words; queries that are their tokens lose none."""
+    found = ((plural, result[f"{role}_own_words"]) for role, plural in (("query", "queries"), ("document", "documents")))
+    return ", ".join(f"{share:.2f} of {plural}" for plural, share in found if share is not None) + " (training texts)"
 
 
 def _calibrated(calibration: Mapping[str, Any]) -> str:
@@ -153,7 +160,7 @@ def _table(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _metrics(evaluation: Mapping[str, Any]) -> list[str]:
     """The names of the measures; in JSON they lie beside the costs, and nothing else there is a float."""
-    return [name for name, value in evaluation.items() if isinstance(value, float) and name not in _COSTS]
+    return [name for name, value in evaluation.items() if isinstance(value, float) and name not in (*COSTS, *OWN_WORDS)]
 
 
 def _label(evaluation: Mapping[str, Any]) -> str:

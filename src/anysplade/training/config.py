@@ -16,7 +16,7 @@ OBJECTIVES = ("contrastive", "margin-mse", "kl", "teacher")
 
 _LOWEST: dict[str, float] = {  # allowed values of the numbers
     **dict.fromkeys(("negatives", "epochs", "learning_rate", "head_learning_rate", "seed"), 0),
-    **dict.fromkeys(("query_regularizer_weight", "document_regularizer_weight"), 0),
+    **dict.fromkeys(("query_regularizer_weight", "document_regularizer_weight", "own_words"), 0),
     **dict.fromkeys(("temperature", "kl_temperature", "teacher_temperature"), 1e-6),
     **dict.fromkeys(("steps", "mini_batch_size", "gradient_accumulation", "checkpoint_steps", "patience"), 1),
     **dict.fromkeys(("query_active_dims", "document_active_dims"), 1),
@@ -89,6 +89,8 @@ class TrainingConfig:
         document_regularizer_weight: the same for documents.
         query_active_dims: target for the mean number of terms in a query; sets the lambda during training.
         document_active_dims: the same for documents.
+        own_words: weight of a loss that asks each text's own word pieces to stay active, in proportion to their idf in the training
+            documents. Short trainings forget words that are in the text; 0 is off.
         regularizer: FLOPS, FLOPS weighted by document frequency (arXiv 2505.15070), or L1.
         on_collapse: warn and continue, stop, or restart with a stronger calibration of the head.
         max_length: tokens per text in training, at most the model's positions; the default is lowered to them. None: the
@@ -139,6 +141,7 @@ class TrainingConfig:
     document_regularizer_weight: float = 1e-3
     query_active_dims: float | None = None
     document_active_dims: float | None = None
+    own_words: float = 0.0
     regularizer: Regularizer = "flops"
     on_collapse: OnCollapse = "warn"
     max_length: int | None = 256

@@ -11,13 +11,15 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from anysplade.data.collections import Pair
-from anysplade.model.encoding import encode
+from anysplade.model.encoding import encode, encode_counted
 from anysplade.model.head import find_head
 from anysplade.model.modules import has_static_queries, masked_lm, set_lengths, splade_modules
 from anysplade.model.options import Role
+from anysplade.model.own_words import PieceCounts
 from anysplade.model.probe import PROBE_QUERIES
 from anysplade.model.tokenizing import count_truncated
 from anysplade.training.config import TrainingConfig
+from anysplade.training.own_words import ROLES, piece_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,23 @@ def warn_of_missed_targets(config: TrainingConfig, dims: tuple[float, float]) ->
 
 def active_dims(encoder: SparseEncoder, pairs: Sequence[Pair], progress: bool = False) -> tuple[float, float]:
     """Mean active dims of queries and of documents, over a sample of the training pairs."""
-    what = "counting the active dims of"
-    queries = encode(encoder, _texts(pairs, "query"), "query", progress=progress, what=f"{what} queries")
-    documents = encode(encoder, _texts(pairs, "document"), "document", progress=progress, what=f"{what} documents")
-    return queries.nnz / queries.shape[0], documents.nnz / documents.shape[0]
+    queries, documents, _ = sample_statistics(encoder, pairs, progress)
+    return queries, documents
+
+
+def sample_statistics(
+    encoder: SparseEncoder, pairs: Sequence[Pair], progress: bool = False
+) -> tuple[float, float, dict[Role, float | None]]:
+    """``active_dims``, and own words kept by role, over the same sample; the idf is that of the training."""
+    weights = piece_weights(encoder, pairs)
+    dims, own = [], {}
+    for role in ROLES:
+        pieces = PieceCounts(encoder.get_embedding_dimension() or 0)
+        what = f"counting the active dims of {'queries' if role == 'query' else 'documents'}"
+        vectors = encode_counted(encoder, _texts(pairs, role), role, progress=progress, what=what, pieces=pieces).matrix
+        dims.append(vectors.nnz / vectors.shape[0])
+        own[role] = pieces.share(weights[role].numpy()) if role in weights else None
+    return dims[0], dims[1], own
 
 
 def batch_target(encoder: SparseEncoder, pairs: Sequence[Pair], lengths: Sequence[int], role: Role, target: float) -> float:

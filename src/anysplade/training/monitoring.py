@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from anysplade.training.own_words import BatchPieces
+
 logger = logging.getLogger(__name__)
 
 OBSERVATIONS = 200  # at most per run, evenly spaced
@@ -25,9 +27,11 @@ _ALIKE = 0.8  # cosine within queries and within documents, above which vectors 
 _FLAT = 0.1  # standard deviation of scores, as a share of their mean, below which all documents score the same
 _SATURATED = 3.0  # loss, as a multiple of the loss of guessing, above which the softmax counts as saturated
 _SETTLED = 10  # observations during which such a loss is normal
+_WORDS = 0.6  # share of own words, below which a model that began above has lost them
 _CALIBRATE = "calibrate the head (`k=auto` `shift=auto`, the default), or more strongly with `on_collapse=recalibrate`"
 _LIGHTER = "lower the regularizer weights or raise the target of active dims"
 _RAISE = "the head starts with no term above zero, whatever the regularizer: lower `shift`, or leave it to auto"
+_KEEP = "give `own_words` a weight, such as 1, or lower the regularizer weights"
 _SLOWER = "lower the learning rate, and calibrate the head (`k=auto` `shift=auto`)"
 
 
@@ -49,6 +53,8 @@ class Observation:
     dead_share: float  # share of the vocabulary that no document used in the last 50 observations
     always_on_share: float  # terms in every document of the batch, as a share of a document's active dims
     gradient_norm: float | None = None  # before clipping, from the trainer's log
+    query_own_words: float | None = None  # share of the queries' own word pieces that are active, by idf; None if not observed
+    document_own_words: float | None = None  # the same for documents
 
 
 class Pending:
@@ -70,17 +76,26 @@ class Pending:
     def read(self) -> Observation:
         if self._copied is not None:
             self._copied.synchronize()
-        loss, *others = self._statistics.tolist()
-        return Observation(self.step, loss, self._chance, *others)
+        loss, *others, query_own, document_own = self._statistics.tolist()
+        own = [None if math.isnan(share) else share for share in (query_own, document_own)]
+        seen = Observation(self.step, loss, self._chance, *others)
+        return replace(seen, query_own_words=own[0], document_own_words=own[1])
 
 
 @torch.no_grad()
 def observe(
-    embeddings: Sequence[Tensor], loss: Tensor, last_used: Tensor, step: int, count: int, contrastive: bool = True
+    embeddings: Sequence[Tensor],
+    loss: Tensor,
+    last_used: Tensor,
+    step: int,
+    count: int,
+    contrastive: bool = True,
+    own_words: Tensor | None = None,
 ) -> Pending:
     """Compute the statistics of observation number ``count``, of queries, positives and any negatives, (n, vocabulary) each.
 
     ``last_used``, (vocabulary,), has the number of the observation in which a document last used each term; it is updated.
+    ``own_words``, (2,), are those that queries and documents keep; NaN or None if not known.
     """
     queries, positives = embeddings[0].float(), embeddings[1].float()
     documents = torch.cat([embedding.float() for embedding in embeddings[1:]])
@@ -103,6 +118,7 @@ def observe(
             right.mean() - (scores.sum() - right.sum()) / max(1, scores.numel() - n),
             (last_used < count - _MEMORY).float().mean(),
             (used == m).sum() / (used.sum() / m).clamp(min=1),
+            *(queries.new_full((2,), math.nan) if own_words is None else own_words.float()),
         ]
     )
     return Pending(step, math.log(m) if contrastive else None, statistics)
@@ -118,7 +134,7 @@ def _similarity(vectors: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- diagnosis
 
-Name = Literal["constant vectors", "all zero", "all dense", "divergence", "dead vocabulary", "saturated softmax"]
+Name = Literal["constant vectors", "all zero", "all dense", "divergence", "dead vocabulary", "saturated softmax", "words lost"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +205,15 @@ def _check(observations: Sequence[Observation], vocabulary: int) -> list[Finding
         add("saturated softmax", evidence, _CALIBRATE, True)
     if all_of("dead_share", low=0.995):
         add("dead vocabulary", f"{now.dead_share:.1%} of the terms are used by no recent document", _LIGHTER, False)
+    for role, plural in (("query", "queries"), ("document", "documents")):
+        name = f"{role}_own_words"
+        first, shares = getattr(observations[0], name), [getattr(seen, name) for seen in window]
+        is_dense = getattr(observations[0], f"{role}_active_dims") > 0.5 * vocabulary  # and has any word by chance
+        lost = all(share is not None and share < _WORDS for share in shares)
+        if first is not None and first >= _WORDS and lost and not is_dense:
+            evidence = f"{plural} keep {shares[-1]:.0%} of their own words by idf, {first:.0%} at the start"
+            add("words lost", evidence, _KEEP, False)
+            break
     return found
 
 
@@ -199,18 +224,26 @@ class Monitor(TrainerCallback, ExportableState):
     """Observes a run's batches, reports findings, and with ``stop`` ends the run on collapse.
 
     ``see`` is the observer of the ranking loss, for ``ObservedLoss``; if it is ``contrastive``, the loss of guessing is known.
-    Only the terms with the ids ``live`` are observed. With several processes, each observes the whole batch, so all have the same
-    findings. An observation is read at the end of the next step, or when it is logged or stored, so that no step waits for its
-    own numbers; a finding is reported, and a run stopped, as late as that.
+    Only the terms with the ids ``live`` are observed, and own words only with ``pieces``. With several processes, each observes
+    the whole batch, so all have the same findings. An observation is read at the end of the next step, or when it is logged or
+    stored, so that no step waits for its own numbers; a finding is reported, and a run stopped, as late as that.
     """
 
-    def __init__(self, vocabulary: int, stop: bool = False, contrastive: bool = True, live: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        stop: bool = False,
+        contrastive: bool = True,
+        live: Tensor | None = None,
+        pieces: BatchPieces | None = None,
+    ) -> None:
         self.observations: list[Observation] = []
         self.findings: list[Finding] = []
         self.live = live
         self.vocabulary = vocabulary if live is None else len(live)
         self.stop = stop
         self.contrastive = contrastive
+        self.pieces = pieces
         self._pending: list[Pending] = []
         self._last_used: Tensor | None = None
         self._due = False
@@ -234,15 +267,17 @@ class Monitor(TrainerCallback, ExportableState):
             return
         self._due = False
         loss = torch.stack(list(loss.values())).sum() if isinstance(loss, dict) else loss
+        own = None if self.pieces is None else self.pieces.kept(embeddings)
         if get_world_size() > 1:
             embeddings = [all_gather(embedding.detach().contiguous()) for embedding in embeddings]
             loss = all_gather(loss.detach().reshape(1)).mean()
+            own = None if own is None else all_gather(own[None]).mean(dim=0)
         if self.live is not None:
             embeddings = [embedding[:, self.live] for embedding in embeddings]
         if self._last_used is None:
             self._last_used = torch.full((embeddings[0].shape[1],), len(self.observations), device=embeddings[0].device)
         count = len(self.observations) + len(self._pending)
-        self._pending.append(observe(embeddings, loss, self._last_used, self._step, count, self.contrastive))
+        self._pending.append(observe(embeddings, loss, self._last_used, self._step, count, self.contrastive, own))
 
     def _read(self, before: float = math.inf) -> None:
         """Read the pending observations of steps before this one, and look for findings after each."""

@@ -36,7 +36,7 @@ from anysplade.training.card import CARD_FILES, write_card
 from anysplade.training.config import TrainingConfig
 from anysplade.training.devices import more_gpus
 from anysplade.training.inputs import DATA, Inputs, batch_teacher, input_files, read_inputs
-from anysplade.training.level import active_dims, trim_level, warn_of_missed_targets
+from anysplade.training.level import sample_statistics, trim_level, warn_of_missed_targets
 from anysplade.training.monitoring import Monitor, renamed_findings
 from anysplade.training.steps import matrix_products
 from anysplade.training.trainer import make_trainer, start_encoder, training_arguments
@@ -71,6 +71,8 @@ class TrainingResult(Tabular):
     provenance: dict[str, Any]  # versions, commit, hardware, command
     ranking_loss: dict[str, dict[str, float]] | None = None  # mean over the first and the last tenth of the steps
     max_seq_length: int | None = None  # tokens of a document that the finished model reads
+    query_own_words: float | None = None  # share of their own words that queries keep, by idf, over the sample of the active dims
+    document_own_words: float | None = None  # the same for documents
     matrix_products: str | None = None  # their format in training: bfloat16, tf32 or float32; older records lack it
 
 
@@ -274,8 +276,8 @@ def _measured(
     encoder, pairs, state = attempt.encoder, inputs.pairs, attempt.trainer.state
     set_lengths(encoder, attempt.lengths)  # to measure what an index will have
     trim = trim_level(encoder, pairs, (config.query_active_dims, config.document_active_dims), progress)
-    dims = active_dims(encoder, pairs, progress)
-    warn_of_missed_targets(config, dims)
+    *dims, own = sample_statistics(encoder, pairs, progress)
+    warn_of_missed_targets(config, (dims[0], dims[1]))
     dev = None
     if inputs.dev is not None:
         from anysplade.evaluation.evaluations import evaluate
@@ -302,6 +304,8 @@ def _measured(
         provenance=provenance(),
         ranking_loss=_ranking_loss(state.log_history),
         max_seq_length=splade_modules(encoder)[0].max_seq_length,
+        query_own_words=own["query"],
+        document_own_words=own["document"],
         matrix_products=matrix_products(config.precision, attempt.trainer.args.device),
     )
 

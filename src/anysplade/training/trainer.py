@@ -34,6 +34,7 @@ from anysplade.training.level import batch_target
 from anysplade.training.monitoring import Monitor
 from anysplade.training.objectives import make_loss
 from anysplade.training.observers import ObservedLoss
+from anysplade.training.own_words import BatchPieces, OwnWordsLoss, piece_weights
 from anysplade.training.regularization import ActiveDimsController
 from anysplade.training.steps import Steps
 from anysplade.training.teacher_scores import BatchTeacher
@@ -131,8 +132,12 @@ def make_trainer(
     if config.head_learning_rate is not None:
         arguments.learning_rate_mapping = {_head_parameters(loss, model): config.head_learning_rate}
     contrastive = list(parse_objective(config.objective)) == ["contrastive"]
-    monitor = Monitor(encoder.get_embedding_dimension() or 0, config.on_collapse != "warn", contrastive, live_terms(model))
+    pieces = BatchPieces(piece_weights(encoder, pairs))
+    monitor = Monitor(encoder.get_embedding_dimension() or 0, config.on_collapse != "warn", contrastive, live_terms(model), pieces)
     loss.loss = ObservedLoss(loss.loss, monitor.see)
+    if config.own_words:
+        loss.loss = OwnWordsLoss(loss.loss, pieces, config.own_words)
+    loss.register_forward_pre_hook(pieces.read)
     roles: tuple[tuple[Role, float | None], ...] = (("query", config.query_active_dims), ("document", config.document_active_dims))
     targets = [target and batch_target(encoder, pairs, lengths, role, target) for role, target in roles]
     # The controller replaces the ramp of regularizer weights that the trainer would add by itself.
