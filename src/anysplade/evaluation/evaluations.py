@@ -38,9 +38,9 @@ class Evaluation(Tabular):
 
     model: str  # as the caller named it
     collection: str  # its name
-    kind: Literal["sparse", "dense", "bm25", "run"]  # of model
+    kind: Literal["sparse", "dense", "bm25", "run", "fusion", "reranked"]  # of model
     metrics: dict[str, float]  # mean over the judged queries, by name
-    query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for BM25 and run files
+    query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for the other kinds
     document_active_dims: float | None  # the same for documents
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
     cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
@@ -166,11 +166,15 @@ def evaluate(
         **ranked,
     )
     if output is not None:
-        folder = user_path(output)
-        write_run(folder / "run.trec", evaluation.run, str(model))
-        write_atomic(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
-        write_record(folder / "evaluation.json", evaluation.to_dict())
+        write_evaluation(user_path(output), evaluation)
     return evaluation
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write the run, the values by query and the JSON of an evaluation."""
+    write_run(folder / "run.trec", evaluation.run, evaluation.model)
+    write_atomic(folder / "per_query.json", json.dumps(evaluation.per_query, indent=1) + "\n")
+    write_record(folder / "evaluation.json", evaluation.to_dict())
 
 
 def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:
