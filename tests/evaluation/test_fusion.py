@@ -5,6 +5,7 @@ from sentence_transformers import CrossEncoder
 from torch import nn
 
 from anysplade import evaluate, evaluate_all
+from anysplade.cli import main
 from anysplade.data.collections import load_collection
 from anysplade.errors import OptionError
 from anysplade.evaluation.runs import read_run, write_run
@@ -70,6 +71,18 @@ def test_means_over_collections(runs, collection_folder):
     found = evaluate_all(runs, [collection_folder, other], "nDCG@10", fuse="wsum")
     assert [mean["model"] for mean in found.means] == [evaluation.model for evaluation in found.evaluations[:3]]
     assert found.means[2]["nDCG@10"] == pytest.approx(found.evaluations[2].metrics["nDCG@10"])
+
+
+def test_commands(runs, collection_folder, teachers, capsys):
+    """The notes give the cost by part; compare has the row too."""
+    options = ["--metrics", "RR@10", "--fuse", "rrf", "--rerank", teachers["cross-encoder"], "--rerank-depth", "2"]
+    assert main(["evaluate", *runs, str(collection_folder), *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "on tiny: FLOPS – + – " in printed
+    assert "FLOPS – + –, and the cross-encoder's reading of 2 pairs per query" in printed
+    assert main(["compare", *runs, "--collection", str(collection_folder), "--fuse", "wsum", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["kind"] for row in found["evaluations"]] == ["run", "run", "fusion"]
 
 
 @pytest.mark.parametrize(

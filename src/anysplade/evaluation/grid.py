@@ -23,6 +23,7 @@ from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
 from anysplade.model.options import Precision, Runtime, checked_option
 from anysplade.search.fusion import Fusion
+from anysplade.search.languages import language_name
 from anysplade.search.reranking import checked_depth, open_reranker
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def evaluate_all(
     if not models or not collections:
         raise OptionError("name at least one model and one collection")
     parse_metrics(metrics)  # fail before the collections are read
+    language_name(language)
     fuse, depth = checked_option("fuse", fuse, Fusion | None), checked_depth(rerank_depth)
     if fuse is not None and len(models) < 2:
         raise OptionError("`fuse` needs two models or more; name another one, such as bm25")

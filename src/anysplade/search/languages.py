@@ -70,15 +70,15 @@ _ENOUGH_LONG, _ENOUGH_ENGLISH = 0.07, 0.03  # the same for the longer lists of b
 def language_name(language: str) -> str:
     """The name of a language by its English name or ISO 639-1 code, in any case, "none" or "auto"; otherwise an OptionError."""
     require("language", language, str, f"give a name or a code, {AUTO!r} or {NONE!r}")
-    known = {AUTO: AUTO, NONE: NONE} | {name: name for name in _NAMES.values()} | _NAMES
-    name = known.get(language.lower())
-    if name is None or name not in (AUTO, NONE, *_algorithms(), *_lists()):
+    names = sorted(_algorithms() | _lists().keys())
+    known = {name: name for name in (AUTO, NONE, *names)} | {code: name for code, name in _NAMES.items() if name in names}
+    if language.lower() not in known:
         hint = did_you_mean(language, known, 0.7)
         raise OptionError(
             f"`language` is {language!r}: BM25 has no stemmer and no stop words for it{hint or '; '}"
-            f"{' else ' if hint else ''}give {AUTO!r}, {NONE!r} or one of {', '.join(sorted(set(_NAMES.values())))}"
+            f"{' else ' if hint else ''}give {AUTO!r}, {NONE!r} or one of {', '.join(names)}"
         )
-    return name
+    return known[language.lower()]
 
 
 def stop_words(language: str) -> list[str]:
