@@ -12,8 +12,8 @@ from anysplade._common.extras import extra
 from anysplade.errors import OptionError
 
 with extra("evaluation"):
-    import bm25s.stopwords
     import Stemmer
+    from bm25s import stopwords
 
 AUTO, NONE = "auto", "none"  # the language of the texts; no stemmer and no stop words
 
@@ -138,16 +138,16 @@ def _shares(texts: Sequence[str]) -> dict[str, float]:
 @functools.cache
 def _word_lists() -> dict[str, frozenset[str]]:
     """The frequent words of each language."""
-    lists = _lists() | {"english": frozenset(bm25s.stopwords.STOPWORDS_EN_PLUS)}  # the other is much shorter than other languages'
+    lists = _lists() | {"english": frozenset(stopwords.STOPWORDS_EN_PLUS)}  # the other is much shorter than other languages'
     return lists | {language: frozenset(words.split()) for language, words in _FREQUENT.items()}
 
 
 @functools.cache
 def _lists() -> dict[str, frozenset[str]]:
     """The stop words of bm25s by the name of the language."""
-    found = {name.removeprefix("STOPWORDS_").lower(): words for name, words in vars(bm25s.stopwords).items() if name.isupper()}
+    found = {name.removeprefix("STOPWORDS_").lower(): words for name, words in vars(stopwords).items() if name.isupper()}
     lists = {name: frozenset(found[name]) for name in set(_NAMES.values()) & found.keys()}
-    return lists | {"english": frozenset(bm25s.stopwords.STOPWORDS_EN)}
+    return lists | {"english": frozenset(stopwords.STOPWORDS_EN)}
 
 
 @functools.cache
