@@ -236,3 +236,19 @@ def test_faults(backbone, collection_folder, tmp_path, cross_encoder):
         score(str(tmp_path / "n.jsonl"), tmp_path / "untrained.jsonl", teacher=backbone)
     with pytest.raises(ModelError, match="no such model folder"):
         score(str(tmp_path / "n.jsonl"), tmp_path / "c.jsonl", teacher=str(tmp_path / "nowhere"))
+
+
+def test_the_language_of_bm25(tmp_path):
+    """It is that of the documents, and recorded unless it is English, which earlier records do not have."""
+    german = ["Der Hund schläft nicht im Haus", "Die Katzen sind auf dem Dach", "Das Dach ist mit der Zeit alt geworden"]
+    queries = ["Häuser", "Dächer", "Alte"]
+    rows = [json.dumps({"query": query, "positive": text}) for query, text in zip(queries, german, strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    mined = mine(str(tmp_path / "pairs.jsonl"), tmp_path / "auto.jsonl", negatives=1, margin=0)
+    assert mined.about["language"] == "german"
+    assert [row["query"] for row in read(tmp_path / "auto.jsonl")] == ["Dächer"]
+    scored = score(str(tmp_path / "auto.jsonl"), tmp_path / "scored.jsonl", teacher="bm25", language="en")
+    assert "language" not in scored.about
+    assert read(tmp_path / "scored.jsonl")[0]["scores"] == [0, 0]
+    with pytest.raises(OptionError, match="did you mean german"):
+        mine(str(tmp_path / "pairs.jsonl"), tmp_path / "other.jsonl", negatives=1, language="germn")

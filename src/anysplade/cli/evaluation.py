@@ -13,6 +13,7 @@ from anysplade.cli.app import Result, command, is_first_process
 from anysplade.cli.library import options_of
 from anysplade.cli.rendering import evaluation_table, markdown, snippet, table
 from anysplade.errors import OptionError
+from anysplade.search.fusion import Fusion
 
 if TYPE_CHECKING:
     from anysplade.evaluation.comparisons import Comparison
@@ -41,12 +42,17 @@ def evaluate(
         seeds: the sparse models differ only in their seed: show mean and standard deviation, and test the mean against the first
             model, such as bm25, over seeds and queries together.
         curve: prune documents and queries to their largest weights, and show the effect on effectiveness and cost.
+        fuse: add the models' rankings fused into one: rrf by their ranks, wsum by their scores.
+        rerank: folder or hub id of a cross-encoder; adds each row re-ranked by it.
+        rerank_depth: documents per query that it reads, the first ones.
         runtime: for encoding; auto is openvino where it is installed and can run the model and there are 100 texts or more, which
             is faster and as exact.
         precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
         batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU by its memory.
         out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
+        language: of bm25's stemmer and stop words, by its English name or ISO 639-1 code; auto is that of most documents, none is
+            neither.
         cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
     from anysplade._common.files import write_atomic
@@ -67,7 +73,14 @@ def evaluate(
 
 
 @command
-def compare(*runs: str, collection: str, metrics: list[str] | None = None, split: str = "test") -> Result:
+def compare(
+    *runs: str,
+    collection: str,
+    metrics: list[str] | None = None,
+    split: str = "test",
+    language: str = "auto",
+    fuse: Fusion | None = None,
+) -> Result:
     """Compare run files on a collection: each with the first one, with paired tests and the queries that changed most.
 
     Args:
@@ -75,10 +88,12 @@ def compare(*runs: str, collection: str, metrics: list[str] | None = None, split
         collection: the collection of the runs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
+        language: of bm25, if that is among the models; see evaluate.
+        fuse: compare the runs fused into one too: rrf by their ranks, wsum by their scores.
     """
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
-    found, shown = _evaluated(runs, [collection], metrics, split=split)
+    found, shown = _evaluated(runs, [collection], metrics, split=split, language=language, fuse=fuse)
     return Result(found.to_dict(), [*evaluations_parts(found, shown), *_detail_parts(found, shown)])
 
 
@@ -107,6 +122,7 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         parts.append(Text(f"{collection}: {counted(count, 'query')} {one if count == 1 else many}"))
     for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
         parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
+    parts += [Text(_cost_note(row)) for row in rows if row["kind"] in ("fusion", "reranked")]
     if hidden := [name for name in found.evaluations[0].metrics if name not in metrics]:
         parts.append(Text(f"{', '.join(hidden)}: not shown, since it is 1 if a ranking has all documents; the JSON has it"))
     if compared := [comparison for comparison in found.comparisons if comparison.metric in metrics]:
@@ -121,6 +137,14 @@ def _seed_line(over: "SeedComparison") -> str:
         f"mean of {over.seeds} seeds against {over.baseline} on {over.collection}, tested over seeds and queries: {over.metric} "
         f"{over.difference:+.3f}{interval}, p {over.p:.2g}, Holm {over.p_corrected:.2g}: {over.verdict}"
     )
+
+
+def _cost_note(row: dict[str, Any]) -> str:
+    """What searching costs if a row is made of others."""
+    flops = " + ".join("–" if part["flops"] is None else f"{part['flops']:,.1f}" for part in row["cost"]["parts"])
+    pairs = row["cost"].get("pairs_per_query")
+    read = "" if pairs is None else f", and the cross-encoder's reading of {pairs:,.0f} pairs per query"
+    return f"{row['model']} on {row['collection']}: FLOPS {flops}{read}"
 
 
 def _detail_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:

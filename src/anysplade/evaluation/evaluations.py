@@ -26,6 +26,7 @@ from anysplade.model.options import Precision, Runtime, checked_batch_tokens, ch
 from anysplade.model.pruning import prune
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings
+from anysplade.search.languages import language_name
 
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept per document
 _CURVE_QUERIES = (4, 8, 16, 32)  # terms kept per query
@@ -37,9 +38,9 @@ class Evaluation(Tabular):
 
     model: str  # as the caller named it
     collection: str  # its name
-    kind: Literal["sparse", "dense", "bm25", "run"]  # of model
+    kind: Literal["sparse", "dense", "bm25", "run", "fusion", "reranked"]  # of model
     metrics: dict[str, float]  # mean over the judged queries, by name
-    query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for BM25 and run files
+    query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for the other kinds
     document_active_dims: float | None  # the same for documents
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
     query_own_words: float | None = None  # share of the queries' own word pieces that are active in their vectors, by idf
@@ -47,6 +48,7 @@ class Evaluation(Tabular):
     cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
     precision: str | None = None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
     runtime: str | None = None  # torch or openvino; None for BM25 and run files
+    language: str | None = None  # of BM25's stemmer and stop words, "none" for neither; None for other models
     queries: int  # number of judged queries
     documents: int  # number of documents in the corpus
     cut: dict[str, Any] | None = None  # by role: the number of texts that are longer than max_length tokens and were cut
@@ -85,6 +87,7 @@ def evaluate(
     precision: Precision = "float32",
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    language: str = "auto",
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -108,6 +111,8 @@ def evaluate(
         precision: of encoding; see ``for_inference``. All but float32 are approximations.
         max_length: tokens after which a text is cut; see ``open_encoder``. It has no effect on a loaded encoder.
         batch_tokens: tokens per batch of a sparse encoder; see ``encode``.
+        language: of BM25's stemmer and stop words, as an English name or an ISO 639-1 code; ``"auto"`` is the language of most
+            documents, told by their words and scripts, ``"none"`` is no stemmer and no stop words.
         cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
             evaluation resumes.
         progress: show progress bars.
@@ -121,7 +126,7 @@ def evaluate(
     """
     if isinstance(model, list | tuple):
         raise OptionError(f"`model` is a {type(model).__name__}; give one model, or several to anysplade.evaluate_all")
-    measures = parse_metrics(metrics)
+    measures, language = parse_metrics(metrics), language_name(language)
     depth, max_length = checked_option("depth", depth, int), checked_option("max_length", max_length, int | None)
     if depth < 1:
         raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
@@ -133,7 +138,8 @@ def evaluate(
         raise DataError(f"{collection.name}: needs at least one document, one query and one judgement")
     if output is not None:
         require_trec_ids(collection)
-    ranker = Ranker(collection, depth, runtime, precision, max_length, checked_batch_tokens(batch_tokens), cache, progress)
+    batch_tokens = checked_batch_tokens(batch_tokens)
+    ranker = Ranker(collection, depth, runtime, precision, max_length, batch_tokens, cache, progress, language)
     if is_built_in(model, *BM25_NAMES):
         ranked = ranker.by_bm25(str(model))
     elif isinstance(model, str | Path) and user_path(model).is_file():
@@ -163,11 +169,15 @@ def evaluate(
         **ranked,
     )
     if output is not None:
-        folder = user_path(output)
-        write_run(folder / "run.trec", evaluation.run, str(model))
-        write_atomic(folder / "per_query.json", json.dumps(per_query, indent=1) + "\n")
-        write_record(folder / "evaluation.json", evaluation.to_dict())
+        write_evaluation(user_path(output), evaluation)
     return evaluation
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write the run, the values by query and the JSON of an evaluation."""
+    write_run(folder / "run.trec", evaluation.run, evaluation.model)
+    write_atomic(folder / "per_query.json", json.dumps(evaluation.per_query, indent=1) + "\n")
+    write_record(folder / "evaluation.json", evaluation.to_dict())
 
 
 def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> list[dict[str, Any]]:

@@ -17,11 +17,15 @@ from anysplade.data.collections import Collection, collection_names, load_collec
 from anysplade.data.names import PYTHON_DOCS
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import Comparison, compare_each
-from anysplade.evaluation.evaluations import Evaluation, curve, evaluate
+from anysplade.evaluation.evaluations import Evaluation, curve, evaluate, write_evaluation
+from anysplade.evaluation.fusion import evaluate_fused, evaluate_reranked
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
 from anysplade.evaluation.seeds import SeedComparison, compare_seeds
-from anysplade.model.options import Precision, Runtime
+from anysplade.model.options import Precision, Runtime, checked_option
+from anysplade.search.fusion import Fusion
+from anysplade.search.languages import language_name
+from anysplade.search.reranking import checked_depth, open_reranker
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,10 +68,14 @@ def evaluate_all(
     split: str = "test",
     seeds: bool = False,
     curves: bool = False,
+    fuse: Fusion | None = None,
+    rerank: str | None = None,
+    rerank_depth: int = 100,
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    language: str = "auto",
     output: str | Path | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -83,21 +91,31 @@ def evaluate_all(
         seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added,
             and, if the first model is none of them, a test of their mean against it over seeds and queries together.
         curves: add effectiveness against cost by pruning; see ``curve``.
+        fuse: add the fusion of the models' runs on each collection: "rrf", reciprocal rank fusion, or "wsum", the mean of the
+            scores, each ranking's scaled to [0, 1]; see ``evaluate_fused``.
+        rerank: a cross-encoder's folder or hub id; adds each model, and their fusion, re-ranked by it; see ``evaluate_reranked``.
+        rerank_depth: documents per query that the cross-encoder reads, the first ones.
         output: a folder; several evaluations each get a subfolder.
 
-    ``split``, ``runtime``, ``precision``, ``max_length``, ``batch_tokens`` and ``cache`` are as in ``evaluate``. A collection named
-    twice is evaluated once. Collections of the same name are told apart by the shortest part of their paths that differs.
+    ``split``, ``runtime``, ``precision``, ``max_length``, ``batch_tokens``, ``language`` and ``cache`` are as in ``evaluate``. A
+    collection named twice is evaluated once. Collections of the same name are told apart by the shortest part of their paths that
+    differs.
 
     Raises:
-        OptionError: there is no model or no collection.
+        OptionError: there is no model or no collection, or a single model to fuse.
         AnyspladeError: as in ``evaluate``.
     """
     models, collections, metrics = _as_list(models), _as_list(collections), _as_list(metrics)
     if not models or not collections:
         raise OptionError("name at least one model and one collection")
     parse_metrics(metrics)  # fail before the collections are read
+    language_name(language)
+    fuse, depth = checked_option("fuse", fuse, Fusion | None), checked_depth(rerank_depth)
+    if fuse is not None and len(models) < 2:
+        raise OptionError("`fuse` needs two models or more; name another one, such as bm25")
+    reranker = None if rerank is None else open_reranker(rerank, max_length)
     loaded = _load(collections, split, progress)
-    single = len(models) * len(loaded) == 1
+    single = len(models) * len(loaded) == 1 and rerank is None
     folder = None if output is None else user_path(output)
     places = [as_name(collection.name) for collection in loaded]
     if len({place.lower() for place in places}) < len(places):
@@ -115,6 +133,7 @@ def evaluate_all(
                 precision=precision,
                 max_length=max_length,
                 batch_tokens=batch_tokens,
+                language=language,
                 cache=cache,
                 progress=progress,
             )
@@ -122,10 +141,20 @@ def evaluate_all(
                 points = curve(evaluation, collection)
                 drawn.append({"model": evaluation.model, "collection": evaluation.collection, "points": points})
             evaluations.append(evaluation)
+        rows = evaluations[-len(models) :]
+        if fuse is not None:
+            rows.append(evaluate_fused(rows, collection, fuse))
+        if rerank is not None and reranker is not None:
+            rows += [evaluate_reranked(row, collection, reranker, rerank, depth, progress) for row in rows]
+        for i, made in enumerate(rows[len(models) :], len(models) + 1):
+            if folder is not None:
+                write_evaluation(folder / place / f"{i}-{as_name(made.model)}", made)
+            evaluations.append(made)
     comparisons = compare_each(evaluations, {collection.name: collection for collection in loaded})
     means = _over_seeds(evaluations) if seeds else []
     if len(loaded) > 1:
-        means += [_over_collections(evaluations[i :: len(models)]) for i in range(len(models))]
+        each = len(evaluations) // len(loaded)
+        means += [_over_collections(evaluations[i::each]) for i in range(each)]
     result = Evaluations(evaluations, comparisons, means, drawn, compare_seeds(evaluations) if seeds else [])
     if folder is not None and (not single or curves):
         write_record(folder / "evaluations.json", result.to_dict())

@@ -12,7 +12,8 @@ def fuse(rankings: Sequence[Mapping[str, float]], method: Fusion) -> dict[str, f
     """The fused score of each document that is in one of the rankings, which map ids to scores, the best first; best first.
 
     rrf is the sum of 1 / (60 + rank). wsum is the mean of the scores, each ranking's scaled to [0, 1] by its lowest and highest;
-    a document that a ranking lacks has 0 there. Ties keep the order of first appearance.
+    a document that a ranking lacks has 0 there. These are ranx's ``rrf``, and ``wsum`` with ``norm="min-max"`` and equal weights
+    (Bassani and Romelli, CIKM 2022). Ties keep the order of first appearance.
     """
     fused: dict[str, float] = {}
     for ranking in rankings:

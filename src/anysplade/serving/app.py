@@ -201,6 +201,7 @@ def serve(
     model: str | Path | None = None,
     runtime: Runtime = "auto",
     precision: Precision = "float32",
+    language: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
@@ -209,6 +210,8 @@ def serve(
 
     Args:
         index, beside, model, runtime, precision: see ``Searcher``.
+        language: of BM25's stemmer and stop words, by its English name or ISO 639-1 code; auto is that of most documents, none
+            is neither.
         host: an address of this machine; an address that other machines can reach needs a token.
         port: 0 for any free port.
         token: see ``create_app``.
@@ -219,7 +222,7 @@ def serve(
     if token is not None and (len(token) < 16 or not token.isascii()):
         raise OptionError("the token can be guessed; it needs at least 16 ASCII characters")
     with _listen(host, port) as listener:
-        searcher = Searcher(index, beside, model, runtime=runtime, precision=precision)
+        searcher = Searcher(index, beside, model, runtime=runtime, precision=precision, language=language)
         app = create_app(searcher, token, _LOOPBACK if name in _LOOPBACK else None)
         address = f"http://{name}:{listener.getsockname()[1]}"
         logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, searcher.documents, address)
