@@ -2,7 +2,7 @@
 
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from anysplade.search.database import BATCH
 from anysplade.search.document_encoding import Options
 from anysplade.search.index import Changes, Index, read_about, write_about
 from anysplade.search.index_model import IndexModel, describe_model, describe_place, described_places
+from anysplade.search.lexical import average_length
 from anysplade.search.store import Store
 
 _LARGE = 10_000  # documents whose engine takes seconds to build
@@ -28,13 +29,14 @@ _LARGE = 10_000  # documents whose engine takes seconds to build
 Corpus = str | Path | Mapping[str, Document]
 
 
-def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any) -> Index:
-    """``Index.build`` with checked arguments; ``encoding`` is for ``encode_documents``."""
+def build_index(corpus: Corpus, output: Path, options: Options, lexical: dict[str, Any], **encoding: Any) -> Index:
+    """``Index.build`` with checked arguments; ``lexical`` has those two by name, ``encoding`` is for ``encode_documents``."""
     wanted = describe_model(options.model, output) | {
         **(describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
         "precision": options.precision,
         "top_k": options.top_k,
         "max_length": options.max_length,
+        **lexical,
     }
     with only_process(beside(output, "{}.parts")):  # not in the folder, where the store has its own lock
         about = _existing(output, wanted)
@@ -73,7 +75,7 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         if not all(name in ("shards", "engine") or name.startswith("documents.sqlite") for name in names):  # of a stopped build
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
-    about = read_about(output)
+    about = {"with_bm25": False} | read_about(output)
     same = {"model_beside", "corpus_beside"}
     if _is_same_corpus(about, wanted, output):
         same.add("corpus")
@@ -101,7 +103,7 @@ def _build(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Option
     is_new = not output.exists() or not any(output.iterdir())
     index = None
     try:
-        index = _begin(output, wanted, options)
+        index = _begin(corpus, output, wanted, options, encoding["progress"])
         _make_equal(index, corpus, **encoding)
     except AnyspladeError:
         if is_new and not (index and len(index)):  # encoded documents are kept: they can have taken hours
@@ -115,12 +117,15 @@ def _build(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Option
     return index
 
 
-def _begin(output: Path, wanted: dict[str, Any], options: Options) -> Index:
+def _begin(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Options, progress: bool) -> Index:
     """The unfinished index in the folder, or a new one."""
     if (output / "index.json").exists():
         return Index(output, IndexModel(read_about(output), output, options.model, options.runtime))
     encoder = open_encoder(options.model, max_length=options.max_length)
     about = wanted | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
+    if wanted["with_bm25"]:
+        begin("counting the words of the documents", progress)
+        about["average_length"] = average_length(document.full_text for _, document in _documents(corpus, progress))
     Store.create(output)
     write_about(output, about)  # after the store: a folder with a description has one
     model = IndexModel(about, output, options.model, options.runtime)
@@ -161,6 +166,10 @@ def _make_equal(index: Index, corpus: Corpus, **encoding: Any) -> None:
     index.store.optimize()
 
 
+def _documents(corpus: Corpus, progress: bool) -> Iterable[tuple[str, Document]]:
+    return iter_corpus(corpus, progress=progress) if isinstance(corpus, str | Path) else corpus.items()
+
+
 class _Differences:
     """The documents of a corpus that an index lacks or has in another version; afterwards also what would change."""
 
@@ -171,7 +180,7 @@ class _Differences:
 
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         corpus = self.corpus
-        documents = iter_corpus(corpus, progress=self.progress) if isinstance(corpus, str | Path) else corpus.items()
+        documents = _documents(corpus, self.progress)
         known = self.index.store.positions()
         kept = np.zeros(len(known), bool)
         count = added = replaced = 0

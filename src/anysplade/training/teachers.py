@@ -10,27 +10,22 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from scipy import sparse
-from sentence_transformers import CrossEncoder, SparseEncoder
-from torch import nn
+from sentence_transformers import SparseEncoder
 
 from anysplade._common.logs import at_least
-from anysplade._common.progress import bar_within
-from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.calibration import is_sparse
-from anysplade.model.checkpoints import check_weights
-from anysplade.model.dense import cut_reading, encode_dense, in_batches, open_dense
+from anysplade.model.cross_encoder import open_cross_encoder, rate_pairs
+from anysplade.model.dense import encode_dense, open_dense
 from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
 from anysplade.model.modules import cut_within
 from anysplade.model.options import Role
-from anysplade.model.saved import fingerprint, first_line, resolve_model, saved_json, saved_kind
+from anysplade.model.saved import fingerprint, resolve_model, saved_json, saved_kind
 
 Kind = Literal["dense", "sparse", "cross-encoder"]
 Rows: TypeAlias = Any  # one vector per row: a numpy array or a scipy CSR matrix
@@ -78,17 +73,7 @@ class Teacher:
 
     def rate(self, pairs: Sequence[tuple[str, str]], shown: Any = None) -> np.ndarray:
         """A cross-encoder's raw logits for pairs of a query and a document, (pairs,), float32; ``shown`` is a ``bar`` to update."""
-        clean = [(replace_surrogates(query), replace_surrogates(document)) for query, document in pairs]
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            # Identity keeps the logits: after a sigmoid, margins and differences between good documents would vanish.
-            predict = partial(self.model.predict, batch_size=self.batch_size, activation_fn=nn.Identity(), show_progress_bar=False)
-            lengths = [len(query) + len(document) for query, document in clean]
-            with bar_within(shown, "scoring pairs", "pair") as shown:
-                scores = in_batches(clean, lengths, self.batch_size, predict, shown).reshape(len(pairs))
-        finite = np.isfinite(scores)
-        if not finite.all():
-            raise ModelError(f"{self.name}: gives NaN or infinity for the query {pairs[int(finite.argmin())][0][:60]!r}")
-        return scores
+        return rate_pairs(self.model, self.name, pairs, self.batch_size, self.precision, shown)
 
 
 def teacher_kind(source: str) -> Kind:
@@ -125,26 +110,13 @@ def open_teacher(
     kind = teacher_kind(source)
     model: Any
     if kind == "cross-encoder":
-        model = _open_cross_encoder(source, max_length)
+        model = open_cross_encoder(source, max_length)
     else:
         model = open_sparse(source, max_length) if kind == "sparse" else open_dense(source, max_length)
     cosine = kind != "cross-encoder" and model.similarity_fn_name == "cosine"
     decisive = [fingerprint(source) or source, kind, max_length, precision, cosine]
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     return Teacher(name, kind, model, cosine, precision, batch_size, key, batch_tokens)
-
-
-def _open_cross_encoder(source: str, max_length: int | None) -> CrossEncoder:
-    try:
-        model = CrossEncoder(source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"{source}: cannot be loaded as a cross-encoder model: {first_line(error)}") from error
-    check_weights(type(model.model), str(model.model.name_or_path), head="classification head")
-    if model.num_labels != 1:
-        raise ModelError(f"{source}: gives {model.num_labels} outputs per pair; a teacher gives one")
-    cut_reading(model, max_length, source)
-    model.eval().float()
-    return model
 
 
 def without_advice() -> AbstractContextManager[None]:
