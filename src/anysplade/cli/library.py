@@ -11,11 +11,12 @@ from docstring_parser import parse
 
 import anysplade
 from anysplade.model import options as model_options
+from anysplade.search import fusion
 from anysplade.training import config as training_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_TYPES = vars(model_options) | vars(training_options)  # what annotations name
+_TYPES = vars(model_options) | vars(training_options) | {"Fusion": fusion.Fusion}  # what annotations name
 
 
 def options_of(module: str, function: str, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:

@@ -24,6 +24,7 @@ from anysplade.search.index_model import IndexModel, describe_model, describe_pl
 from anysplade.search.lexical import average_length
 from anysplade.search.store import Store
 
+_PLAIN = {"lexical": None, "with_bm25": False}  # of an index of an earlier version, which does not say so
 _LARGE = 10_000  # documents whose engine takes seconds to build
 
 Corpus = str | Path | Mapping[str, Document]
@@ -75,7 +76,7 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         if not all(name in ("shards", "engine") or name.startswith("documents.sqlite") for name in names):  # of a stopped build
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
-    about = {"with_bm25": False} | read_about(output)
+    about = _PLAIN | read_about(output)
     same = {"model_beside", "corpus_beside"}
     if _is_same_corpus(about, wanted, output):
         same.add("corpus")
@@ -149,7 +150,7 @@ def _update(corpus: str | Path, output: Path, wanted: dict[str, Any], options: O
         index.store.require_writable()  # before hours of encoding
         _make_equal(index, corpus, **encoding)
         about["updated"] = index.changes._asdict() | {"provenance": provenance()}
-    if about != index.about or any(index.changes):
+    if about != _PLAIN | index.about or any(index.changes):
         index._write(about)
     return index
 

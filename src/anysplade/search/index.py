@@ -28,7 +28,7 @@ from anysplade.search.fusion import fuse as fuse_rankings
 from anysplade.search.hits import Hit, Hits, Part, check_count, check_query, explain_score
 from anysplade.search.index_model import FORMAT, IndexModel, WithModel
 from anysplade.search.lexical import Lexical, check_lexical
-from anysplade.search.reranking import Reranker, check_depth
+from anysplade.search.reranking import Reranker, Reranking, check_depth
 from anysplade.search.store import Store
 
 
@@ -50,7 +50,7 @@ class Query(NamedTuple):
 _Ranked = tuple[int, float, dict[str, Part] | None]  # position, score, and its parts
 
 
-class Index(WithModel):
+class Index(WithModel, Reranking):
     """Documents encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``.
 
     ``store`` holds the documents and their vectors, and searches by vector. ``about`` describes how the index was made, and
@@ -65,7 +65,6 @@ class Index(WithModel):
         known = (self.about["vocabulary"], self.about["average_length"]) if self.about.get("with_bm25") else None
         self.store = Store(folder, self.about["vocabulary"], known and Lexical(*known))
         self._model = model
-        self._reranker: Reranker | None = None
 
     @classmethod
     def build(
@@ -262,7 +261,7 @@ class Index(WithModel):
         *,
         text: str | None = None,
         fuse: Fusion | None = None,
-        rerank: str | Path | None = None,
+        rerank: "str | Path | Reranker | None" = None,
         rerank_depth: int = 100,
     ) -> Hits:
         """``search`` with the ``vector`` of a query, (1, vocabulary); the other options are the same.
@@ -290,9 +289,7 @@ class Index(WithModel):
             hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches, parts))
         if rerank is None or text is None:
             return hits
-        if self._reranker is None or self._reranker.model != str(rerank):
-            self._reranker = Reranker(str(rerank))
-        return self._reranker.rerank(text, hits, k)
+        return self._open_reranker(rerank).rerank(text, hits, k)
 
     def check_fusion(self, fuse: Fusion | None) -> None:
         """Raise OptionError if ``fuse`` is unknown, or the index has no stems to fuse with."""

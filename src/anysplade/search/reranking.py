@@ -1,6 +1,7 @@
 """Re-score the first hits of a search with a cross-encoder, which reads the query and a document together."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from anysplade._common.extras import extra
 from anysplade.data.corpus import Document
@@ -30,6 +31,20 @@ class Reranker:
             for rank, (hit, score) in enumerate(zip(hits, scores, strict=True), 1)
         ]
         return Hits(sorted(found, key=lambda hit: -hit.score)[:k], hits.note)
+
+
+class Reranking:
+    """The part of an index that opens the cross-encoder of its searches."""
+
+    _reranker: Reranker | None = None
+
+    def _open_reranker(self, rerank: str | Path | Reranker) -> Reranker:
+        """A cross-encoder by its name, which stays open for the next search."""
+        if isinstance(rerank, Reranker):
+            return rerank
+        if self._reranker is None or self._reranker.model != str(rerank):
+            self._reranker = Reranker(str(rerank))
+        return self._reranker
 
 
 def check_depth(k: int, depth: object) -> int:
