@@ -45,6 +45,8 @@ def evaluate(
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
         batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU by its memory.
         out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
+        language: of bm25's stemmer and stop words, by its English name or ISO 639-1 code; auto is that of most documents, none is
+            neither.
         cache: a folder for vectors, which are then not computed twice; ANYSPLADE_CACHE or the user's cache folder by default.
     """
     from anysplade._common.files import write_atomic
@@ -65,7 +67,7 @@ def evaluate(
 
 
 @command
-def compare(*runs: str, collection: str, metrics: list[str] | None = None, split: str = "test") -> Result:
+def compare(*runs: str, collection: str, metrics: list[str] | None = None, split: str = "test", language: str = "auto") -> Result:
     """Compare run files on a collection: each with the first one, with paired tests and the queries that changed most.
 
     Args:
@@ -73,10 +75,11 @@ def compare(*runs: str, collection: str, metrics: list[str] | None = None, split
         collection: the collection of the runs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
+        language: of bm25, if that is among the models; see evaluate.
     """
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} runs: name two or more; the others are compared with the first")
-    found, shown = _evaluated(runs, [collection], metrics, split=split)
+    found, shown = _evaluated(runs, [collection], metrics, split=split, language=language)
     return Result(found.to_dict(), [*evaluations_parts(found, shown), *_detail_parts(found, shown)])
 
 

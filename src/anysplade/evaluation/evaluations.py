@@ -26,6 +26,7 @@ from anysplade.model.options import Precision, Runtime, checked_batch_tokens, ch
 from anysplade.model.pruning import prune
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import Postings
+from anysplade.search.languages import language_name
 
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept per document
 _CURVE_QUERIES = (4, 8, 16, 32)  # terms kept per query
@@ -45,6 +46,7 @@ class Evaluation(Tabular):
     cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
     precision: str | None = None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
     runtime: str | None = None  # torch or openvino; None for BM25 and run files
+    language: str | None = None  # of BM25's stemmer and stop words, "none" for neither; None for other models
     queries: int  # number of judged queries
     documents: int  # number of documents in the corpus
     cut: dict[str, Any] | None = None  # by role: the number of texts that are longer than max_length tokens and were cut
@@ -82,6 +84,7 @@ def evaluate(
     precision: Precision = "float32",
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    language: str = "auto",
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -105,6 +108,8 @@ def evaluate(
         precision: of encoding; see ``for_inference``. All but float32 are approximations.
         max_length: tokens after which a text is cut; see ``open_encoder``. It has no effect on a loaded encoder.
         batch_tokens: tokens per batch of a sparse encoder; see ``encode``.
+        language: of BM25's stemmer and stop words, as an English name or an ISO 639-1 code; ``"auto"`` is the language of most
+            documents, told by their words and scripts, ``"none"`` is no stemmer and no stop words.
         cache: a folder that keeps vectors by the content of model and texts: nothing is encoded twice, and an interrupted
             evaluation resumes.
         progress: show progress bars.
@@ -118,7 +123,7 @@ def evaluate(
     """
     if isinstance(model, list | tuple):
         raise OptionError(f"`model` is a {type(model).__name__}; give one model, or several to anysplade.evaluate_all")
-    measures = parse_metrics(metrics)
+    measures, language = parse_metrics(metrics), language_name(language)
     depth, max_length = checked_option("depth", depth, int), checked_option("max_length", max_length, int | None)
     if depth < 1:
         raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
@@ -130,7 +135,8 @@ def evaluate(
         raise DataError(f"{collection.name}: needs at least one document, one query and one judgement")
     if output is not None:
         require_trec_ids(collection)
-    ranker = Ranker(collection, depth, runtime, precision, max_length, checked_batch_tokens(batch_tokens), cache, progress)
+    batch_tokens = checked_batch_tokens(batch_tokens)
+    ranker = Ranker(collection, depth, runtime, precision, max_length, batch_tokens, cache, progress, language)
     if is_built_in(model, *BM25_NAMES):
         ranked = ranker.by_bm25(str(model))
     elif isinstance(model, str | Path) and user_path(model).is_file():

@@ -64,6 +64,7 @@ def evaluate_all(
     precision: Precision = "float32",
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    language: str = "auto",
     output: str | Path | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -80,8 +81,9 @@ def evaluate_all(
         curves: add effectiveness against cost by pruning; see ``curve``.
         output: a folder; several evaluations each get a subfolder.
 
-    ``split``, ``runtime``, ``precision``, ``max_length``, ``batch_tokens`` and ``cache`` are as in ``evaluate``. A collection named
-    twice is evaluated once. Collections of the same name are told apart by the shortest part of their paths that differs.
+    ``split``, ``runtime``, ``precision``, ``max_length``, ``batch_tokens``, ``language`` and ``cache`` are as in ``evaluate``. A
+    collection named twice is evaluated once. Collections of the same name are told apart by the shortest part of their paths that
+    differs.
 
     Raises:
         OptionError: there is no model or no collection.
@@ -110,6 +112,7 @@ def evaluate_all(
                 precision=precision,
                 max_length=max_length,
                 batch_tokens=batch_tokens,
+                language=language,
                 cache=cache,
                 progress=progress,
             )

@@ -55,6 +55,7 @@ class Ranker:
     batch_tokens: int | None = None
     cache: str | Path | None = None
     progress: bool = False
+    language: str = "auto"
 
     @cached_property
     def self_matches(self) -> set[str]:
@@ -91,11 +92,12 @@ class Ranker:
     def by_bm25(self, name: str) -> dict[str, Any]:
         start = time.perf_counter()
         texts = self.texts["document"]
-        bm25, all_documents = BM25(texts, stemmed=name == "bm25"), np.arange(len(texts))
+        bm25, all_documents = BM25(texts, name == "bm25", self.language), np.arange(len(texts))
         rankings = [highest(bm25.score(query, all_documents), self.hits) for query in self.texts["query"]]
         if not any(len(documents) for documents, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", self.collection.name)
-        return {"kind": "bm25", "run": self.as_run(rankings), "seconds": {"bm25": time.perf_counter() - start}}
+        seconds = {"bm25": time.perf_counter() - start}
+        return {"kind": "bm25", "run": self.as_run(rankings), "seconds": seconds, "language": bm25.language}
 
     def by_sparse(self, model: str | Path | SparseEncoder) -> dict[str, Any]:
         """Rank by exact dot products of sparse vectors."""

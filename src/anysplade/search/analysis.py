@@ -12,10 +12,10 @@ from typing import Any
 
 from anysplade._common.extras import extra
 from anysplade.data.scripts import HANGUL, UNSPACED
+from anysplade.search.languages import WORD, stemmer, stop_words
 
 with extra("evaluation"):
     import bm25s
-    import Stemmer
 
 bm25s.logger.setLevel(logging.ERROR)  # importing bm25s sets DEBUG
 
@@ -23,26 +23,34 @@ _UNSPACED = UNSPACED + HANGUL
 _CHARACTER = rf"[{_UNSPACED}](?<=\w)(?:[{_UNSPACED}](?<!\w))*"  # a letter with its marks, which are not in \w
 _CHARACTERS = re.compile(_CHARACTER)
 _RUN = re.compile(rf"{_CHARACTER}(?:\u200b?{_CHARACTER})*")  # a few texts separate words by spaces of zero width
-# Combining marks, as in Hindi, Tamil or decomposed Latin, belong to the letter before them, but are not in \w.
-_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x20000)) if unicodedata.category(mark) in ("Mn", "Mc"))
-_TOKEN = rf"(?u)[{_UNSPACED}]+|(?:\w[{_MARKS}]*){{2,}}"  # the second half is the default of bm25s (two letters), with marks
+_TOKEN = rf"(?u)[{_UNSPACED}]+|{WORD}"
+_TURKISH = str.maketrans("Iİ", "ıi")  # its small letters
 
 
 class Analyzer:
-    """English stop words are left out, and words are reduced to their stems by Porter's stemmer."""
+    """Stop words of the language are left out, and words are reduced to their stems.
 
-    def __init__(self, stemmed: bool = True) -> None:
-        self._stemmer = Stemmer.Stemmer("porter") if stemmed else None
+    ``language`` is what ``languages.language_name`` gives, but not "auto". English has Porter's stemmer.
+    """
+
+    def __init__(self, language: str = "english", stemmed: bool = True) -> None:
+        self._turkish = language == "turkish"
+        self._stop_words = stop_words(language)
+        self._stemmer = stemmer(language) if stemmed else None
 
     def tokens(self, texts: Sequence[str]) -> Any:
         """The stems of each text as ``bm25s.tokenize`` gives them: ``ids`` by text, and ``vocab``, the id of each stem."""
         return bm25s.tokenize(
-            [_RUN.sub(_in_pairs, unicodedata.normalize("NFC", text)) for text in texts],
+            [_RUN.sub(_in_pairs, self._normalized(text)) for text in texts],
             token_pattern=_TOKEN,
-            stopwords="english",
+            stopwords=self._stop_words,
             stemmer=self._stemmer,
             show_progress=False,
         )
+
+    def _normalized(self, text: str) -> str:
+        text = unicodedata.normalize("NFC", text)
+        return text.translate(_TURKISH) if self._turkish else text
 
 
 def _in_pairs(run: re.Match[str]) -> str:

@@ -21,10 +21,10 @@ from anysplade.search.database import BATCH
 from anysplade.search.document_encoding import Options
 from anysplade.search.index import Changes, Index, read_about, write_about
 from anysplade.search.index_model import IndexModel, describe_model, describe_place, described_places
-from anysplade.search.lexical import average_length
+from anysplade.search.lexical import average_length, find_language
 from anysplade.search.store import Store
 
-_PLAIN = {"lexical": None, "with_bm25": False}  # of an index of an earlier version, which does not say so
+_PLAIN = {"lexical": None, "with_bm25": False, "language": None}  # of an index of an earlier version, which does not say so
 _LARGE = 10_000  # documents whose engine takes seconds to build
 
 Corpus = str | Path | Mapping[str, Document]
@@ -42,6 +42,7 @@ def build_index(corpus: Corpus, output: Path, options: Options, lexical: dict[st
     with only_process(beside(output, "{}.parts")):  # not in the folder, where the store has its own lock
         about = _existing(output, wanted)
         wanted["precision"] = resolve_precision(options.precision) if about is None else about["precision"]
+        wanted["language"] = lexical["language"] if about is None else about["language"]
         if about is None or not about["complete"]:
             return _build(corpus, output, wanted, options, **encoding)
         if not isinstance(corpus, str | Path):
@@ -80,8 +81,7 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     same = {"model_beside", "corpus_beside"}
     if _is_same_corpus(about, wanted, output):
         same.add("corpus")
-    if wanted["precision"] == "auto":
-        same.add("precision")
+    same |= {name for name in ("precision", "language") if wanted[name] == "auto"}
     if wanted["model_fingerprint"] is not None and wanted["model_fingerprint"] == about.get("model_fingerprint"):
         same.add("model")  # it may have been moved
     elif about.get("model") != wanted["model"]:
@@ -126,7 +126,8 @@ def _begin(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Option
     about = wanted | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
     if wanted["with_bm25"]:
         begin("counting the words of the documents", progress)
-        about["average_length"] = average_length(document.full_text for _, document in _documents(corpus, progress))
+        about["language"] = find_language(_texts(corpus, progress), wanted["language"])
+        about["average_length"] = average_length(_texts(corpus, progress), about["language"])
     Store.create(output)
     write_about(output, about)  # after the store: a folder with a description has one
     model = IndexModel(about, output, options.model, options.runtime)
@@ -169,6 +170,10 @@ def _make_equal(index: Index, corpus: Corpus, **encoding: Any) -> None:
 
 def _documents(corpus: Corpus, progress: bool) -> Iterable[tuple[str, Document]]:
     return iter_corpus(corpus, progress=progress) if isinstance(corpus, str | Path) else corpus.items()
+
+
+def _texts(corpus: Corpus, progress: bool) -> Iterator[str]:
+    return (document.full_text for _, document in _documents(corpus, progress))
 
 
 class _Differences:

@@ -62,8 +62,10 @@ class Index(WithModel, Reranking):
         self.folder = folder
         self.about = dict(model.about)
         self.changes = Changes()
-        known = (self.about["vocabulary"], self.about["average_length"]) if self.about.get("with_bm25") else None
-        self.store = Store(folder, self.about["vocabulary"], known and Lexical(*known))
+        lexical = None
+        if self.about.get("with_bm25"):
+            lexical = Lexical(self.about["vocabulary"], self.about["average_length"], self.about["language"])
+        self.store = Store(folder, self.about["vocabulary"], lexical)
         self._model = model
 
     @classmethod
@@ -82,6 +84,7 @@ class Index(WithModel, Reranking):
         ray: bool = False,
         lexical: float | None = None,
         with_bm25: bool = False,
+        language: str = "auto",
         progress: bool = False,
     ) -> "Index":
         """Encode a corpus and index it. After an interruption, the same call continues.
@@ -108,6 +111,8 @@ class Index(WithModel, Reranking):
                 The stems of a document are further terms of its vector, weighted with the corpus's average length at the first
                 build, so that later documents do not change stored weights.
             with_bm25: also keep the stems that BM25 needs; searches use them if they fuse both rankings.
+            language: of the stemmer and the stop words of BM25, by its English name or ISO 639-1 code; auto is that of most
+                documents, none is neither.
 
         Raises:
             OutputError: the folder is not empty, or holds an index that was made with other options or changed by ``add`` or
@@ -120,7 +125,7 @@ class Index(WithModel, Reranking):
         if not isinstance(corpus, str | Path):
             corpus = check_documents(corpus)
         top_k, max_length, workers = check_encoding(top_k, max_length, workers)
-        stems = {"lexical": check_lexical(lexical), "with_bm25": with_bm25 or lexical is not None}
+        stems = check_lexical(lexical, with_bm25, language)
         options = Options(resolve_model(model), precision, top_k, max_length, runtime)
         encoding: dict[str, Any] = {"workers": workers, "batch_tokens": checked_batch_tokens(batch_tokens)}
         encoding |= {"ray": ray, "progress": progress}

@@ -24,15 +24,23 @@ if TYPE_CHECKING:
 
 STEMS = "CREATE TABLE stems (id INTEGER PRIMARY KEY, stem TEXT NOT NULL UNIQUE, df INTEGER NOT NULL)"  # df: document frequency
 PREFIX = "stem:"  # of the names of stems among the terms of an index
+AUTO = "auto"  # the language of the texts
+_SAMPLE, _LENGTH = 2000, 500  # texts whose language is told, and characters of each
 _BATCH = 1024  # texts that are analyzed together, and values per query of SQLite, which limits them
 
 
-def check_lexical(weight: object) -> float | None:
-    """``lexical`` as a float, or None; raises OptionError unless it is a number above 0."""
+def check_lexical(weight: object, with_bm25: bool, language: str) -> dict[str, Any]:
+    """What an index records of ``lexical``, ``with_bm25`` and ``language``; raises OptionError if one is impossible."""
     checked: float | None = checked_option("`lexical`", weight, float | None)
     if checked is not None and not 0 < checked < math.inf:
         raise OptionError(f"`lexical` is {checked}: BM25's weight is above 0, such as 4; leave it out for the model alone")
-    return None if checked is None else float(checked)
+    if checked is None and not with_bm25:
+        if language != AUTO:
+            raise OptionError(f"`language` is {language!r}: of BM25's stems, which this index has none of; add `with_bm25`")
+        return {"lexical": None, "with_bm25": False, "language": None}
+    from anysplade.search.languages import language_name
+
+    return {"lexical": None if checked is None else float(checked), "with_bm25": True, "language": language_name(language)}
 
 
 class QueryStems(NamedTuple):
@@ -46,14 +54,15 @@ class QueryStems(NamedTuple):
 class Lexical:
     """Turns texts into stems for the database of an index."""
 
-    def __init__(self, vocabulary: int, average_length: float) -> None:
-        """Take the number of the model's terms, after which the ids of stems begin, and the mean number of stems per document."""
+    def __init__(self, vocabulary: int, average_length: float, language: str) -> None:
+        """Take the number of the model's terms, which the stems follow, the mean number of stems per document, and the language."""
         self.vocabulary = vocabulary
         self._average_length = average_length
+        self._language = language
 
     @cached_property
     def _analyzer(self) -> "Analyzer":
-        return _open_analyzer()
+        return _open_analyzer(self._language)
 
     def width(self, database: sqlite3.Connection) -> int:
         """The number of terms: the model's, and the stems."""
@@ -91,7 +100,7 @@ class Lexical:
     def query(self, database: sqlite3.Connection, text: str, documents: int) -> QueryStems:
         """The stems of a query for an index with this number of documents."""
         count = _count_stems(self._analyzer, [text])[0]
-        words = _first_words(text, self._analyzer)
+        words = _first_words(text, self._analyzer, _open_analyzer(self._language, stemmed=False))
         known = sorted(_read(database, "SELECT id, df, stem FROM stems WHERE df > 0 AND stem", list(count)))
         # Lucene's formula: log(1 + (N - df + 0.5) / (df + 0.5))
         weights = [count[stem] * math.log1p((documents - df + 0.5) / (df + 0.5)) for _, df, stem in known]
@@ -104,9 +113,25 @@ def stem_names(database: sqlite3.Connection) -> list[str]:
     return [PREFIX + stem for (stem,) in database.execute("SELECT stem FROM stems ORDER BY id")]
 
 
-def average_length(texts: Iterable[str]) -> float:
+def find_language(texts: Iterable[str], language: str) -> str:
+    """The language of BM25 by its name; for "auto" that of up to 2,000 texts, evenly spread, of those that are then read once."""
+    from anysplade.search.bm25 import language_of
+
+    if language != AUTO:
+        return language_of([], language)
+    sample: list[str] = []
+    step = 1
+    for number, text in enumerate(texts):
+        if number % step == 0:
+            sample.append(text[:_LENGTH])
+        if len(sample) > _SAMPLE:
+            sample, step = sample[::2], 2 * step
+    return language_of(sample, AUTO)
+
+
+def average_length(texts: Iterable[str], language: str) -> float:
     """The mean number of stems, each occurrence counted, of texts that are read once; 1 if none has a stem."""
-    analyzer, iterator = _open_analyzer(), iter(texts)
+    analyzer, iterator = _open_analyzer(language), iter(texts)
     stems = count = 0
     while batch := list(islice(iterator, _BATCH)):
         stems += sum(map(len, analyzer.tokens(batch).ids))
@@ -114,10 +139,10 @@ def average_length(texts: Iterable[str]) -> float:
     return stems / count if stems else 1.0
 
 
-def _open_analyzer(stemmed: bool = True) -> "Analyzer":
+def _open_analyzer(language: str, stemmed: bool = True) -> "Analyzer":
     from anysplade.search.analysis import Analyzer  # bm25s and PyStemmer, which other searches do not need
 
-    return Analyzer(stemmed=stemmed)
+    return Analyzer(language, stemmed)
 
 
 def _count_stems(analyzer: "Analyzer", texts: Sequence[str]) -> list[Counter[str]]:
@@ -127,9 +152,9 @@ def _count_stems(analyzer: "Analyzer", texts: Sequence[str]) -> list[Counter[str
     return [Counter(stems[number] for number in numbers) for numbers in tokens.ids]
 
 
-def _first_words(text: str, analyzer: "Analyzer") -> dict[str, str]:
+def _first_words(text: str, stemming: "Analyzer", plain: "Analyzer") -> dict[str, str]:
     """The first word of a text with each of its stems."""
-    words, stems = (_in_order(one, text) for one in (_open_analyzer(stemmed=False), analyzer))
+    words, stems = _in_order(plain, text), _in_order(stemming, text)
     found: dict[str, str] = {}
     for word, stem in zip(words, stems, strict=True):
         found.setdefault(stem, word)

@@ -69,6 +69,7 @@ class RemoteIndex(WithModel, Reranking):
         ray: bool = False,
         lexical: float | None = None,
         with_bm25: bool = False,
+        language: str = "auto",
         progress: bool = False,
     ) -> "RemoteIndex":
         """Encode a corpus into shards under ``work`` and send it. After an interruption, the same call continues.
@@ -84,7 +85,7 @@ class RemoteIndex(WithModel, Reranking):
             work: a folder for shards, from which an interrupted call continues.
 
         Raises:
-            OptionError: ``lexical`` or ``with_bm25`` is given; only an index in a folder keeps the frequencies of stems.
+            OptionError: ``lexical``, ``with_bm25`` or ``language`` is given; only an index in a folder keeps frequencies of stems.
             OutputError: the server has an index of that name that was made by an earlier version, or with another model,
                 precision, top_k or max_length.
             AnyspladeError: encoding fails, or the server cannot be reached or refuses.
@@ -94,8 +95,8 @@ class RemoteIndex(WithModel, Reranking):
         from anysplade.search.build import describe_corpus
         from anysplade.search.document_encoding import Options, check_encoding, encode_documents
 
-        if lexical is not None or with_bm25:
-            name = "with_bm25" if lexical is None else "lexical"
+        given = {"lexical": lexical is not None, "with_bm25": with_bm25, "language": language != "auto"}
+        for name in (name for name in given if given[name]):
             raise OptionError(f"`{name}`: only an index in a folder keeps the frequencies of stems; build one with `out`")
         index = cls(address, model, runtime)
         source = resolve_model(model)

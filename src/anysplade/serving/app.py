@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -202,6 +203,7 @@ def serve(
     model: str | Path | None = None,
     runtime: Runtime = "auto",
     precision: Precision = "float32",
+    language: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
@@ -213,6 +215,8 @@ def serve(
 
     Args:
         index, beside, model, runtime, precision: see ``Searcher``.
+        language: of BM25's stemmer and stop words, by its English name or ISO 639-1 code; auto is that of most documents, none
+            is neither.
         host: an address of this machine; an address that other machines can reach needs a token.
         port: 0 for any free port.
         token: see ``create_app``.
@@ -226,9 +230,8 @@ def serve(
     if token is not None and (len(token) < 16 or not token.isascii()):
         raise OptionError("the token can be guessed; it needs at least 16 ASCII characters")
     with _listen(host, port) as listener:
-        searcher = Searcher(
-            index, beside, model, runtime=runtime, precision=precision, fuse=fuse, rerank=rerank, rerank_depth=rerank_depth
-        )
+        options: dict[str, Any] = {"fuse": fuse, "rerank": rerank, "rerank_depth": rerank_depth}
+        searcher = Searcher(index, beside, model, runtime=runtime, precision=precision, language=language, **options)
         app = create_app(searcher, token, _LOOPBACK if name in _LOOPBACK else None)
         address = f"http://{name}:{listener.getsockname()[1]}"
         logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, searcher.documents, address)

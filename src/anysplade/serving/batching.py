@@ -61,6 +61,12 @@ class _Job:
     vectors: sparse.csr_matrix = field(default_factory=lambda: sparse.csr_matrix((0, 0)))  # (texts, vocabulary)
 
 
+def _checked_language(language: str) -> str:
+    from anysplade.search.languages import language_name  # only the comparison needs bm25s
+
+    return language_name(language)
+
+
 class Searcher:
     """Searches an index for many concurrent clients; for use on one event loop, between ``start`` and ``stop``.
 
@@ -77,6 +83,7 @@ class Searcher:
         *,
         runtime: Runtime = "auto",
         precision: Precision = "float32",
+        language: str = "auto",
         fuse: Fusion | None = None,
         rerank: str | Path | None = None,
         rerank_depth: int = 100,
@@ -85,12 +92,14 @@ class Searcher:
 
         Args:
             beside: another index, or bm25, to compare with.
+            language: of BM25's stemmer and stop words; see ``evaluate``.
             model: of the first index, if it moved, and of the other one if it was built with the same.
             fuse, rerank, rerank_depth: of every search; see ``Index.search``.
         """
         self.folder = user_path(folder)
         self.beside = beside
         self._model = model
+        self._language = language if beside is None or not is_built_in(beside, "bm25") else _checked_language(language)
         self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}
         self.index = self._open(self.folder, model)
         self.index.check_fusion(fuse)
@@ -215,7 +224,7 @@ class Searcher:
 
         def work() -> tuple[BM25, list[str]]:
             texts = {document.id: document.content.full_text for document in self.read_documents(index)}
-            return BM25(list(texts.values())), list(texts)
+            return BM25(list(texts.values()), language=self._language), list(texts)
 
         return await self.run_second(work)
 

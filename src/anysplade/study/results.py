@@ -208,6 +208,7 @@ class Baseline(Effectiveness):
     """BM25 on a collection."""
 
     data_hash: str | None = None
+    language: str | None = None  # of the stemmer and stop words
 
 
 def baseline(evaluation: Evaluation) -> Baseline:

@@ -69,6 +69,7 @@ def mine(
     margin: float = 0.05,
     max_length: int | None = None,
     precision: str = "float32",
+    language: str = "auto",
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> Mined:
@@ -90,6 +91,8 @@ def mine(
         margin: documents that score above ``1 - margin`` times the positive are left out as probable answers; in [0, 1).
         max_length: tokens after which models truncate a text; if None, each model's own limit.
         precision: of the models' matrix products, float32 or bfloat16.
+        language: of BM25's stemmer and stop words, by its English name or ISO 639-1 code; auto is that of most documents, none
+            is neither.
         batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU.
         progress: show progress bars.
 
@@ -117,10 +120,12 @@ def mine(
     positives: dict[str, set[int]] = {}
     for pair in pairs:
         positives.setdefault(pair.query, set()).add(position[pair.positive])
+    words = _bm25_language(documents, language, *miners)
     named = miner if isinstance(miner, str) else miners
-    options = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives, "depth": depth, "margin": margin}
+    options: dict[str, Any] = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives}
+    options |= {"depth": depth, "margin": margin}
     given = {"teacher": teacher, "max_length": max_length, "precision": None if precision == "float32" else precision}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options |= {name: value for name, value in given.items() if value is not None} | _written(words)
     output = user_path(output)
 
     # Models are opened when they are first needed; a finished output needs none.
@@ -134,7 +139,7 @@ def mine(
 
     @functools.cache
     def searches() -> list[Search]:
-        return [_searcher(name, vectors_of, documents, depth) for name in miners]
+        return [_searcher(name, vectors_of, documents, depth, words) for name in miners]
 
     found_any = False
 
@@ -179,6 +184,7 @@ def score(
     texts: str | None = None,
     max_length: int | None = 512,
     batch_size: int = 32,
+    language: str = "auto",
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> Mined:
@@ -191,6 +197,7 @@ def score(
         texts: source of the texts, if the data have ids.
         max_length: tokens after which a query with a document is truncated.
         batch_size: texts, or pairs of texts, per forward pass of the teacher.
+        language: as in ``mine``, if the teacher is BM25.
         batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU.
         progress: show progress bars.
 
@@ -203,14 +210,15 @@ def score(
     if not pairs[0].negatives:
         raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
     documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
-    options = {"data": data, "teacher": teacher, "max_length": max_length}
+    words = _bm25_language(documents, language, teacher)
+    options: dict[str, Any] = {"data": data, "teacher": teacher, "max_length": max_length} | _written(words)
     batch_tokens = checked_batch_tokens(batch_tokens)
     output = user_path(output)
 
     @functools.cache
     def judge() -> Callable[[list[tuple[str, str]]], np.ndarray]:
         if teacher == "bm25":
-            return _scorer_by_words(documents)
+            return _scorer_by_words(documents, words)
         opened = open_teacher(teacher, max_length=max_length, batch_size=batch_size, batch_tokens=batch_tokens)
         return open_vector_cache(opened, _parts_of(output) / "teacher").scores
 
@@ -258,12 +266,26 @@ def _require_extra(*models: str) -> None:
         import_module("anysplade.search.bm25")
 
 
-def _searcher(miner: str, vectors_of: Callable[[str], VectorCache], documents: list[str], depth: int) -> Search:
+def _bm25_language(documents: list[str], language: str, *models: str) -> str:
+    """The language that BM25 reads the documents in, told by them if it is "auto"; "english" if BM25 is not among the models."""
+    if "bm25" not in models:
+        return "english"
+    from anysplade.search.bm25 import language_of
+
+    return language_of(documents, language)
+
+
+def _written(language: str) -> dict[str, str]:
+    """The option of the record; English is left out, so that outputs of versions without the option are still known."""
+    return {} if language == "english" else {"language": language}
+
+
+def _searcher(miner: str, vectors_of: Callable[[str], VectorCache], documents: list[str], depth: int, language: str) -> Search:
     """The search of a miner, which is BM25 or a model with vectors of the documents."""
     if miner == "bm25":
         from anysplade.search.bm25 import BM25
 
-        bm25 = BM25(documents)
+        bm25 = BM25(documents, language=language)
         return lambda queries: bm25.top(queries, depth)
     cache = vectors_of(miner)
     if cache.teacher.kind == "cross-encoder":
@@ -275,11 +297,11 @@ def _searcher(miner: str, vectors_of: Callable[[str], VectorCache], documents: l
     return lambda queries: nearest(cache.vectors(queries, "query").astype(np.float32), rows, depth)
 
 
-def _scorer_by_words(documents: list[str]) -> Callable[[list[tuple[str, str]]], np.ndarray]:
+def _scorer_by_words(documents: list[str], language: str) -> Callable[[list[tuple[str, str]]], np.ndarray]:
     """A function that gives BM25's scores of pairs of a query and one of the documents, (pairs,)."""
     from anysplade.search.bm25 import BM25
 
-    bm25, position = BM25(documents), {text: i for i, text in enumerate(documents)}
+    bm25, position = BM25(documents, language=language), {text: i for i, text in enumerate(documents)}
 
     def scores(pairs: list[tuple[str, str]]) -> np.ndarray:
         groups = [(query, [position[text] for _, text in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])]
