@@ -1,33 +1,31 @@
+import numpy as np
 import pytest
+import torch
+from sentence_transformers import CrossEncoder
 
-from anysplade import Index, ModelError, OptionError
-from anysplade.model.cross_encoder import open_cross_encoder, rate_pairs
+from anysplade.errors import ModelError, OptionError
+from anysplade.search.reranking import open_reranker, rerank
 
-
-def test_a_cross_encoder_ranks_the_first_hits(static_index, teachers):
-    with Index.load(static_index) as index:
-        first = index.search("kabel lodan", k=20)
-        hits = index.search("kabel lodan", k=5, rerank=teachers["cross-encoder"], rerank_depth=20, explain=True)
-        again = index.search("kabel lodan", k=5, rerank=teachers["cross-encoder"], rerank_depth=20)
-        assert index.search("nothing", rerank=teachers["cross-encoder"]) == []
-    encoder = open_cross_encoder(teachers["cross-encoder"])
-    pairs = [("kabel lodan", f"{hit.title} {hit.text}".strip()) for hit in first]
-    scores = dict(zip([hit.id for hit in first], rate_pairs(encoder, "", pairs).tolist(), strict=True))
-    expected = sorted(scores, key=lambda id_: -scores[id_])[:5]
-    assert [hit.id for hit in hits] == [hit.id for hit in again] == expected
-    for hit in hits:
-        assert hit.score == pytest.approx(scores[hit.id], abs=1e-5)
-        part = hit.parts["search"]
-        assert first[part.rank - 1].id == hit.id
-        assert part.score == pytest.approx(first[part.rank - 1].score)
-        assert part.score == pytest.approx(sum(match.product for match in hit.terms))
+HITS = [("a", "two cats"), ("b", "a dog runs"), ("c", "two cats"), ("d", "the moon")]
 
 
-def test_mistakes(static_index, teachers):
-    with Index.load(static_index) as index:
-        with pytest.raises(OptionError, match="`rerank_depth` is 5: it is at least `k`, 10"):
-            index.search("kabel", rerank=teachers["cross-encoder"], rerank_depth=5)
-        with pytest.raises(OptionError, match="give it as `text`"):
-            index.search_vector(index.queries.encode(["kabel"]), rerank=teachers["cross-encoder"])
-        with pytest.raises(ModelError):
-            index.search("kabel", rerank=teachers["body"])
+def test_the_order_of_the_raw_logits(teachers):
+    model = CrossEncoder(teachers["cross-encoder"])
+    logits = model.predict([("cats", text) for _, text in HITS[:3]], activation_fn=torch.nn.Identity())
+    found = rerank(teachers["cross-encoder"], "cats", HITS, depth=3)
+    assert [id_ for id_, _ in found] == ["abc"[i] for i in np.argsort(-logits, kind="stable")]
+    assert [score for _, score in found] == pytest.approx(sorted(logits.tolist(), reverse=True), abs=1e-5)
+    assert rerank(open_reranker(teachers["cross-encoder"]), "cats", HITS, 3) == found
+
+
+def test_equal_scores_keep_their_order(teachers):
+    opened = open_reranker(teachers["cross-encoder"])
+    assert [id_ for id_, _ in rerank(opened, "cats", [HITS[2], HITS[0]])] == ["c", "a"]
+    assert rerank(opened, "cats", []) == []
+
+
+def test_faults(teachers):
+    with pytest.raises(OptionError, match="`rerank_depth` is 0"):
+        rerank(teachers["cross-encoder"], "cats", HITS, 0)
+    with pytest.raises(ModelError, match="dense"):
+        rerank(teachers["dense"], "cats", HITS)

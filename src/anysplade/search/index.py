@@ -28,7 +28,7 @@ from anysplade.search.fusion import fuse as fuse_rankings
 from anysplade.search.hits import Hit, Hits, Part, check_count, check_query, explain_score
 from anysplade.search.index_model import FORMAT, IndexModel, WithModel
 from anysplade.search.lexical import Lexical, check_lexical
-from anysplade.search.reranking import Reranker, Reranking, check_depth
+from anysplade.search.rescoring import Rescorer, Rescoring, check_depth
 from anysplade.search.store import Store
 
 
@@ -50,7 +50,7 @@ class Query(NamedTuple):
 _Ranked = tuple[int, float, dict[str, Part] | None]  # position, score, and its parts
 
 
-class Index(WithModel, Reranking):
+class Index(WithModel, Rescoring):
     """Documents encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``.
 
     ``store`` holds the documents and their vectors, and searches by vector. ``about`` describes how the index was made, and
@@ -266,7 +266,7 @@ class Index(WithModel, Reranking):
         *,
         text: str | None = None,
         fuse: Fusion | None = None,
-        rerank: "str | Path | Reranker | None" = None,
+        rerank: "str | Path | Rescorer | None" = None,
         rerank_depth: int = 100,
     ) -> Hits:
         """``search`` with the ``vector`` of a query, (1, vocabulary); the other options are the same.
@@ -294,7 +294,7 @@ class Index(WithModel, Reranking):
             hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches, parts))
         if rerank is None or text is None:
             return hits
-        return self._open_reranker(rerank).rerank(text, hits, k)
+        return self._open_rescorer(rerank).rescore(text, hits, k)
 
     def check_fusion(self, fuse: Fusion | None) -> None:
         """Raise OptionError if ``fuse`` is unknown, or the index has no stems to fuse with."""

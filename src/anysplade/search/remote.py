@@ -25,12 +25,12 @@ from anysplade.search.filters import Filter
 from anysplade.search.fusion import Fusion
 from anysplade.search.hits import Hits, check_count, check_query, explain_score
 from anysplade.search.index_model import IndexModel, WithModel, describe_model
-from anysplade.search.reranking import Reranking, check_depth
+from anysplade.search.rescoring import Rescoring, check_depth
 
 logger = logging.getLogger(__name__)
 
 
-class RemoteIndex(WithModel, Reranking):
+class RemoteIndex(WithModel, Rescoring):
     """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``, with the same ``encoder`` and ``queries``.
 
     ``sent`` is the number of documents that ``build`` sent; ``left_over`` is the number that the server has and the corpus lacks.
@@ -200,7 +200,7 @@ class RemoteIndex(WithModel, Reranking):
         hits = self.engine.search(vector.indices, vector.data, depth, filter)
         if explain and hits:
             hits = self._explain(vector, hits)
-        return hits if rerank is None else self._open_reranker(rerank).rerank(query, hits, k)
+        return hits if rerank is None else self._open_rescorer(rerank).rescore(query, hits, k)
 
     def _explain(self, vector: sparse.csr_matrix, hits: Hits) -> Hits:
         """The hits with the terms that each shares with the vector of a query, (1, vocabulary)."""

@@ -1,55 +1,51 @@
-"""Re-score the first hits of a search with a cross-encoder, which reads the query and a document together."""
+"""Re-rank the documents that a search found, by a cross-encoder that reads the query together with each of them."""
 
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from anysplade._common.extras import extra
-from anysplade.data.corpus import Document
 from anysplade.errors import OptionError
-from anysplade.search.hits import Hits, Part, check_count
+from anysplade.model.cross_encoders import open_cross_encoder, rate_pairs
+from anysplade.model.options import checked_option
+from anysplade.model.saved import resolve_model
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
+
+DEPTH = 100  # documents per query that are re-ranked
 
 
-class Reranker:
-    """A cross-encoder on this machine, in float32; opening it needs the extra ``train``."""
-
-    def __init__(self, model: str) -> None:
-        """Open a folder or hub id; raises ModelError if it is no cross-encoder."""
-        with extra("train"):
-            from anysplade.model.cross_encoder import open_cross_encoder
-
-        self.model = model
-        self._encoder = open_cross_encoder(model)
-
-    def rerank(self, query: str, hits: Hits, k: int) -> Hits:
-        """The k hits of the highest logits; each has its earlier rank and score in its ``parts`` as ``search``."""
-        from anysplade.model.cross_encoder import rate_pairs
-
-        pairs = [(query, Document(hit.title, hit.text).full_text) for hit in hits]
-        scores = rate_pairs(self._encoder, self.model, pairs).tolist() if pairs else []
-        found = [
-            replace(hit, score=score, parts=(hit.parts or {}) | {"search": Part(rank, hit.score)})
-            for rank, (hit, score) in enumerate(zip(hits, scores, strict=True), 1)
-        ]
-        return Hits(sorted(found, key=lambda hit: -hit.score)[:k], hits.note)
+def open_reranker(model: str, max_length: int | None = None) -> "CrossEncoder":
+    """Open a cross-encoder from a folder or the hub; a query with a document is cut to ``max_length`` tokens, at most its own."""
+    return open_cross_encoder(resolve_model(model), max_length)
 
 
-class Reranking:
-    """The part of an index that opens the cross-encoder of its searches."""
+def rerank(model: "str | CrossEncoder", query: str, hits: Sequence[tuple[str, str]], depth: int = DEPTH) -> list[tuple[str, float]]:
+    """The first ``depth`` hits in the order of a cross-encoder's scores: ids and raw logits, the highest first.
 
-    _reranker: Reranker | None = None
+    Equal scores keep the order of the hits. A pair costs one pass of the whole model, so the time grows with ``depth``.
 
-    def _open_reranker(self, rerank: str | Path | Reranker) -> Reranker:
-        """A cross-encoder by its name, which stays open for the next search."""
-        if isinstance(rerank, Reranker):
-            return rerank
-        if self._reranker is None or self._reranker.model != str(rerank):
-            self._reranker = Reranker(str(rerank))
-        return self._reranker
+    Args:
+        model: folder or hub id, which is opened for this call, or what ``open_reranker`` returned.
+        query: its text.
+        hits: ids and texts of documents, the best first.
+        depth: number of hits to read; later ones are left out.
+
+    Raises:
+        OptionError: ``depth`` is below 1.
+        ModelError: the model is no cross-encoder with one output, or gives NaN.
+    """
+    depth = checked_depth(depth)
+    opened = open_reranker(model) if isinstance(model, str) else model
+    read = list(hits[:depth])
+    if not read:
+        return []
+    scores = rate_pairs(opened, [(query, text) for _, text in read]).tolist()
+    return sorted(((id_, score) for (id_, _), score in zip(read, scores, strict=True)), key=lambda hit: -hit[1])
 
 
-def check_depth(k: int, depth: object) -> int:
-    """``rerank_depth`` as an int; raises OptionError unless it is a whole number of at least k."""
-    count = check_count("rerank_depth", depth)
-    if count < k:
-        raise OptionError(f"`rerank_depth` is {count}: it is at least `k`, {k}, so that all hits have scores of one kind")
-    return count
+def checked_depth(depth: int) -> int:
+    """The number of documents to re-rank; raises OptionError unless it is a whole number of at least 1."""
+    checked: int = checked_option("rerank_depth", depth, int)
+    if checked < 1:
+        raise OptionError(f"`rerank_depth` is {checked}: at least 1 document is re-ranked")
+    return checked

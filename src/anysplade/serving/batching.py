@@ -26,7 +26,7 @@ from anysplade.search.filters import Filter
 from anysplade.search.fusion import Fusion
 from anysplade.search.hits import Hit, Hits, TermMatch, explain_score
 from anysplade.search.index import Index
-from anysplade.search.reranking import Reranker, check_depth
+from anysplade.search.rescoring import Rescorer, check_depth
 
 if TYPE_CHECKING:
     from anysplade.search.bm25 import BM25
@@ -104,7 +104,7 @@ class Searcher:
         self.index = self._open(self.folder, model)
         self.index.check_fusion(fuse)
         self._fuse, self._depth = fuse, check_depth(1, rerank_depth)
-        self._reranker = None if rerank is None else Reranker(str(rerank))
+        self._rescorer = None if rerank is None else Rescorer(str(rerank))
         self.documents = len(self.index)  # constant: no other process can write while this one has the index open
         self.other = None if beside is None or is_built_in(beside, "bm25") else self._open_other(user_path(beside))
         self._version = self._read_version()
@@ -163,7 +163,7 @@ class Searcher:
     def check(self, k: int, fuse: Fusion | None = None) -> None:
         """Raise OptionError if a search with these options is impossible."""
         self.index.check_fusion(fuse or self._fuse)
-        check_depth(k if self._reranker is not None else 1, self._depth)
+        check_depth(k if self._rescorer is not None else 1, self._depth)
 
     async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None, fuse: Fusion | None = None) -> Hits:
         """See ``Index.search``; without ``fuse`` it is that of the server."""
@@ -183,7 +183,7 @@ class Searcher:
         fuse: Fusion | None = None,
     ) -> Hits:
         """Search for a query with its vector, (1, vocabulary), on the thread that uses the model and the engine."""
-        options: dict[str, Any] = {"fuse": fuse or self._fuse, "rerank": self._reranker, "rerank_depth": self._depth}
+        options: dict[str, Any] = {"fuse": fuse or self._fuse, "rerank": self._rescorer, "rerank_depth": self._depth}
         return self.index.search_vector(vector, k, explain, filter, text=query, **options)
 
     async def encode(self, texts: Sequence[str], role: Role) -> sparse.csr_matrix:

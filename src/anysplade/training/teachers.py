@@ -19,7 +19,7 @@ from sentence_transformers import SparseEncoder
 from anysplade._common.logs import at_least
 from anysplade.errors import ModelError
 from anysplade.model.calibration import is_sparse
-from anysplade.model.cross_encoder import open_cross_encoder, rate_pairs
+from anysplade.model.cross_encoders import open_cross_encoder, rate_pairs
 from anysplade.model.dense import encode_dense, open_dense
 from anysplade.model.encoder import build_encoder, is_saved_encoder, open_encoder
 from anysplade.model.encoding import encode
@@ -73,7 +73,8 @@ class Teacher:
 
     def rate(self, pairs: Sequence[tuple[str, str]], shown: Any = None) -> np.ndarray:
         """A cross-encoder's raw logits for pairs of a query and a document, (pairs,), float32; ``shown`` is a ``bar`` to update."""
-        return rate_pairs(self.model, self.name, pairs, self.batch_size, self.precision, shown)
+        options: dict[str, Any] = {"precision": self.precision, "batch_size": self.batch_size, "name": self.name}
+        return rate_pairs(self.model, pairs, **options, shown=shown)
 
 
 def teacher_kind(source: str) -> Kind:

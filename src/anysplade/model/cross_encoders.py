@@ -1,4 +1,4 @@
-"""Cross-encoders: models that read a query and a document together and score the pair."""
+"""Cross-encoders, which read a query and a document together: they teach, and re-rank what another model found."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,15 +14,11 @@ from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError
 from anysplade.model.checkpoints import check_weights
 from anysplade.model.dense import cut_reading, in_batches
-from anysplade.model.saved import first_line, resolve_model
+from anysplade.model.saved import first_line
 
 
-def open_cross_encoder(name: str, max_length: int | None = None) -> CrossEncoder:
-    """Open a cross-encoder from a folder or the hub, in float32.
-
-    Texts are cut to ``max_length`` tokens, or the model's own limit if it is lower.
-    """
-    source = resolve_model(name)
+def open_cross_encoder(source: str, max_length: int | None = None) -> CrossEncoder:
+    """Open a cross-encoder with one output in float32; raises ModelError for any other model. See ``cut_reading``."""
     try:
         model = CrossEncoder(source)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -31,21 +27,21 @@ def open_cross_encoder(name: str, max_length: int | None = None) -> CrossEncoder
     if model.num_labels != 1:
         raise ModelError(f"{source}: gives {model.num_labels} outputs per pair; give a cross-encoder with one")
     cut_reading(model, max_length, source)
-    model.eval().float()
-    return model
+    return model.eval().float()
 
 
 def rate_pairs(
     model: CrossEncoder,
-    name: str,
     pairs: Sequence[tuple[str, str]],
-    batch_size: int = 32,
+    *,
     precision: str = "float32",
+    batch_size: int = 32,
+    name: str = "the cross-encoder",
     shown: Any = None,
 ) -> np.ndarray:
-    """The raw logits for pairs of a query and a document, (pairs,), float32; ``shown`` is a ``bar`` to update.
+    """The raw logits of pairs of a query and a document, (pairs,), float32; ``shown`` is a ``bar`` to update.
 
-    ``name`` is that of the model for messages; ``precision`` is float32 or bfloat16; ``batch_size`` counts pairs.
+    Raises ModelError, which starts with the name, for NaN or infinity.
     """
     clean = [(replace_surrogates(query), replace_surrogates(document)) for query, document in pairs]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
