@@ -269,7 +269,9 @@ class Index(WithModel, Rescoring):
         rerank: "str | Path | Rescorer | None" = None,
         rerank_depth: int = 100,
     ) -> Hits:
-        """``search`` with the ``vector`` of a query, (1, vocabulary); the other options are the same.
+        """``search`` with the ``vector`` of a query, (1, vocabulary).
+
+        ``k``, ``explain``, ``filter``, ``exact``, ``fuse``, ``rerank`` and ``rerank_depth`` are the same.
 
         Args:
             text: of the query, for all that is not the model's: BM25 and the cross-encoder. Without it, the score is the model's.
@@ -302,7 +304,7 @@ class Index(WithModel, Rescoring):
             self.store.require_stems()
 
     def complete(self, vector: sparse.csr_matrix, text: str | None, fuse: Fusion | None = None) -> Query:
-        """The query of a model's ``vector``, (1, vocabulary), with the stems of its ``text`` if a search uses them."""
+        """The query of a model's ``vector``, (1, vocabulary), and the stems of its ``text`` if its search or ``fuse`` needs them."""
         weight = 1.0 if fuse is not None else self.about.get("lexical")
         if weight is None or text is None:
             return Query(vector, {})
