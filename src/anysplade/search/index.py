@@ -304,7 +304,7 @@ class Index(WithModel, Rescoring):
             self.store.require_stems()
 
     def complete(self, vector: sparse.csr_matrix, text: str | None, fuse: Fusion | None = None) -> Query:
-        """The query of a model's ``vector``, (1, vocabulary), and the stems of its ``text`` if its search or ``fuse`` needs them."""
+        """The query of a ``vector``, (1, vocabulary), with the stems of its ``text`` if they count; with ``fuse`` they do."""
         weight = 1.0 if fuse is not None else self.about.get("lexical")
         if weight is None or text is None:
             return Query(vector, {})
