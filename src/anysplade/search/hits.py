@@ -28,7 +28,7 @@ class TermMatch:
 
 @dataclass(frozen=True)
 class Part:
-    """The place of a document in one of the rankings that its score was made of."""
+    """The place of a document in a ranking that was fused or re-ranked."""
 
     rank: int  # from 1
     score: float
@@ -47,12 +47,12 @@ class Hit(Tabular):
     """A document that a search returned."""
 
     id: str  # of the document
-    score: float  # dot product of the two vectors; with ``fuse`` of two ranks or scores, with ``rerank`` the cross-encoder's
+    score: float  # dot product of the two vectors; the fused score with ``fuse``, the cross-encoder's with ``rerank``
     title: str  # of the document; empty without one
     text: str  # of the document
     metadata: dict[str, Any] | None = None  # of the document
     terms: list[TermMatch] | None = None  # with ``explain``: the largest product first; the products sum to the score
-    parts: dict[str, Part] | None = None  # with ``fuse``: by model and bm25, of which one can be missing; with ``rerank``: search
+    parts: dict[str, Part] | None = None  # with ``fuse``: in "model", "bm25" or both; with ``rerank``: in "search", before it
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
