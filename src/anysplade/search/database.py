@@ -195,14 +195,14 @@ class Database(Tagged):
             raise OptionError(f"{self.folder}: has no stems for BM25; build another index with `with_bm25`")
         return self.lexical
 
-    def query_stems(self, text: str) -> QueryStems:
-        """The lexical side of a query; raises OptionError if the index has no stems."""
+    def query_stems(self, text: str, with_words: bool = False) -> QueryStems:
+        """The lexical side of a query, with its words if asked for; raises OptionError if the index has no stems."""
         lexical = self.require_stems()
         with self.reading():
             version = self._version()
             if self._counted is None or self._counted[0] != version:
                 self._counted = version, len(self)  # a pass over all ids
-            return lexical.query(self._database, text, self._counted[1])
+            return lexical.query(self._database, text, self._counted[1], with_words)
 
     @property
     def edited(self) -> bool:

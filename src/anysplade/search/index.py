@@ -285,7 +285,7 @@ class Index(WithModel, Rescoring):
             raise OptionError("`fuse` and `rerank` read the query's text; give it as `text`")
         self.check_fusion(fuse)
         with self.store.reading():  # without it, a document could be deleted between the search and its fetching
-            query = self.complete(vector, text, fuse)
+            query = self.complete(vector, text, fuse, explain)
             found = self._rank(query, depth, fuse, filter, exact)
             documents = self.store.documents([position for position, _, _ in found])
             hits = Hits(note=None if found else explain_filter(self.store, filter))
@@ -303,12 +303,15 @@ class Index(WithModel, Rescoring):
         if checked_option("`fuse`", fuse, Fusion | None) is not None:
             self.store.require_stems()
 
-    def complete(self, vector: sparse.csr_matrix, text: str | None, fuse: Fusion | None = None) -> Query:
-        """The query of a ``vector``, (1, vocabulary), with the stems of its ``text`` if they count; with ``fuse`` they do."""
+    def complete(self, vector: sparse.csr_matrix, text: str | None, fuse: Fusion | None = None, explain: bool = False) -> Query:
+        """The query of a ``vector``, (1, vocabulary), with the stems of its ``text`` if they count; with ``fuse`` they do.
+
+        With ``explain`` it has the words of the stems.
+        """
         weight = 1.0 if fuse is not None else self.about.get("lexical")
         if weight is None or text is None:
             return Query(vector, {})
-        terms, weights, words = self.store.query_stems(text)
+        terms, weights, words = self.store.query_stems(text, explain)
         indices = np.concatenate([vector.indices, terms])
         data = np.concatenate([vector.data, weights * np.float32(weight)])
         return Query(sparse.csr_matrix((data, indices, [0, len(indices)]), shape=(1, self.store.width)), words)

@@ -48,7 +48,7 @@ class QueryStems(NamedTuple):
 
     terms: np.ndarray  # (stems,) int32, rising
     weights: np.ndarray  # (stems,) float32: Lucene's inverse document frequency times the count in the query
-    words: dict[int, str]  # by term: the first word of the query with this stem
+    words: dict[int, str]  # by term, if asked for: the first word of the query with this stem
 
 
 class Lexical:
@@ -97,15 +97,19 @@ class Lexical:
         rows = zip(counts.tolist(), ids.tolist(), strict=True)
         database.executemany("UPDATE stems SET df = df - ? WHERE id = ?", rows)
 
-    def query(self, database: sqlite3.Connection, text: str, documents: int) -> QueryStems:
+    def query(self, database: sqlite3.Connection, text: str, documents: int, with_words: bool = False) -> QueryStems:
         """The stems of a query for an index with this number of documents."""
-        count = _count_stems(self._analyzer, [text])[0]
-        words = _first_words(text, self._analyzer, _open_analyzer(self._language, stemmed=False))
+        stems = _in_order(self._analyzer, text)
+        count = Counter(stems)
         known = sorted(_read(database, "SELECT id, df, stem FROM stems WHERE df > 0 AND stem", list(count)))
         # Lucene's formula: log(1 + (N - df + 0.5) / (df + 0.5))
         weights = [count[stem] * math.log1p((documents - df + 0.5) / (df + 0.5)) for _, df, stem in known]
         terms = np.array([id_ for id_, _, _ in known], np.int32)
-        return QueryStems(terms, np.array(weights, np.float32), {id_: words[stem] for id_, _, stem in known})
+        words: dict[int, str] = {}
+        if with_words:
+            first = dict(reversed(list(zip(stems, _in_order(_open_analyzer(self._language, stemmed=False), text), strict=True))))
+            words = {id_: first[stem] for id_, _, stem in known}
+        return QueryStems(terms, np.array(weights, np.float32), words)
 
 
 def stem_names(database: sqlite3.Connection) -> list[str]:
@@ -152,16 +156,8 @@ def _count_stems(analyzer: "Analyzer", texts: Sequence[str]) -> list[Counter[str
     return [Counter(stems[number] for number in numbers) for numbers in tokens.ids]
 
 
-def _first_words(text: str, stemming: "Analyzer", plain: "Analyzer") -> dict[str, str]:
-    """The first word of a text with each of its stems."""
-    words, stems = _in_order(plain, text), _in_order(stemming, text)
-    found: dict[str, str] = {}
-    for word, stem in zip(words, stems, strict=True):
-        found.setdefault(stem, word)
-    return found
-
-
 def _in_order(analyzer: "Analyzer", text: str) -> list[str]:
+    """The stems of a text, or its words, as they follow each other."""
     tokens = analyzer.tokens([text])
     names = {number: name for name, number in tokens.vocab.items()}
     return [names[number] for number in tokens.ids[0]]

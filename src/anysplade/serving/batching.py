@@ -197,7 +197,7 @@ class Searcher:
             document = self.index.store.find(id_)
             if document is None:
                 return None
-            whole = self.index.complete(vector, query)
+            whole = self.index.complete(vector, query, explain=True)
             return explain_score(self.index.queries.term_names, whole.vector, document.terms, document.weights, whole.words)
 
         return await self._submit([query], "query", work)
