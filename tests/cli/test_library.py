@@ -19,6 +19,7 @@ from anysplade.serving.app import serve
         (training.score, score),
         (evaluation.evaluate, evaluate_all),
         (search.index, Index.build),
+        (search.search, Index.search),
         (search.serve, serve),
         (search.size, size),
         (study.study, StudyConfig),

@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 import pytest
 from starlette.testclient import TestClient
 
-from anysplade import Index
+from anysplade import Index, OptionError
 from anysplade.serving import api, batching
 from anysplade.serving.api import MAX_BODY, MAX_TEXT
 from anysplade.serving.app import create_app
 from anysplade.serving.batching import Searcher
 from servers import http_get, running
+from tiny import make_static
 
 
 def test_the_api_returns_the_results_of_the_index(client, folder):
@@ -279,3 +280,40 @@ def test_the_server_behaves_as_its_openapi_description(folder, tmp_path):
         command = [program, "run", f"{address}/openapi.json", "--max-examples", "20", "--generation-deterministic"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.fixture(scope="module")
+def lexical_index(tmp_path_factory, collection_folder):
+    place = tmp_path_factory.mktemp("lexical")
+    Index.build(make_static(place), collection_folder, place / "index", lexical=2).close()
+    return place / "index"
+
+
+def test_bm25_and_a_cross_encoder(lexical_index, teachers):
+    query = {"query": "kabel lodan", "k": 3, "explain": True}
+    with Index.load(lexical_index) as index:
+        expected = [index.search(**query).pop(0), index.search(**query, fuse="wsum").pop(0)]
+        depth = index.search(**query, fuse="rrf", rerank=teachers["cross-encoder"], rerank_depth=9).pop(0)
+        terms = len(index.term_names)
+    with TestClient(create_app(Searcher(lexical_index)), base_url="http://localhost") as client:
+        found = [client.post("/search", json=query | options).json()["hits"][0] for options in ({}, {"fuse": "wsum"})]
+        assert found == [hit.to_dict() for hit in expected]
+        explained = client.post("/explain", json={"query": "kabel lodan", "id": found[0]["id"]}).json()
+        assert explained["score"] == pytest.approx(found[0]["score"])
+        assert any(term["lexical"] for term in explained["terms"])
+        assert f" of {terms}<" in client.get("/cost").text
+    searcher = Searcher(lexical_index, fuse="rrf", rerank=teachers["cross-encoder"], rerank_depth=9)
+    with TestClient(create_app(searcher), base_url="http://localhost") as client:
+        assert client.post("/search", json=query).json()["hits"][0] == depth.to_dict()
+        assert client.post("/search", json=query | {"k": 10}).status_code == 422
+        page = client.get("/", params={"q": "kabel lodan", "k": 3}).text
+        assert "bm25 rank " in page
+        assert "&#34;kabel&#34;" in page
+
+
+def test_fusion_needs_bm25(folder, client):
+    answer = client.post("/search", json={"query": "kabel", "fuse": "rrf"})
+    assert answer.status_code == 422
+    assert "has no stems for BM25" in answer.json()["error"]
+    with pytest.raises(OptionError, match="no stems"):
+        Searcher(folder.with_name("index"), fuse="rrf")

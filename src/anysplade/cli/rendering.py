@@ -88,7 +88,8 @@ def hit_lines(hits: Sequence["Hit"], words: Mapping[str, str]) -> list[Renderabl
     lines: list[RenderableType] = []
     for rank, hit in enumerate(hits, 1):
         title = f"  {snippet(hit.title)}" if hit.title else ""
-        lines.append(Text.assemble(f"{rank:>2}. ", (hit.id, "bold"), f"  {hit.score:.2f}{title}"))
+        score = f"{hit.score:.4f}" if hit.parts else f"{hit.score:.2f}"
+        lines.append(Text.assemble(f"{rank:>2}. ", (hit.id, "bold"), f"  {score}{title}"))
         lines.append(Text(f"    {snippet(hit.text)}"))
         if hit.terms is not None:
             matches = join_matches(hit.terms, words)
@@ -96,6 +97,9 @@ def hit_lines(hits: Sequence["Hit"], words: Mapping[str, str]) -> list[Renderabl
             if rest := matches[_TERMS:]:
                 shown.append(f"+{len(rest)} more={sum(match.product for match in rest):.2f}")
             lines.append(Text(f"    {'  '.join(shown)}", style="dim"))
+        if hit.parts:
+            parts = (f"{name} rank {part.rank} ({part.score:.2f})" for name, part in hit.parts.items())
+            lines.append(Text(f"    {'  '.join(parts)}", style="dim"))
     return lines
 
 

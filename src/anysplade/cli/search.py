@@ -109,11 +109,15 @@ def index(model: str, corpus: str, /, *, out: Path | None = None, to: str | None
             found = built.describe() | built.changes._asdict() | {"index": str(out)}
             documents = counted(len(built), "document")
         changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
-        line, target = f"{documents} ({changed}), {found['document_active_dims']:.0f} active dims per document, in {out}", str(out)
+        dims = f"{found['document_active_dims']:.0f} active dims"
+        if "document_lexical_dims" in found:
+            dims += f" and {found['document_lexical_dims']:.0f} stems"
+        line, target = f"{documents} ({changed}), {dims} per document, in {out}", str(out)
     return Result(found, [line, f'next: anysplade search {target} "your query"'])
 
 
 @command
+@options_of("search.index", "Index.search")
 def search(
     index: str,
     query: str,
@@ -125,6 +129,7 @@ def search(
     model: str | None = None,
     runtime: Runtime = "auto",
     precision: Precision = "float32",
+    **options: Any,
 ) -> Result:
     """Search an index; each hit shows which terms its score comes from.
 
@@ -154,8 +159,10 @@ def search(
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
     check_query(query)
     log_cut(opened.queries.count_truncated([query]), 1, "queries")
-    hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact)
-    found = {"query": query, "precision": opened.queries.precision, "hits": [hit.to_dict() for hit in hits]}
+    hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact, **options)
+    about = {"query": query, "precision": opened.queries.precision} | ({"fuse": options["fuse"]} if options["fuse"] else {})
+    about |= {name: options[name] for name in ("rerank", "rerank_depth") if options["rerank"]}
+    found = about | {"hits": [hit.to_dict() for hit in hits]}
     if hits.note:
         return Result(found | {"note": hits.note}, [hits.note])
     return Result(found, hit_lines(hits, query_words(opened.queries, query)))
@@ -272,9 +279,9 @@ def export(
     asked = {} if queries is None else load_queries(queries)
     written = beside(out, "{}.queries.tsv")
     with Index.load(source, model) as opened:
-        names = opened.queries.term_names
+        names = opened.term_names
         if asked:  # first, because queries are few and an error in them should come early
-            exporting.export_queries(list(asked), opened.queries.encode(list(asked.values())), names, written, quantization)
+            exporting.export_queries(list(asked), opened.encode_queries(list(asked.values())), names, written, quantization)
         write = exporting.export_anserini if to == "lucene" else exporting.export_ciff
         count = write(opened.store, names, out, quantization)
     found: dict[str, Any] = {"documents": count, "out": str(out), "to": to}

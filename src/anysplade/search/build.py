@@ -2,7 +2,7 @@
 
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,28 @@ from anysplade.search.database import BATCH
 from anysplade.search.document_encoding import Options
 from anysplade.search.index import Changes, Index, read_about, write_about
 from anysplade.search.index_model import IndexModel, describe_model, describe_place, described_places
+from anysplade.search.lexical import average_length, find_language
 from anysplade.search.store import Store
 
+_PLAIN = {"lexical": None, "with_bm25": False, "language": None}  # of an index of an earlier version, which does not say so
 _LARGE = 10_000  # documents whose engine takes seconds to build
 
 Corpus = str | Path | Mapping[str, Document]
 
 
-def build_index(corpus: Corpus, output: Path, options: Options, **encoding: Any) -> Index:
-    """``Index.build`` with checked arguments; ``encoding`` is for ``encode_documents``."""
+def build_index(corpus: Corpus, output: Path, options: Options, lexical: dict[str, Any], **encoding: Any) -> Index:
+    """``Index.build`` with checked arguments; ``lexical`` has those two by name, ``encoding`` is for ``encode_documents``."""
     wanted = describe_model(options.model, output) | {
         **(describe_corpus(corpus, output) if isinstance(corpus, str | Path) else {"corpus": "documents in memory"}),
         "precision": options.precision,
         "top_k": options.top_k,
         "max_length": options.max_length,
+        **lexical,
     }
     with only_process(beside(output, "{}.parts")):  # not in the folder, where the store has its own lock
         about = _existing(output, wanted)
         wanted["precision"] = resolve_precision(options.precision) if about is None else about["precision"]
+        wanted["language"] = lexical["language"] if about is None else about["language"]
         if about is None or not about["complete"]:
             return _build(corpus, output, wanted, options, **encoding)
         if not isinstance(corpus, str | Path):
@@ -73,12 +77,11 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         if not all(name in ("shards", "engine") or name.startswith("documents.sqlite") for name in names):  # of a stopped build
             raise OutputError(f"{output}: the folder is not empty; name another `output`, or remove it first")
         return None
-    about = read_about(output)
+    about = _PLAIN | read_about(output)
     same = {"model_beside", "corpus_beside"}
     if _is_same_corpus(about, wanted, output):
         same.add("corpus")
-    if wanted["precision"] == "auto":
-        same.add("precision")
+    same |= {name for name in ("precision", "language") if wanted[name] == "auto"}
     if wanted["model_fingerprint"] is not None and wanted["model_fingerprint"] == about.get("model_fingerprint"):
         same.add("model")  # it may have been moved
     elif about.get("model") != wanted["model"]:
@@ -101,7 +104,7 @@ def _build(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Option
     is_new = not output.exists() or not any(output.iterdir())
     index = None
     try:
-        index = _begin(output, wanted, options)
+        index = _begin(corpus, output, wanted, options, encoding["progress"])
         _make_equal(index, corpus, **encoding)
     except AnyspladeError:
         if is_new and not (index and len(index)):  # encoded documents are kept: they can have taken hours
@@ -115,12 +118,16 @@ def _build(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Option
     return index
 
 
-def _begin(output: Path, wanted: dict[str, Any], options: Options) -> Index:
+def _begin(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Options, progress: bool) -> Index:
     """The unfinished index in the folder, or a new one."""
     if (output / "index.json").exists():
         return Index(output, IndexModel(read_about(output), output, options.model, options.runtime))
     encoder = open_encoder(options.model, max_length=options.max_length)
     about = wanted | {"vocabulary": encoder.get_embedding_dimension(), "complete": False}
+    if wanted["with_bm25"]:
+        begin("counting the words of the documents", progress)
+        about["language"] = find_language(_texts(corpus, progress), wanted["language"])
+        about["average_length"] = average_length(_texts(corpus, progress), about["language"])
     Store.create(output)
     write_about(output, about)  # after the store: a folder with a description has one
     model = IndexModel(about, output, options.model, options.runtime)
@@ -144,7 +151,7 @@ def _update(corpus: str | Path, output: Path, wanted: dict[str, Any], options: O
         index.store.require_writable()  # before hours of encoding
         _make_equal(index, corpus, **encoding)
         about["updated"] = index.changes._asdict() | {"provenance": provenance()}
-    if about != index.about or any(index.changes):
+    if about != _PLAIN | index.about or any(index.changes):
         index._write(about)
     return index
 
@@ -161,6 +168,14 @@ def _make_equal(index: Index, corpus: Corpus, **encoding: Any) -> None:
     index.store.optimize()
 
 
+def _documents(corpus: Corpus, progress: bool) -> Iterable[tuple[str, Document]]:
+    return iter_corpus(corpus, progress=progress) if isinstance(corpus, str | Path) else corpus.items()
+
+
+def _texts(corpus: Corpus, progress: bool) -> Iterator[str]:
+    return (document.full_text for _, document in _documents(corpus, progress))
+
+
 class _Differences:
     """The documents of a corpus that an index lacks or has in another version; afterwards also what would change."""
 
@@ -171,7 +186,7 @@ class _Differences:
 
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         corpus = self.corpus
-        documents = iter_corpus(corpus, progress=self.progress) if isinstance(corpus, str | Path) else corpus.items()
+        documents = _documents(corpus, self.progress)
         known = self.index.store.positions()
         kept = np.zeros(len(known), bool)
         count = added = replaced = 0

@@ -21,6 +21,7 @@ from anysplade.errors import DataError, OptionError
 from anysplade.search.documents import EncodedDocument, read_metadata
 from anysplade.search.exact import Postings
 from anysplade.search.filters import Tagged, Tags, tag
+from anysplade.search.lexical import STEMS, Lexical, QueryStems, stem_names
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ CREATE TABLE contents (
 CREATE VIEW documents AS SELECT position, id, title, text, metadata, terms, weights FROM ids JOIN contents USING (position);
 CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- changes that the engine may lack
 CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- unused; earlier versions look for it
+{STEMS};  -- empty unless the index has stems; earlier versions made none
 {WRITES};
 """
 _WRITABLE, _READABLE, _IMMUTABLE = "mode=rw", "mode=ro", "mode=ro&immutable=1"
@@ -58,10 +60,15 @@ class _Closed:
 class Database(Tagged):
     """The documents in ``documents.sqlite``. A position is the number of a document, which it keeps and no other ever gets."""
 
-    def __init__(self, folder: Path, vocabulary: int) -> None:
-        """Open the database in a folder; one that is damaged, or that this process may not read, is a DataError."""
+    def __init__(self, folder: Path, vocabulary: int, lexical: Lexical | None = None) -> None:
+        """Open the database in a folder; one that is damaged, or that this process may not read, is a DataError.
+
+        With ``lexical``, documents get their stems as further terms.
+        """
         self.folder = folder
         self.vocabulary = vocabulary
+        self.lexical = lexical
+        self._counted: tuple[tuple[Any, ...], int] | None = None  # version of the database, number of documents
         self.read_only = False
         self._lock = threading.RLock()  # also while reading: the connection would see another thread's open transaction
         self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # version of the database, postings, positions
@@ -167,6 +174,37 @@ class Database(Tagged):
         return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
 
     @property
+    def lexical_postings(self) -> int:
+        """Those of ``postings`` that are stems."""
+        return 0 if self.lexical is None else int(self._one("SELECT coalesce(sum(df), 0) FROM stems"))
+
+    @property
+    def width(self) -> int:
+        """The number of terms: the model's, and the stems."""
+        with self._lock:
+            return self.vocabulary if self.lexical is None else self.lexical.width(self._database)
+
+    def stem_names(self) -> list[str]:
+        """The names of the terms after the model's."""
+        with self._lock:
+            return [] if self.lexical is None else stem_names(self._database)
+
+    def require_stems(self) -> Lexical:
+        """The lexical part of the index; raises OptionError if it has none."""
+        if self.lexical is None:
+            raise OptionError(f"{self.folder}: has no stems for BM25; build another index with `with_bm25`")
+        return self.lexical
+
+    def query_stems(self, text: str, with_words: bool = False) -> QueryStems:
+        """The lexical side of a query, with its words if asked for; raises OptionError if the index has no stems."""
+        lexical = self.require_stems()
+        with self.reading():
+            version = self._version()
+            if self._counted is None or self._counted[0] != version:
+                self._counted = version, len(self)  # a pass over all ids
+            return lexical.query(self._database, text, self._counted[1], with_words)
+
+    @property
     def edited(self) -> bool:
         """Whether documents were changed with ``manual``."""
         return bool(self._one("PRAGMA user_version"))
@@ -220,13 +258,13 @@ class Database(Tagged):
 
     def search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
         """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change."""
-        version = (int(self._one("PRAGMA data_version")), self._database.total_changes, self._state)
+        version = self._version()
         if self._exact is None or self._exact[0] != version:
             rows = self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
             indptr = np.cumsum([0, *(len(row[1]) // 4 for row in rows)], dtype=np.int64)
             columns = np.frombuffer(b"".join(row[1] for row in rows), np.int32)
             data = np.frombuffer(b"".join(row[2] for row in rows), np.float32)
-            matrix = sparse.csr_matrix((data, columns, indptr), shape=(len(rows), self.vocabulary))
+            matrix = sparse.csr_matrix((data, columns, indptr), shape=(len(rows), self.width))
             self._exact = version, Postings.from_documents(matrix), np.array([row[0] for row in rows], np.int64)
         _, postings, positions = self._exact
         if not postings.count:
@@ -238,6 +276,10 @@ class Database(Tagged):
             matching = {position for position, tags in self._tagged() if _has_all(tags.values, wanted)}
             hits = [hit for hit in hits if hit[0] in matching]
         return hits[:k]
+
+    def _version(self) -> tuple[Any, ...]:
+        """Changes with the content of the database."""
+        return int(self._one("PRAGMA data_version")), self._database.total_changes, self._state
 
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
         with self.reading():
@@ -259,9 +301,13 @@ class Database(Tagged):
         latest = {_to_sqlite(document.id): document for document in documents}
         self._database.executemany("INSERT OR IGNORE INTO ids (id) VALUES (?)", [(id_,) for id_ in latest])
         positions = dict(self._among("SELECT id, position FROM ids WHERE id", list(latest)))
+        written = list(latest.values())
+        if self.lexical is not None:
+            self._forget_stems(list(positions.values()))
+            written = self.lexical.append(self._database, written)
         rows = (
             (positions[id_], *_content_row(content), terms.tobytes(), weights.tobytes())
-            for id_, (_, content, terms, weights) in latest.items()
+            for id_, (_, content, terms, weights) in zip(latest, written, strict=True)
         )
         self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
         return list(positions.values())
@@ -272,9 +318,17 @@ class Database(Tagged):
         for id_ in ids:
             row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
             if row is not None:
-                self._database.execute("DELETE FROM contents WHERE position = ?", row)
                 positions += row
+        self._forget_stems(positions)
+        self._database.executemany("DELETE FROM contents WHERE position = ?", [(position,) for position in positions])
         return positions
+
+    def _forget_stems(self, positions: Sequence[int]) -> None:
+        """Take the documents at these positions, some of which may be new, out of the frequencies of their stems."""
+        if self.lexical is not None:
+            for start in range(0, len(positions), BATCH):
+                stored = self._among("SELECT terms FROM contents WHERE position", positions[start : start + BATCH])
+                self.lexical.subtract(self._database, [terms for (terms,) in stored])
 
 
 def is_refusal(error: BaseException, *codes: int) -> bool:

@@ -23,12 +23,21 @@ class TermMatch:
     query_weight: float  # in the vector of the query
     document_weight: float  # in the vector of the document
     product: float  # of the two weights: the share of the term in the score
+    lexical: bool = False  # a word of the query, matched by its stem as in BM25, not a term of the model
+
+
+@dataclass(frozen=True)
+class Part:
+    """The place of a document in a ranking that was fused or re-ranked."""
+
+    rank: int  # from 1
+    score: float
 
 
 class WordMatch(NamedTuple):
     """A shared word, as shown to a person."""
 
-    word: str  # a term's name, or a word of the query that the tokenizer split into terms
+    word: str  # a term's name, a word of the query that the tokenizer split into terms, or "word" if matched by its stem
     terms: list[TermMatch]  # the term, or the shared terms of the word
     product: float  # the sum of the products of the terms
 
@@ -38,11 +47,12 @@ class Hit(Tabular):
     """A document that a search returned."""
 
     id: str  # of the document
-    score: float  # dot product of the two vectors
+    score: float  # dot product of the two vectors; the fused score with ``fuse``, the cross-encoder's with ``rerank``
     title: str  # of the document; empty without one
     text: str  # of the document
     metadata: dict[str, Any] | None = None  # of the document
     terms: list[TermMatch] | None = None  # with ``explain``: the largest product first; the products sum to the score
+    parts: dict[str, Part] | None = None  # with ``fuse``: in "model", "bm25" or both; with ``rerank``: in "search", before it
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -84,11 +94,23 @@ def check_count(name: str, value: object) -> int:
     return count
 
 
-def explain_score(names: Sequence[str], query: sparse.csr_matrix, terms: np.ndarray, weights: np.ndarray) -> list[TermMatch]:
-    """The terms that a query, (1, vocabulary), and a document with these terms and weights share, the largest product first."""
+def explain_score(
+    names: Sequence[str],
+    query: sparse.csr_matrix,
+    terms: np.ndarray,
+    weights: np.ndarray,
+    words: Mapping[int, str] | None = None,
+) -> list[TermMatch]:
+    """The terms that a query, (1, vocabulary), and a document with these terms and weights share, the largest product first.
+
+    ``words`` has the words of the query by the terms after the vocabulary, which are stems.
+    """
     shared, in_query, in_document = np.intersect1d(query.indices, terms, assume_unique=True, return_indices=True)
-    pairs = zip(shared, query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
-    matches = [TermMatch(names[term], ours, theirs, ours * theirs) for term, ours, theirs in pairs]
+    pairs = zip(shared.tolist(), query.data[in_query].tolist(), weights[in_document].tolist(), strict=True)
+    matches = [
+        TermMatch(names[term] if term < len(names) else (words or {})[term], ours, theirs, ours * theirs, term >= len(names))
+        for term, ours, theirs in pairs
+    ]
     return sorted(matches, key=lambda match: -match.product)
 
 
@@ -100,5 +122,8 @@ def query_words(queries: Queries, text: str) -> dict[str, str]:
 
 def join_matches(matches: Sequence[TermMatch], words: Mapping[str, str]) -> list[WordMatch]:
     """Shared terms as words, the largest product first; ``words`` is what ``query_words`` returns."""
-    joined = join_pieces((words.get(match.term), match.term, match.product, match) for match in matches)
-    return [WordMatch(word, terms, product) for word, product, terms in joined]
+    model = [match for match in matches if not match.lexical]
+    joined = join_pieces((words.get(match.term), match.term, match.product, match) for match in model)
+    found = [WordMatch(word, terms, product) for word, product, terms in joined]
+    found += [WordMatch(f'"{match.term}"', [match], match.product) for match in matches if match.lexical]
+    return sorted(found, key=lambda match: -match.product)

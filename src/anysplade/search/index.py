@@ -5,10 +5,12 @@ The modules that encode documents import torch, which takes seconds, so they are
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import near, require, require_list
@@ -16,13 +18,17 @@ from anysplade._common.files import user_path
 from anysplade._common.outputs import write_record
 from anysplade.data.corpus import Document
 from anysplade.data.names import held
-from anysplade.errors import DataError
-from anysplade.model.options import Precision, Runtime, checked_batch_tokens
+from anysplade.errors import DataError, OptionError
+from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
 from anysplade.model.saved import resolve_model
 from anysplade.search.documents import EncodedDocument, check_documents
 from anysplade.search.filters import Filter, explain_filter
-from anysplade.search.hits import Hit, Hits, check_count, check_query, explain_score
+from anysplade.search.fusion import DEPTH, Fusion
+from anysplade.search.fusion import fuse as fuse_rankings
+from anysplade.search.hits import Hit, Hits, Part, check_count, check_query, explain_score
 from anysplade.search.index_model import FORMAT, IndexModel, WithModel
+from anysplade.search.lexical import Lexical, check_lexical
+from anysplade.search.rescoring import Rescorer, Rescoring, check_depth
 from anysplade.search.store import Store
 
 
@@ -34,7 +40,17 @@ class Changes(NamedTuple):
     deleted: int = 0
 
 
-class Index(WithModel):
+class Query(NamedTuple):
+    """What a search compares with documents."""
+
+    vector: sparse.csr_matrix  # (1, terms): of the model, then of the stems
+    words: dict[int, str]  # the words of the query by the terms that are stems
+
+
+_Ranked = tuple[int, float, dict[str, Part] | None]  # position, score, and its parts
+
+
+class Index(WithModel, Rescoring):
     """Documents encoded by a model, on disk. Build one with ``Index.build``, open it with ``Index.load``.
 
     ``store`` holds the documents and their vectors, and searches by vector. ``about`` describes how the index was made, and
@@ -46,7 +62,10 @@ class Index(WithModel):
         self.folder = folder
         self.about = dict(model.about)
         self.changes = Changes()
-        self.store = Store(folder, self.about["vocabulary"])
+        lexical = None
+        if self.about.get("with_bm25"):
+            lexical = Lexical(self.about["vocabulary"], self.about["average_length"], self.about["language"])
+        self.store = Store(folder, self.about["vocabulary"], lexical)
         self._model = model
 
     @classmethod
@@ -63,6 +82,9 @@ class Index(WithModel):
         workers: int | None = None,
         batch_tokens: int | None = None,
         ray: bool = False,
+        lexical: float | None = None,
+        with_bm25: bool = False,
+        language: str = "auto",
         progress: bool = False,
     ) -> "Index":
         """Encode a corpus and index it. After an interruption, the same call continues.
@@ -85,6 +107,12 @@ class Index(WithModel):
                 many documents.
             batch_tokens: tokens that go through the model together; by default 1,024 on a CPU, more on a GPU by its free memory.
             ray: encode on a Ray cluster instead, with this number of workers.
+            lexical: add BM25 to the scores, times this weight, such as 4: it gives back the words of a text that the model forgot.
+                The stems of a document are further terms of its vector, weighted with the corpus's average length at the first
+                build, so that later documents do not change stored weights.
+            with_bm25: also keep the stems that BM25 needs; searches use them if they fuse both rankings.
+            language: of the stemmer and the stop words of BM25, by its English name or ISO 639-1 code; auto is that of most
+                documents, none is neither.
 
         Raises:
             OutputError: the folder is not empty, or holds an index that was made with other options or changed by ``add`` or
@@ -97,10 +125,11 @@ class Index(WithModel):
         if not isinstance(corpus, str | Path):
             corpus = check_documents(corpus)
         top_k, max_length, workers = check_encoding(top_k, max_length, workers)
+        stems = check_lexical(lexical, with_bm25, language)
         options = Options(resolve_model(model), precision, top_k, max_length, runtime)
         encoding: dict[str, Any] = {"workers": workers, "batch_tokens": checked_batch_tokens(batch_tokens)}
         encoding |= {"ray": ray, "progress": progress}
-        return build_index(corpus, user_path(output), options, **encoding)
+        return build_index(corpus, user_path(output), options, stems, **encoding)
 
     @classmethod
     def load(
@@ -144,9 +173,12 @@ class Index(WithModel):
         return f"Index({str(self.folder)!r}: {len(self):,} documents, model {self.about['model']!r})"
 
     def describe(self) -> dict[str, Any]:
-        """``about`` with the current number of documents and their mean active dims; reads all documents."""
-        count = len(self)
-        return self.about | {"documents": count, "document_active_dims": self.store.postings / max(1, count)}
+        """``about`` with the current number of documents, their mean active dims, and their mean stems; reads all documents."""
+        count, stems = len(self), self.store.lexical_postings
+        dims = {"document_active_dims": (self.store.postings - stems) / max(1, count)}
+        if self.store.lexical is not None:
+            dims["document_lexical_dims"] = stems / max(1, count)
+        return self.about | {"documents": count} | dims
 
     def add(self, documents: Mapping[str, Document], progress: bool = False) -> None:
         """Encode ``documents`` by id as the index was encoded, and add them or replace those with the same id.
@@ -189,7 +221,18 @@ class Index(WithModel):
                 about[name] = os.path.relpath(self.folder.resolve() / about[name], folder.resolve())
         write_about(folder, about)
 
-    def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        explain: bool = False,
+        filter: Filter | None = None,
+        exact: bool = False,
+        *,
+        fuse: Fusion | None = None,
+        rerank: str | Path | None = None,
+        rerank_depth: int = 100,
+    ) -> Hits:
         """Find the ``k`` documents with the highest scores above 0 for a ``query``; ties keep the order of addition.
 
         Args:
@@ -197,32 +240,107 @@ class Index(WithModel):
             filter: metadata that hits must have: ``{"lang": "en"}``, or a list for any of several values. Numbers and bools equal
                 their texts; case and surrounding blanks do not matter.
             exact: search the vectors in memory, in float64, not in the engine, in float32.
+            fuse: fuse the first 1,000 hits of the model with those of BM25: rrf adds up 1 / (60 + rank), wsum averages the scores,
+                each ranking's scaled from 0 to 1; needs an index with BM25.
+            rerank: folder or hub id of a cross-encoder, which gives the first hits new scores and ranks them by these.
+            rerank_depth: number of hits that the cross-encoder scores.
 
         Raises:
-            OptionError: the query is empty, k is below 1, or no document has a name of the filter.
-            ModelError: the model of the index is missing or was changed.
+            OptionError: the query is empty, k is below 1 or above ``rerank_depth``, no document has a name of the filter, or the
+                index has no stems to fuse with.
+            ModelError: the model of the index is missing or was changed, or ``rerank`` is no cross-encoder.
         """
         check_query(query)
-        return self.search_vector(self.queries.encode([query]), check_count("k", k), explain, filter, exact)
+        k = check_count("k", k)
+        self.check_fusion(fuse)  # before the model is opened
+        options: dict[str, Any] = {"fuse": fuse, "rerank": rerank, "rerank_depth": rerank_depth}
+        return self.search_vector(self.queries.encode([query]), k, explain, filter, exact, text=query, **options)
 
     def search_vector(
-        self, vector: sparse.csr_matrix, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False
+        self,
+        vector: sparse.csr_matrix,
+        k: int = 10,
+        explain: bool = False,
+        filter: Filter | None = None,
+        exact: bool = False,
+        *,
+        text: str | None = None,
+        fuse: Fusion | None = None,
+        rerank: "str | Path | Rescorer | None" = None,
+        rerank_depth: int = 100,
     ) -> Hits:
-        """``search`` with the ``vector`` of a query, (1, vocabulary). ``k``, ``explain``, ``filter`` and ``exact`` are the same.
+        """``search`` with the ``vector`` of a query, (1, vocabulary).
+
+        ``k``, ``explain``, ``filter``, ``exact``, ``fuse``, ``rerank`` and ``rerank_depth`` are the same.
+
+        Args:
+            text: of the query, for all that is not the model's: BM25 and the cross-encoder. Without it, the score is the model's.
 
         Raises:
-            OptionError: k is below 1, or no document has a name of the filter.
+            OptionError: as in ``search``, or ``fuse`` or ``rerank`` has no text.
         """
         k = check_count("k", k)
+        depth = k if rerank is None else check_depth(k, rerank_depth)
+        if text is None and not fuse is rerank is None:
+            raise OptionError("`fuse` and `rerank` read the query's text; give it as `text`")
+        self.check_fusion(fuse)
         with self.store.reading():  # without it, a document could be deleted between the search and its fetching
-            found = self.store.search(vector.indices, vector.data, k, filter, exact)
-            documents = self.store.documents([position for position, _ in found])
+            query = self.complete(vector, text, fuse, explain)
+            found = self._rank(query, depth, fuse, filter, exact)
+            documents = self.store.documents([position for position, _, _ in found])
             hits = Hits(note=None if found else explain_filter(self.store, filter))
-        for (_, score), (id_, content, terms, weights) in zip(found, documents, strict=True):
-            matches = explain_score(self.queries.term_names, vector, terms, weights) if explain else None
-            score = score if matches is None else sum(match.product for match in matches)
-            hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches))
-        return hits
+        for (_, score, parts), (id_, content, terms, weights) in zip(found, documents, strict=True):
+            matches = explain_score(self.queries.term_names, query.vector, terms, weights, query.words) if explain else None
+            if matches is not None and fuse is None:
+                score = sum(match.product for match in matches)
+            hits.append(Hit(id_, score, content.title, content.text, content.metadata, matches, parts))
+        if rerank is None or text is None:
+            return hits
+        return self._open_rescorer(rerank).rescore(text, hits, k)
+
+    def check_fusion(self, fuse: Fusion | None) -> None:
+        """Raise OptionError if ``fuse`` is unknown, or the index has no stems to fuse with."""
+        if checked_option("`fuse`", fuse, Fusion | None) is not None:
+            self.store.require_stems()
+
+    def complete(self, vector: sparse.csr_matrix, text: str | None, fuse: Fusion | None = None, explain: bool = False) -> Query:
+        """The query of a ``vector``, (1, vocabulary), with the stems of its ``text`` if they count; with ``fuse`` they do.
+
+        With ``explain`` it has the words of the stems.
+        """
+        weight = 1.0 if fuse is not None else self.about.get("lexical")
+        if weight is None or text is None:
+            return Query(vector, {})
+        terms, weights, words = self.store.query_stems(text, explain)
+        indices = np.concatenate([vector.indices, terms])
+        data = np.concatenate([vector.data, weights * np.float32(weight)])
+        return Query(sparse.csr_matrix((data, indices, [0, len(indices)]), shape=(1, self.store.width)), words)
+
+    def encode_queries(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """The vectors of queries as a search compares them with documents: (texts, terms), stems included if scores have BM25."""
+        rows = [self.complete(vector, text).vector for vector, text in zip(self.queries.encode(texts), texts, strict=True)]
+        return sparse.vstack(rows, format="csr") if rows else sparse.csr_matrix((0, self.store.width), dtype=np.float32)
+
+    @property
+    def term_names(self) -> list[str]:
+        """The name of each term of the documents by id: those of the model, then ``stem:retriev`` for stems."""
+        return [*self.queries.term_names, *self.store.stem_names()]
+
+    def _rank(self, query: Query, k: int, fuse: Fusion | None, filter: Filter | None, exact: bool) -> list[_Ranked]:
+        terms, weights = query.vector.indices, query.vector.data
+        if fuse is None:
+            return [(*found, None) for found in self.store.search(terms, weights, k, filter, exact)]
+        stems = int(np.searchsorted(terms, self.about["vocabulary"]))
+        rankings = {
+            name: dict(self.store.search(terms[part], weights[part], DEPTH, filter, exact))
+            for name, part in (("model", slice(stems)), ("bm25", slice(stems, None)))
+        }
+        parts: dict[int, dict[str, Part]] = {}  # by position
+        for name, ranking in rankings.items():
+            for rank, (position, score) in enumerate(ranking.items(), 1):
+                parts.setdefault(position, {})[name] = Part(rank, score)
+        fused = fuse_rankings(list(rankings.values()), fuse)
+        return [(position, score, parts[position]) for position, score in islice(fused.items(), k)]
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Encode documents as those in the index were."""

@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from scipy import sparse
+
 from anysplade._common.extras import extra
 from anysplade._common.files import user_path
 from anysplade.data.corpus import Document, empty_corpus, iter_corpus
@@ -20,13 +22,15 @@ from anysplade.search.documents import EncodedDocument
 from anysplade.search.engines import open_engine
 from anysplade.search.engines.base import require_same_model
 from anysplade.search.filters import Filter
+from anysplade.search.fusion import Fusion
 from anysplade.search.hits import Hits, check_count, check_query, explain_score
 from anysplade.search.index_model import IndexModel, WithModel, describe_model
+from anysplade.search.rescoring import Rescoring, check_depth
 
 logger = logging.getLogger(__name__)
 
 
-class RemoteIndex(WithModel):
+class RemoteIndex(WithModel, Rescoring):
     """The counterpart of ``Index`` at an address such as ``qdrant://host:6333/name``, with the same ``encoder`` and ``queries``.
 
     ``sent`` is the number of documents that ``build`` sent; ``left_over`` is the number that the server has and the corpus lacks.
@@ -63,6 +67,9 @@ class RemoteIndex(WithModel):
         workers: int | None = None,
         batch_tokens: int | None = None,
         ray: bool = False,
+        lexical: float | None = None,
+        with_bm25: bool = False,
+        language: str = "auto",
         progress: bool = False,
     ) -> "RemoteIndex":
         """Encode a corpus into shards under ``work`` and send it. After an interruption, the same call continues.
@@ -78,6 +85,7 @@ class RemoteIndex(WithModel):
             work: a folder for shards, from which an interrupted call continues.
 
         Raises:
+            OptionError: ``lexical``, ``with_bm25`` or ``language`` is given; only an index in a folder keeps frequencies of stems.
             OutputError: the server has an index of that name that was made by an earlier version, or with another model,
                 precision, top_k or max_length.
             AnyspladeError: encoding fails, or the server cannot be reached or refuses.
@@ -87,6 +95,9 @@ class RemoteIndex(WithModel):
         from anysplade.search.build import describe_corpus
         from anysplade.search.document_encoding import Options, check_encoding, encode_documents
 
+        given = {"lexical": lexical is not None, "with_bm25": with_bm25, "language": language != "auto"}
+        for name in (name for name in given if given[name]):
+            raise OptionError(f"`{name}`: only an index in a folder keeps the frequencies of stems; build one with `out`")
         index = cls(address, model, runtime)
         source = resolve_model(model)
         try:
@@ -155,25 +166,44 @@ class RemoteIndex(WithModel):
     def __repr__(self) -> str:
         return f"RemoteIndex({self.address!r})"
 
-    def search(self, query: str, k: int = 10, explain: bool = False, filter: Filter | None = None, exact: bool = False) -> Hits:
-        """Search as ``Index.search`` does, with the same ``query``, ``k``, ``explain`` and ``filter``.
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        explain: bool = False,
+        filter: Filter | None = None,
+        exact: bool = False,
+        *,
+        fuse: Fusion | None = None,
+        rerank: str | Path | None = None,
+        rerank_depth: int = 100,
+    ) -> Hits:
+        """Search as ``Index.search`` does, with the same options: ``query``, ``k``, ``explain``, ``filter``, ``rerank`` and
+        ``rerank_depth``.
 
         The terms of a hit come from its text, which is encoded again as for the index. Their products sum to the score, apart
         from the rounding of the engine. In bfloat16 they also depend, in the second or third digit, on the texts that are
         encoded together.
 
         Raises:
-            OptionError: the query is empty, k is below 1, no document has a name of the filter, or ``exact`` is set, which a
-                server cannot do.
+            OptionError: the query is empty, k is below 1 or above ``rerank_depth``, no document has a name of the filter, or
+                ``exact`` or ``fuse`` is set, which a server cannot do.
         """
         check_query(query)
         k = check_count("k", k)
         if exact:
             raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
+        if fuse is not None:
+            raise OptionError(f"{self.address}: has no stems for BM25; build an index in a folder with `with_bm25`")
+        depth = k if rerank is None else check_depth(k, rerank_depth)
         vector = self.queries.encode([query])
-        hits = self.engine.search(vector.indices, vector.data, k, filter)
-        if not explain or not hits:
-            return hits
+        hits = self.engine.search(vector.indices, vector.data, depth, filter)
+        if explain and hits:
+            hits = self._explain(vector, hits)
+        return hits if rerank is None else self._open_rescorer(rerank).rescore(query, hits, k)
+
+    def _explain(self, vector: sparse.csr_matrix, hits: Hits) -> Hits:
+        """The hits with the terms that each shares with the vector of a query, (1, vocabulary)."""
         try:
             with extra("train"):
                 from anysplade.model.encoding import encode

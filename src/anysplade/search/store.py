@@ -26,6 +26,7 @@ from anysplade.search import local_engine
 from anysplade.search.database import BATCH, WRITES, Database, Found, Row, is_refusal
 from anysplade.search.documents import EncodedDocument, check_document, check_vector
 from anysplade.search.filters import Filter, check_filter, explain_filter
+from anysplade.search.lexical import Lexical
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,9 @@ class Store(Database):
     is full.
     """
 
-    def __init__(self, folder: Path, vocabulary: int) -> None:
+    def __init__(self, folder: Path, vocabulary: int, lexical: Lexical | None = None) -> None:
         """Open a store, and bring its engine up to date."""
-        super().__init__(folder, vocabulary)
+        super().__init__(folder, vocabulary, lexical)
         self._engine: Any = None  # a shard of Qdrant Edge, if this process holds it
         self._unflushed = 0  # changes in the engine that may not be on disk
         self._inode = folder.stat().st_ino  # shows whether another folder took its place
@@ -75,7 +76,8 @@ class Store(Database):
     def put(self, documents: Iterable[EncodedDocument], manual: bool = False) -> None:
         """Add documents, or replace those with the same id, in transactions of ``BATCH``; one with an invalid document is not made.
 
-        ``manual`` records that the store differs from its corpus.
+        The vectors are the model's; the store appends the stems of the texts if it has stems. ``manual`` records that the store
+        differs from its corpus.
         """
         iterator = iter(documents)
         while batch := [check_document(document, self.vocabulary) for document in islice(iterator, BATCH)]:
@@ -139,7 +141,7 @@ class Store(Database):
             terms, weights: the vector of the query, (active dims,) each.
             exact: search the database in float64, not the engine in float32.
         """
-        terms, weights = check_vector("the query", terms, weights, self.vocabulary)
+        terms, weights = check_vector("the query", terms, weights, self.width)
         conditions = check_filter(filter)
         with self.reading():
             found: Found = []

@@ -21,6 +21,7 @@ from anysplade._common.arguments import did_you_mean
 from anysplade.errors import OptionError
 from anysplade.model.options import Role
 from anysplade.search.filters import check_filter
+from anysplade.search.fusion import Fusion
 from anysplade.search.hits import Hit, Hits, TermMatch, check_query
 from anysplade.serving.batching import Searcher, StoppedError
 
@@ -81,6 +82,10 @@ class SearchRequest(_Body):
         ),
         _checked_by(check_filter, dict),
     ] = {}
+    fuse: Annotated[
+        Fusion | None,
+        Field(description="fuse the model's ranking with BM25's, if the index has BM25; by default as the server was started"),
+    ] = None
 
 
 class EncodeRequest(_Body):
@@ -120,7 +125,7 @@ class EncodeResponse(BaseModel):
 
 
 class ExplainResponse(BaseModel):
-    """The score of a document and the terms that add up to it, the largest product first."""
+    """The score of a document, before any fusion, and the terms that add up to it, the largest product first."""
 
     id: str
     score: float
@@ -232,8 +237,9 @@ router = APIRouter(route_class=_JSONRoute)
 @router.post("/search", response_model=SearchResponse, responses=errors(_POST_ERRORS))
 async def search(searcher: CurrentSearcher, body: SearchRequest) -> Response:
     """The best documents for a query: scores above 0, best first."""
+    searcher.check(body.k, body.fuse)
     try:
-        hits = await searcher.search(body.query, body.k, body.explain, body.filter)
+        hits = await searcher.search(body.query, body.k, body.explain, body.filter, body.fuse)
     except OptionError as error:  # no document has a name of the filter, but a later one may have it
         hits = Hits(note=str(error))
     found = {"query": body.query, "hits": [hit.to_dict() for hit in hits]}

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -27,6 +28,7 @@ from anysplade._common.arguments import did_you_mean
 from anysplade._common.tables import Tabular
 from anysplade.errors import AnyspladeError, OptionError, UsageError
 from anysplade.model.options import Precision, Runtime
+from anysplade.search.fusion import Fusion
 from anysplade.serving import api, pages
 from anysplade.serving.api import ASCIIResponse
 from anysplade.serving.batching import OverloadedError, Searcher, StoppedError
@@ -205,6 +207,9 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
+    fuse: Fusion | None = None,
+    rerank: str | Path | None = None,
+    rerank_depth: int = 100,
 ) -> Served:
     """Serve an index until the process gets SIGINT or SIGTERM; running requests are finished first.
 
@@ -215,6 +220,9 @@ def serve(
         host: an address of this machine; an address that other machines can reach needs a token.
         port: 0 for any free port.
         token: see ``create_app``.
+        fuse: fuse the rankings of the model and of BM25, as search does; a request can name another fusion.
+        rerank: folder or hub id of a cross-encoder that ranks the first hits of every search.
+        rerank_depth: number of hits that the cross-encoder scores.
     """
     name = f"[{host}]" if ":" in host else host
     if name not in _LOOPBACK and not token:
@@ -222,7 +230,8 @@ def serve(
     if token is not None and (len(token) < 16 or not token.isascii()):
         raise OptionError("the token can be guessed; it needs at least 16 ASCII characters")
     with _listen(host, port) as listener:
-        searcher = Searcher(index, beside, model, runtime=runtime, precision=precision, language=language)
+        options: dict[str, Any] = {"fuse": fuse, "rerank": rerank, "rerank_depth": rerank_depth}
+        searcher = Searcher(index, beside, model, runtime=runtime, precision=precision, language=language, **options)
         app = create_app(searcher, token, _LOOPBACK if name in _LOOPBACK else None)
         address = f"http://{name}:{listener.getsockname()[1]}"
         logger.info("%s: %d documents at %s (stop with Ctrl+C)", index, searcher.documents, address)

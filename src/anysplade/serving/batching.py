@@ -23,8 +23,10 @@ from anysplade.errors import AnyspladeError
 from anysplade.model.options import Precision, Role, Runtime
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.filters import Filter
+from anysplade.search.fusion import Fusion
 from anysplade.search.hits import Hit, Hits, TermMatch, explain_score
 from anysplade.search.index import Index
+from anysplade.search.rescoring import Rescorer, check_depth
 
 if TYPE_CHECKING:
     from anysplade.search.bm25 import BM25
@@ -82,6 +84,9 @@ class Searcher:
         runtime: Runtime = "auto",
         precision: Precision = "float32",
         language: str = "auto",
+        fuse: Fusion | None = None,
+        rerank: str | Path | None = None,
+        rerank_depth: int = 100,
     ) -> None:
         """Open an index as ``Index.load`` does, and load its model if its queries need the model.
 
@@ -89,6 +94,7 @@ class Searcher:
             beside: another index, or bm25, to compare with.
             language: of BM25's stemmer and stop words; see ``evaluate``.
             model: of the first index, if it moved, and of the other one if it was built with the same.
+            fuse, rerank, rerank_depth: of every search; see ``Index.search``.
         """
         self.folder = user_path(folder)
         self.beside = beside
@@ -96,6 +102,9 @@ class Searcher:
         self._language = language if beside is None or not is_built_in(beside, "bm25") else _checked_language(language)
         self._options: dict[str, Any] = {"runtime": runtime, "precision": precision}
         self.index = self._open(self.folder, model)
+        self.index.check_fusion(fuse)
+        self._fuse, self._depth = fuse, check_depth(1, rerank_depth)
+        self._rescorer = None if rerank is None else Rescorer(str(rerank))
         self.documents = len(self.index)  # constant: no other process can write while this one has the index open
         self.other = None if beside is None or is_built_in(beside, "bm25") else self._open_other(user_path(beside))
         self._version = self._read_version()
@@ -151,26 +160,45 @@ class Searcher:
         """Number of requests in the queue."""
         return self._jobs.qsize()
 
-    async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None) -> Hits:
-        """See ``Index.search``."""
-        return await self._submit([query], "query", lambda vector: self.index.search_vector(vector, k, explain, filter))
+    def check(self, k: int, fuse: Fusion | None = None) -> None:
+        """Raise OptionError if a search with these options is impossible."""
+        self.index.check_fusion(fuse or self._fuse)
+        check_depth(k if self._rescorer is not None else 1, self._depth)
+
+    async def search(self, query: str, k: int, explain: bool, filter: Filter | None = None, fuse: Fusion | None = None) -> Hits:
+        """See ``Index.search``; without ``fuse`` it is that of the server."""
+        return await self._submit([query], "query", lambda vector: self._search(query, vector, k, explain, filter, fuse))
 
     async def search_and_encode(self, query: str, k: int) -> tuple[list[Hit], sparse.csr_matrix]:
         """Hits with their terms, and the vector of the query, (1, vocabulary)."""
-        return await self._submit([query], "query", lambda vector: (self.index.search_vector(vector, k, True), vector))
+        return await self._submit([query], "query", lambda vector: (self._search(query, vector, k, explain=True), vector))
+
+    def _search(
+        self,
+        query: str,
+        vector: sparse.csr_matrix,
+        k: int,
+        explain: bool,
+        filter: Filter | None = None,
+        fuse: Fusion | None = None,
+    ) -> Hits:
+        """Search for a query with its vector, (1, vocabulary), on the thread that uses the model and the engine."""
+        options: dict[str, Any] = {"fuse": fuse or self._fuse, "rerank": self._rescorer, "rerank_depth": self._depth}
+        return self.index.search_vector(vector, k, explain, filter, text=query, **options)
 
     async def encode(self, texts: Sequence[str], role: Role) -> sparse.csr_matrix:
         """Vectors of texts, (texts, vocabulary)."""
         return await self._submit(texts, role, lambda vectors: vectors)
 
     async def explain(self, query: str, id_: str) -> list[TermMatch] | None:
-        """The terms that add up to the score of a document; None if there is no such document."""
+        """The terms that add up to the score of a document, before fusion; None if there is no such document."""
 
         def work(vector: sparse.csr_matrix) -> list[TermMatch] | None:
             document = self.index.store.find(id_)
             if document is None:
                 return None
-            return explain_score(self.index.queries.term_names, vector, document.terms, document.weights)
+            whole = self.index.complete(vector, query, explain=True)
+            return explain_score(self.index.queries.term_names, whole.vector, document.terms, document.weights, whole.words)
 
         return await self._submit([query], "query", work)
 

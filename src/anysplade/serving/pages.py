@@ -141,7 +141,7 @@ def _results(queries: Queries, query: str, hits: Sequence[Hit]) -> list[dict[str
 
 def _pieces(queries: Queries, hit: Hit) -> dict[str, Any]:
     """The text of a hit in pieces; a token of a shared term is a piece with the product of the term."""
-    products = {match.term: match.product for match in hit.terms or []}
+    products = {match.term: match.product for match in hit.terms or [] if not match.lexical}
     text = hit.text[:_SNIPPET]
     pieces: list[tuple[str, float | None]] = []
     done = 0
@@ -170,10 +170,10 @@ async def _measure_head(searcher: Searcher, index: Index) -> tuple[dict[str, Any
 
 async def _measure_cost(searcher: Searcher, index: Index) -> dict[str, Any]:
     """The size of the index and its postings, from a pass over all documents."""
-    queries, names = await searcher.run(lambda: (index.queries.encode(PROBE_QUERIES), index.queries.term_names))
+    queries, names = await searcher.run(lambda: (index.encode_queries(PROBE_QUERIES), index.term_names))
 
     def count() -> dict[str, Any]:
-        frequency = np.zeros(index.about["vocabulary"], np.int64)
+        frequency = np.zeros(len(names), np.int64)
         documents = 0
         for document in searcher.read_documents(index):
             frequency[document.terms] += 1

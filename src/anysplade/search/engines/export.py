@@ -1,5 +1,6 @@
 """Files for engines that import an index: Anserini's JSONL, the Common Index File Format (CIFF), and queries for both.
 
+The stems of an index with BM25 are terms of their own, named ``stem:retriev``.
 They contain integers: each weight times ``quantization``, rounded; zeros are dropped. Terms have the names of ``name_terms``.
 """
 
