@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anysplade._common.arguments import require
-from anysplade._common.extras import extra
 from anysplade._common.cache import mark_used
+from anysplade._common.extras import extra
 from anysplade._common.files import atomic_folder, default_cache
 from anysplade.errors import ModelError, OptionError, OutputError
 from anysplade.model.fused import FusedEncoder, hidden_states, is_fused

@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from scipy import sparse
+
 from anysplade._common.extras import extra
 from anysplade._common.files import user_path
 from anysplade.data.corpus import Document, empty_corpus, iter_corpus
@@ -168,8 +170,7 @@ class RemoteIndex(WithModel):
         """
         check_query(query)
         k = check_count("k", k)
-        if exact:
-            raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
+        _refuse_exact(exact)
         vector = self.queries.encode([query])
         hits = self.engine.search(vector.indices, vector.data, k, filter)
         if not explain or not hits:
@@ -186,3 +187,13 @@ class RemoteIndex(WithModel):
         return Hits(
             replace(hit, terms=explain_score(names, vector, row.indices, row.data)) for hit, row in zip(hits, rows, strict=True)
         )
+
+    def rank(self, vectors: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[dict[str, float]]:
+        """See ``Index.rank``; one request after the other, because a client of a server need not be safe for threads."""
+        _refuse_exact(exact)
+        return [{hit.id: hit.score for hit in self.engine.search(row.indices, row.data, k, filter)} for row in vectors]
+
+
+def _refuse_exact(exact: bool) -> None:
+    if exact:
+        raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
