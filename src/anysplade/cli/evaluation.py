@@ -33,7 +33,7 @@ def evaluate(
 
     Args:
         names: models and then collections. A model is the folder or hub id of a sparse encoder, a dense model or a masked LM as
-            it is, bm25, bm25-unstemmed, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets
+            it is, bm25, bm25-unstemmed, a TREC run file, or the folder of an index; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets
             id, a hub dataset, nanobeir or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
@@ -52,7 +52,7 @@ def evaluate(
 
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
     models = [name for name in names if name not in collections]
-    if not models:
+    if (not models and options.get("index") is None) or not collections:
         raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
     found, shown = _evaluated(models, collections, metrics, cache, curves=curve, output=out, **options)
     parts = evaluations_parts(found, shown)
@@ -105,11 +105,23 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         parts.append(Text(f"{collection}: {counted(count, 'query')} {one if count == 1 else many}"))
     for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
         parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
+    for row in rows:
+        if row["kind"] == "index":
+            parts.append(Text(_deployed(row)))
     if hidden := [name for name in found.evaluations[0].metrics if name not in metrics]:
         parts.append(Text(f"{', '.join(hidden)}: not shown, since it is 1 if a ranking has all documents; the JSON has it"))
     if compared := [comparison for comparison in found.comparisons if comparison.metric in metrics]:
         parts += ["", *_comparison_parts(compared, several)]
     return parts
+
+
+def _deployed(row: dict[str, Any]) -> str:
+    """How an index differs from its exact model."""
+    about = row["index"]
+    pruned = "all weights" if about["top_k"] is None else f"the {about['top_k']} largest weights"
+    precision = f"documents in {row['precision']} with {pruned}, queries in {about['query_precision']}, engine {about['engine']}"
+    matching = f"{about['documents_in_collection']:,} of its {counted(about['documents'], 'document')} in {row['collection']}"
+    return f"{row['model']} is an index: {precision}; {matching}"
 
 
 def _detail_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:

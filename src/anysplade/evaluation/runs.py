@@ -81,12 +81,14 @@ def check_run(source: str | Path, run: Run, collection: Collection) -> None:
     require_match(source, f"documents of the run are in {name}", ranked, ranked & collection.corpus.keys())
 
 
-def require_match(source: object, expected: str, ids: Set[str], found: Set[str]) -> None:
+def require_match(
+    source: object, expected: str, ids: Set[str], found: Set[str], fix: str = "name the collection that the run was made on"
+) -> None:
     """Require that some of the ids were found, and warn if few were; ``expected`` is such as "queries are in both runs"."""
     missing = next((id_ for id_ in ids if id_ not in found), None)
     if not found:
         fault = f"none of the {len(ids)} {expected} ({missing!r} is missing)"
-        raise DataError(f"{source}: {fault}; name the collection that the run was made on")
+        raise DataError(f"{source}: {fault}; {fix}")
     if len(found) < _EXPECTED_SHARE * len(ids):
         share = f"{100 * len(found) / len(ids):.2g} %"
         logger.warning("%s: only %d of %d %s (%s; %r is missing)", source, len(found), len(ids), expected, share, missing)
