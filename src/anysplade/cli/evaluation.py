@@ -33,8 +33,8 @@ def evaluate(
 
     Args:
         names: models and then collections. A model is the folder or hub id of a sparse encoder, a dense model or a masked LM as
-            it is, bm25, bm25-unstemmed, a TREC run file, or the folder of an index; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets
-            id, a hub dataset, nanobeir or python-docs.
+            it is, bm25, bm25-unstemmed, a TREC run file, or the folder of an index; a collection is a BEIR folder or zip, a TREC
+            folder, an ir_datasets id, a hub dataset, nanobeir or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
         seeds: the models differ only in their seed: show mean and standard deviation.

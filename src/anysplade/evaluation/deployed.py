@@ -3,7 +3,7 @@
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from scipy import sparse
@@ -21,7 +21,7 @@ from anysplade.search.index import Index, read_about
 from anysplade.search.index_model import IndexModel
 
 
-def is_index(model: Any) -> bool:
+def is_index(model: Any) -> TypeGuard[str | Path]:
     return isinstance(model, str | Path) and held(model) == INDEX
 
 
@@ -49,7 +49,7 @@ def rank_by_index(folder: str | Path, ranker: Ranker) -> dict[str, Any]:
         matching = _match(folder, index, collection)
         start = time.perf_counter()
         texts = {id_: text for id_, text in collection.queries.items() if text.strip()}  # an empty one finds nothing
-        run: dict[str, dict[str, float]] = dict.fromkeys(collection.queries, {})
+        run: dict[str, dict[str, float]] = {query_id: {} for query_id in collection.queries}
         for query_id, found in search_many(index, texts, ranker.hits, progress=ranker.progress):
             itself = query_id if query_id in ranker.self_matches else None
             run[query_id] = dict(islice(((id_, score) for id_, score in found.items() if id_ != itself), ranker.depth))

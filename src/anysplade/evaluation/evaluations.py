@@ -115,7 +115,8 @@ def evaluate(
         MeasureError: a metric is unknown; the message suggests the nearest known one.
         OptionError: an option is impossible.
         OutputError: ``output`` is given, and a run file cannot hold one of the ids.
-        DataError: a run file has no query or no document of the collection, or an index no document of it. If few match, a warning gives their share.
+        DataError: a run file has no query or no document of the collection, or an index no document of it. If few match, a
+            warning gives their share.
         ModelError, DataError: as in ``open_encoder`` and ``load_collection``.
     """
     if isinstance(model, list | tuple):

@@ -162,7 +162,7 @@ class Store(Database):
             conditions = check_filter(filter)
             rows = [check_vector("the query", row.indices, row.data, queries.shape[1]) for row in queries]
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                found = list(threads.map(lambda row: self._search_engine(*row, k, conditions), rows))
+                found = list(threads.map(lambda row: self._search_engine(row[0], row[1], k, conditions), rows))
             if not all(found):
                 explain_filter(self, filter)
         return found
