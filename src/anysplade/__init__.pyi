@@ -1,5 +1,8 @@
 """The public names, in one list: type checkers read it, and ``__init__`` loads each name on first use."""
 
+from ._common.cache import CacheEntry as CacheEntry
+from ._common.cache import cache_entries as cache_entries
+from ._common.cache import prune_cache as prune_cache
 from .data.collections import Collection as Collection
 from .data.collections import Pair as Pair
 from .data.collections import load_collection as load_collection
@@ -43,6 +46,7 @@ from .model.terms import Terms as Terms
 from .model.terms import WeightedTerm as WeightedTerm
 from .model.terms import terms as terms
 from .search import open_index as open_index
+from .search.batch import search_many as search_many
 from .search.documents import EncodedDocument as EncodedDocument
 from .search.engines import open_engine as open_engine
 from .search.engines.export import export_anserini as export_anserini

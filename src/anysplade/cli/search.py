@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,10 +122,12 @@ def index(model: str, corpus: str, /, *, out: Path | None = None, to: str | None
 @options_of("search.index", "Index.search")
 def search(
     index: str,
-    query: str,
+    query: str | None = None,
     /,
     *,
-    k: int = 10,
+    queries: str | None = None,
+    out: Path | None = None,
+    k: int | None = None,
     filter: list[str] | None = None,
     exact: bool = False,
     model: str | None = None,
@@ -131,12 +135,14 @@ def search(
     precision: Precision = "float32",
     **options: Any,
 ) -> Result:
-    """Search an index; each hit shows which terms its score comes from.
+    """Search an index; each hit shows which terms its score comes from. With --queries, write a TREC run file for many queries.
 
     Args:
         index: folder of an index, or its address on a server.
         query: the text to search for.
-        k: largest number of hits.
+        queries: a file or collection of queries, to search for instead of one: JSONL, TSV, TREC topics, ...
+        out: with queries, the run file to write.
+        k: largest number of hits; 10 by default, 1,000 with queries.
         filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a repeated name means any of
             its values.
         exact: search the vectors in memory, in float64, instead of the engine.
@@ -148,6 +154,10 @@ def search(
     from anysplade.search import open_index
     from anysplade.search.hits import check_query, query_words
 
+    if (query is None) == (queries is None):
+        raise OptionError('search for one text, anysplade search INDEX "a text", or for many: --queries FILE --out RUN')
+    if (queries is None) != (out is None):
+        raise OptionError("`queries` and `output` go together: --queries FILE --out RUN")
     if filter is not None and not filter:
         raise OptionError("filter: give name=value after it, such as lang=en")
     wanted: dict[str, list[Any]] = {}
@@ -156,16 +166,65 @@ def search(
         if not name or not equals:
             raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
         wanted.setdefault(name, []).append(value)
+    if queries is not None:
+        assert out is not None  # checked above
+        return _search_many(index, queries, out, k, model, runtime, precision, filter=wanted or None, exact=exact, **options)
+    assert query is not None  # checked above
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
     check_query(query)
     log_cut(opened.queries.count_truncated([query]), 1, "queries")
-    hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact, **options)
+    hits = opened.search(query, k=10 if k is None else k, explain=True, filter=wanted or None, exact=exact, **options)
     about = {"query": query, "precision": opened.queries.precision} | ({"fuse": options["fuse"]} if options["fuse"] else {})
     about |= {name: options[name] for name in ("rerank", "rerank_depth") if options["rerank"]}
     found = about | {"hits": [hit.to_dict() for hit in hits]}
     if hits.note:
         return Result(found | {"note": hits.note}, [hits.note])
     return Result(found, hit_lines(hits, query_words(opened.queries, query)))
+
+
+def _search_many(
+    index: str, source: str, out: Path, k: int | None, model: str | None, runtime: Runtime, precision: Precision, **options: Any
+) -> Result:
+    """Write the run of many queries."""
+    from anysplade._common.files import require_folder, user_path
+    from anysplade.data.queries import load_queries
+    from anysplade.evaluation.runs import require_trec_id, write_rankings
+    from anysplade.search import open_index
+    from anysplade.search.batch import search_many
+
+    require_folder(user_path(out).parent)
+    queries = load_queries(source)
+    for id_ in queries:
+        require_trec_id("query", id_)
+    opened = open_index(index, model, runtime=runtime_for(len(queries), runtime, precision), precision=precision)
+    k = (options["rerank_depth"] if options["rerank"] else 1000) if k is None else k
+    rankings = search_many(opened, queries, k, **options, progress=is_first_process())
+    counts: list[int] = []  # hits of each query
+
+    def counting() -> Iterator[tuple[str, dict[str, float]]]:
+        for id_, ranking in rankings:
+            counts.append(len(ranking))
+            yield id_, ranking
+
+    start = time.perf_counter()
+    write_rankings(out, counting(), str(opened.about["model"]))
+    seconds = time.perf_counter() - start
+    found = {
+        "queries": len(queries),
+        "k": k,
+        "precision": opened.queries.precision,
+        "exact": options["exact"],
+        "fuse": options["fuse"],
+    }
+    found |= {
+        "rerank": options["rerank"],
+        "hits": sum(counts),
+        "without_hits": counts.count(0),
+        "seconds": seconds,
+        "out": str(out),
+    }
+    none = f", {counts.count(0):,} without a hit" if not all(counts) else ""
+    return Result(found, [f"{counted(len(queries), 'query')}{none}, {counted(sum(counts), 'hit')} in {out}"])
 
 
 @command

@@ -22,6 +22,7 @@ import torch
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
+from anysplade._common.cache import mark_used
 from anysplade._common.extras import extra
 from anysplade._common.files import write_atomic
 from anysplade._common.hashing import DataHash
@@ -147,6 +148,7 @@ def encode_documents(
         for number, (part, rows, is_new) in enumerate(run):
             if shards is not None and is_new:
                 write_atomic(shards / f"{number:06}.npz", _to_bytes(rows, part))
+            mark_used(shards)
             cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
             shown.update(len(part.ids) if ray or workers != 1 or not is_new else 0)  # else updated within the part
             spans = [slice(*rows.matrix.indptr[i : i + 2]) for i in range(len(part.ids))]

@@ -342,6 +342,12 @@ class Index(WithModel, Rescoring):
         fused = fuse_rankings(list(rankings.values()), fuse)
         return [(position, score, parts[position]) for position, score in islice(fused.items(), k)]
 
+    def rank(self, vectors: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[dict[str, float]]:
+        """The scores by document id, the best first, that ``search_vector`` finds for each row: (queries, vocabulary)."""
+        with self.store.reading():
+            found = self.store.search_rows(vectors, k, filter, exact)
+            return [dict(zip(self.store.ids([hit[0] for hit in hits]), (hit[1] for hit in hits), strict=True)) for hits in found]
+
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Encode documents as those in the index were."""
         from anysplade.search.document_encoding import Options, encode_documents

@@ -10,22 +10,25 @@ folder, search the database, which is slower.
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
+from scipy import sparse
 
 from anysplade._common.files import make_folder, require_empty
 from anysplade.errors import AnyspladeError, OutputError
 from anysplade.search import local_engine
 from anysplade.search.database import BATCH, WRITES, Database, Found, Row, is_refusal
 from anysplade.search.documents import EncodedDocument, check_document, check_vector
-from anysplade.search.filters import Filter, check_filter, explain_filter
+from anysplade.search.filters import Filter, Tags, check_filter, explain_filter
 from anysplade.search.lexical import Lexical
 
 logger = logging.getLogger(__name__)
@@ -148,9 +151,31 @@ class Store(Database):
             if len(terms) and (self._engine is None or exact):
                 found = self.search_exactly(terms, weights, k, conditions)
             elif len(terms):
-                found = local_engine.search(self._engine, terms, weights, k, conditions)
+                found = self._search_engine(terms, weights, k, conditions)
             if not found:
                 explain_filter(self, filter)
+        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
+
+    def search_rows(self, queries: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[Found]:
+        """``search`` for each row of a matrix, (queries, vocabulary), in threads: the engine releases Python's lock."""
+        with self.reading():
+            if exact or self.searches_exactly:
+                return [self.search(row.indices, row.data, k, filter, exact) for row in queries]
+            conditions = check_filter(filter)
+            rows = [check_vector("the query", row.indices, row.data, queries.shape[1]) for row in queries]
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                found = list(threads.map(lambda row: self._search_engine(row[0], row[1], k, conditions), rows))
+            if not all(found):
+                explain_filter(self, filter)
+        return found
+
+    @property
+    def searches_exactly(self) -> bool:
+        """Whether searches read the database, in float64, because another process holds the engine or the folder is read-only."""
+        return self._engine is None
+
+    def _search_engine(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
+        found = local_engine.search(self._engine, terms, weights, k, conditions) if len(terms) else []
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.cache import mark_used
 from anysplade._common.files import default_cache, make_folder
 from anysplade._common.parts import DAMAGED, write_rows
 from anysplade._common.progress import bar
@@ -40,6 +41,7 @@ class VectorCache:
         self.progress = progress
         self._places: dict[bytes, tuple[str, int]] = {}  # shard and row, by the hash of a text
         make_folder(self.folder)
+        mark_used(self.folder)
         for file in sorted(self.folder.glob("*.keys.npy")):
             name = file.name.removesuffix(".keys.npy")
             try:
