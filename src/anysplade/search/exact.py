@@ -23,7 +23,7 @@ def highest(scores: np.ndarray, k: int, above: float = 0.0) -> tuple[np.ndarray,
 class Postings:
     """Documents by term: a CSC matrix."""
 
-    indptr: np.ndarray  # (vocabulary + 1,)
+    indptr: np.ndarray  # (terms + 1,)
     documents: np.ndarray  # (nonzeros,) rising within a term
     weights: np.ndarray  # (nonzeros,) float32
     count: int  # of documents
@@ -39,11 +39,16 @@ class Postings:
 
         Time: one pass over the postings of the query's terms, and two over the scores of all documents.
         """
+        return highest(self.scores(terms, weights), k)
+
+    def scores(self, terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The scores of all documents, (documents,) float64; a term without postings adds nothing."""
         scores = np.zeros(self.count)
         for term, weight in zip(terms, weights, strict=True):
-            span = slice(self.indptr[term], self.indptr[term + 1])
-            scores[self.documents[span]] += np.multiply(self.weights[span], weight, dtype=np.float64)
-        return highest(scores, k)
+            if term < len(self.indptr) - 1:
+                span = slice(self.indptr[term], self.indptr[term + 1])
+                scores[self.documents[span]] += np.multiply(self.weights[span], weight, dtype=np.float64)
+        return scores
 
     def top_rows(self, queries: sparse.csr_matrix, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """``top`` for each row of a matrix of queries."""
