@@ -1,7 +1,6 @@
 """The documents of an index in SQLite, which can be read and searched without the engine."""
 
 import contextlib
-import json
 import logging
 import shutil
 import sqlite3
@@ -19,9 +18,9 @@ from anysplade.data.corpus import Document
 from anysplade.errors import DataError, OptionError
 from anysplade.search import tags
 from anysplade.search.documents import EncodedDocument, read_metadata
-from anysplade.search.exact import highest
 from anysplade.search.filters import Tagged, Tags, tag
-from anysplade.search.postings import Located, Vector, collect, read_postings
+from anysplade.search.postings import Located, Vector, best_of, clear, collect, read_postings
+from anysplade.search.stored_rows import content_row, from_row, from_sqlite, to_sqlite
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +214,10 @@ class Database(Tagged):
     @property
     def postings(self) -> int:
         """Number of weights above 0 in all documents."""
-        return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
+        with self.reading():
+            if self._mapped is not None and not self._one("SELECT EXISTS (SELECT 1 FROM later)"):
+                return int(self._mapped[1].postings.indptr[-1])
+            return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
 
     @property
     def edited(self) -> bool:
@@ -239,10 +241,10 @@ class Database(Tagged):
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
-            stored = {row[0]: row[1:] for row in self._among(query, [_to_sqlite(id_) for id_, _ in batch])}
+            stored = {row[0]: row[1:] for row in self._among(query, [to_sqlite(id_) for id_, _ in batch])}
             for id_, document in batch:
-                position, *content = stored.get(_to_sqlite(id_), (None,))
-                yield id_, document, position, tuple(content) == _content_row(document)
+                position, *content = stored.get(to_sqlite(id_), (None,))
+                yield id_, document, position, tuple(content) == content_row(document)
 
     def positions(self) -> np.ndarray:
         """The positions of all documents, rising, (documents,)."""
@@ -252,11 +254,11 @@ class Database(Tagged):
     def ids(self, positions: Sequence[int]) -> list[str]:
         """The ids at these positions, in their order."""
         rows = dict(self._among("SELECT position, id FROM ids WHERE position", positions))
-        return [_from_sqlite(rows[position]) for position in positions]
+        return [from_sqlite(rows[position]) for position in positions]
 
     def known(self, ids: Sequence[str]) -> list[str]:
         """Those of these ids that the index has."""
-        return [_from_sqlite(row[0]) for row in self._among("SELECT id FROM ids WHERE id", [_to_sqlite(id_) for id_ in ids])]
+        return [from_sqlite(row[0]) for row in self._among("SELECT id FROM ids WHERE id", [to_sqlite(id_) for id_ in ids])]
 
     def term_names(self) -> list[str]:
         """The names of terms by id, of an index whose vectors came without a model."""
@@ -271,15 +273,15 @@ class Database(Tagged):
     def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
         """The documents at these positions, in their order."""
         rows = {row[0]: row for row in self._among("SELECT * FROM documents WHERE position", positions)}
-        return [_from_row(rows[position]) for position in positions]
+        return [from_row(rows[position]) for position in positions]
 
     def find(self, id_: str) -> EncodedDocument | None:
         """The document with this id."""
-        return next(map(_from_row, self._among("SELECT * FROM documents WHERE id", [_to_sqlite(id_)])), None)
+        return next(map(from_row, self._among("SELECT * FROM documents WHERE id", [to_sqlite(id_)])), None)
 
     def __iter__(self) -> Iterator[EncodedDocument]:
         """All documents in the order in which they were added, without changes made meanwhile."""
-        return map(_from_row, self._passes.execute("SELECT * FROM documents ORDER BY position"))
+        return map(from_row, self._passes.execute("SELECT * FROM documents ORDER BY position"))
 
     # ----------------------------------------------------------------------------------- search
 
@@ -292,11 +294,11 @@ class Database(Tagged):
         parts = [later] if self._mapped is None else [self._mapped[1], later]
         scored = [(part.positions, part.postings.scores(terms, weights)) for part in parts if part.postings.count]
         if self._mapped is not None and len(changed):
-            _clear(*scored[0], changed)
+            clear(*scored[0], changed)
         if not conditions:
-            return _best(scored, k)
+            return best_of(scored, k)
         likely = max(_LIKELY, 4 * k)
-        hits = _best(scored, likely)
+        hits = best_of(scored, likely)
         if self._derived_row() is not None:
             matching = tags.among(self._database, [values for _, values in conditions], [position for position, _ in hits])
             kept = [hit for hit in hits if hit[0] in matching]
@@ -304,8 +306,8 @@ class Database(Tagged):
                 return kept[:k]
         wanted = self._having("values", [values for _, values in conditions])
         for positions, scores in scored:
-            _clear(positions, scores, wanted, keep=True)
-        return _best(scored, k)
+            clear(positions, scores, wanted, keep=True)
+        return best_of(scored, k)
 
     def _changes(self) -> tuple[Located, np.ndarray]:
         """The vectors that the postings in files lack, and the positions of what changed or was deleted since, rising."""
@@ -355,12 +357,12 @@ class Database(Tagged):
 
     def _insert(self, documents: Iterable[EncodedDocument]) -> list[int]:
         """Add or replace documents, of those with the same id the last, and return their positions."""
-        latest = {_to_sqlite(document.id): document for document in documents}
+        latest = {to_sqlite(document.id): document for document in documents}
         self._database.executemany("INSERT OR IGNORE INTO ids (id) VALUES (?)", [(id_,) for id_ in latest])
         positions = dict(self._among("SELECT id, position FROM ids WHERE id", list(latest)))
         self._forget_tags(list(positions.values()))
         rows = (
-            (positions[id_], *_content_row(content), terms.tobytes(), weights.tobytes())
+            (positions[id_], *content_row(content), terms.tobytes(), weights.tobytes())
             for id_, (_, content, terms, weights) in latest.items()
         )
         self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -372,7 +374,7 @@ class Database(Tagged):
         """Delete the documents with these ids that exist, and return their positions."""
         positions = []
         for id_ in ids:
-            row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
+            row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (to_sqlite(id_),)).fetchone()
             if row is not None:
                 self._forget_tags(row)
                 self._database.execute("DELETE FROM contents WHERE position = ?", row)
@@ -393,26 +395,6 @@ def is_refusal(error: BaseException, *codes: int) -> bool:
     return isinstance(error, OSError) and error.errno in READ_ONLY
 
 
-def _best(scored: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Found:
-    """The k highest scores above 0 of documents at positions."""
-    found: Found = []
-    for positions, scores in scored:
-        best, values = highest(scores, k)
-        found += zip(positions[best].tolist(), values.tolist(), strict=True)
-    return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:k]
-
-
-def _clear(positions: np.ndarray, scores: np.ndarray, among: np.ndarray, keep: bool = False) -> None:
-    """Set the scores at some positions, or at all others, to 0; both arrays of positions rise."""
-    among = among[among <= positions[-1]]
-    rows = np.searchsorted(positions, among)
-    rows = rows[positions[rows] == among]
-    kept = scores[rows] if keep else 0.0
-    if keep:
-        scores[:] = 0.0
-    scores[rows] = kept
-
-
 def _tags_of(rows: Iterable[tuple[int, str | None]]) -> Iterator[tuple[int, Tags]]:
     return ((position, tag(read_metadata(metadata))) for position, metadata in rows)
 
@@ -420,28 +402,3 @@ def _tags_of(rows: Iterable[tuple[int, str | None]]) -> Iterator[tuple[int, Tags
 def _has_all(tags: Iterable[str], conditions: Sequence[Sequence[str]]) -> bool:
     held = set(tags)
     return all(not held.isdisjoint(condition) for condition in conditions)
-
-
-def _content_row(document: Document) -> tuple[str | bytes, str | bytes, str | None]:
-    metadata = None if document.metadata is None else json.dumps(document.metadata)
-    return _to_sqlite(document.title), _to_sqlite(document.text), metadata
-
-
-def _from_row(row: tuple[Any, ...]) -> EncodedDocument:
-    """A document from a row of the view ``documents``."""
-    _, id_, title, text, metadata, terms, weights = row
-    content = Document(_from_sqlite(title), _from_sqlite(text), read_metadata(metadata))
-    return EncodedDocument(_from_sqlite(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
-
-
-def _to_sqlite(text: str) -> str | bytes:
-    """Text as SQLite stores it: UTF-8, or bytes if it has a lone surrogate, which JSON allows and UTF-8 does not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
-    return text
-
-
-def _from_sqlite(value: str | bytes) -> str:
-    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value

@@ -7,15 +7,14 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
 
-from anysplade.search.exact import Postings
+from anysplade.search.exact import Postings, highest
 
 _BLOCK = 2**24  # postings that are sorted together, in about 600 MiB
 _FILES = ("positions", "indptr", "documents", "weights")
@@ -43,6 +42,26 @@ def collect(vectors: Iterable[Vector]) -> Located:
     rows = list(vectors)
     found = _transposed([row[1:] for row in rows])
     return Located(found, np.array([row[0] for row in rows], np.int64))
+
+
+def best_of(scored: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> list[tuple[int, float]]:
+    """The k highest scores above 0 of documents at positions."""
+    found: list[tuple[int, float]] = []
+    for positions, scores in scored:
+        best, values = highest(scores, k)
+        found += zip(positions[best].tolist(), values.tolist(), strict=True)
+    return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:k]
+
+
+def clear(positions: np.ndarray, scores: np.ndarray, among: np.ndarray, keep: bool = False) -> None:
+    """Set the scores at some positions, or at all others, to 0; both arrays of positions rise."""
+    among = among[among <= positions[-1]]
+    rows = np.searchsorted(positions, among)
+    rows = rows[positions[rows] == among]
+    kept = scores[rows] if keep else 0.0
+    if keep:
+        scores[:] = 0.0
+    scores[rows] = kept
 
 
 def write_postings(
@@ -111,7 +130,7 @@ def _count(vectors: Iterable[Vector]) -> tuple[np.ndarray, np.ndarray]:
 def _blocks(vectors: Iterable[Vector]) -> Iterator[list[Vector]]:
     block: list[Vector] = []
     size = 0
-    for vector in chain(vectors):
+    for vector in vectors:
         block.append(vector)
         size += len(vector[1]) // 4
         if size >= _BLOCK:

@@ -31,6 +31,7 @@ from anysplade.search.postings import remove_others, write_postings
 logger = logging.getLogger(__name__)
 
 _FLUSH = 32 * BATCH  # changes between flushes of the engine, which take as long for one change as for thousands
+_FEW = 0.05  # of the documents; as many changes are read into memory by every other process
 _FREE = 2**27  # bytes that must be free on the disk: if a file that the engine maps cannot grow, the system ends the process
 _CHANGED_ROWS = "SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)"
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
@@ -114,6 +115,7 @@ class Store(Database):
         with self._lock:
             with self._writing():
                 self._database.execute(_ALL_CHANGED)
+                self._database.execute("UPDATE derived SET postings = NULL")
             with _explained(self.folder):
                 if self._engine is not None:
                     self._engine.close()
@@ -222,6 +224,8 @@ class Store(Database):
             if not self._claim.is_locked:
                 self._claim.acquire()  # before the engine's own lock, which it checks only after it has changed files
             self._derive()
+            if (name := self._derived()) is not None and not (self.folder / "postings" / name).is_dir():  # as in a snapshot
+                self._write_postings()
             if not self._one("SELECT engine FROM derived"):
                 return
             if folder.is_dir() and any(folder.iterdir()) and not self._load_engine(folder):
@@ -266,10 +270,12 @@ class Store(Database):
             raise
 
     def _write_postings(self) -> None:
-        """Write the postings of all documents, if those in the files lack any change."""
+        """Write the postings of all documents, unless those in the files lack only a few changes."""
         folder, before = self.folder / "postings", self._derived()
-        if before is not None and (folder / before).is_dir() and not self._one("SELECT EXISTS (SELECT 1 FROM later)"):
-            return
+        if before is not None and (folder / before).is_dir():
+            later = int(self._one("SELECT count(*) FROM later"))
+            if later == 0 or later < _FEW * len(self):
+                return
         name = write_postings(folder, self._vectors, lambda size: self._require_free(_FREE + size), f"{self._count_changes():08}")
         self._database.execute("BEGIN IMMEDIATE")
         self._database.execute("UPDATE derived SET postings = ?", (name,))

@@ -200,7 +200,8 @@ def _rows_of(batch: Any, path: Path, before: int) -> Iterator[EncodedDocument]:
         metadata = cells.get("metadata")
         text = cells.get("text") or cells.get("contents") or ""
         content = Document(cells.get("title") or "", text, json.loads(metadata) if isinstance(metadata, str) else metadata)
-        yield _document(cells["id"], place, *(array.to_numpy(zero_copy_only=False) for array in (terms, weights)), content)
+        terms, weights = terms.to_numpy(zero_copy_only=False), weights.to_numpy(zero_copy_only=False)
+        yield _document(cells["id"], place, terms, weights, content)
 
 
 # ------------------------------------------------------------------------------------- terms by name
