@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from anysplade import DataError, Document, Index, OptionError, OutputError, export_anserini, export_vectors
+from anysplade import DataError, Document, Index, OptionError, OutputError, export_anserini, export_vectors, load_encoder
+from anysplade.cli.app import main
 from anysplade.search import vector_build
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.store import Store
@@ -227,3 +228,35 @@ def test_an_earlier_version_wrote(tmp_path):
         assert store._one("SELECT count(*) FROM tagged")
         store.optimize()
         _agree(store, second)
+
+
+def test_commands(backbone, collection_folder, tmp_path, capsys):
+    """Export and index with and without the model; a search by text needs it."""
+    load_encoder(backbone, k=1, shift=0).save_pretrained(str(model := tmp_path / "model"))
+    Index.build(model, collection_folder, tmp_path / "index").close()
+    said = []
+
+    def call(*arguments):
+        code = main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        said.append(err)
+        return json.loads(out) if code == 0 else code
+
+    hits = call("search", tmp_path / "index", "kabel lodan")["hits"]
+    for form in ("v.jsonl", "v.parquet", "v.npz"):
+        assert call("export", tmp_path / "index", "--to", "vectors", "--out", tmp_path / form)["documents"] > 2
+        assert call("index", model, "--vectors", tmp_path / form, "--out", tmp_path / f"{form}.index")["added"] > 2
+        again = call("search", tmp_path / f"{form}.index", "kabel lodan")["hits"]
+        assert [(hit["id"], round(hit["score"], 4)) for hit in again] == [(hit["id"], round(hit["score"], 4)) for hit in hits]
+    assert call("index", "--vectors", tmp_path / "v.jsonl", "--out", tmp_path / "alone")["model"] is None
+    assert call("search", tmp_path / "alone", "kabel") == 2
+    assert "has no model to encode queries" in said[-1]
+    for arguments, message in (
+        (("index", "--out", tmp_path / "x"), "index needs MODEL"),
+        (("index", model, "--out", tmp_path / "x"), "index needs CORPUS"),
+        (("index", "--vectors", tmp_path / "v.npz", "--out", tmp_path / "x", "--top-k", 3), "--top-k has no meaning"),
+        (("export", tmp_path / "index", "--to", "vectors", "--out", tmp_path / "v.csv"), "unknown form of vectors"),
+    ):
+        assert call(*arguments) == 2
+        assert message in said[-1]
+        assert said[-1].count("\n") == 1
