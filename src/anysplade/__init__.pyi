@@ -52,6 +52,7 @@ from .search.engines import open_engine as open_engine
 from .search.engines.export import export_anserini as export_anserini
 from .search.engines.export import export_ciff as export_ciff
 from .search.engines.export import export_queries as export_queries
+from .search.engines.export import export_vectors as export_vectors
 from .search.hits import Hit as Hit
 from .search.hits import Hits as Hits
 from .search.hits import TermMatch as TermMatch

@@ -55,6 +55,8 @@ class IndexModel:
     @cached_property
     def source(self) -> str:
         """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index."""
+        if self.about["model"] is None:
+            raise ModelError(f"{self.index}: was built from vectors without a model; build it again with the model of the vectors")
         elsewhere = self.moved is not None and exported(self.moved) is None
         places = [str(self.moved)] if elsewhere else described_places(self.about, "model", self.index)
         changed, missing = [], []
