@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -49,10 +50,10 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[float, float, list[str]]:
-    """Seconds of a command, the highest anonymous GB of one of its processes, and its output."""
+def run_and_watch(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Seconds of a command, by the clock and of all its processes' CPU time, and the highest anonymous GB of one of them."""
     peak = 0
-    start = time.perf_counter()
+    start, before = time.perf_counter(), cpu_seconds()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
 
         def watch() -> None:
@@ -68,7 +69,14 @@ def run_and_watch(command: list[str], environment: dict[str, str]) -> tuple[floa
     watcher.join()
     if process.returncode:
         sys.exit("".join(lines[-30:]))
-    return time.perf_counter() - start, peak / 1e9, lines
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds() - before, "anonymous_gb_per_process": peak / 1e9}
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def processes(pid: int) -> list[int]:
@@ -101,8 +109,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
         command = [sys.executable, *(start if options.processes > 1 else []), "-m", "anysplade", "train", "bert-tiny"]
         command += [str(data / "triples.tsv"), "--out", str(data.parent / "run"), "--steps", "1", "--batch-size", "16"]
-        seconds, peak, _ = run_and_watch(command, environment)
-        found.append({"triples": rows, "lines": lines, "seconds": seconds, "anonymous_gb_per_process": peak})
+        found.append({"triples": rows, "lines": lines} | run_and_watch(command, environment))
     return {"sizes": found} | slope(found, "triples")
 
 
@@ -115,20 +122,17 @@ def mine(options: argparse.Namespace) -> dict[str, Any]:
             file.writelines("\t".join(line.rstrip("\n").split("\t")[:2]) + "\n" for line in triples)
         command = [sys.executable, "-m", "anysplade", "mine", str(pairs), "--out", str(data.parent / "mined.jsonl")]
         command += ["--corpus", str(data / "corpus.jsonl")]
-        seconds, peak, _ = run_and_watch(command, environment)
-        found.append({"examples": rows, "lines": lines, "seconds": seconds, "anonymous_gb_per_process": peak})
+        found.append({"examples": rows, "lines": lines} | run_and_watch(command, environment))
     return {"sizes": found} | slope(found, "examples")
 
 
-def slope(found: list[dict[str, Any]], count: str) -> dict[str, float]:
-    """Seconds and bytes that one more example costs, with its share of lines."""
+def slope(found: list[dict[str, Any]], count: str) -> dict[str, dict[str, float]]:
+    """What one more example costs, with its share of lines."""
     if len(found) < 2:
         return {}
-    more = found[-1][count] - found[0][count]
-    return {
-        f"microseconds_of_{count}": 1e6 * (found[-1]["seconds"] - found[0]["seconds"]) / more,
-        f"anonymous_bytes_of_{count}": 1e9 * (found[-1]["anonymous_gb_per_process"] - found[0]["anonymous_gb_per_process"]) / more,
-    }
+    first, last = found[0], found[-1]
+    measured = ("seconds", "cpu_seconds", "anonymous_gb_per_process")
+    return {f"per_million_{count}": {name: 1e6 * (last[name] - first[name]) / (last[count] - first[count]) for name in measured}}
 
 
 def main() -> None:
