@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,6 +61,14 @@ def test_negatives_are_near_and_no_positives(miner, backbone, collection_folder,
         assert row["positive"] not in row["negatives"]
     if miner == "bm25":  # they share a word with the query, as any document that BM25 finds
         assert all(set(row["query"].split()) & set(negative.split()) for row in rows for negative in row["negatives"])
+
+
+def test_several_processes_find_the_same(collection_folder, tmp_path):
+    for workers in (1, 3):
+        mine(str(collection_folder), tmp_path / f"{workers}.jsonl", negatives=2, workers=workers)
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
+    with pytest.raises(OptionError, match="`workers` is 0"):
+        mine(str(collection_folder), tmp_path / "none.jsonl", workers=0)
 
 
 @pytest.mark.parametrize("positive, margin, bound", [(10.0, 0.05, 9.5), (-10.0, 0.05, -10.5), (0.0, 0.5, 0.0), (10.0, 0.0, 10.0)])
@@ -130,9 +139,10 @@ def _slowly(data, output):
     module._BLOCK = 1
     searcher = module._searcher
 
+    @contextmanager
     def slow(*arguments):
-        search = searcher(*arguments)
-        return lambda *some: (time.sleep(0.05), search(*some))[1]
+        with searcher(*arguments) as search:
+            yield lambda *some: (time.sleep(0.05), search(*some))[1]
 
     module._searcher = slow
     mine(data, output, negatives=2, margin=0)
@@ -155,9 +165,10 @@ def test_killed_and_started_again(collection_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 1)
     searcher = module._searcher
 
+    @contextmanager
     def counting(*arguments):
-        search = searcher(*arguments)
-        return lambda *some: (blocks.append(1), search(*some))[1]
+        with searcher(*arguments) as search:
+            yield lambda *some: (blocks.append(1), search(*some))[1]
 
     monkeypatch.setattr(module, "_searcher", counting)
     again = mine(str(collection_folder), tmp_path / "killed.jsonl", negatives=2, margin=0)

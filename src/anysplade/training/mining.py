@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, groupby, zip_longest
@@ -30,6 +31,7 @@ from anysplade.data.names import is_built_in
 from anysplade.errors import DataError, ModelError, OptionError
 from anysplade.model.options import checked_batch_tokens, checked_option
 from anysplade.search.exact import Postings
+from anysplade.training.bm25_mining import bm25_search, check_workers
 from anysplade.training.dense_mining import nearest_in_blocks
 from anysplade.training.mining_data import Documents, Positives, data_digest, scratch_folder, store_examples
 from anysplade.training.teacher_cache import VectorCache, open_vector_cache
@@ -70,6 +72,7 @@ def mine(
     max_length: int | None = None,
     precision: str = "float32",
     batch_tokens: int | None = None,
+    workers: int = 1,
     progress: bool = False,
 ) -> Mined:
     """Find hard negatives: documents that retrievers rank high and that are not relevant to the query.
@@ -91,6 +94,7 @@ def mine(
         max_length: tokens after which models truncate a text; if None, each model's own limit.
         precision: of the models' matrix products, float32 or bfloat16.
         batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU.
+        workers: processes in which BM25 searches; models use the GPU, or all cores.
         progress: show progress bars.
 
     Raises:
@@ -98,7 +102,8 @@ def mine(
         DataError, ModelError, OptionError: the data, a model or an option cannot be used.
     """
     negatives, depth = checked_option("negatives", negatives, int), checked_option("depth", depth, int)
-    batch_tokens = checked_batch_tokens(batch_tokens)
+    batch_tokens, workers = checked_batch_tokens(batch_tokens), checked_option("workers", workers, int)
+    check_workers(workers)
     if negatives < 1 or depth < negatives or not 0 <= margin < 1:
         raise OptionError(
             f"negatives {negatives}, depth {depth}, margin {margin}: negatives must be 1 to depth, and margin in [0, 1)"
@@ -116,7 +121,7 @@ def mine(
     options |= {name: value for name, value in given.items() if value is not None}
     output = user_path(output)
 
-    with only_process(_parts_of(output)), scratch_folder(_parts_of(output)) as scratch:
+    with only_process(_parts_of(output)), scratch_folder(_parts_of(output)) as scratch, ExitStack() as opened_searches:
         pairs = store_examples(data, texts, scratch, progress)
         searched = () if corpus is None else _texts_of(corpus)
         known = Documents(chain(searched, (pair.positive for pair in pairs)), scratch)
@@ -133,7 +138,7 @@ def mine(
 
         @functools.cache
         def searches() -> list[Search]:
-            return [_searcher(name, vectors_of, documents, depth) for name in miners]
+            return [opened_searches.enter_context(_searcher(name, vectors_of, documents, depth, workers)) for name in miners]
 
         found_any = False
 
@@ -259,21 +264,24 @@ def _require_extra(*models: str) -> None:
         import_module("anysplade.search.bm25")
 
 
-def _searcher(miner: str, vectors_of: Callable[[str], VectorCache], documents: Sequence[str], depth: int) -> Search:
+@contextmanager
+def _searcher(
+    miner: str, vectors_of: Callable[[str], VectorCache], documents: Sequence[str], depth: int, workers: int
+) -> Iterator[Search]:
     """The search of a miner, which is BM25 or a model with vectors of the documents."""
     if miner == "bm25":
-        from anysplade.search.bm25 import BM25
-
-        bm25 = BM25(documents)
-        return lambda queries: bm25.top(queries, depth)
+        with bm25_search(documents, depth, workers) as search:
+            yield search
+        return
     cache = vectors_of(miner)
     if cache.teacher.kind == "cross-encoder":
         raise ModelError(f"{miner}: a cross-encoder cannot search; mine with bm25, a sparse or a dense model")
     if cache.teacher.kind == "sparse":
         postings = Postings.from_documents(cache.vectors(documents, "document").astype(np.float32))
-        return lambda queries: postings.top_rows(cache.vectors(queries, "query"), depth)
-    rows, device = cache.mapped_vectors(documents, "document"), cache.teacher.model.device.type
-    return lambda queries: nearest_in_blocks(cache.vectors(queries, "query"), rows, depth, device)
+        yield lambda queries: postings.top_rows(cache.vectors(queries, "query"), depth)
+    else:
+        rows, device = cache.mapped_vectors(documents, "document"), cache.teacher.model.device.type
+        yield lambda queries: nearest_in_blocks(cache.vectors(queries, "query"), rows, depth, device)
 
 
 def _scorer_by_words(documents: Documents) -> Callable[[list[tuple[str, str]]], np.ndarray]:

@@ -39,9 +39,9 @@ def store_examples(data: str, texts: str | None, folder: Path, progress: bool) -
 class Documents:
     """Distinct texts in the order of their first occurrence; in memory are a hash and a number for each."""
 
-    def __init__(self, texts: Iterable[str], folder: Path) -> None:
+    def __init__(self, texts: Iterable[str], folder: Path, name: str = "distinct") -> None:
         self._numbers: dict[bytes, int] = {}
-        self.texts = MappedTexts.write(filter(self._is_new, texts), folder, "distinct")
+        self.texts = MappedTexts.write(filter(self._is_new, texts), folder, name)
 
     def _is_new(self, text: str) -> bool:
         count = len(self._numbers)
