@@ -27,8 +27,9 @@ class BatchTeacher:
     """A teacher's scores of the documents in a batch; examples are named by their numbers in the training data.
 
     A dense teacher's folder has the vectors of all texts in ``vectors.npy``, a sparse one's in ``vectors.data``,
-    ``vectors.indices`` and ``vectors.indptr``, the parts of a CSR matrix. ``rows.npy``, (examples, 2 + negatives), has the row of each
-    example's query, positive and negatives. A cross-encoder's folder has ``scores.npy``, (examples, 1 + negatives). All files are memory-mapped.
+    ``vectors.indices`` and ``vectors.indptr``, the parts of a CSR matrix. ``rows.npy``, (examples, 2 + negatives), has the row of
+    each example's query, positive and negatives. A cross-encoder's folder has ``scores.npy``, (examples, 1 + negatives). All
+    files are memory-mapped.
     """
 
     def __init__(self, folder: Path) -> None:
