@@ -32,7 +32,7 @@ from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.model.tokenizing import count_truncated
 from anysplade.search.bm25 import BM25
 from anysplade.search.document_encoding import Options, encode_texts, workers_for
-from anysplade.search.exact import Postings, highest, nearest
+from anysplade.search.exact import nearest, top_rows
 from anysplade.search.hits import query_words
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,8 @@ class Ranker:
 
     def by_bm25(self, name: str) -> dict[str, Any]:
         start = time.perf_counter()
-        texts = self.texts["document"]
-        bm25, all_documents = BM25(texts, stemmed=name == "bm25"), np.arange(len(texts))
-        rankings = [highest(bm25.score(query, all_documents), self.hits) for query in self.texts["query"]]
+        bm25 = BM25(self.texts["document"], stemmed=name == "bm25")
+        rankings = bm25.top(self.texts["query"], self.hits)
         if not any(len(documents) for documents, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", self.collection.name)
         return {"kind": "bm25", "run": self.as_run(rankings), "seconds": {"bm25": time.perf_counter() - start}}
@@ -126,7 +125,7 @@ class Ranker:
         queries, documents = encoded["query"].matrix, encoded["document"].matrix
         cut = self._cut({role: counted for role, (_, counted) in encoded.items()}, model)
         start = time.perf_counter()
-        run = self.as_run(Postings.from_documents(documents).top_rows(queries, self.hits))
+        run = self.as_run(top_rows(documents, queries, self.hits))
         return {
             "kind": "sparse",
             "run": run,
