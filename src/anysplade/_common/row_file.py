@@ -40,9 +40,7 @@ class RowFile:
             if len(self._blocks) == 1:
                 return self._blocks[0]
             return sparse.vstack(self._blocks, format="csr") if self._blocks else sparse.csr_matrix((0, width), dtype=np.float32)
-        ends, columns, values = (
-            np.asarray(np.memmap(file, kind, "r+")) for file, kind in zip(self._files, _KINDS, strict=True)
-        )
+        ends, columns, values = (np.asarray(np.memmap(file, kind, "r+")) for file, kind in zip(self._files, _KINDS, strict=True))
         whole = sparse.csr_matrix((self._rows, width), dtype=np.float32)
         # Not by the constructor, which would copy the columns into memory if there are more than 2**31 of them.
         whole.indptr = ends.astype(np.int32) if self._nonzeros < 2**31 else ends
@@ -51,7 +49,7 @@ class RowFile:
 
     def _spill(self) -> None:
         if self._files is None:
-            self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile(), tempfile.TemporaryFile()
+            self._files = unnamed_file(), unnamed_file(), unnamed_file()
             self._files[0].write(np.zeros(1, _KINDS[0]).tobytes())
         start = self._nonzeros - sum(block.nnz for block in self._blocks)
         for block in self._blocks:
@@ -65,3 +63,8 @@ class RowFile:
 
 
 _KINDS = (np.int64, np.int32, np.float32)  # of the numbers in the files
+
+
+def unnamed_file() -> IO[bytes]:
+    """A file in the folder for temporary files, which the system removes when nothing uses it."""
+    return tempfile.TemporaryFile()

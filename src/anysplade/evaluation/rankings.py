@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -18,6 +18,7 @@ from anysplade._common.files import user_path
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import begin
 from anysplade.data.collections import Collection
+from anysplade.data.stored_corpus import full_texts, ids_at
 from anysplade.errors import OptionError
 from anysplade.evaluation.costs import dense_cost, search_cost
 from anysplade.evaluation.runs import Run
@@ -67,9 +68,9 @@ class Ranker:
         }
 
     @cached_property
-    def texts(self) -> dict[Role, list[str]]:
+    def texts(self) -> dict[Role, Sequence[str]]:
         return {
-            "document": [document.full_text for document in self.collection.corpus.values()],
+            "document": full_texts(self.collection.corpus),
             "query": list(self.collection.queries.values()),
         }
 
@@ -80,7 +81,7 @@ class Ranker:
 
     def as_run(self, rankings: Sequence[tuple[np.ndarray, np.ndarray]]) -> Run:
         """Make a run of positions and scores per query, at the depth and without self-matches."""
-        ids = list(self.collection.corpus)
+        ids = ids_at(self.collection.corpus, np.unique(np.concatenate([positions for positions, _ in rankings])))
         run: Run = {}
         for query_id, (positions, scores) in zip(self.collection.queries, rankings, strict=True):
             itself = query_id if query_id in self.self_matches else None
@@ -116,7 +117,7 @@ class Ranker:
         workers = 1 if isinstance(model, SparseEncoder) or used != "torch" else workers_for(len(self.texts["document"]))
         options = Options(str(model), precision, None, self.max_length, "torch")
 
-        def encode_role(texts: list[str], role: Role, **given: Any) -> Encoded:
+        def encode_role(texts: Sequence[str], role: Role, **given: Any) -> Encoded:
             if role == "document" and workers > 1:
                 return encode_texts(encoder, texts, options, workers, batch_tokens=self.batch_tokens, **given)
             return encode_counted(encoder, texts, role, batch_tokens=self.batch_tokens, **given)
@@ -207,7 +208,7 @@ def _name(model: Any) -> str:
 
 
 def vector_folders(
-    model: str | Path, cache: str | Path, precision: str, max_length: int | None, texts: dict[Role, list[str]]
+    model: str | Path, cache: str | Path, precision: str, max_length: int | None, texts: Mapping[Role, Sequence[str]]
 ) -> dict[Role, Path]:
     """Cache folders of vectors by role, named after everything that determines the vectors; none if the model has no hash."""
     known = fingerprint(resolve_model(model))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Set
 from pathlib import Path
 
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import user_path, whole_file
 from anysplade.data.collections import Collection
 from anysplade.data.rows import lines, trec_columns
 from anysplade.data.text import replace_surrogates
@@ -60,12 +60,10 @@ def as_name(text: str) -> str:
 def write_run(path: str | Path, run: Run, model: str) -> None:
     """Write a TREC run file, tagged with its model; all digits of the scores and distinct ranks give the same measures again."""
     tag = as_name(model)
-    rows = [
-        f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
-        for query_id, ranking in run.items()
-        for rank, (document_id, score) in enumerate(ranking.items(), 1)
-    ]
-    write_atomic(path, "".join(rows))
+    with whole_file(path) as file:
+        for query_id, ranking in run.items():
+            rows = (f"{query_id} Q0 {id_} {rank} {score!r} {tag}\n" for rank, (id_, score) in enumerate(ranking.items(), 1))
+            file.write("".join(rows).encode())
 
 
 def check_run(source: str | Path, run: Run, collection: Collection) -> None:

@@ -17,6 +17,7 @@ from anysplade._common.arguments import require, require_list
 from anysplade._common.parts import read_rows, write_rows
 from anysplade._common.progress import bar_within
 from anysplade._common.row_file import RowFile
+from anysplade.data.stored_corpus import StoredTexts
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.batches import Budget, Rows, batch_budget, make_batches, sparse_rows, to_device
@@ -101,7 +102,7 @@ def _encode(
     shown: Any = None,
 ) -> Encoded:
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
-    texts = require_texts(texts)
+    texts = texts if isinstance(texts, StoredTexts) else require_texts(texts)
     if role not in get_args(Role):
         raise OptionError(f"`role` is {role!r}; give {' or '.join(map(repr, get_args(Role)))}")
     size = _CHUNK if cache is None else _SHARD

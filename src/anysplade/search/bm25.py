@@ -20,8 +20,8 @@ _WEIGHTS = 2**20  # weights that are computed together
 class BM25:
     """An index of texts, which are identified by their positions.
 
-    The texts are read once, in blocks. Their words, counted and later weighted, are a sparse matrix, (texts, words), which is mapped
-    from files if it is large: in memory are the different words and a few bytes per text.
+    The texts are read once, in blocks. Their words, counted and then weighted, are a sparse matrix, (texts, words), which is
+    mapped from files if it is large: in memory are the different words and a few bytes per text.
     """
 
     def __init__(self, texts: Iterable[str], stemmed: bool = True) -> None:
@@ -39,7 +39,7 @@ class BM25:
         _weight(self._weights, np.concatenate(lengths))
 
     def top(self, queries: Sequence[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each query the positions of up to ``k`` texts with scores above 0, and the scores, the highest first; ties by position."""
+        """For each query the positions and scores of up to ``k`` texts with scores above 0, the highest first; ties by position."""
         return top_rows(self._weights, self._terms(queries), k, dtype=np.float32)
 
     def score(self, query: str, documents: np.ndarray) -> np.ndarray:

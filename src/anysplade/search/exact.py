@@ -107,7 +107,9 @@ def top_rows(
     """
     rankings = [_Ranking(k) for _ in range(queries.shape[0])]
     spans = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
-    jobs = [(queries.indices[span], queries.data[span].astype(dtype), ranking) for span, ranking in zip(spans, rankings, strict=True)]
+    jobs = [
+        (queries.indices[span], queries.data[span].astype(dtype), ranking) for span, ranking in zip(spans, rankings, strict=True)
+    ]
     parts = [jobs[i : i + _QUERIES] for i in range(0, len(jobs), _QUERIES)]
     with ThreadPoolExecutor(workers or count_cores(), thread_name_prefix="searching") as pool:
         blocks = list(_blocks(documents.indptr))
