@@ -26,7 +26,7 @@ from anysplade.model.dense import is_dense
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
 from anysplade.model.pruning import prune
 from anysplade.model.saved import fingerprint, resolve_model
-from anysplade.search.exact import Postings
+from anysplade.search.exact import top_rows
 from anysplade.search.languages import language_name
 
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept per document
@@ -61,7 +61,9 @@ class Evaluation(Tabular):
     per_query: dict[str, dict[str, float]]  # value by metric and query id
     model_fingerprint: str | None = None  # of a sparse model's files; None for loaded ones
     run: Run  # score by query id and document id, the best document first
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # (queries, vocabulary), (documents, vocabulary), in order
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = (
+        None  # (queries, vocabulary), (documents, vocabulary), in order; large ones are mapped from files
+    )
     terms: list[str] | None = None  # name of each column of the vectors
     words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
 
@@ -191,13 +193,12 @@ def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> 
         raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
     measures = parse_metrics(list(evaluation.metrics))
     queries, documents = evaluation.vectors
-    ranker, all_postings = Ranker(collection, depth), Postings.from_documents(documents)
+    ranker = Ranker(collection, depth)
 
     def row(query_k: int | None, document_k: int | None) -> dict[str, Any]:
         kept_queries = queries if query_k is None else prune(queries, query_k)
         kept_documents = documents if document_k is None else prune(documents, document_k)
-        postings = all_postings if document_k is None else Postings.from_documents(kept_documents)
-        run = ranker.as_run(postings.top_rows(kept_queries, ranker.hits))
+        run = ranker.as_run(top_rows(kept_documents, kept_queries, ranker.hits))
         values = measure(measures, collection.qrels, run)[0]
         costs = mean_costs(search_cost(kept_queries, kept_documents))
         return {"query_top_k": query_k, "document_top_k": document_k} | values | costs

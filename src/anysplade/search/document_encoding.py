@@ -28,6 +28,7 @@ from anysplade._common.files import write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.parts import DAMAGED, read_rows, write_rows
 from anysplade._common.progress import bar, begin
+from anysplade._common.row_file import RowFile
 from anysplade._common.workers import count_gpus, devices_of_workers, take_device
 from anysplade.data.corpus import Document
 from anysplade.errors import OptionError, worker_died
@@ -191,17 +192,18 @@ def encode_texts(
             else:
                 yield part, _Rows(known, limits._replace(texts=count_known(encoder, part.texts, known, "document", pieces)))
 
-    matrices, count = [], 0
+    rows_of_texts, count = RowFile(), 0
     with bar(what, "text", len(texts), progress) as shown:
         for part, rows, is_new in _in_processes(jobs(), options, workers, batch_tokens):
             if is_new and (kept := file(part.start)) is not None:
                 write_rows(kept, rows.matrix)
             if pieces is not None and rows.pieces is not None:
                 pieces.merge(rows.pieces)
-            matrices.append(rows.matrix)
+            rows_of_texts.append(rows.matrix)
             count += rows.cut.texts
             shown.update(len(part.texts))
-    return Encoded(sparse.vstack(matrices, format="csr"), limits._replace(texts=count))
+    width = encoder.get_embedding_dimension() or 0
+    return Encoded(rows_of_texts.matrix(width), limits._replace(texts=count))
 
 
 def workers_for(documents: int) -> int:
