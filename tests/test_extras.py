@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_t
 # What the extras bring beside ``train``, by the names that are imported.
 MODULES = {
     "evaluation": ["bm25s", "ir_datasets", "ir_measures", "matplotlib", "Stemmer"],
-    "search": ["onnxruntime", "qdrant_edge"],
+    "search": ["bm25s", "onnxruntime", "qdrant_edge", "Stemmer"],
     "serve": ["fastapi", "prometheus_client", "starlette", "uvicorn"],
     "qdrant": ["qdrant_client"],
     "opensearch": ["opensearchpy"],
@@ -102,7 +102,7 @@ def test_inspecting_rescaling_training_and_mining_by_a_model_need_no_other_extra
     [
         ("inspect {model} --svg {tmp}/head.svg", "evaluation"),
         ("evaluate {model} {data}", "evaluation"),
-        ("mine {data} --out {tmp}/mined.jsonl", "evaluation"),
+        ("mine {data} --out {tmp}/mined.jsonl", "search"),
         ("train {model} {data} --out {tmp}/run --steps 2 --dev {data} --dev-split test", "evaluation"),
         ("index {model} {data} --out {tmp}/index", "search"),
         ("index {model} {data} --to qdrant://localhost/docs", "search"),

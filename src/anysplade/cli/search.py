@@ -134,7 +134,7 @@ def _index_vectors(vectors: str, model: str | None, corpus: str | None, out: Pat
 
     if corpus is not None or out is None:
         raise OptionError(f"`vectors` goes with --out FOLDER and no {'corpus' if corpus is not None else 'server'}")
-    odd = [name for name, value in options.items() if value not in (None, False, "auto", "float32")]
+    odd = [name for name, value in options.items() if not (value is None or value is False or value in ("auto", "float32"))]
     if odd:
         raise OptionError(f"`{odd[0]}` has no meaning for `vectors`, which are not encoded; leave it out")
     with Index.from_vectors(vectors, out, model, progress=is_first_process()) as built:
@@ -248,11 +248,7 @@ def _search_many(
         "queries": len(queries),
         "k": k,
         "precision": opened.queries.precision,
-        "exact": options["exact"],
-        "fuse": options["fuse"],
-    }
-    found |= {
-        "rerank": options["rerank"],
+        **options,
         "hits": sum(counts),
         "without_hits": counts.count(0),
         "seconds": seconds,

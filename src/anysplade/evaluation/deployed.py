@@ -1,9 +1,12 @@
-"""Rank the documents of a collection with an index as it is: its precision, its pruning, its documents, its engine."""
+"""Rank the documents of a collection with an index as it is: its precision, its pruning, its documents, its engine.
+
+The engine is of the extra ``search``, which other evaluations do without, so ``search.index`` is imported where it is used.
+"""
 
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from scipy import sparse
@@ -13,12 +16,14 @@ from anysplade.data.collections import Collection
 from anysplade.data.names import INDEX, held
 from anysplade.errors import OptionError
 from anysplade.evaluation.costs import search_cost
-from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import require_match
 from anysplade.model.options import runtime_for
 from anysplade.search.batch import search_many
-from anysplade.search.index import Index, read_about
 from anysplade.search.index_model import IndexModel
+
+if TYPE_CHECKING:
+    from anysplade.evaluation.rankings import Ranker
+    from anysplade.search.index import Index
 
 
 def is_index(model: Any) -> TypeGuard[str | Path]:
@@ -27,18 +32,22 @@ def is_index(model: Any) -> TypeGuard[str | Path]:
 
 def model_of(folder: str | Path) -> tuple[str, int | None]:
     """The model of an index, and the number of tokens at which the index cuts texts; None for the model's own."""
+    from anysplade.search.index import read_about
+
     folder = user_path(folder)
     about = read_about(folder)
     return IndexModel(about, folder).source, about.get("max_length")
 
 
-def rank_by_index(folder: str | Path, ranker: Ranker) -> dict[str, Any]:
+def rank_by_index(folder: str | Path, ranker: "Ranker") -> dict[str, Any]:
     """The fields of an ``Evaluation`` that follow from an index. Documents of the index count as irrelevant if they are not judged.
 
     Raises:
         DataError: the index has no document of the collection. If few match, a warning gives their share.
         OptionError: ``max_length`` is another one than that of the index.
     """
+    from anysplade.search.index import Index, read_about
+
     collection = ranker.collection
     length = read_about(user_path(folder)).get("max_length")
     if ranker.max_length not in (None, length):
@@ -75,7 +84,7 @@ def rank_by_index(folder: str | Path, ranker: Ranker) -> dict[str, Any]:
         }
 
 
-def _match(folder: str | Path, index: Index, collection: Collection) -> int:
+def _match(folder: str | Path, index: "Index", collection: Collection) -> int:
     """The number of documents of the index that the collection has; warns if few match, in either direction."""
     ids = dict.fromkeys(index.store.ids(index.store.positions().tolist())).keys()
     found, fix = ids & collection.corpus.keys(), "name the collection that was indexed"
@@ -84,7 +93,7 @@ def _match(folder: str | Path, index: Index, collection: Collection) -> int:
     return len(found)
 
 
-def _vectors(index: Index) -> sparse.csr_matrix:
+def _vectors(index: "Index") -> sparse.csr_matrix:
     """The vectors of all documents, (documents, vocabulary)."""
     documents = list(index.store)
     terms, weights = (np.concatenate([document[column] for document in documents]) for column in (2, 3))

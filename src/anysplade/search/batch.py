@@ -62,6 +62,7 @@ def search_many(
 def _rescored(
     index: "Index | RemoteIndex", queries: Mapping[str, str], k: int, options: dict[str, Any], progress: bool
 ) -> Iterator[tuple[str, dict[str, float]]]:
+    log_cut(index.queries.count_truncated(list(queries.values())), len(queries), "queries")
     with bar("searching", "query", len(queries), progress) as shown:
         for id_, text in queries.items():
             yield id_, {hit.id: hit.score for hit in index.search(text, k, **options)}

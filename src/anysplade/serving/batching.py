@@ -323,7 +323,11 @@ class Searcher:
 
     def _open(self, folder: Path, model: str | Path | None = None) -> Index:
         index = Index.load(folder, model, **self._options)
-        _ = index.queries  # loads the model, if it needs one
+        try:
+            index.queries.tokens("")  # opens the model; an index of vectors alone has none, which is an error
+        except AnyspladeError:
+            index.close()
+            raise
         return index
 
     def _open_other(self, folder: Path) -> Index:
