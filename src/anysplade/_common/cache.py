@@ -41,7 +41,7 @@ class CacheEntry:
     """A folder in the cache, which is removed as a whole."""
 
     kind: str  # one of ``KINDS``
-    path: str
+    path: str  # of the folder
     bytes: int  # size of its files
     last_use: float  # seconds since 1970
     in_use: bool  # by a process that runs now

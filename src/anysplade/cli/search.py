@@ -180,7 +180,7 @@ def search(
         k: largest number of hits; 10 by default, 1,000 with queries.
         filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a repeated name means any of
             its values.
-        exact: search the vectors in memory, in float64, instead of the engine.
+        exact: search all vectors in float64, instead of the engine, which computes in float32.
         model: folder of the index's model, if it was moved, or of its export to ONNX, which needs no torch.
         runtime: for encoding the query; auto is torch, which starts faster.
         precision: for encoding the query; see index.

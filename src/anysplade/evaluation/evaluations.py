@@ -62,9 +62,7 @@ class Evaluation(Tabular):
     per_query: dict[str, dict[str, float]]  # value by metric and query id
     model_fingerprint: str | None = None  # of a sparse model's files; None for loaded ones
     run: Run  # score by query id and document id, the best document first
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = (
-        None  # (queries, vocabulary), (documents, vocabulary), in order; large ones are mapped from files
-    )
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # queries and documents, (texts, terms); mapped if large
     terms: list[str] | None = None  # name of each column of the vectors
     words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
 

@@ -269,7 +269,7 @@ class Index(WithModel, Rescoring):
             explain: return the terms that query and document share; their products sum to the score.
             filter: metadata that hits must have: ``{"lang": "en"}``, or a list for any of several values. Numbers and bools equal
                 their texts; case and surrounding blanks do not matter.
-            exact: search the vectors in memory, in float64, not in the engine, in float32.
+            exact: search all vectors in float64, not the engine, which computes in float32.
             fuse: fuse the first 1,000 hits of the model with those of BM25: rrf adds up 1 / (60 + rank), wsum averages the scores,
                 each ranking's scaled from 0 to 1; needs an index with BM25.
             rerank: folder or hub id of a cross-encoder, which gives the first hits new scores and ranks them by these.
@@ -373,7 +373,16 @@ class Index(WithModel, Rescoring):
         return [(position, score, parts[position]) for position, score in islice(fused.items(), k)]
 
     def rank(self, vectors: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[dict[str, float]]:
-        """The scores by document id, the best first, that ``search_vector`` finds for each row: (queries, vocabulary)."""
+        """The scores by document id, the best first, that ``search_vector`` finds for each of several queries.
+
+        Args:
+            vectors: what ``encode_queries`` returns, (queries, terms).
+            k: the largest number of hits per query.
+            filter, exact: as in ``search``.
+
+        Raises:
+            OptionError: no document has a name of the filter.
+        """
         with self.store.reading():
             found = self.store.search_rows(vectors, k, filter, exact)
             return [dict(zip(self.store.ids([hit[0] for hit in hits]), (hit[1] for hit in hits), strict=True)) for hits in found]

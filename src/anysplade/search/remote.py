@@ -217,7 +217,10 @@ class RemoteIndex(WithModel, Rescoring):
         )
 
     def rank(self, vectors: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[dict[str, float]]:
-        """See ``Index.rank``; one request after the other, because a client of a server need not be safe for threads."""
+        """``Index.rank``, with the same ``vectors``, (queries, terms), ``k`` and ``filter``; ``exact`` is an OptionError.
+
+        One request follows the other, because a client of a server need not be safe for threads.
+        """
         _refuse_exact(exact)
         return [{hit.id: hit.score for hit in self.engine.search(row.indices, row.data, k, filter)} for row in vectors]
 
