@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from anysplade import Index, OptionError, search_many
+from anysplade import Document, Index, OptionError, search_many
 from anysplade.cli import main
 from anysplade.data.queries import load_queries
 from anysplade.evaluation.runs import read_run
@@ -55,3 +55,15 @@ def test_the_command_writes_a_run(static_index, collection_folder, tmp_path, cap
 def test_one_query_or_many(static_index, given, capsys):
     assert main(["search", str(static_index), *given]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--fuse", "rrf"]])
+def test_queries_that_are_cut_are_said(teachers, tmp_path, caplog, options):
+    caplog.set_level("INFO", "anysplade")
+    Index.build(teachers["sparse"], {"a": Document("", "kabel lodan")}, tmp_path / "index", max_length=4, with_bm25=True).close()
+    (tmp_path / "q.tsv").write_text("1\tkabel lodan mifil nugor\n2\tkabel\n")
+    assert (
+        main(["search", str(tmp_path / "index"), "--queries", str(tmp_path / "q.tsv"), "--out", str(tmp_path / "run"), *options])
+        == 0
+    )
+    assert "1 of 2 queries were cut at 4 tokens" in caplog.text

@@ -5,7 +5,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from anysplade import DataError, Document, Index, OptionError, OutputError, evaluate, export_anserini, load_collection
+from anysplade import (
+    DataError,
+    Document,
+    Index,
+    OptionError,
+    OutputError,
+    evaluate,
+    evaluate_all,
+    export_anserini,
+    load_collection,
+    search_many,
+)
 from anysplade.cli import main
 from anysplade.search.analysis import Analyzer
 from anysplade.search.bm25 import BM25
@@ -148,6 +159,47 @@ def test_filters_and_depth_hold_for_both_rankings(small, monkeypatch):
         assert {name for hit in hits for name in hit.parts} == {"model", "bm25"}
         monkeypatch.setattr("anysplade.search.index.DEPTH", 1)
         assert {part.rank for hit in index.search("kabel lodan", fuse="rrf") for part in hit.parts.values()} == {1}
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"fuse": "wsum"}, {"filter": {"lang": "b"}}])
+def test_many_queries_find_what_each_finds(small, options):
+    """Of a search, of a second process that maps the postings, of a copy, and after the postings were written again."""
+    queries = {"1": "Runs the lodan", "2": "kabel mifil", "3": "the"}
+    with small(TEXTS, lexical=BETA) as index:
+
+        def found(one):
+            return dict(search_many(one, queries, 9, **options))
+
+        def alike(rankings):
+            return {id_: pytest.approx(ranking, rel=1e-5, abs=1e-4) for id_, ranking in rankings.items()}
+
+        expected = {id_: {hit.id: hit.score for hit in index.search(text, 9, **options)} for id_, text in queries.items()}
+        assert expected["1"]
+        assert found(index) == alike(expected)
+        index.add({"b1": Document("", "runs lodan", {"lang": "b"}), "new": Document("", "mifil")})
+        index.snapshot(index.folder.with_name("copy"))
+        changed = found(index)
+        assert changed != alike(expected)
+        with Index.load(index.folder) as second:
+            assert second.store.searches_exactly
+            assert found(second) == alike(changed)
+            index.store.optimize()
+            assert found(second) == alike(changed)
+        index.store.rebuild()
+        assert found(index) == alike(changed)
+    with Index.load(index.folder.with_name("copy")) as copy:
+        assert found(copy) == alike(changed)
+        assert frequencies(copy)[0] == frequencies(copy)[1]
+
+
+def test_an_index_is_evaluated_with_its_stems(folder, model, collection_folder):
+    exact, deployed, alike = evaluate_all([model, folder], collection_folder, "nDCG@10", lexical=BETA).evaluations
+    assert deployed.index["lexical"] == alike.lexical == BETA
+    assert deployed.metrics == pytest.approx(alike.metrics)
+    assert (deployed.flops, deployed.document_active_dims) == pytest.approx((alike.flops, alike.document_active_dims))
+    assert deployed.document_active_dims > exact.document_active_dims
+    for id_, ranking in alike.run.items():
+        assert deployed.run[id_] == pytest.approx(ranking, rel=1e-4)
 
 
 def test_mistakes(small, model, static_index, collection_folder, tmp_path):

@@ -255,6 +255,11 @@ def test_commands(backbone, collection_folder, tmp_path, capsys):
         (("index", "--out", tmp_path / "x"), "index needs MODEL"),
         (("index", model, "--out", tmp_path / "x"), "index needs CORPUS"),
         (("index", "--vectors", tmp_path / "v.npz", "--out", tmp_path / "x", "--top-k", 3), "--top-k has no meaning"),
+        (("index", "--vectors", tmp_path / "v.npz", "--out", tmp_path / "x", "--lexical", 4), "--lexical has no meaning"),
+        (("index", "--vectors", tmp_path / "v.npz", "--out", tmp_path / "x", "--with-bm25"), "--with-bm25 has no meaning"),
+        (("serve", tmp_path / "alone", "--port", 0), "has no model to encode queries"),
+        (("search", tmp_path / "alone", "--queries", collection_folder, "--out", tmp_path / "x"), "has no model to encode"),
+        (("evaluate", tmp_path / "alone", collection_folder), "has no model to encode queries"),
         (("export", tmp_path / "index", "--to", "vectors", "--out", tmp_path / "v.csv"), "unknown form of vectors"),
     ):
         assert call(*arguments) == 2
