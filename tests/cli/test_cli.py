@@ -668,8 +668,8 @@ def test_options_are_named_as_they_are_typed(call, backbone, collection_folder, 
     code, _, err = call("index", backbone, collection_folder, "--out", tmp_path / "index", "--top-k", 0)
     assert code == 2
     assert "--top-k is 0: it is at least 1" in err
-    assert _as_typed("lower `batch_size=16` or `max_length`, in another `output` than `data`") == (
-        "lower --batch-size 16 or --max-length, in another --out than DATA"
+    assert _as_typed("lower `batch_size=16` or `max_length`, in another `output` than `data`, with `with_bm25`") == (
+        "lower --batch-size 16 or --max-length, in another --out than DATA, with --with-bm25"
     )
 
 

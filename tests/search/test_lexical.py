@@ -211,7 +211,7 @@ def test_mistakes(small, model, static_index, collection_folder, tmp_path):
     small(TEXTS, lexical=2).close()
     with pytest.raises(OutputError, match=r"another lexical \(2.0, not 3.0\)"):
         small(TEXTS, lexical=3)
-    with pytest.raises(OutputError, match=r"another lexical \(2.0, not None\), with_bm25 \(True, not False\)"):
+    with pytest.raises(OutputError, match=r"another lexical \(2.0, not None\); name"):
         small(TEXTS)
     with Index.load(tmp_path / "index") as index:
         with pytest.raises(OptionError, match="`fuse` is 'sum'"):

@@ -146,7 +146,7 @@ def _as_typed(text: str) -> str:
         flag = name.upper() if name in _ARGUMENTS else "--out" if name == "output" else f"--{name.replace('_', '-')}"
         return flag if value is None else f"{flag} {value}"
 
-    return without_credentials(re.sub(r"`([a-z][a-z_]*)(?:=([^`]*))?`", typed, text))
+    return without_credentials(re.sub(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`", typed, text))
 
 
 class _Formatter(logging.Formatter):

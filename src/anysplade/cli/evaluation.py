@@ -156,6 +156,8 @@ def _deployed(row: dict[str, Any]) -> str:
     about = row["index"]
     pruned = "all weights" if about["top_k"] is None else f"the {about['top_k']} largest weights"
     precision = f"documents in {row['precision']} with {pruned}, queries in {about['query_precision']}, engine {about['engine']}"
+    if about["lexical"] is not None:
+        precision += f", BM25 times {about['lexical']:g} in each score"
     matching = f"{about['documents_in_collection']:,} of its {counted(about['documents'], 'document')} in {row['collection']}"
     return f"{row['model']} is an index: {precision}; {matching}"
 

@@ -190,7 +190,8 @@ def search(
     from anysplade.search.hits import check_query, query_words
 
     if (query is None) == (queries is None):
-        raise OptionError('search for one text, anysplade search INDEX "a text", or for many: --queries FILE --out RUN')
+        lead = "search needs QUERY" if query is None else "a query and --queries: give one of them"
+        raise OptionError(f'{lead}; for one text: anysplade search INDEX "a text", for many: --queries FILE --out RUN')
     if (queries is None) != (out is None):
         raise OptionError("`queries` and `output` go together: --queries FILE --out RUN")
     if filter is not None and not filter:
@@ -248,7 +249,7 @@ def _search_many(
         "queries": len(queries),
         "k": k,
         "precision": opened.queries.precision,
-        **options,
+        **{name: value for name, value in options.items() if name != "rerank_depth" or options["rerank"]},
         "hits": sum(counts),
         "without_hits": counts.count(0),
         "seconds": seconds,

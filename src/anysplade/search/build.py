@@ -91,6 +91,9 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         for name in wanted
         if name not in same and about.get(name) != wanted[name]
     }
+    for name, following in (("lexical", "with_bm25"), ("with_bm25", "language"), ("lexical", "language")):
+        if name in changes:
+            changes.pop(following, None)  # one difference is enough to say
     if "model_fingerprint" in changes:
         changes["model_fingerprint"] = f"model (what {wanted['model']} holds changed)"
     if changes:
