@@ -12,6 +12,17 @@ from opensearch_server import serve  # noqa: F401  (a fixture)
 from tiny import make_backbone, make_collection, make_lexical, make_static, make_tokenizer
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """A worker process that dies ends the run with an error, and so does a test that takes too long, which ends its worker.
+
+    By default xdist (3.8) starts another worker, gives the files that the dead one had finished to the others as empty work, and
+    waits forever for its end; no test runs then, so no timeout of a test sees it.
+    """
+    if getattr(config.option, "maxworkerrestart", "0") is None:
+        config.option.maxworkerrestart = "0"
+
+
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
     """A BERT of 0.1 M random parameters with a tokenizer: seconds to train, nothing to download."""
