@@ -1,5 +1,8 @@
+import functools
+import gc
 import logging
 
+import jinja2
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -8,6 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from anysplade import Index, load_encoder
+from anysplade._common.figures import draw
 from opensearch_server import serve  # noqa: F401  (a fixture)
 from tiny import make_backbone, make_collection, make_lexical, make_static, make_tokenizer
 
@@ -21,6 +25,12 @@ def pytest_configure(config):
     """
     if getattr(config.option, "maxworkerrestart", "0") is None:
         config.option.maxworkerrestart = "0"
+
+
+def pytest_collection_finish():
+    """Each training collects garbage, which takes longer than its steps where all libraries are searched for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +69,21 @@ def static_index(tmp_path_factory, collection_folder):
     folder = tmp_path_factory.mktemp("static")
     Index.build(make_static(folder), collection_folder, folder / "index").close()
     return folder / "index"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_cards():
+    """Model cards take half the time of a short training: their template is compiled once, and their figure is not drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
+        patch.setattr("anysplade.training.card.draw", lambda *_: "<svg/>")
+        yield
+
+
+@pytest.fixture
+def drawn_cards(monkeypatch):
+    """Model cards have their figure, as outside the tests."""
+    monkeypatch.setattr("anysplade.training.card.draw", draw)
 
 
 @pytest.fixture(scope="session", autouse=True)
