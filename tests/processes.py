@@ -1,13 +1,17 @@
 """Processes of their own: two of one training, which are ended when they take too long; the command; one without privileges."""
 
 import ctypes
+import json
+import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,35 @@ def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProces
 
 def run_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "anysplade", *arguments, **options)
+
+
+_COMMANDS = """
+import json, sys
+from anysplade.cli import main
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        print(f"\\0{code}\\0", file=stream, end="", flush=True)
+"""
+
+
+def run_commands(*commands: Sequence[object], **options: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Run commands one after the other in one process: most of the time of a short one is its imports."""
+    arguments = [list(map(str, command)) for command in commands]
+    done = run_python("-c", _COMMANDS, json.dumps(arguments), **options)
+    assert done.returncode == 0, done.stderr
+    said = [re.findall(r"(.*?)\0(\d+)\0", text, re.DOTALL) for text in (done.stdout, done.stderr)]
+    return [
+        subprocess.CompletedProcess(given, int(code), out, err)
+        for given, (out, code), (err, _) in zip(arguments, *said, strict=True)
+    ]
+
+
+def preloaded_context() -> ForkServerContext:
+    """Processes from one that has loaded the libraries, so that a start takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["anysplade.search.index"])
+    return context
 
 
 def run_on_two_processes(script: str, *arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""One of two processes that train by one config: a JSON file with its options, and the meeting file."""
+"""One of two processes that train by one config after the other: a JSON file with the options of each, and the meeting file."""
 
 import json
 import os
@@ -17,7 +17,8 @@ def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2, timeout=timedelta(seconds=60)
     )
-    train(TrainingConfig(**json.loads(Path(options).read_text())))
+    for config in json.loads(Path(options).read_text()):
+        train(TrainingConfig(**config))
     torch.distributed.destroy_process_group()
 
 
