@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-_SECONDS = 120  # a run takes about ten
+SECONDS = 250  # a run takes about ten, and much longer on a machine that others use; pytest ends a test after 300
 _DROP_CAPABILITY = 24  # of prctl
 _OVERRIDE_PERMISSIONS = (1, 2, 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 
@@ -45,7 +45,7 @@ def room_for(size: int) -> Iterator[None]:
 
 def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, **options)
 
 
 def run_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -108,11 +108,11 @@ def run_on_two_processes(script: str, *arguments: object) -> None:
         for rank in (0, 1)
     ]
     try:
-        said = [process.communicate(timeout=_SECONDS)[0] for process in processes]
+        said = [process.communicate(timeout=SECONDS)[0] for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
             process.send_signal(signal.SIGABRT)  # faulthandler prints where each stands
-        raise AssertionError("\n".join(f"took over {_SECONDS} s:\n{p.communicate()[0][-3000:]}" for p in processes)) from None
+        raise AssertionError("\n".join(f"took over {SECONDS} s:\n{p.communicate()[0][-3000:]}" for p in processes)) from None
     finally:
         for process in processes:
             process.kill()

@@ -33,7 +33,7 @@ from anysplade import (
 from anysplade._common.outputs import digests
 from anysplade.cli.training import training_lines
 from anysplade.data.collections import load_python_docs
-from anysplade.data.pairs import read_pairs
+from anysplade.data.pairs import read_parts
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoder import build_encoder, open_encoder
 from anysplade.model.encoding import count_truncated
@@ -183,7 +183,7 @@ def test_what_changed_under_a_run_is_refused(file, finished, config, inputs, tmp
 def _count_reads(monkeypatch):
     """A list that grows whenever a run reads its data."""
     reads = []
-    monkeypatch.setattr(run_inputs, "read_pairs", lambda *args, **kwargs: reads.append(args) or read_pairs(*args, **kwargs))
+    monkeypatch.setattr(run_inputs, "read_parts", lambda *args, **kwargs: reads.append(args) or read_parts(*args, **kwargs))
     return reads
 
 
