@@ -1,5 +1,8 @@
 """The public names, in one list: type checkers read it, and ``__init__`` loads each name on first use."""
 
+from ._common.cache import CacheEntry as CacheEntry
+from ._common.cache import cache_entries as cache_entries
+from ._common.cache import prune_cache as prune_cache
 from .data.collections import Collection as Collection
 from .data.collections import Pair as Pair
 from .data.collections import load_collection as load_collection
@@ -43,11 +46,13 @@ from .model.terms import Terms as Terms
 from .model.terms import WeightedTerm as WeightedTerm
 from .model.terms import terms as terms
 from .search import open_index as open_index
+from .search.batch import search_many as search_many
 from .search.documents import EncodedDocument as EncodedDocument
 from .search.engines import open_engine as open_engine
 from .search.engines.export import export_anserini as export_anserini
 from .search.engines.export import export_ciff as export_ciff
 from .search.engines.export import export_queries as export_queries
+from .search.engines.export import export_vectors as export_vectors
 from .search.hits import Hit as Hit
 from .search.hits import Hits as Hits
 from .search.hits import TermMatch as TermMatch

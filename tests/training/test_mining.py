@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,9 +131,10 @@ def _slowly(data, output):
     module._BLOCK = 1
     searcher = module._searcher
 
+    @contextmanager
     def slow(*arguments):
-        search = searcher(*arguments)
-        return lambda *some: (time.sleep(0.05), search(*some))[1]
+        with searcher(*arguments) as search:
+            yield lambda *some: (time.sleep(0.05), search(*some))[1]
 
     module._searcher = slow
     mine(data, output, negatives=2, margin=0)
@@ -155,9 +157,10 @@ def test_killed_and_started_again(collection_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 1)
     searcher = module._searcher
 
+    @contextmanager
     def counting(*arguments):
-        search = searcher(*arguments)
-        return lambda *some: (blocks.append(1), search(*some))[1]
+        with searcher(*arguments) as search:
+            yield lambda *some: (blocks.append(1), search(*some))[1]
 
     monkeypatch.setattr(module, "_searcher", counting)
     again = mine(str(collection_folder), tmp_path / "killed.jsonl", negatives=2, margin=0)

@@ -195,11 +195,16 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def cache_folder() -> Path:
+    """``ANYSPLADE_CACHE``, or the user's cache folder; it need not exist. Raises RuntimeError if the user has no home folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")
+
+
 def default_cache() -> Path | None:
     """The folder that keeps vectors between calls of commands; None, with a warning, if it cannot be written."""
     try:
-        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(os.environ.get("ANYSPLADE_CACHE") or Path(user) / "anysplade")
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder

@@ -18,5 +18,9 @@ class DataHash:
     def add(self, row: Any) -> None:
         self._digest.update(json.dumps(row).encode() + b"\n")
 
+    def add_lines(self, lines: str) -> None:
+        """Hash rows that are lines of JSON already, as ``json.dumps`` writes them, each with its line break."""
+        self._digest.update(lines.encode())
+
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from scipy import sparse
 
+from anysplade._common.cache import mark_used
 from anysplade._common.files import write_atomic
 
 Item = TypeVar("Item")
@@ -27,6 +28,7 @@ def encode_in_parts(
 ) -> Iterator[Rows]:
     """Encode items part by part, and yield the rows of each part; a part that is in the folder is not encoded again."""
     for start in range(0, len(items), size):
+        mark_used(folder)
         part = items[start : start + size]
         path = None if folder is None else folder / f"{start:012}{suffix}"
         rows = None if path is None else read_rows(path)

@@ -10,7 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # ruff: noqa: E402
 
-from anysplade.cli import evaluation, heads, search, study, training  # noqa: F401  (importing them registers their commands)
+from anysplade.cli import cache, evaluation, heads, search, study, training  # noqa: F401  (importing them registers their commands)
 from anysplade.cli.app import app, main, run
 
 __all__ = ["app", "main", "run"]

@@ -22,13 +22,14 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console, RenderableType
 
 from anysplade import __version__
+from anysplade._common.cache import LIMIT, prune_cache, release, size_limit
 from anysplade._common.extras import missing_library
 from anysplade._common.files import READ_ONLY
 from anysplade.cli.config import as_typed, config_file
 from anysplade.cli.order import check_order, in_own_words
 from anysplade.data.names import misnamed
 from anysplade.data.text import is_utf8
-from anysplade.errors import AnyspladeError, DataError, OptionError, UsageError, without_credentials
+from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError, UsageError, without_credentials
 
 app = App(
     name="anysplade",
@@ -38,6 +39,8 @@ app = App(
     default_parameter=Parameter(converter=as_typed, negative_iterable="", consume_multiple=True),
     suppress_keyboard_interrupt=False,  # ``main`` says that the work can be continued
 )
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = 10**5  # characters; no line is that long
 
@@ -61,7 +64,10 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         with contextlib.redirect_stdout(sys.stderr):
             _check_inputs(given.arguments)
             _quiet_libraries()
+            limit = size_limit()  # before the work, as it may be malformed
             result = function(*given.args, **given.kwargs)
+            if limit is not None and is_first_process():
+                _limit_cache(limit)
         if not is_first_process():
             return
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -84,6 +90,18 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(run)
     return run
+
+
+def _limit_cache(limit: int) -> None:
+    """Remove what was used least recently from the cache, after a command, and log it."""
+    release()
+    try:
+        removed = prune_cache(limit)
+    except (OutputError, RuntimeError, OSError) as error:  # the result of the command matters more
+        logger.warning("the cache was not brought below %s: %s", LIMIT, error)
+    else:
+        if removed:
+            logger.info("removed %.1f MB from the cache, above %s", sum(entry.bytes for entry in removed) / 1e6, LIMIT)
 
 
 # Arguments that name a model or data, in commands and in the options of ``train``.

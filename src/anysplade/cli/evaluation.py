@@ -35,8 +35,8 @@ def evaluate(
 
     Args:
         names: models and then collections. A model is the folder or hub id of a sparse encoder, a dense model or a masked LM as
-            it is, bm25, bm25-unstemmed, or a TREC run file; a collection is a BEIR folder or zip, a TREC folder, an ir_datasets
-            id, a hub dataset, nanobeir or python-docs.
+            it is, bm25, bm25-unstemmed, a TREC run file, or the folder of an index; a collection is a BEIR folder or zip, a TREC
+            folder, an ir_datasets id, a hub dataset, nanobeir or python-docs.
         metrics: names of ir-measures; nDCG@10 RR@10 R@100 R@1000 by default.
         split: the qrels to read.
         seeds: the sparse models differ only in their seed: show mean and standard deviation, and test the mean against the first
@@ -60,7 +60,7 @@ def evaluate(
 
     collections = [name for i, name in enumerate(names) if i == len(names) - 1 or is_collection(name)]
     models = [name for name in names if name not in collections]
-    if not models:
+    if (not models and options.get("index") is None) or not collections:
         raise OptionError(f"{' '.join(names) or 'nothing'}: name at least one model and then a collection")
     found, shown = _evaluated(models, collections, metrics, cache, curves=curve, output=out, **options)
     parts = evaluations_parts(found, shown)
@@ -123,6 +123,9 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
     for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
         parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
     parts += [Text(_cost_note(row)) for row in rows if row["kind"] in ("fusion", "reranked")]
+    for row in rows:
+        if row["kind"] == "index":
+            parts.append(Text(_deployed(row)))
     if hidden := [name for name in found.evaluations[0].metrics if name not in metrics]:
         parts.append(Text(f"{', '.join(hidden)}: not shown, since it is 1 if a ranking has all documents; the JSON has it"))
     if compared := [comparison for comparison in found.comparisons if comparison.metric in metrics]:
@@ -145,6 +148,15 @@ def _cost_note(row: dict[str, Any]) -> str:
     pairs = row["cost"].get("pairs_per_query")
     read = "" if pairs is None else f", and the cross-encoder's reading of {pairs:,.0f} pairs per query"
     return f"{row['model']} on {row['collection']}: FLOPS {flops}{read}"
+
+
+def _deployed(row: dict[str, Any]) -> str:
+    """How an index differs from its exact model."""
+    about = row["index"]
+    pruned = "all weights" if about["top_k"] is None else f"the {about['top_k']} largest weights"
+    precision = f"documents in {row['precision']} with {pruned}, queries in {about['query_precision']}, engine {about['engine']}"
+    matching = f"{about['documents_in_collection']:,} of its {counted(about['documents'], 'document')} in {row['collection']}"
+    return f"{row['model']} is an index: {precision}; {matching}"
 
 
 def _detail_parts(found: "Evaluations", metrics: Sequence[str]) -> list[RenderableType]:

@@ -98,12 +98,12 @@ def rescale(
 
 def _probe_texts(data: str | None) -> tuple[Sequence[str], Sequence[str]]:
     """Queries and documents to measure with: from training data, or everyday texts."""
-    from anysplade.data.pairs import load_pairs, sample_pairs
+    from anysplade.data.pairs import read_sample
     from anysplade.model.probe import PROBE_DOCUMENTS, PROBE_QUERIES
 
     if data is None:
         return PROBE_QUERIES, PROBE_DOCUMENTS
-    return sample_pairs(load_pairs(data, progress=is_first_process()))
+    return read_sample(data, progress=is_first_process())
 
 
 def _head_parts(report: "HeadReport", suggested: "Calibration", texts: str) -> list[RenderableType]:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +21,7 @@ from anysplade.errors import OptionError, OutputError, without_credentials
 from anysplade.model.options import Form, Precision, Role, Runtime, runtime_for
 
 if TYPE_CHECKING:
+    from anysplade.search.index import Index
     from anysplade.search.sizing import Size
 
 logger = logging.getLogger(__name__)
@@ -77,12 +80,23 @@ def encode(
 
 @command
 @options_of("search.index", "Index.build")
-def index(model: str, corpus: str, /, *, out: Path | None = None, to: str | None = None, **options: Any) -> Result:
+def index(
+    model: str | None = None,
+    corpus: str | None = None,
+    /,
+    *,
+    out: Path | None = None,
+    to: str | None = None,
+    vectors: str | None = None,
+    **options: Any,
+) -> Result:
     """Encode a corpus and write an index; after an interruption or a change of the corpus, the same command updates it.
 
     Args:
         model: folder or hub id of a sparse encoder.
         corpus: a file (JSONL, CSV, TSV, Parquet), or any collection that evaluate takes.
+        vectors: instead of a corpus: a file or folder of vectors that other software wrote (Anserini's JSONL, .npz, .parquet); the
+            model is optional then, and only encodes queries.
         out: folder of the index.
         to: a server instead of a folder: qdrant://host:6333/name or opensearch://host:9200/name.
         runtime: for encoding; auto is openvino where it is installed and can run the model, which is faster and as exact.
@@ -95,6 +109,10 @@ def index(model: str, corpus: str, /, *, out: Path | None = None, to: str | None
 
     if (out is None) == (to is None):
         raise OptionError("say where the index goes: --out FOLDER or --to qdrant://host:6333/name")
+    if vectors is not None:
+        return _index_vectors(vectors, model, corpus, out, options)
+    if model is None or corpus is None:
+        raise OptionError(f"index needs {'MODEL' if model is None else 'CORPUS'}; give MODEL CORPUS, or --vectors FILE")
     options["progress"] = is_first_process()
     if to is not None:
         work = default_cache()
@@ -106,24 +124,45 @@ def index(model: str, corpus: str, /, *, out: Path | None = None, to: str | None
     else:
         assert out is not None
         with Index.build(model, corpus, out, **options) as built:
-            found = built.describe() | built.changes._asdict() | {"index": str(out)}
-            documents = counted(len(built), "document")
-        changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
-        dims = f"{found['document_active_dims']:.0f} active dims"
-        if "document_lexical_dims" in found:
-            dims += f" and {found['document_lexical_dims']:.0f} stems"
-        line, target = f"{documents} ({changed}), {dims} per document, in {out}", str(out)
+            found, line = _describe_built(built, out)
+        target = str(out)
     return Result(found, [line, f'next: anysplade search {target} "your query"'])
+
+
+def _index_vectors(vectors: str, model: str | None, corpus: str | None, out: Path | None, options: dict[str, Any]) -> Result:
+    from anysplade.search.index import Index
+
+    if corpus is not None or out is None:
+        raise OptionError(f"`vectors` goes with --out FOLDER and no {'corpus' if corpus is not None else 'server'}")
+    odd = [name for name, value in options.items() if value not in (None, False, "auto", "float32")]
+    if odd:
+        raise OptionError(f"`{odd[0]}` has no meaning for `vectors`, which are not encoded; leave it out")
+    with Index.from_vectors(vectors, out, model, progress=is_first_process()) as built:
+        found, line = _describe_built(built, out)
+    following = f'anysplade search {out} "your query"' if model else "search in Python by vector: Index.load(folder).search_vector"
+    return Result(found, [line, f"next: {following}"])
+
+
+def _describe_built(built: "Index", out: Path) -> tuple[dict[str, Any], str]:
+    found = built.describe() | built.changes._asdict() | {"index": str(out)}
+    changed = "{added:,} added, {replaced:,} replaced, {deleted:,} deleted".format_map(found)
+    documents = f"{counted(len(built), 'document')} ({changed})"
+    dims = f"{found['document_active_dims']:.0f} active dims"
+    if "document_lexical_dims" in found:
+        dims += f" and {found['document_lexical_dims']:.0f} stems"
+    return found, f"{documents}, {dims} per document, in {out}"
 
 
 @command
 @options_of("search.index", "Index.search")
 def search(
     index: str,
-    query: str,
+    query: str | None = None,
     /,
     *,
-    k: int = 10,
+    queries: str | None = None,
+    out: Path | None = None,
+    k: int | None = None,
     filter: list[str] | None = None,
     exact: bool = False,
     model: str | None = None,
@@ -131,12 +170,14 @@ def search(
     precision: Precision = "float32",
     **options: Any,
 ) -> Result:
-    """Search an index; each hit shows which terms its score comes from.
+    """Search an index; each hit shows which terms its score comes from. With --queries, write a TREC run file for many queries.
 
     Args:
         index: folder of an index, or its address on a server.
         query: the text to search for.
-        k: largest number of hits.
+        queries: a file or collection of queries, to search for instead of one: JSONL, TSV, TREC topics, ...
+        out: with queries, the run file to write.
+        k: largest number of hits; 10 by default, 1,000 with queries.
         filter: metadata that hits must have, as name=value (7 is "7", blanks and case do not matter); a repeated name means any of
             its values.
         exact: search the vectors in memory, in float64, instead of the engine.
@@ -148,6 +189,10 @@ def search(
     from anysplade.search import open_index
     from anysplade.search.hits import check_query, query_words
 
+    if (query is None) == (queries is None):
+        raise OptionError('search for one text, anysplade search INDEX "a text", or for many: --queries FILE --out RUN')
+    if (queries is None) != (out is None):
+        raise OptionError("`queries` and `output` go together: --queries FILE --out RUN")
     if filter is not None and not filter:
         raise OptionError("filter: give name=value after it, such as lang=en")
     wanted: dict[str, list[Any]] = {}
@@ -156,16 +201,65 @@ def search(
         if not name or not equals:
             raise OptionError(f"filter {condition!r}: give name=value, such as lang=en")
         wanted.setdefault(name, []).append(value)
+    if queries is not None:
+        assert out is not None  # checked above
+        return _search_many(index, queries, out, k, model, runtime, precision, filter=wanted or None, exact=exact, **options)
+    assert query is not None  # checked above
     opened = open_index(index, model, runtime=runtime_for(1, runtime, precision), precision=precision)
     check_query(query)
     log_cut(opened.queries.count_truncated([query]), 1, "queries")
-    hits = opened.search(query, k=k, explain=True, filter=wanted or None, exact=exact, **options)
+    hits = opened.search(query, k=10 if k is None else k, explain=True, filter=wanted or None, exact=exact, **options)
     about = {"query": query, "precision": opened.queries.precision} | ({"fuse": options["fuse"]} if options["fuse"] else {})
     about |= {name: options[name] for name in ("rerank", "rerank_depth") if options["rerank"]}
     found = about | {"hits": [hit.to_dict() for hit in hits]}
     if hits.note:
         return Result(found | {"note": hits.note}, [hits.note])
     return Result(found, hit_lines(hits, query_words(opened.queries, query)))
+
+
+def _search_many(
+    index: str, source: str, out: Path, k: int | None, model: str | None, runtime: Runtime, precision: Precision, **options: Any
+) -> Result:
+    """Write the run of many queries."""
+    from anysplade._common.files import require_folder, user_path
+    from anysplade.data.queries import load_queries
+    from anysplade.evaluation.runs import require_trec_id, write_rankings
+    from anysplade.search import open_index
+    from anysplade.search.batch import search_many
+
+    require_folder(user_path(out).parent)
+    queries = load_queries(source)
+    for id_ in queries:
+        require_trec_id("query", id_)
+    opened = open_index(index, model, runtime=runtime_for(len(queries), runtime, precision), precision=precision)
+    k = (options["rerank_depth"] if options["rerank"] else 1000) if k is None else k
+    rankings = search_many(opened, queries, k, **options, progress=is_first_process())
+    counts: list[int] = []  # hits of each query
+
+    def counting() -> Iterator[tuple[str, dict[str, float]]]:
+        for id_, ranking in rankings:
+            counts.append(len(ranking))
+            yield id_, ranking
+
+    start = time.perf_counter()
+    write_rankings(out, counting(), str(opened.about["model"]))
+    seconds = time.perf_counter() - start
+    found = {
+        "queries": len(queries),
+        "k": k,
+        "precision": opened.queries.precision,
+        "exact": options["exact"],
+        "fuse": options["fuse"],
+    }
+    found |= {
+        "rerank": options["rerank"],
+        "hits": sum(counts),
+        "without_hits": counts.count(0),
+        "seconds": seconds,
+        "out": str(out),
+    }
+    none = f", {counts.count(0):,} without a hit" if not all(counts) else ""
+    return Result(found, [f"{counted(len(queries), 'query')}{none}, {counted(sum(counts), 'hit')} in {out}"])
 
 
 @command
@@ -232,7 +326,7 @@ def export(
     source: str,
     /,
     *,
-    to: Literal["onnx", "checkpoint", "lucene", "ciff"],
+    to: Literal["onnx", "checkpoint", "lucene", "ciff", "vectors"],
     out: Path,
     form: Form | None = None,
     quantize: bool = False,
@@ -243,22 +337,24 @@ def export(
     """Write a model or an index for other software.
 
     Args:
-        source: of onnx and checkpoint, folder or hub id of a sparse encoder; of lucene and ciff, folder of an index.
+        source: of onnx and checkpoint, folder or hub id of a sparse encoder; of the others, folder of an index.
         to: onnx (FastEmbed, Vespa, OpenSearch, transformers.js, and searching without torch), checkpoint (vLLM and
-            text-embeddings-inference), lucene (JSONL that Anserini and Pyserini index) or ciff (one file, the Common Index File
-            Format).
-        out: the folder or file to write.
+            text-embeddings-inference), lucene (JSONL that Anserini and Pyserini index), ciff (one file, the Common Index File
+            Format) or vectors (unrounded, which index --vectors reads).
+        out: the folder or file to write; of vectors, .jsonl, .jsonl.gz, .npz or .parquet, or a folder.
         form: of onnx: what the network gives: logits (the default), which most software pools itself, vector (OpenSearch) or terms
             (Anserini).
         quantize: of onnx: also write a network whose products are in int8, which is approximate.
         queries: of lucene and ciff: a file or collection of queries, which are written to OUT.queries.tsv.
         quantization: of lucene and ciff: weights are multiplied by this and written as whole numbers.
-        model: of lucene and ciff: folder of the index's model, if it was moved.
+        model: of an index: folder of its model, if it was moved.
     """
     of_model = to in ("onnx", "checkpoint")
     given = ({} if to == "onnx" else {"form": form, "quantize": quantize}) | (
         {"queries": queries, "model": model} if of_model else {}
     )
+    if to == "vectors":
+        given |= {"queries": queries, "quantization": quantization != 100}
     odd = [name for name, value in given.items() if value]
     if odd:
         raise OptionError(f"`{odd[0]}` has no meaning for `to={to}`; leave it out")
@@ -282,8 +378,11 @@ def export(
         names = opened.term_names
         if asked:  # first, because queries are few and an error in them should come early
             exporting.export_queries(list(asked), opened.encode_queries(list(asked.values())), names, written, quantization)
-        write = exporting.export_anserini if to == "lucene" else exporting.export_ciff
-        count = write(opened.store, names, out, quantization)
+        if to == "vectors":
+            count = exporting.export_vectors(opened.store, names, out)
+        else:
+            write = exporting.export_anserini if to == "lucene" else exporting.export_ciff
+            count = write(opened.store, names, out, quantization)
     found: dict[str, Any] = {"documents": count, "out": str(out), "to": to}
     lines: list[RenderableType] = [f"{counted(count, 'document')} in {out}"]
     if asked:

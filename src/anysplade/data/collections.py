@@ -6,7 +6,7 @@ On disk a collection has BEIR's layout: ``corpus.jsonl`` (``_id``, ``title``, ``
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,12 +17,13 @@ from anysplade._common.files import atomic_folder, user_path
 from anysplade._common.hashing import DataHash
 from anysplade._common.tables import Tabular
 from anysplade.data import python_docs
-from anysplade.data.corpus import Document, read_corpus
+from anysplade.data.corpus import Document
 from anysplade.data.external import ir_names
 from anysplade.data.names import BM25_NAMES, COLLECTION, NANO_BEIR, PYTHON_DOCS, QUERY_FILES, Source, held, is_built_in, resolve
 from anysplade.data.qrels import Qrels, read_qrels
 from anysplade.data.queries import load_queries
 from anysplade.data.rows import find_file
+from anysplade.data.stored_corpus import open_corpus
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import DataError, OutputError
 
@@ -43,7 +44,7 @@ class Collection(Tabular):
     """A test collection: a corpus, queries and relevance judgements. Every query has at least one judgement."""
 
     name: str  # shown in results
-    corpus: dict[str, Document]  # by document id
+    corpus: Mapping[str, Document]  # by document id; a large corpus that was loaded stays in files
     queries: dict[str, str]  # by query id
     qrels: dict[str, dict[str, int]]  # grades by query id and document id
 
@@ -107,10 +108,10 @@ def load_collection(source: str | Path | Source, split: str = "test", progress: 
         name = user_path(at if resolved.kind == "hub" else name).resolve().name.removesuffix(".zip")
     elif not (at.has_queries() and at.has_qrels()):
         raise DataError(f"{name}: this ir_datasets id has no queries with judgements; name a subset that has, such as its /test")
-    return _judged_collection(name, read_corpus(resolved), load_queries(resolved), read_qrels(resolved, split))
+    return _judged_collection(name, open_corpus(resolved), load_queries(resolved), read_qrels(resolved, split))
 
 
-def _judged_collection(name: str, corpus: dict[str, Document], queries: dict[str, str], qrels: Qrels) -> Collection:
+def _judged_collection(name: str, corpus: Mapping[str, Document], queries: dict[str, str], qrels: Qrels) -> Collection:
     """A collection without queries that have no judgement and without judgements of unknown queries."""
     unknown = [query_id for query_id in qrels if query_id not in queries]
     if unknown:

@@ -70,8 +70,13 @@ def empty_corpus(source: object) -> DataError:
     return DataError(f"{source}: the corpus is empty; each row needs _id and text")
 
 
-def iter_corpus(source: str | Path | Source, progress: bool = False) -> Iterator[tuple[str, Document]]:
-    """Read the documents of any source of ``read_corpus`` one by one; only the ids stay in memory, to find duplicates."""
+def iter_corpus(
+    source: str | Path | Source, progress: bool = False, *, remembered: int | None = None
+) -> Iterator[tuple[str, Document]]:
+    """Read the documents of any source of ``read_corpus`` one by one; only the ids stay in memory, to find duplicates.
+
+    ``remembered`` is the number of ids that stay there, the first ones; all if None. Duplicates of others are not found.
+    """
     resolved = resolve(source, "corpus")
     if resolved.kind == "python-docs":
         _, test = python_docs.split_entries(python_docs.read_docstrings(python_docs.PACKAGES, progress))
@@ -82,10 +87,10 @@ def iter_corpus(source: str | Path | Source, progress: bool = False) -> Iterator
             content = Document(document.title or "", document.text) if titled else Document("", document.default_text())
             yield document.doc_id, content
     elif resolved.kind == "hub":
-        yield from documents_by_id(hub_rows(resolved, "corpus"), f"{resolved.at}:corpus", TEXT_NAMES)
+        yield from documents_by_id(hub_rows(resolved, "corpus"), f"{resolved.at}:corpus", TEXT_NAMES, remembered)
     else:
         file = source_file(resolved, CORPUS_FILES, "corpus.jsonl")
-        yield from documents_by_id(rows(file, ID_NAMES), file, TEXT_NAMES)
+        yield from documents_by_id(rows(file, ID_NAMES), file, TEXT_NAMES, remembered)
 
 
 def read_texts(source: str | Path) -> Iterator[str]:
@@ -114,7 +119,9 @@ def source_file(source: Source, names: Sequence[str], usual: str) -> Place:
     return path
 
 
-def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequence[str]) -> Iterator[tuple[str, Document]]:
+def documents_by_id(
+    numbered: Iterable[Row], source: object, text_names: Sequence[str], remembered: int | None = None
+) -> Iterator[tuple[str, Document]]:
     """The ids and documents, or queries, in numbered rows; ids must be unique, and messages name the source of the rows."""
     seen: dict[str, int] = {}  # row numbers by id
     for number, row in numbered:
@@ -127,7 +134,8 @@ def documents_by_id(numbered: Iterable[Row], source: object, text_names: Sequenc
         id_ = str(value)
         if id_ in seen:
             raise DataError(f"{place}: the id {id_[:80]!r} is a duplicate of line {seen[id_]}; ids must be unique")
-        seen[id_] = number
+        if remembered is None or len(seen) < remembered:
+            seen[id_] = number
         text, title, metadata = row.get(text_column), row.get(title_column), row.get(metadata_column) or None
         if not isinstance(text, str):
             raise DataError(f'{place}: "{text_column}" is missing or not a string; columns of the row: {", ".join(row) or "none"}')

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from anysplade.data.corpus import ID_NAMES, TEXT_NAMES, Document, read_corpus
+from anysplade.data.corpus import ID_NAMES, TEXT_NAMES, Document, empty_corpus, iter_corpus
 from anysplade.data.external import hub_dataset
+from anysplade.data.mapped_texts import TextsById
 from anysplade.data.names import CORPUS_FILES, Source
 from anysplade.data.queries import QUERY_NAMES, load_queries
 from anysplade.data.rows import find_file
@@ -23,6 +25,7 @@ class Texts(NamedTuple):
     name: str
     query: _GetText
     document: _GetText
+    mapped: tuple[TextsById, TextsById] | None = None  # queries and documents, if they are in memory-mapped files
 
 
 class Lookup:
@@ -31,6 +34,12 @@ class Lookup:
     def __init__(self, open_texts: Callable[[], Texts | None], given: bool) -> None:
         self._open = functools.cache(open_texts)
         self.given = given  # whether the user named the collection with ``texts``
+
+    @property
+    def mapped(self) -> tuple[TextsById, TextsById] | None:
+        """Queries and documents, if the collection is in memory-mapped files."""
+        texts = self._open()
+        return None if texts is None else texts.mapped
 
     def text(self, role: str, id_: Any, place: str) -> str:
         """The text of an id, which must be in the collection and have a text that is not empty."""
@@ -63,10 +72,14 @@ class Lookup:
 
 
 def open_texts(source: Source) -> Texts:
-    """The texts of a collection, which must have queries and documents."""
+    """The texts of a collection, which must have queries and documents; those of files are written to a temporary folder."""
     if source.kind == "folder":
-        queries, corpus = load_queries(source), read_corpus(source)
-        return Texts(str(source.at), queries.__getitem__, lambda id_: corpus[id_].full_text)
+        folder = tempfile.TemporaryDirectory(prefix="anysplade-texts-")  # removed when the last text in it is forgotten
+        queries = TextsById(load_queries(source).items(), folder, "queries")
+        documents = TextsById(((id_, document.full_text) for id_, document in iter_corpus(source)), folder, "documents")
+        if not documents.texts:
+            raise empty_corpus(source)
+        return Texts(str(source.at), queries.__getitem__, documents.__getitem__, (queries, documents))
     if source.kind == "ir_datasets":
         store = source.at.docs_store()  # reads documents from disk
         return Texts(source.name, load_queries(source).__getitem__, lambda id_: store.get(id_).default_text())

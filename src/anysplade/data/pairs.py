@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from anysplade.data.collections import Pair, load_collection, load_python_docs
 from anysplade.data.external import as_data_error, hub_dataset
 from anysplade.data.lookup import Lookup, open_texts, own_texts
 from anysplade.data.names import CORPUS_FILES, Source, resolve
+from anysplade.data.numbered_pairs import IdColumns
 from anysplade.data.pair_rows import Columns, describe_columns, difference, find_columns, recognized, row_pairs, select_passages
 from anysplade.data.qrels import find_qrels
 from anysplade.data.rows import Row, find_file, rows
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 _SAMPLED = 64  # examples for calibrating a head
 _CHECKED = 20  # examples that are checked for ids instead of texts
 
+_NUMBERED = 2**14  # rows of ids that are looked up at once
+
+Part: TypeAlias = Sequence[Pair]  # a list, or NumberedPairs
 _PlacedRow = tuple[str, dict[str, Any]]  # place for messages, such as file and line, and values by column name
 
 
@@ -49,38 +53,56 @@ def read_pairs(
         DataError: there is nothing to train on, a column of texts has ids, or a row cannot be used; the message names file
             and line.
     """
+    yield from chain.from_iterable(read_parts(source, texts=texts, negatives=negatives, progress=progress))
+
+
+def read_parts(
+    source: str | Path, *, texts: str | None = None, negatives: int | None = None, progress: bool = False
+) -> Iterator[Part]:
+    """The examples of ``read_pairs`` in parts, which are numbers of mapped texts where the rows have ids."""
     given_rows, own = _open(source, progress)
     lookup = Lookup(lambda: open_texts(resolve(texts, "texts")) if texts else own and own_texts(own), bool(texts))
-    pairs = _read(source, given_rows, lookup, negatives)
-    first = list(islice(pairs, _CHECKED))
-    _require_texts(source, first, lookup)
-    yield from chain(first, pairs)
+    parts = _read(source, given_rows, lookup, negatives)
+    first: list[Part] = []
+    while sum(map(len, first)) < _CHECKED and (part := next(parts, None)) is not None:
+        first.append(part)
+    _require_texts(source, list(islice(chain.from_iterable(first), _CHECKED)), lookup)
+    yield from chain(first, parts)
 
 
-def _read(source: str | Path, given_rows: Iterable[_PlacedRow], lookup: Lookup, negatives: int | None) -> Iterator[Pair]:
+def _read(source: str | Path, given_rows: Iterable[_PlacedRow], lookup: Lookup, negatives: int | None) -> Iterator[Part]:
     """The examples of rows, which must all have the same columns and the same numbers of negatives and scores."""
     columns: Columns = {}
     names: set[str] = set()
+    ids: IdColumns | None = None
     expected = None
     used = irrelevant = 0  # rows
-    for place, given in given_rows:
-        row = select_passages({name: value for name, value in given.items() if value is not None})
-        if not columns:
-            columns, names = find_columns(row, place), recognized(row)
-            if described := describe_columns(columns, row):
-                _log_columns(str(source), described)
-        elif recognized(row) != names:
-            raise DataError(f"{place}: {difference(recognized(row), names)}; give every row the same columns")
-        relevant = False
-        for pair in row_pairs(row, columns, lookup, place, negatives):
-            relevant = True
-            shape = f"{len(pair.negatives)} negatives and {len(pair.scores or ())} scores"
-            if shape != (expected := expected or shape):
-                first = "" if negatives is not None else ", or use the first N of each with `negatives=N`"
-                raise DataError(f"{place}: {shape}, but the rows before have {expected}; give all the same number{first}")
-            yield pair
-        used += relevant
-        irrelevant += not relevant
+    left = iter(given_rows)
+    while placed := list(islice(left, _NUMBERED if ids else 1)):
+        if ids is not None and (numbered := ids.read([row for _, row in placed])) is not None:
+            used += len(placed)
+            yield numbered
+            continue
+        for place, given in placed:
+            row = select_passages({name: value for name, value in given.items() if value is not None})
+            if not columns:
+                columns, names = find_columns(row, place), recognized(row)
+                if described := describe_columns(columns, row):
+                    _log_columns(str(source), described)
+            elif recognized(row) != names:
+                raise DataError(f"{place}: {difference(recognized(row), names)}; give every row the same columns")
+            pairs = list(row_pairs(row, columns, lookup, place, negatives))
+            for pair in pairs:
+                shape = f"{len(pair.negatives)} negatives and {len(pair.scores or ())} scores"
+                if shape != (expected := expected or shape):
+                    first = "" if negatives is not None else ", or use the first N of each with `negatives=N`"
+                    raise DataError(f"{place}: {shape}, but the rows before have {expected}; give all the same number{first}")
+            used += bool(pairs)
+            irrelevant += not pairs
+            if used + irrelevant == 1 and (ids := IdColumns.of(row, columns, lookup, negatives)) is not None:
+                pairs = ids.read([given]) or pairs  # type: ignore[assignment]
+            if pairs:
+                yield pairs
     if irrelevant:
         logger.info("%s: %s of %s rows left out: their labels are 0 or below", source, f"{irrelevant:,}", f"{used + irrelevant:,}")
     if expected is None:
@@ -176,5 +198,21 @@ def _ir_rows(source: Source) -> Iterator[dict[str, Any]]:
 
 def sample_pairs(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[str], list[str]]:
     """The queries and documents of up to 64 training pairs."""
-    sampled = random.Random(seed).sample(pairs, min(_SAMPLED, len(pairs)))
+    sampled = [pairs[i] for i in _sample(len(pairs), seed)]
     return [pair.query for pair in sampled], [pair.positive for pair in sampled]
+
+
+def _sample(count: int, seed: int) -> list[int]:
+    return random.Random(seed).sample(range(count), min(_SAMPLED, count))
+
+
+def read_sample(source: str | Path, seed: int = 0, progress: bool = False) -> tuple[list[str], list[str]]:
+    """``sample_pairs`` of a source, which is read twice instead of kept in memory.
+
+    The sample is that of a training on the same data, so both see the same head; a reservoir would draw another one.
+    """
+    count = sum(map(len, read_parts(source, progress=progress)))
+    places = _sample(count, seed)
+    wanted = set(places)
+    found = {i: pair for i, pair in enumerate(read_pairs(source, progress=progress)) if i in wanted}
+    return [found[i].query for i in places], [found[i].positive for i in places]

@@ -10,6 +10,7 @@ import numpy as np
 from anysplade._common.arguments import require
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection
+from anysplade.data.stored_corpus import position_of
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.evaluations import Evaluation
 from anysplade.evaluation.measures import measure, parse_metrics
@@ -188,7 +189,7 @@ def _main_terms(evaluation: Evaluation, collection: Collection, query_id: str, d
     assert evaluation.vectors is not None
     assert evaluation.terms is not None
     query = evaluation.vectors[0][list(collection.queries).index(query_id)]
-    document = evaluation.vectors[1][list(collection.corpus).index(document_id)]
+    document = evaluation.vectors[1][position_of(collection.corpus, document_id)]
     matches = explain_score(evaluation.terms, query, document.indices, document.data)
     found: dict[str, float] = {}
     for match in join_matches(matches, (evaluation.words or {}).get(query_id, {})):

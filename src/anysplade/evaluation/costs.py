@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+_BLOCK = 2**22  # nonzeros that are counted at a time (32 MiB)
 COSTS = ("query_active_dims", "document_active_dims", "flops")  # what tables show of a cost
 OWN_WORDS = ("query_own_words", "document_own_words")  # beside the costs: what the vectors keep of the texts' own words
 
 
 def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:
     """Cost of searching with sparse vectors, (queries, vocabulary) and (documents, vocabulary), at least one row each."""
-    query_frequency = np.bincount(queries.indices, minlength=queries.shape[1])
-    document_frequency = np.bincount(documents.indices, minlength=documents.shape[1])
+    query_frequency, document_frequency = _frequency(queries), _frequency(documents)
 
     def spread(matrix: sparse.csr_matrix) -> dict[str, float]:
         """The terms per vector."""
@@ -28,6 +28,14 @@ def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dic
         "postings_per_query": products / queries.shape[0],  # mean number of (document, weight) pairs that a query reads
         "index_bytes": 8 * documents.nnz + 8 * (documents.shape[1] + 1),  # of the postings, without texts and ids
     }
+
+
+def _frequency(matrix: sparse.csr_matrix) -> np.ndarray:
+    """Number of rows that have each term, (vocabulary,); in blocks, as NumPy converts what it counts to int64."""
+    counts = np.zeros(matrix.shape[1], np.int64)
+    for start in range(0, matrix.nnz, _BLOCK):
+        counts += np.bincount(matrix.indices[start : start + _BLOCK], minlength=matrix.shape[1])
+    return counts
 
 
 def dense_cost(documents: int, width: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from anysplade.data.collections import Collection, data_hash, load_collection
 from anysplade.data.names import BM25_NAMES, is_built_in
 from anysplade.errors import DataError, OptionError
 from anysplade.evaluation.costs import COSTS, OWN_WORDS, mean_costs, search_cost
+from anysplade.evaluation.deployed import is_index, rank_by_index
 from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
@@ -25,7 +26,7 @@ from anysplade.model.dense import is_dense
 from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
 from anysplade.model.pruning import prune
 from anysplade.model.saved import fingerprint, resolve_model
-from anysplade.search.exact import Postings
+from anysplade.search.exact import top_rows
 from anysplade.search.languages import language_name
 
 _CURVE_DOCUMENTS = (8, 16, 32, 64, 128, 256)  # terms kept per document
@@ -38,7 +39,7 @@ class Evaluation(Tabular):
 
     model: str  # as the caller named it
     collection: str  # its name
-    kind: Literal["sparse", "dense", "bm25", "run", "fusion", "reranked"]  # of model
+    kind: Literal["sparse", "dense", "bm25", "run", "fusion", "reranked", "index"]  # of model
     metrics: dict[str, float]  # mean over the judged queries, by name
     query_active_dims: float | None  # mean number of terms per query, all dimensions of a dense model; None for the other kinds
     document_active_dims: float | None  # the same for documents
@@ -52,6 +53,7 @@ class Evaluation(Tabular):
     queries: int  # number of judged queries
     documents: int  # number of documents in the corpus
     cut: dict[str, Any] | None = None  # by role: the number of texts that are longer than max_length tokens and were cut
+    index: dict[str, Any] | None = None  # of an index: its documents, those in the collection, top_k, lengths, engine and model
     self_matches: int  # queries that are also documents; such a document is left out of its own query's ranking
     data_hash: str  # SHA-256 of the collection
     seconds: dict[str, float]  # by stage
@@ -59,7 +61,9 @@ class Evaluation(Tabular):
     per_query: dict[str, dict[str, float]]  # value by metric and query id
     model_fingerprint: str | None = None  # of a sparse model's files; None for loaded ones
     run: Run  # score by query id and document id, the best document first
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # (queries, vocabulary), (documents, vocabulary), in order
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = (
+        None  # (queries, vocabulary), (documents, vocabulary), in order; large ones are mapped from files
+    )
     terms: list[str] | None = None  # name of each column of the vectors
     words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
 
@@ -99,8 +103,8 @@ def evaluate(
 
     Args:
         model: a sparse encoder or its folder or hub id, a masked LM (used without training), a dense model of
-            sentence-transformers (exact nearest neighbours), ``"bm25"``, ``"bm25-unstemmed"`` (without stemming), or a TREC
-            run file.
+            sentence-transformers (exact nearest neighbours), ``"bm25"``, ``"bm25-unstemmed"`` (without stemming), a TREC
+            run file, or the folder of an index, which is searched as it is: with its precision, its ``top_k`` and its engine.
         collection: a ``Collection``, or anything that ``load_collection`` takes.
         metrics: names of measures in the syntax of ir-measures; a list or a single name.
         split: which relevance judgements to load.
@@ -121,7 +125,8 @@ def evaluate(
         MeasureError: a metric is unknown; the message suggests the nearest known one.
         OptionError: an option is impossible.
         OutputError: ``output`` is given, and a run file cannot hold one of the ids.
-        DataError: a run file has no query or no document of the collection. If few match, a warning gives their share.
+        DataError: a run file has no query or no document of the collection, or an index no document of it. If few match, a
+            warning gives their share.
         ModelError, DataError: as in ``open_encoder`` and ``load_collection``.
     """
     if isinstance(model, list | tuple):
@@ -145,11 +150,14 @@ def evaluate(
     elif isinstance(model, str | Path) and user_path(model).is_file():
         ranked = {"kind": "run", "run": read_run(model), "seconds": {}}
         check_run(model, ranked["run"], collection)
+    elif is_index(model):
+        ranked = rank_by_index(model, ranker)
     elif isinstance(model, SparseEncoder) or not (isinstance(model, SentenceTransformer) or is_dense(resolve_model(model))):
         ranked = ranker.by_sparse(model)
     else:
         ranked = ranker.by_dense(model)
-    own = fingerprint(resolve_model(model)) if ranked["kind"] == "sparse" and isinstance(model, str | Path) else None
+    if ranked["kind"] == "sparse" and isinstance(model, str | Path):
+        ranked["model_fingerprint"] = fingerprint(resolve_model(model))
     if not isinstance(model, str | Path):
         base = model.model_card_data.base_model
         model = f"a loaded {type(model).__name__}" + (f", base model {base}" if base else "")
@@ -157,7 +165,6 @@ def evaluate(
     evaluation = Evaluation(
         model=str(model),
         collection=collection.name,
-        model_fingerprint=own,
         metrics=values,
         queries=len(collection.queries),
         documents=len(collection.corpus),
@@ -186,13 +193,12 @@ def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> 
         raise OptionError(f"{evaluation.model}: has no vectors to prune; a curve needs a sparse encoder")
     measures = parse_metrics(list(evaluation.metrics))
     queries, documents = evaluation.vectors
-    ranker, all_postings = Ranker(collection, depth), Postings.from_documents(documents)
+    ranker = Ranker(collection, depth)
 
     def row(query_k: int | None, document_k: int | None) -> dict[str, Any]:
         kept_queries = queries if query_k is None else prune(queries, query_k)
         kept_documents = documents if document_k is None else prune(documents, document_k)
-        postings = all_postings if document_k is None else Postings.from_documents(kept_documents)
-        run = ranker.as_run(postings.top_rows(kept_queries, ranker.hits))
+        run = ranker.as_run(top_rows(kept_documents, kept_queries, ranker.hits))
         values = measure(measures, collection.qrels, run)[0]
         costs = mean_costs(search_cost(kept_queries, kept_documents))
         return {"query_top_k": query_k, "document_top_k": document_k} | values | costs

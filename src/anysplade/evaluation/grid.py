@@ -17,6 +17,7 @@ from anysplade.data.collections import Collection, collection_names, load_collec
 from anysplade.data.names import PYTHON_DOCS
 from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import Comparison, compare_each
+from anysplade.evaluation.deployed import model_of
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate, write_evaluation
 from anysplade.evaluation.fusion import evaluate_fused, evaluate_reranked
 from anysplade.evaluation.measures import METRICS, parse_metrics
@@ -65,6 +66,7 @@ def evaluate_all(
     collections: str | Path | Collection | Sequence[str | Path | Collection],
     metrics: str | Sequence[str] = METRICS,
     *,
+    index: str | Path | None = None,
     split: str = "test",
     seeds: bool = False,
     curves: bool = False,
@@ -88,6 +90,8 @@ def evaluate_all(
             collections.
         metrics: names of ir-measures, a list or a single one. The first is the primary one: its comparisons are corrected
             together.
+        index: folder of an index to evaluate as it is, with its precision, its pruning and its engine, against its exact model:
+            both come before the other models, so that the difference is tested.
         seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added,
             and, if the first model is none of them, a test of their mean against it over seeds and queries together.
         curves: add effectiveness against cost by pruning; see ``curve``.
@@ -106,6 +110,10 @@ def evaluate_all(
         AnyspladeError: as in ``evaluate``.
     """
     models, collections, metrics = _as_list(models), _as_list(collections), _as_list(metrics)
+    lengths = [max_length] * len(models)
+    if index is not None:
+        exact, length = model_of(index)
+        models, lengths = [exact, index, *models], [length if max_length is None else max_length, max_length, *lengths]
     if not models or not collections:
         raise OptionError("name at least one model and one collection")
     parse_metrics(metrics)  # fail before the collections are read
@@ -122,7 +130,7 @@ def evaluate_all(
         places = [f"{i}-{place}" for i, place in enumerate(places, 1)]
     evaluations, drawn = [], []
     for place, collection in zip(places, loaded, strict=True):
-        for i, model in enumerate(models, 1):
+        for i, (model, length) in enumerate(zip(models, lengths, strict=True), 1):
             name = as_name(str(model) if isinstance(model, str | Path) else type(model).__name__)
             evaluation = evaluate(
                 model,
@@ -131,7 +139,7 @@ def evaluate_all(
                 output=folder if folder is None or single else folder / place / f"{i}-{name}",
                 runtime=runtime,
                 precision=precision,
-                max_length=max_length,
+                max_length=length,
                 batch_tokens=batch_tokens,
                 language=language,
                 cache=cache,

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from anysplade.evaluation.runs import Run
 with extra("evaluation"):
     import ir_measures
 
+_QUERIES = 1000  # whose rankings are copied at a time
 METRICS = ("nDCG@10", "RR@10", "R@100", "R@1000")  # the default
 
 
@@ -72,15 +74,16 @@ def measure(
     of a ranking: they get no empty ones. One accepts only numbers as query ids: the queries are numbered.
     """
     values: dict[Any, dict[str, float]] = {measure: dict.fromkeys(qrels, 0.0) for measure in measures.values()}
-    ids = {str(number): id_ for number, id_ in enumerate(qrels, 1)}
-    ranks = {
-        number: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True))
-        for number, id_ in ids.items()
-        if (ranking := run.get(id_))
-    }
+    numbered = enumerate(qrels, 1)
     try:
-        for metric in ir_measures.iter_calc(list(values), {number: qrels[id_] for number, id_ in ids.items()}, ranks):
-            values[metric.measure][ids[metric.query_id]] = float(metric.value)
+        while ids := {str(number): id_ for number, id_ in islice(numbered, _QUERIES)}:
+            ranks = {
+                number: dict(zip(ranking, map(float, range(len(ranking), 0, -1)), strict=True))
+                for number, id_ in ids.items()
+                if (ranking := run.get(id_))
+            }
+            for metric in ir_measures.iter_calc(list(values), {number: qrels[id_] for number, id_ in ids.items()}, ranks):
+                values[metric.measure][ids[metric.query_id]] = float(metric.value)
     except subprocess.CalledProcessError as error:
         raise MeasureError(
             f"{', '.join(measures)}: gdeval, which computes ERR and nDCG(dcg='exp-log2'), failed; it takes grades up to 4 and "

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -18,6 +18,7 @@ from anysplade._common.files import user_path
 from anysplade._common.hashing import DataHash
 from anysplade._common.progress import begin
 from anysplade.data.collections import Collection
+from anysplade.data.stored_corpus import full_texts, ids_at
 from anysplade.errors import OptionError
 from anysplade.evaluation.costs import dense_cost, search_cost
 from anysplade.evaluation.runs import Run
@@ -33,7 +34,7 @@ from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.model.tokenizing import count_truncated
 from anysplade.search.bm25 import BM25
 from anysplade.search.document_encoding import Options, encode_texts, workers_for
-from anysplade.search.exact import Postings, highest, nearest
+from anysplade.search.exact import nearest, top_rows
 from anysplade.search.hits import query_words
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ class Ranker:
         }
 
     @cached_property
-    def texts(self) -> dict[Role, list[str]]:
+    def texts(self) -> dict[Role, Sequence[str]]:
         return {
-            "document": [document.full_text for document in self.collection.corpus.values()],
+            "document": full_texts(self.collection.corpus),
             "query": list(self.collection.queries.values()),
         }
 
@@ -82,7 +83,7 @@ class Ranker:
 
     def as_run(self, rankings: Sequence[tuple[np.ndarray, np.ndarray]]) -> Run:
         """Make a run of positions and scores per query, at the depth and without self-matches."""
-        ids = list(self.collection.corpus)
+        ids = ids_at(self.collection.corpus, np.unique(np.concatenate([positions for positions, _ in rankings])))
         run: Run = {}
         for query_id, (positions, scores) in zip(self.collection.queries, rankings, strict=True):
             itself = query_id if query_id in self.self_matches else None
@@ -92,9 +93,8 @@ class Ranker:
 
     def by_bm25(self, name: str) -> dict[str, Any]:
         start = time.perf_counter()
-        texts = self.texts["document"]
-        bm25, all_documents = BM25(texts, name == "bm25", self.language), np.arange(len(texts))
-        rankings = [highest(bm25.score(query, all_documents), self.hits) for query in self.texts["query"]]
+        bm25 = BM25(self.texts["document"], name == "bm25", self.language)
+        rankings = bm25.top(self.texts["query"], self.hits)
         if not any(len(documents) for documents, _ in rankings):
             logger.warning("bm25: no query of %s has a word in common with a document, so every measure is 0", self.collection.name)
         seconds = {"bm25": time.perf_counter() - start}
@@ -122,7 +122,7 @@ class Ranker:
         options = Options(str(model), precision, None, self.max_length, "torch")
         pieces = {role: PieceCounts(len(counted)) for role, counted in counted_pieces.items() if counted is not None}
 
-        def encode_role(texts: list[str], role: Role, **given: Any) -> Encoded:
+        def encode_role(texts: Sequence[str], role: Role, **given: Any) -> Encoded:
             given["pieces"] = pieces.get(role)
             if role == "document" and workers > 1:
                 return encode_texts(encoder, texts, options, workers, batch_tokens=self.batch_tokens, **given)
@@ -132,7 +132,7 @@ class Ranker:
         queries, documents = encoded["query"].matrix, encoded["document"].matrix
         cut = self._cut({role: counted for role, (_, counted) in encoded.items()}, model)
         start = time.perf_counter()
-        run = self.as_run(Postings.from_documents(documents).top_rows(queries, self.hits))
+        run = self.as_run(top_rows(documents, queries, self.hits))
         return {
             "kind": "sparse",
             "run": run,
@@ -223,7 +223,7 @@ def _name(model: Any) -> str:
 
 
 def vector_folders(
-    model: str | Path, cache: str | Path, precision: str, max_length: int | None, texts: dict[Role, list[str]]
+    model: str | Path, cache: str | Path, precision: str, max_length: int | None, texts: Mapping[Role, Sequence[str]]
 ) -> dict[Role, Path]:
     """Cache folders of vectors by role, named after everything that determines the vectors; none if the model has no hash."""
     known = fingerprint(resolve_model(model))

@@ -4,10 +4,10 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
-from anysplade._common.files import user_path, write_atomic
+from anysplade._common.files import user_path, whole_file
 from anysplade.data.collections import Collection
 from anysplade.data.rows import lines, trec_columns
 from anysplade.data.text import replace_surrogates
@@ -59,13 +59,18 @@ def as_name(text: str) -> str:
 
 def write_run(path: str | Path, run: Run, model: str) -> None:
     """Write a TREC run file, tagged with its model; all digits of the scores and distinct ranks give the same measures again."""
+    write_rankings(path, run.items(), model)
+
+
+def write_rankings(path: str | Path, rankings: Iterable[tuple[str, Mapping[str, float]]], model: str) -> None:
+    """``write_run`` for rankings that come one by one and need not fit into memory; their ids are checked."""
     tag = as_name(model)
-    rows = [
-        f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"
-        for query_id, ranking in run.items()
-        for rank, (document_id, score) in enumerate(ranking.items(), 1)
-    ]
-    write_atomic(path, "".join(rows))
+    with whole_file(path) as file:
+        for query_id, ranking in rankings:
+            require_trec_id("query", query_id)
+            for rank, (document_id, score) in enumerate(ranking.items(), 1):
+                require_trec_id("document", document_id)
+                file.write(f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n".encode())
 
 
 def check_run(source: str | Path, run: Run, collection: Collection) -> None:
@@ -76,12 +81,14 @@ def check_run(source: str | Path, run: Run, collection: Collection) -> None:
     require_match(source, f"documents of the run are in {name}", ranked, ranked & collection.corpus.keys())
 
 
-def require_match(source: object, expected: str, ids: Set[str], found: Set[str]) -> None:
+def require_match(
+    source: object, expected: str, ids: Set[str], found: Set[str], fix: str = "name the collection that the run was made on"
+) -> None:
     """Require that some of the ids were found, and warn if few were; ``expected`` is such as "queries are in both runs"."""
     missing = next((id_ for id_ in ids if id_ not in found), None)
     if not found:
         fault = f"none of the {len(ids)} {expected} ({missing!r} is missing)"
-        raise DataError(f"{source}: {fault}; name the collection that the run was made on")
+        raise DataError(f"{source}: {fault}; {fix}")
     if len(found) < _EXPECTED_SHARE * len(ids):
         share = f"{100 * len(found) / len(ids):.2g} %"
         logger.warning("%s: only %d of %d %s (%s; %r is missing)", source, len(found), len(ids), expected, share, missing)
@@ -91,8 +98,10 @@ def require_trec_ids(collection: Collection) -> None:
     """Require that a run file can hold all ids of the collection: without white space or half of a character."""
     for role, ids in (("query", collection.queries), ("document", collection.corpus)):
         for id_ in ids:
-            fault = "white space" if id_.split() != [id_] else "a lone surrogate" if id_ != replace_surrogates(id_) else None
-            if fault:
-                raise OutputError(
-                    f"{role} id {id_[:80]!r}: {fault} is not possible in a run file; rename the id, or give no `output`"
-                )
+            require_trec_id(role, id_)
+
+
+def require_trec_id(role: str, id_: str) -> None:
+    fault = "white space" if id_.split() != [id_] else "a lone surrogate" if id_ != replace_surrogates(id_) else None
+    if fault:
+        raise OutputError(f"{role} id {id_[:80]!r}: {fault} is not possible in a run file; rename the id, or give no `output`")

@@ -16,6 +16,8 @@ from torch import Tensor
 from anysplade._common.arguments import require, require_list
 from anysplade._common.parts import read_rows, write_rows
 from anysplade._common.progress import bar_within
+from anysplade._common.row_file import RowFile
+from anysplade.data.stored_corpus import StoredTexts
 from anysplade.data.text import replace_surrogates
 from anysplade.errors import ModelError, OptionError
 from anysplade.model.batches import Budget, Rows, batch_budget, make_batches, sparse_rows, to_device
@@ -37,7 +39,7 @@ _SHARD = 1024  # texts per part if each part is stored in a file
 class Encoded(NamedTuple):
     """Sparse vectors of texts."""
 
-    matrix: sparse.csr_matrix  # float32, (texts, vocabulary)
+    matrix: sparse.csr_matrix  # float32, (texts, vocabulary); a large one is mapped from files
     cut: Cut  # how many texts are longer than what the model reads
 
 
@@ -105,7 +107,7 @@ def _encode(
     pieces: PieceCounts | None = None,
 ) -> Encoded:
     require("encoder", encoder, SparseEncoder, OPEN_ENCODER)
-    texts = require_texts(texts)
+    texts = texts if isinstance(texts, StoredTexts) else require_texts(texts)
     if role not in get_args(Role):
         raise OptionError(f"`role` is {role!r}; give {' or '.join(map(repr, get_args(Role)))}")
     size = _CHUNK if cache is None else _SHARD
@@ -117,7 +119,8 @@ def _encode(
         file = None if cache is None else cache / f"{start:012}.npz"
         return Part(file, texts[start : start + size], partial(name, start), None if file is None else read_rows(file))
 
-    blocks, cut = [], 0
+    blocks: RowFile | list[sparse.csr_matrix] = RowFile() if is_counted else []
+    cut = 0
     with bar_within(shown, what or f"encoding {role} texts", "text", len(texts), progress) as shown:
         parts = map(part, range(0, len(texts), size))
         encoded = encode_parts(encoder, parts, role, batch_tokens=batch_tokens, shown=shown, pieces=pieces)
@@ -130,7 +133,9 @@ def _encode(
             if is_counted:
                 cut += count_known(encoder, given, matrix, role, None if known is None else pieces) if longer is None else longer
     width = encoder.get_embedding_dimension() or 0
-    if not blocks:
+    if isinstance(blocks, RowFile):
+        whole = blocks.matrix(width)
+    elif not blocks:
         whole = sparse.csr_matrix((0, width), dtype=np.float32)
     else:
         whole = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")

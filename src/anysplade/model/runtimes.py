@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anysplade._common.arguments import require
+from anysplade._common.cache import mark_used
 from anysplade._common.extras import extra
 from anysplade._common.files import atomic_folder, default_cache
 from anysplade.errors import ModelError, OptionError, OutputError
@@ -184,6 +185,7 @@ def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) ->
         return _convert(encoder, int8)
     folder = cache_folder / "openvino" / _content(encoder, int8)
     if folder.is_dir():
+        mark_used(folder)
         try:
             return openvino.Core().read_model(folder / "model.xml")
         except RuntimeError:  # damaged: made again
@@ -192,6 +194,7 @@ def _converted(encoder: SparseEncoder, int8: bool, cache_folder: Path | None) ->
     try:
         with atomic_folder(folder) as work:
             openvino.save_model(model, work / "model.xml", compress_to_fp16=False)
+        mark_used(folder)
     except OutputError as error:  # another process made it meanwhile, or the cache cannot be written
         logger.debug("%s", error)
     return model

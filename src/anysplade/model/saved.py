@@ -1,19 +1,24 @@
 """Read the files of a model's folder or hub id, without the libraries that run models: they take seconds to import."""
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 from anysplade._common.arguments import near
-from anysplade._common.files import beside, user_path
-from anysplade._common.outputs import file_digest, read_record
+from anysplade._common.files import beside, cache_folder, user_path
+from anysplade._common.outputs import file_digest, read_record, write_record
 from anysplade.data.external import hub_advice
 from anysplade.data.names import BM25_NAMES, INDEX, has_checkpoint, held, is_built_in, misnamed, near_built_in
-from anysplade.errors import ModelError
+from anysplade.errors import ModelError, OutputError
 from anysplade.model.backbones import BUNDLED
 
 EXPORTED = "anysplade.json"  # describes a model that was exported to ONNX, which has no weights for torch
+_LARGE = 2**20  # bytes; to hash smaller files takes no longer than to look up their hash
+_SETTLED = 2.0  # seconds since a file was changed after which another change shows in its time
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
@@ -115,5 +120,30 @@ def fingerprint(source: str) -> str | None:
     digest = hashlib.sha256()
     files = (path for path in folder.rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
     for path in sorted(files):
-        digest.update(str(path.relative_to(folder)).encode() + bytes.fromhex(file_digest(path)))
+        digest.update(str(path.relative_to(folder)).encode() + bytes.fromhex(_known_digest(path)))
     return digest.hexdigest()
+
+
+def _known_digest(path: Path) -> str:
+    """SHA-256 of a file, kept in the cache with what changes when the file does; without a cache, it is computed each time."""
+    before = path.stat()
+    if before.st_size < _LARGE:
+        return file_digest(path)
+    try:
+        kept = cache_folder() / "fingerprints" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+        known = json.loads(kept.read_bytes())
+        if known["state"] == _state(before):
+            return str(known["sha256"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # it is not there, cannot be read, or is damaged
+        pass
+    digest = file_digest(path)
+    state = _state(path.stat())
+    if state == _state(before) and time.time() - before.st_mtime > _SETTLED:
+        with contextlib.suppress(OSError, OutputError, RuntimeError):
+            write_record(kept, {"path": str(path.resolve()), "state": state, "sha256": digest})
+    return digest
+
+
+def _state(status: os.stat_result) -> list[int]:
+    """What tells that a file is the same as before, without reading it; the last is the time of a rename or copy over it."""
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]

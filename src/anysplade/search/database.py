@@ -1,7 +1,6 @@
 """The documents of an index in SQLite, which can be read and searched without the engine."""
 
 import contextlib
-import json
 import logging
 import shutil
 import sqlite3
@@ -13,20 +12,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import sparse
 
-from anysplade._common.files import READ_ONLY, make_folder
+from anysplade._common.files import READ_ONLY, make_folder, warn_once
 from anysplade.data.corpus import Document
 from anysplade.errors import DataError, OptionError
+from anysplade.search import tags
 from anysplade.search.documents import EncodedDocument, read_metadata
-from anysplade.search.exact import Postings
 from anysplade.search.filters import Tagged, Tags, tag
 from anysplade.search.lexical import STEMS, Lexical, QueryStems, stem_names
+from anysplade.search.postings import Located, Vector, best_of, clear, collect, read_postings
+from anysplade.search.stored_rows import content_row, from_row, from_sqlite, to_sqlite
 
 logger = logging.getLogger(__name__)
 
 BATCH = 1024  # documents per transaction and values per query, whose number SQLite limits
 WRITES = "CREATE TABLE IF NOT EXISTS writes (one INTEGER PRIMARY KEY CHECK (one = 1), count INTEGER NOT NULL)"
+# What is made from the documents: missing, or made from fewer changes than ``writes`` counts, if an earlier version wrote.
+DERIVED = (
+    *tags.SCHEMA,
+    "CREATE TABLE IF NOT EXISTS terms (id INTEGER PRIMARY KEY, term TEXT NOT NULL UNIQUE)",  # of vectors without a model
+    "CREATE TABLE IF NOT EXISTS later (position INTEGER PRIMARY KEY)",  # changed after the postings were written
+    "CREATE TABLE IF NOT EXISTS derived (one INTEGER PRIMARY KEY CHECK (one = 1), writes INTEGER NOT NULL, "
+    "postings TEXT, engine INTEGER NOT NULL)",  # name of the folder with the postings; whether there is an engine
+)
 _SCHEMA = f"""
 PRAGMA page_size = 32768;  -- a document takes about 1,500 bytes
 CREATE TABLE ids (position INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE);  -- narrow: every search reads it
@@ -38,8 +46,12 @@ CREATE TABLE changed (position INTEGER PRIMARY KEY);  -- changes that the engine
 CREATE TABLE shards (number INTEGER PRIMARY KEY);  -- unused; earlier versions look for it
 {STEMS};  -- empty unless the index has stems; earlier versions made none
 {WRITES};
+{";".join(DERIVED)};
 """
 _WRITABLE, _READABLE, _IMMUTABLE = "mode=rw", "mode=ro", "mode=ro&immutable=1"
+
+_DERIVED_NOW = "SELECT postings FROM derived WHERE writes = (SELECT coalesce(max(count), 0) FROM writes)"
+_LIKELY = 1024  # best hits whose tags are looked up one by one, before all documents that a filter matches
 
 Found = list[tuple[int, float]]  # positions and scores, best first
 Row = tuple[int, str | None, bytes | None, bytes | None]  # position, metadata (JSON), terms, weights; no terms if deleted
@@ -71,19 +83,23 @@ class Database(Tagged):
         self._counted: tuple[tuple[Any, ...], int] | None = None  # version of the database, number of documents
         self.read_only = False
         self._lock = threading.RLock()  # also while reading: the connection would see another thread's open transaction
-        self._exact: tuple[tuple[Any, ...], Postings, np.ndarray] | None = None  # version of the database, postings, positions
+        self._mapped: tuple[str, Located] | None = None  # name of the postings in files, and these
+        self._later: tuple[tuple[Any, ...], Located, np.ndarray] | None = None  # version; vectors that the files lack; what changed
+        self._matching: tuple[tuple[Any, ...], np.ndarray] | None = None  # version and conditions; the positions that match
         self._state: tuple[int, ...] | None = None  # of the files if opened as immutable: SQLite then looks for no changes
         self._connect()
 
     @staticmethod
-    def create(folder: Path) -> None:
-        """Create an empty database, in place of one that an interrupted call left there."""
+    def create(folder: Path, engine: bool = True) -> None:
+        """Create an empty database, in place of one that an interrupted call left there; without an engine, searches are exact."""
         make_folder(folder)
         for path in folder.glob("documents.sqlite*"):
             path.unlink()
-        shutil.rmtree(folder / "engine", ignore_errors=True)
-        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as database:
+        for name in ("engine", "postings"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        with contextlib.closing(sqlite3.connect(folder / "documents.sqlite")) as database, database:
             database.executescript(_SCHEMA)
+            database.execute("INSERT INTO derived VALUES (1, 0, NULL, ?)", (engine,))
 
     def _connect(self) -> None:
         """Open the database for writing, else for reading, else without the files that SQLite creates even for reading."""
@@ -157,11 +173,45 @@ class Database(Tagged):
             if self._database.in_transaction:  # of an enclosing block
                 yield
                 return
-            self._database.execute("BEGIN")
+            self._begin()
             try:
                 yield
             finally:
                 self._database.execute("COMMIT")
+
+    def _begin(self) -> None:
+        """Begin a transaction that reads, with the postings of the state that it sees."""
+        while True:
+            self._database.execute("BEGIN")
+            name = self._derived()
+            if name is None:
+                self._mapped = None
+            elif self._mapped is None or self._mapped[0] != name:
+                try:
+                    self._mapped = name, read_postings(self.folder / "postings" / name)
+                except (OSError, ValueError) as error:
+                    self._mapped = None
+                    self._database.execute("COMMIT")
+                    if self._derived() != name:  # replaced meanwhile
+                        continue
+                    warn_once(f"{self.folder}: its postings cannot be used ({error}); a search reads all vectors into memory")
+                    self._database.execute("BEGIN")
+            return
+
+    def _derived(self) -> str | None:
+        """The name of the current postings; None if there are none."""
+        row = self._derived_row()
+        return None if row is None else row[0]
+
+    def _derived_row(self) -> tuple[str | None] | None:
+        """None if the tags and postings of the database do not belong to its documents, because an earlier version wrote it."""
+        try:
+            found: tuple[str | None] | None = self._database.execute(_DERIVED_NOW).fetchone()
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            return None
+        return found
 
     # ------------------------------------------------------------------------------------- read
 
@@ -171,7 +221,10 @@ class Database(Tagged):
     @property
     def postings(self) -> int:
         """Number of weights above 0 in all documents."""
-        return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
+        with self.reading():
+            if self._mapped is not None and not self._one("SELECT EXISTS (SELECT 1 FROM later)"):
+                return int(self._mapped[1].postings.indptr[-1])
+            return int(self._one("SELECT coalesce(sum(length(terms)), 0) / 4 FROM contents"))
 
     @property
     def lexical_postings(self) -> int:
@@ -226,10 +279,10 @@ class Database(Tagged):
         query = "SELECT id, position, title, text, metadata FROM documents WHERE id"
         iterator = iter(documents)
         while batch := list(islice(iterator, BATCH)):
-            stored = {row[0]: row[1:] for row in self._among(query, [_to_sqlite(id_) for id_, _ in batch])}
+            stored = {row[0]: row[1:] for row in self._among(query, [to_sqlite(id_) for id_, _ in batch])}
             for id_, document in batch:
-                position, *content = stored.get(_to_sqlite(id_), (None,))
-                yield id_, document, position, tuple(content) == _content_row(document)
+                position, *content = stored.get(to_sqlite(id_), (None,))
+                yield id_, document, position, tuple(content) == content_row(document)
 
     def positions(self) -> np.ndarray:
         """The positions of all documents, rising, (documents,)."""
@@ -239,87 +292,135 @@ class Database(Tagged):
     def ids(self, positions: Sequence[int]) -> list[str]:
         """The ids at these positions, in their order."""
         rows = dict(self._among("SELECT position, id FROM ids WHERE position", positions))
-        return [_from_sqlite(rows[position]) for position in positions]
+        return [from_sqlite(rows[position]) for position in positions]
+
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Those of these ids that the index has."""
+        return [from_sqlite(row[0]) for row in self._among("SELECT id FROM ids WHERE id", [to_sqlite(id_) for id_ in ids])]
+
+    def term_names(self) -> list[str]:
+        """The names of terms by id, of an index whose vectors came without a model."""
+        with self._lock:
+            return [row[0] for row in self._database.execute("SELECT term FROM terms ORDER BY id")]
+
+    def count_terms(self) -> int:
+        """The largest term id in the postings, plus 1."""
+        with self.reading():
+            return 0 if self._mapped is None else len(self._mapped[1].postings.indptr) - 1
 
     def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
         """The documents at these positions, in their order."""
         rows = {row[0]: row for row in self._among("SELECT * FROM documents WHERE position", positions)}
-        return [_from_row(rows[position]) for position in positions]
+        return [from_row(rows[position]) for position in positions]
 
     def find(self, id_: str) -> EncodedDocument | None:
         """The document with this id."""
-        return next(map(_from_row, self._among("SELECT * FROM documents WHERE id", [_to_sqlite(id_)])), None)
+        return next(map(from_row, self._among("SELECT * FROM documents WHERE id", [to_sqlite(id_)])), None)
 
     def __iter__(self) -> Iterator[EncodedDocument]:
         """All documents in the order in which they were added, without changes made meanwhile."""
-        return map(_from_row, self._passes.execute("SELECT * FROM documents ORDER BY position"))
+        return map(from_row, self._passes.execute("SELECT * FROM documents ORDER BY position"))
 
     # ----------------------------------------------------------------------------------- search
 
     def search_exactly(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
-        """The k documents of the highest scores above 0 in float64, from postings that stay in memory until a change."""
-        version = self._version()
-        if self._exact is None or self._exact[0] != version:
-            rows = self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position").fetchall()
-            indptr = np.cumsum([0, *(len(row[1]) // 4 for row in rows)], dtype=np.int64)
-            columns = np.frombuffer(b"".join(row[1] for row in rows), np.int32)
-            data = np.frombuffer(b"".join(row[2] for row in rows), np.float32)
-            matrix = sparse.csr_matrix((data, columns, indptr), shape=(len(rows), self.width))
-            self._exact = version, Postings.from_documents(matrix), np.array([row[0] for row in rows], np.int64)
-        _, postings, positions = self._exact
-        if not postings.count:
-            return []
-        found, scores = postings.top(terms, weights, postings.count if conditions else k)
-        hits = list(zip(positions[found].tolist(), scores.tolist(), strict=True))
-        if conditions:
-            wanted = [values for _, values in conditions]
-            matching = {position for position, tags in self._tagged() if _has_all(tags.values, wanted)}
-            hits = [hit for hit in hits if hit[0] in matching]
-        return hits[:k]
+        """The k documents of the highest scores above 0 in float64, best first; in a block of ``reading``.
+
+        The postings are mapped from their files, and the vectors that changed after these were written are kept in memory.
+        """
+        later, changed = self._changes()
+        parts = [later] if self._mapped is None else [self._mapped[1], later]
+        scored = [(part.positions, part.postings.scores(terms, weights)) for part in parts if part.postings.count]
+        if self._mapped is not None and len(changed):
+            clear(*scored[0], changed)
+        if not conditions:
+            return best_of(scored, k)
+        likely = max(_LIKELY, 4 * k)
+        hits = best_of(scored, likely)
+        if self._derived_row() is not None:
+            matching = tags.among(self._database, [values for _, values in conditions], [position for position, _ in hits])
+            kept = [hit for hit in hits if hit[0] in matching]
+            if len(kept) >= k or len(hits) < likely:
+                return kept[:k]
+        wanted = self._having("values", [values for _, values in conditions])
+        for positions, scores in scored:
+            clear(positions, scores, wanted, keep=True)
+        return best_of(scored, k)
+
+    def _changes(self) -> tuple[Located, np.ndarray]:
+        """The vectors that the postings in files lack, and the positions of what changed or was deleted since, rising."""
+        version = (*self._version(), self._mapped and self._mapped[0])
+        if self._later is None or self._later[0] != version:
+            source = "contents" if self._mapped is None else "later JOIN contents USING (position)"
+            found = collect(self._database.execute(f"SELECT position, terms, weights FROM {source} ORDER BY position"))
+            changed = [] if self._mapped is None else self._database.execute("SELECT position FROM later ORDER BY position")
+            self._later = version, found, np.fromiter((row[0] for row in changed), np.int64)
+        return self._later[1:]
 
     def _version(self) -> tuple[Any, ...]:
         """Changes with the content of the database."""
         return int(self._one("PRAGMA data_version")), self._database.total_changes, self._state
 
+    def _vectors(self) -> Iterator[Vector]:
+        return self._database.execute("SELECT position, terms, weights FROM contents ORDER BY position")
+
+    def _having(self, kind: Literal["names", "values"], conditions: Sequence[Sequence[str]]) -> np.ndarray:
+        """The positions of the documents that have at least one of the tags of each condition, rising; the last ones are kept."""
+        version = (*self._version(), kind, *(tuple(condition) for condition in conditions))
+        if self._matching is None or self._matching[0] != version:
+            if self._derived_row() is not None:
+                found = tags.positions(self._database, kind, conditions)
+            else:
+                found = np.array([at for at, held in self._tagged() if _has_all(getattr(held, kind), conditions)], np.int64)
+            self._matching = version, found
+        return self._matching[1]
+
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
         with self.reading():
-            return any(_has_all(getattr(tags, kind), conditions) for _, tags in self._tagged())
+            if self._derived_row() is not None:
+                return tags.has(self._database, kind, conditions)
+            return bool(len(self._having(kind, conditions)))
 
     def names(self, limit: int) -> list[str]:
         with self.reading():
-            counts = Counter(name for _, tags in self._tagged() for name in tags.names)
+            if self._derived_row() is not None:
+                return tags.names(self._database, limit)
+            counts = Counter(name for _, held in self._tagged() for name in held.names)
             return [name for name, _ in counts.most_common(limit)]
 
     def _tagged(self) -> Iterator[tuple[int, Tags]]:
-        rows = self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL")
-        return ((position, tag(read_metadata(metadata))) for position, metadata in rows)
+        return _tags_of(self._database.execute("SELECT position, metadata FROM contents WHERE metadata NOT NULL ORDER BY position"))
 
     # ---------------------------------------------------------------------------- write, in a transaction
 
     def _insert(self, documents: Iterable[EncodedDocument]) -> list[int]:
         """Add or replace documents, of those with the same id the last, and return their positions."""
-        latest = {_to_sqlite(document.id): document for document in documents}
+        latest = {to_sqlite(document.id): document for document in documents}
         self._database.executemany("INSERT OR IGNORE INTO ids (id) VALUES (?)", [(id_,) for id_ in latest])
         positions = dict(self._among("SELECT id, position FROM ids WHERE id", list(latest)))
         written = list(latest.values())
         if self.lexical is not None:
             self._forget_stems(list(positions.values()))
             written = self.lexical.append(self._database, written)
+        self._forget_tags(list(positions.values()))
         rows = (
-            (positions[id_], *_content_row(content), terms.tobytes(), weights.tobytes())
+            (positions[id_], *content_row(content), terms.tobytes(), weights.tobytes())
             for id_, (_, content, terms, weights) in zip(latest, written, strict=True)
         )
         self._database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
+        held = ((positions[id_], document.content.metadata) for id_, document in latest.items())
+        tags.record(self._database, [(position, tag(metadata)) for position, metadata in held if metadata is not None])
         return list(positions.values())
 
     def _remove(self, ids: Iterable[str]) -> list[int]:
         """Delete the documents with these ids that exist, and return their positions."""
         positions = []
         for id_ in ids:
-            row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (_to_sqlite(id_),)).fetchone()
+            row = self._database.execute("DELETE FROM ids WHERE id = ? RETURNING position", (to_sqlite(id_),)).fetchone()
             if row is not None:
                 positions += row
         self._forget_stems(positions)
+        self._forget_tags(positions)
         self._database.executemany("DELETE FROM contents WHERE position = ?", [(position,) for position in positions])
         return positions
 
@@ -330,6 +431,11 @@ class Database(Tagged):
                 stored = self._among("SELECT terms FROM contents WHERE position", positions[start : start + BATCH])
                 self.lexical.subtract(self._database, [terms for (terms,) in stored])
 
+    def _forget_tags(self, positions: Sequence[int]) -> None:
+        """Remove the tags of the documents at these positions, some of which may be new."""
+        stored = self._among("SELECT position, metadata FROM contents WHERE metadata NOT NULL AND position", positions)
+        tags.forget(self._database, _tags_of(stored))
+
 
 def is_refusal(error: BaseException, *codes: int) -> bool:
     """Whether the system does not let this process write, while nothing is damaged; ``codes`` of SQLite mean that too."""
@@ -339,31 +445,10 @@ def is_refusal(error: BaseException, *codes: int) -> bool:
     return isinstance(error, OSError) and error.errno in READ_ONLY
 
 
+def _tags_of(rows: Iterable[tuple[int, str | None]]) -> Iterator[tuple[int, Tags]]:
+    return ((position, tag(read_metadata(metadata))) for position, metadata in rows)
+
+
 def _has_all(tags: Iterable[str], conditions: Sequence[Sequence[str]]) -> bool:
     held = set(tags)
     return all(not held.isdisjoint(condition) for condition in conditions)
-
-
-def _content_row(document: Document) -> tuple[str | bytes, str | bytes, str | None]:
-    metadata = None if document.metadata is None else json.dumps(document.metadata)
-    return _to_sqlite(document.title), _to_sqlite(document.text), metadata
-
-
-def _from_row(row: tuple[Any, ...]) -> EncodedDocument:
-    """A document from a row of the view ``documents``."""
-    _, id_, title, text, metadata, terms, weights = row
-    content = Document(_from_sqlite(title), _from_sqlite(text), read_metadata(metadata))
-    return EncodedDocument(_from_sqlite(id_), content, np.frombuffer(terms, np.int32), np.frombuffer(weights, np.float32))
-
-
-def _to_sqlite(text: str) -> str | bytes:
-    """Text as SQLite stores it: UTF-8, or bytes if it has a lone surrogate, which JSON allows and UTF-8 does not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
-    return text
-
-
-def _from_sqlite(value: str | bytes) -> str:
-    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value

@@ -22,11 +22,13 @@ import torch
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
+from anysplade._common.cache import mark_used
 from anysplade._common.extras import extra
 from anysplade._common.files import write_atomic
 from anysplade._common.hashing import DataHash
 from anysplade._common.parts import DAMAGED, read_rows, write_rows
 from anysplade._common.progress import bar, begin
+from anysplade._common.row_file import RowFile
 from anysplade._common.workers import count_gpus, devices_of_workers, take_device
 from anysplade.data.corpus import Document
 from anysplade.errors import OptionError, worker_died
@@ -147,6 +149,7 @@ def encode_documents(
         for number, (part, rows, is_new) in enumerate(run):
             if shards is not None and is_new:
                 write_atomic(shards / f"{number:06}.npz", _to_bytes(rows, part))
+            mark_used(shards)
             cut, count = rows.cut._replace(texts=cut.texts + rows.cut.texts), count + len(part.ids)
             shown.update(len(part.ids) if ray or workers != 1 or not is_new else 0)  # else updated within the part
             spans = [slice(*rows.matrix.indptr[i : i + 2]) for i in range(len(part.ids))]
@@ -189,17 +192,18 @@ def encode_texts(
             else:
                 yield part, _Rows(known, limits._replace(texts=count_known(encoder, part.texts, known, "document", pieces)))
 
-    matrices, count = [], 0
+    rows_of_texts, count = RowFile(), 0
     with bar(what, "text", len(texts), progress) as shown:
         for part, rows, is_new in _in_processes(jobs(), options, workers, batch_tokens):
             if is_new and (kept := file(part.start)) is not None:
                 write_rows(kept, rows.matrix)
             if pieces is not None and rows.pieces is not None:
                 pieces.merge(rows.pieces)
-            matrices.append(rows.matrix)
+            rows_of_texts.append(rows.matrix)
             count += rows.cut.texts
             shown.update(len(part.texts))
-    return Encoded(sparse.vstack(matrices, format="csr"), limits._replace(texts=count))
+    width = encoder.get_embedding_dimension() or 0
+    return Encoded(rows_of_texts.matrix(width), limits._replace(texts=count))
 
 
 def workers_for(documents: int) -> int:

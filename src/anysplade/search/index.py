@@ -30,6 +30,7 @@ from anysplade.search.index_model import FORMAT, IndexModel, WithModel
 from anysplade.search.lexical import Lexical, check_lexical
 from anysplade.search.rescoring import Rescorer, Rescoring, check_depth
 from anysplade.search.store import Store
+from anysplade.search.vectors import OwnTerms
 
 
 class Changes(NamedTuple):
@@ -67,6 +68,9 @@ class Index(WithModel, Rescoring):
             lexical = Lexical(self.about["vocabulary"], self.about["average_length"], self.about["language"])
         self.store = Store(folder, self.about["vocabulary"], lexical)
         self._model = model
+        if self.about["model"] is None:
+            names = self.store.term_names() or [f"[term:{term}]" for term in range(self.about["vocabulary"])]
+            model.queries = OwnTerms(folder, names)
 
     @classmethod
     def build(
@@ -130,6 +134,32 @@ class Index(WithModel, Rescoring):
         encoding: dict[str, Any] = {"workers": workers, "batch_tokens": checked_batch_tokens(batch_tokens)}
         encoding |= {"ray": ray, "progress": progress}
         return build_index(corpus, user_path(output), options, stems, **encoding)
+
+    @classmethod
+    def from_vectors(
+        cls, vectors: str | Path, output: str | Path, model: str | Path | None = None, *, progress: bool = False
+    ) -> "Index":
+        """Index documents by vectors that other software computed. After an interruption, the same call continues.
+
+        Memory is bounded, whatever the number of documents. An index of more than a million documents has no engine: searches
+        are exact, from files that are mapped.
+
+        Args:
+            vectors: a file, or a folder of files, whose names end in .jsonl or .json (Anserini's JSON vectors: a line has an id,
+                contents and a vector of terms with weights; also with .gz), .npz (a CSR matrix of scipy.sparse.save_npz, with its
+                ids, one a line, in NAME.ids.txt beside it) or .parquet (columns id, indices and values).
+            output: the folder of the index.
+            model: the encoder of the vectors, a folder or hub id, which encodes queries. Without it, queries are given as vectors,
+                to ``search_vector``, and the names of terms in the files are numbered in their order.
+
+        Raises:
+            OutputError: the folder is not empty, or holds an index of other vectors or of another model.
+            DataError: the vectors cannot be read, an id is a duplicate, or a vector is malformed.
+            ModelError: there is no such model.
+        """
+        from anysplade.search.vector_build import build_from_vectors
+
+        return build_from_vectors(vectors, user_path(output), model, progress)
 
     @classmethod
     def load(
@@ -341,6 +371,12 @@ class Index(WithModel, Rescoring):
                 parts.setdefault(position, {})[name] = Part(rank, score)
         fused = fuse_rankings(list(rankings.values()), fuse)
         return [(position, score, parts[position]) for position, score in islice(fused.items(), k)]
+
+    def rank(self, vectors: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[dict[str, float]]:
+        """The scores by document id, the best first, that ``search_vector`` finds for each row: (queries, vocabulary)."""
+        with self.store.reading():
+            found = self.store.search_rows(vectors, k, filter, exact)
+            return [dict(zip(self.store.ids([hit[0] for hit in hits]), (hit[1] for hit in hits), strict=True)) for hits in found]
 
     def _encode(self, documents: Iterable[tuple[str, Document]], **encoding: Any) -> Iterator[list[EncodedDocument]]:
         """Encode documents as those in the index were."""

@@ -4,7 +4,7 @@ The modules that run models take seconds to import, so they are imported where t
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from anysplade.model.queries import Queries, StaticQueries
 from anysplade.model.saved import fingerprint, resolve_model
 
 if TYPE_CHECKING:
+    from scipy import sparse
     from sentence_transformers import SparseEncoder
 
 FORMAT = 3  # of an index in a folder
@@ -54,6 +55,8 @@ class IndexModel:
     @cached_property
     def source(self) -> str:
         """Folder or hub id of the model: as given, or where it was during the build, or where it was relative to the index."""
+        if self.about["model"] is None:
+            raise ModelError(f"{self.index}: was built from vectors without a model; build it again with the model of the vectors")
         elsewhere = self.moved is not None and exported(self.moved) is None
         places = [str(self.moved)] if elsewhere else described_places(self.about, "model", self.index)
         changed, missing = [], []
@@ -130,3 +133,7 @@ class WithModel:
     def queries(self) -> Queries:
         """Encodes queries, with the model, or with its table of weights alone if each token has a fixed weight in queries."""
         return self._model.queries
+
+    def encode_queries(self, texts: Sequence[str]) -> "sparse.csr_matrix":
+        """The vectors of queries as a search compares them with documents, (texts, terms)."""
+        return self.queries.encode(texts)

@@ -191,8 +191,7 @@ class RemoteIndex(WithModel, Rescoring):
         """
         check_query(query)
         k = check_count("k", k)
-        if exact:
-            raise OptionError("exact search needs the vectors on this machine; build an index in a folder")
+        _refuse_exact(exact)
         if fuse is not None:
             raise OptionError(f"{self.address}: has no stems for BM25; build an index in a folder with `with_bm25`")
         depth = k if rerank is None else check_depth(k, rerank_depth)
@@ -216,3 +215,13 @@ class RemoteIndex(WithModel, Rescoring):
         return Hits(
             replace(hit, terms=explain_score(names, vector, row.indices, row.data)) for hit, row in zip(hits, rows, strict=True)
         )
+
+    def rank(self, vectors: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[dict[str, float]]:
+        """See ``Index.rank``; one request after the other, because a client of a server need not be safe for threads."""
+        _refuse_exact(exact)
+        return [{hit.id: hit.score for hit in self.engine.search(row.indices, row.data, k, filter)} for row in vectors]
+
+
+def _refuse_exact(exact: bool) -> None:
+    if exact:
+        raise OptionError("exact search needs the vectors on this machine; build an index in a folder")

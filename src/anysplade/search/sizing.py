@@ -14,8 +14,9 @@ import numpy as np
 from scipy import sparse
 
 from anysplade._common.tables import Tabular
-from anysplade.data.collections import Collection, is_collection, load_collection
-from anysplade.data.corpus import read_corpus
+from anysplade.data.collections import is_collection, load_collection
+from anysplade.data.corpus import empty_corpus, iter_corpus
+from anysplade.data.sampling import reservoir
 from anysplade.errors import DataError, OptionError
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import encode
@@ -149,18 +150,18 @@ def _sample(corpus: str | Path | None, sample: int, seed: int) -> tuple[dict[str
         texts = {f"document-{i}": text for i, text in enumerate(PROBE_DOCUMENTS[:sample])}
         return texts, list(PROBE_QUERIES)[:sample], "everyday texts"
     generator = random.Random(seed)
-    collection: Collection | None = None
+    queries: dict[str, str] | None = None
     if is_collection(str(corpus)):
         try:
-            collection = load_collection(corpus)
+            queries = load_collection(corpus).queries
         except DataError as error:  # a corpus without queries, or a collection with a mistake in it
             logger.warning("no queries in it, so everyday ones are used: %s", error)
-    documents = read_corpus(corpus) if collection is None else collection.corpus
-    ids = generator.sample(list(documents), min(sample, len(documents)))
-    questions = list(PROBE_QUERIES) if collection is None else list(collection.queries.values())
-    asked = generator.sample(questions, min(sample, len(questions)))
-    source = f"{corpus}, {'everyday' if collection is None else 'its'} queries"
-    return {id_: documents[id_].full_text for id_ in ids}, asked, source
+    documents = reservoir(iter_corpus(corpus), sample, generator)
+    if not documents:
+        raise empty_corpus(corpus)
+    asked = reservoir(PROBE_QUERIES if queries is None else queries.values(), sample, generator)
+    source = f"{corpus}, {'everyday' if queries is None else 'its'} queries"
+    return {id_: document.full_text for id_, document in documents}, asked, source
 
 
 def _speed(rows: sparse.csr_matrix, queries: sparse.csr_matrix) -> tuple[float, float]:

@@ -10,30 +10,36 @@ folder, search the database, which is slower.
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
+from scipy import sparse
 
 from anysplade._common.files import make_folder, require_empty
 from anysplade.errors import AnyspladeError, OutputError
-from anysplade.search import local_engine
-from anysplade.search.database import BATCH, WRITES, Database, Found, Row, is_refusal
+from anysplade.search import local_engine, tags
+from anysplade.search.database import BATCH, DERIVED, WRITES, Database, Found, Row, is_refusal
 from anysplade.search.documents import EncodedDocument, check_document, check_vector
-from anysplade.search.filters import Filter, check_filter, explain_filter
+from anysplade.search.filters import Filter, Tags, check_filter, explain_filter
 from anysplade.search.lexical import Lexical
+from anysplade.search.postings import remove_others, write_postings
 
 logger = logging.getLogger(__name__)
 
 _FLUSH = 32 * BATCH  # changes between flushes of the engine, which take as long for one change as for thousands
+_FEW = 0.05  # of the documents; as many changes are read into memory by every other process
 _FREE = 2**27  # bytes that must be free on the disk: if a file that the engine maps cannot grow, the system ends the process
 _CHANGED_ROWS = "SELECT changed.position, metadata, terms, weights FROM changed LEFT JOIN contents USING (position)"
 _ALL_CHANGED = "INSERT OR REPLACE INTO changed SELECT position FROM ids"
+_SET_WRITES = "UPDATE derived SET writes = (SELECT coalesce(max(count), 0) FROM writes)"
 
 
 class Store(Database):
@@ -90,14 +96,23 @@ class Store(Database):
             positions += self._remove(ids)
         return len(positions)
 
+    def add_terms(self, names: Sequence[str]) -> None:
+        """Add names of terms, whose ids follow those of the names before."""
+        with self._lock, _explained(self.folder):
+            self.require_writable()
+            first = int(self._one("SELECT count(*) FROM terms"))
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany("INSERT INTO terms VALUES (?, ?)", enumerate(names, first))
+            self._database.execute("COMMIT")
+
     def require_writable(self) -> None:
         """Raise the errors of writing."""
         with self._lock:
-            if self._engine is None:
+            if not self._holds:
                 self._open_engine()  # the process that held it may have ended
             if self.read_only:
                 raise _read_only(self.folder)
-            if self._engine is None:
+            if not self._holds:
                 raise OutputError(f"{self.folder}: another process holds this index; close it (a server, a search), then try again")
 
     def rebuild(self) -> None:
@@ -105,16 +120,28 @@ class Store(Database):
         with self._lock:
             with self._writing():
                 self._database.execute(_ALL_CHANGED)
+                self._database.execute("UPDATE derived SET postings = NULL")
             with _explained(self.folder):
-                self._engine.close()
-                self._engine = None
-                shutil.rmtree(self.folder / "engine")
+                if self._engine is not None:
+                    self._engine.close()
+                    self._engine = None
+                    shutil.rmtree(self.folder / "engine")
                 self._open_engine()
         self.optimize()
 
+    def add_engine(self) -> None:
+        """Give a store that was made without an engine one."""
+        with self._lock:
+            self.require_writable()
+            with _explained(self.folder):
+                self._database.execute("UPDATE derived SET engine = 1")
+                self._open_engine()
+
     def optimize(self) -> None:
-        """Let the engine reorganize the added vectors: later searches are faster and give the same results."""
+        """Write the postings, and let the engine reorganize the added vectors: searches are faster and give the same results."""
         with self._lock, _explained(self.folder):
+            if self._holds:
+                self._write_postings()
             if self._engine is not None:
                 size = sum(path.stat().st_size for path in (self.folder / "engine").rglob("*"))
                 self._require_free(_FREE + size)  # the engine writes a new copy before it deletes the old one
@@ -148,9 +175,31 @@ class Store(Database):
             if len(terms) and (self._engine is None or exact):
                 found = self.search_exactly(terms, weights, k, conditions)
             elif len(terms):
-                found = local_engine.search(self._engine, terms, weights, k, conditions)
+                found = self._search_engine(terms, weights, k, conditions)
             if not found:
                 explain_filter(self, filter)
+        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
+
+    def search_rows(self, queries: sparse.csr_matrix, k: int, filter: Filter | None = None, exact: bool = False) -> list[Found]:
+        """``search`` for each row of a matrix, (queries, vocabulary), in threads: the engine releases Python's lock."""
+        with self.reading():
+            if exact or self.searches_exactly:
+                return [self.search(row.indices, row.data, k, filter, exact) for row in queries]
+            conditions = check_filter(filter)
+            rows = [check_vector("the query", row.indices, row.data, queries.shape[1]) for row in queries]
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                found = list(threads.map(lambda row: self._search_engine(row[0], row[1], k, conditions), rows))
+            if not all(found):
+                explain_filter(self, filter)
+        return found
+
+    @property
+    def searches_exactly(self) -> bool:
+        """Whether searches read the database, in float64, because another process holds the engine or the folder is read-only."""
+        return self._engine is None
+
+    def _search_engine(self, terms: np.ndarray, weights: np.ndarray, k: int, conditions: Sequence[Tags]) -> Found:
+        found = local_engine.search(self._engine, terms, weights, k, conditions) if len(terms) else []
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))
 
     def has(self, kind: Literal["names", "values"], *conditions: Sequence[str]) -> bool:
@@ -176,12 +225,16 @@ class Store(Database):
                 yield positions
                 if manual and positions:
                     self._database.execute("PRAGMA user_version = 1")
-                self._database.execute("INSERT OR REPLACE INTO changed SELECT value FROM json_each(?)", (json.dumps(positions),))
+                self._database.execute(_SET_WRITES)
+                for table in ("changed",) * (self._engine is not None) + ("later",) * (self._derived() is not None):
+                    query = f"INSERT OR REPLACE INTO {table} SELECT value FROM json_each(?)"
+                    self._database.execute(query, (json.dumps(positions),))
                 self._database.execute("COMMIT")
-                self._apply(list(self._among(f"{_CHANGED_ROWS} WHERE changed.position", positions)))
-                self._unflushed += len(positions)
-                if self._unflushed >= _FLUSH:
-                    self._flush()
+                if self._engine is not None:
+                    self._apply(list(self._among(f"{_CHANGED_ROWS} WHERE changed.position", positions)))
+                    self._unflushed += len(positions)
+                    if self._unflushed >= _FLUSH:
+                        self._flush()
             except BaseException:  # interruptions and panics of the engine too
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
@@ -197,7 +250,11 @@ class Store(Database):
         try:
             if not self._claim.is_locked:
                 self._claim.acquire()  # before the engine's own lock, which it checks only after it has changed files
-            self._database.execute(WRITES)
+            self._derive()
+            if (name := self._derived()) is not None and not (self.folder / "postings" / name).is_dir():  # as in a snapshot
+                self._write_postings()
+            if not self._one("SELECT engine FROM derived"):
+                return
             if folder.is_dir() and any(folder.iterdir()) and not self._load_engine(folder):
                 shutil.rmtree(folder)
             if self._engine is None:
@@ -213,6 +270,45 @@ class Store(Database):
             if not is_refusal(error):
                 raise
             self._become_read_only()
+
+    @property
+    def _holds(self) -> bool:
+        """Whether this process is the one that may write."""
+        return self._claim.is_locked
+
+    def _derive(self) -> None:
+        """Make the tables that an earlier version has not made or kept up to date, from the documents."""
+        for statement in (WRITES, *DERIVED):
+            self._database.execute(statement)
+        if self._derived_row() is not None:
+            return
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            self._database.execute("INSERT INTO derived VALUES (1, 0, NULL, 1) ON CONFLICT (one) DO UPDATE SET postings = NULL")
+            self._database.execute(_SET_WRITES)
+            self._database.execute("DELETE FROM later")
+            tags.clear(self._database)
+            documents = self._tagged()
+            while batch := list(islice(documents, BATCH)):
+                tags.record(self._database, batch)
+            self._database.execute("COMMIT")
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+
+    def _write_postings(self) -> None:
+        """Write the postings of all documents, unless those in the files lack only a few changes."""
+        folder, before = self.folder / "postings", self._derived()
+        if before is not None and (folder / before).is_dir():
+            later = int(self._one("SELECT count(*) FROM later"))
+            if later == 0 or later < _FEW * len(self):
+                return
+        name = write_postings(folder, self._vectors, lambda size: self._require_free(_FREE + size), f"{self._count_changes():08}")
+        self._database.execute("BEGIN IMMEDIATE")
+        self._database.execute("UPDATE derived SET postings = ?", (name,))
+        self._database.execute("DELETE FROM later")
+        self._database.execute("COMMIT")
+        remove_others(folder, name)
 
     def _load_engine(self, folder: Path) -> bool:
         """Load the engine, and return whether the database can bring it up to date; if not, close it."""

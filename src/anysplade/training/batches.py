@@ -72,7 +72,10 @@ class DistinctBatches(NoDuplicatesBatchSampler):
             given.extend(batch)
             yield batch
         size, missing = self.batch_size, len(self) - len(given) // self.batch_size
-        used = len(np.unique(np.frombuffer(given, np.int64))) if given else 0
+        seen = np.zeros(len(self.dataset), np.bool_)
+        if given:
+            seen[np.frombuffer(given, np.int64)] = True
+        used = int(seen.sum())
         if used < len(self) * size and not self._warned:
             self._warned = True
             logger.warning(

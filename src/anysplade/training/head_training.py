@@ -25,6 +25,7 @@ from anysplade._common.outputs import damaged_file, digests, earlier_call, resto
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.corpus import read_texts
+from anysplade.data.sampling import reservoir
 from anysplade.errors import AnyspladeError, DataError, OptionError, OutputError
 from anysplade.model.checkpoints import check_length
 from anysplade.model.encoder import encoder_folder
@@ -188,12 +189,7 @@ def sample_pieces(text: str, count: int, characters: int, seed: int) -> list[str
     A text with more than ``characters`` is cut, at white space if it has some. If there are fewer pieces, all are returned.
     """
     draw = random.Random(seed)
-    kept: list[str] = []
-    for seen, piece in enumerate(piece for one in read_texts(text) for piece in _pieces(one, characters)):
-        if seen < count:
-            kept.append(piece)
-        elif (place := draw.randrange(seen + 1)) < count:
-            kept[place] = piece
+    kept = reservoir((piece for one in read_texts(text) for piece in _pieces(one, characters)), count, draw)
     if not kept:
         raise DataError(f"{text}: no text in it; a head is trained on a corpus, or on a file with one text per line")
     draw.shuffle(kept)

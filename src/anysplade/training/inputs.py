@@ -19,9 +19,9 @@ from anysplade._common.files import user_path
 from anysplade._common.outputs import file_digest, read_record, record_path
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
 from anysplade.data.names import PYTHON_DOCS
-from anysplade.data.pairs import read_pairs
+from anysplade.data.pairs import Part, read_pairs, read_parts
 from anysplade.data.python_docs import PACKAGES
-from anysplade.data.stored_pairs import StoredPairs
+from anysplade.data.stored_pairs import MixedFormsError, StoredPairs
 from anysplade.errors import AnyspladeError, OptionError
 from anysplade.model.encoder import check_foldable, is_saved_encoder, open_encoder
 from anysplade.model.saved import fingerprint, resolve_model
@@ -76,15 +76,22 @@ def _stored_examples(config: TrainingConfig, output: Path, arguments: Arguments,
         if not folder.exists():
             raise AnyspladeError(f"{output}: the first process could not prepare the examples; its own message says why")
         return StoredPairs(folder)
-    examples, mining = read_examples(config, progress)
+    parts, mining = _example_parts(config, progress)
     if mining:
-        examples = read_pairs(_mined(config, output, progress))
-    first = list(islice(examples, _CHECKED))
-    check_examples(config, first)
-    if len(first) < 2:
-        mined = "; no hard negatives were found for the others, so try `negatives=0`" if mining else ""
-        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2{mined}")
-    pairs = StoredPairs.write(chain(first, examples), folder)
+        mined = _mined(config, output, progress)
+        parts = read_parts(mined)
+    first: list[Part] = []
+    while sum(map(len, first)) < _CHECKED and (part := next(parts, None)) is not None:
+        first.append(part)
+    checked = list(islice(chain.from_iterable(first), _CHECKED))
+    check_examples(config, checked)
+    if len(checked) < 2:
+        fix = "; no hard negatives were found for the others, so try `negatives=0`" if mining else ""
+        raise OptionError(f"{config.data}: one pair is too few to train on; in-batch negatives need at least 2{fix}")
+    try:
+        pairs = StoredPairs.write(chain(first, parts), folder)
+    except MixedFormsError:  # a few of the rows have lists of ids; all are stored as texts
+        pairs = StoredPairs.write(read_pairs(mined) if mining else read_examples(config, progress)[0], folder)
     contrastive = "contrastive" in parse_objective(config.objective)
     try:
         check_batch_size(pairs.dataset, config.batch_size, arguments.world_size, contrastive, config.data)
@@ -98,15 +105,21 @@ def _stored_examples(config: TrainingConfig, output: Path, arguments: Arguments,
 
 def read_examples(config: TrainingConfig, progress: bool = False) -> tuple[Iterator[Pair], bool]:
     """The examples in the data, and whether hard negatives have to be mined for them."""
+    parts, mining = _example_parts(config, progress)
+    return chain.from_iterable(parts), mining
+
+
+def _example_parts(config: TrainingConfig, progress: bool) -> tuple[Iterator[Part], bool]:
+    """``read_examples`` in parts."""
     may_mine = config.teacher is not None and config.negatives != 0
-    reading = partial(read_pairs, config.data, texts=config.texts, progress=progress)
-    examples = reading(negatives=None if may_mine else config.negatives)
+    reading = partial(read_parts, config.data, texts=config.texts, progress=progress)
+    parts = reading(negatives=None if may_mine else config.negatives)
     if not may_mine:
-        return examples, False
-    first = next(examples)
-    if first.negatives and config.negatives is not None:
+        return parts, False
+    first = next(parts)
+    if first[0].negatives and config.negatives is not None:
         return reading(negatives=config.negatives), False
-    return chain([first], examples), not first.negatives
+    return chain([first], parts), not first[0].negatives
 
 
 def _mined(config: TrainingConfig, output: Path, progress: bool) -> Path:

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, groupby, zip_longest
@@ -19,19 +20,19 @@ from typing import Any
 import numpy as np
 
 from anysplade._common.arguments import require
-from anysplade._common.files import beside, only_process, user_path, write_atomic
-from anysplade._common.hashing import DataHash
+from anysplade._common.files import beside, only_process, user_path, whole_file, write_atomic
 from anysplade._common.outputs import earlier_call, file_digest, finished_record, record_path, write_record
 from anysplade._common.progress import bar
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Pair
-from anysplade.data.corpus import read_corpus
+from anysplade.data.corpus import empty_corpus, iter_corpus
 from anysplade.data.names import is_built_in
-from anysplade.data.pairs import load_pairs
 from anysplade.errors import DataError, ModelError, OptionError
 from anysplade.model.options import checked_batch_tokens, checked_option
-from anysplade.search.exact import Postings, nearest
+from anysplade.search.exact import Postings
+from anysplade.training.dense_mining import nearest_in_blocks
+from anysplade.training.mining_data import Documents, Positives, data_digest, scratch_folder, store_examples
 from anysplade.training.teacher_cache import VectorCache, open_vector_cache
 from anysplade.training.teachers import open_teacher
 
@@ -113,59 +114,60 @@ def mine(
     if teacher == "bm25":
         raise OptionError("bm25 cannot be the teacher of mining: it would recognize probable answers by their words; name a model")
     _require_extra(*miners)
-    pairs = load_pairs(data, texts=texts, progress=progress)
-    searched = [] if corpus is None else [document.full_text for document in read_corpus(corpus).values()]
-    documents = list(dict.fromkeys([*searched, *(pair.positive for pair in pairs)]))
-    position = {text: i for i, text in enumerate(documents)}
-    positives: dict[str, set[int]] = {}
-    for pair in pairs:
-        positives.setdefault(pair.query, set()).add(position[pair.positive])
-    words = _bm25_language(documents, language, *miners)
     named = miner if isinstance(miner, str) else miners
     options: dict[str, Any] = {"data": data, "miner": named, "corpus": corpus, "negatives": negatives}
     options |= {"depth": depth, "margin": margin}
     given = {"teacher": teacher, "max_length": max_length, "precision": None if precision == "float32" else precision}
-    options |= {name: value for name, value in given.items() if value is not None} | _written(words)
+    options |= {name: value for name, value in given.items() if value is not None}
     output = user_path(output)
 
-    # Models are opened when they are first needed; a finished output needs none.
-    @functools.cache
-    def vectors_of(model: str) -> VectorCache:
-        opened = open_teacher(model, max_length=max_length, precision=precision, batch_tokens=batch_tokens)
-        cache = open_vector_cache(opened, _parts_of(output) / "teacher", progress)
-        cache.ensure_cached(documents, "document")
-        cache.ensure_cached([pair.query for pair in pairs], "query")
-        return cache
+    with only_process(_parts_of(output)), scratch_folder(_parts_of(output)) as scratch, ExitStack() as opened_searches:
+        pairs = store_examples(data, texts, scratch, progress)
+        searched = () if corpus is None else _texts_of(corpus)
+        known = Documents(chain(searched, (pair.positive for pair in pairs)), scratch)
+        documents, positives = known.texts, Positives(pairs, known)
+        words = _bm25_language(documents, language, *miners)
+        options |= _written(words)
 
-    @functools.cache
-    def searches() -> list[Search]:
-        return [_searcher(name, vectors_of, documents, depth, words) for name in miners]
+        # Models are opened when they are first needed; a finished output needs none.
+        @functools.cache
+        def vectors_of(model: str) -> VectorCache:
+            opened = open_teacher(model, max_length=max_length, precision=precision, batch_tokens=batch_tokens)
+            cache = open_vector_cache(opened, _parts_of(output) / "teacher", progress)
+            cache.ensure_cached(documents, "document")
+            cache.ensure_cached(_Queries(pairs), "query")
+            return cache
 
-    found_any = False
+        @functools.cache
+        def searches() -> list[Search]:
+            return [opened_searches.enter_context(_searcher(name, vectors_of, documents, depth, words)) for name in miners]
 
-    def candidates(part: list[Pair]) -> list[list[int]]:
-        """Candidates for each pair, miners taking turns; without a teacher, only those below the miner's bound."""
-        nonlocal found_any
-        ranked: list[list[list[int]]] = [[] for _ in part]
-        for search in searches():
-            for rankings, pair, (found, scores) in zip(ranked, part, search([pair.query for pair in part]), strict=True):
-                found_any = found_any or len(found) > 0
-                own = scores[found == position[pair.positive]]
-                # If the positive is not ranked, the miner missed it, and there is no bound.
-                bound = _bound(own[0], margin) if len(own) and teacher is None else np.inf
-                rankings.append([int(d) for d in found[scores <= bound] if int(d) not in positives[pair.query]])
-        return [list(dict.fromkeys(d for d in chain(*zip_longest(*rankings)) if d is not None)) for rankings in ranked]
+        found_any = False
 
-    def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
-        chosen = candidates(part)
-        if teacher is not None:
-            chosen = _below_the_positive(part, chosen, documents, vectors_of(teacher), negatives, margin)
-        for pair, taken in zip(part, chosen, strict=True):
-            if len(taken) >= negatives:
-                yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
+        def candidates(part: list[Pair]) -> list[list[int]]:
+            """Candidates for each pair, miners taking turns; without a teacher, only those below the miner's bound."""
+            nonlocal found_any
+            ranked: list[list[list[int]]] = [[] for _ in part]
+            own_positives = {pair.query: positives.of(pair.query) for pair in part}
+            for search in searches():
+                for rankings, pair, (found, scores) in zip(ranked, part, search([pair.query for pair in part]), strict=True):
+                    found_any = found_any or len(found) > 0
+                    own = scores[found == known.number(pair.positive)]
+                    # If the positive is not ranked, the miner missed it, and there is no bound.
+                    bound = _bound(own[0], margin) if len(own) and teacher is None else np.inf
+                    rankings.append([int(d) for d in found[scores <= bound] if int(d) not in own_positives[pair.query]])
+            return [list(dict.fromkeys(d for d in chain(*zip_longest(*rankings)) if d is not None)) for rankings in ranked]
 
-    with only_process(_parts_of(output)):
-        mined = _in_blocks(output, options, pairs, documents, block, progress, f"mining negatives with {' and '.join(miners)}")
+        def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
+            chosen = candidates(part)
+            if teacher is not None:
+                chosen = _below_the_positive(part, chosen, documents, vectors_of(teacher), negatives, margin)
+            for pair, taken in zip(part, chosen, strict=True):
+                if len(taken) >= negatives:
+                    yield {"query": pair.query, "positive": pair.positive, "negatives": [documents[d] for d in taken[:negatives]]}
+
+        task = f"mining negatives with {' and '.join(miners)}"
+        mined = _in_blocks(output, options, pairs, documents, block, progress, task)
     if mined is None:
         reason = "; ask for fewer, look deeper, or give a larger `corpus`"
         if not found_any:
@@ -206,30 +208,32 @@ def score(
         OutputError, DataError: as in ``mine``.
     """
     _require_extra(teacher)
-    pairs = load_pairs(data, texts=texts, progress=progress)
-    if not pairs[0].negatives:
-        raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
-    documents = list(dict.fromkeys(text for pair in pairs for text in (pair.positive, *pair.negatives)))
-    words = _bm25_language(documents, language, teacher)
-    options: dict[str, Any] = {"data": data, "teacher": teacher, "max_length": max_length} | _written(words)
+    options: dict[str, Any] = {"data": data, "teacher": teacher, "max_length": max_length}
     batch_tokens = checked_batch_tokens(batch_tokens)
     output = user_path(output)
 
-    @functools.cache
-    def judge() -> Callable[[list[tuple[str, str]]], np.ndarray]:
-        if teacher == "bm25":
-            return _scorer_by_words(documents, words)
-        opened = open_teacher(teacher, max_length=max_length, batch_size=batch_size, batch_tokens=batch_tokens)
-        return open_vector_cache(opened, _parts_of(output) / "teacher").scores
+    with only_process(_parts_of(output)), scratch_folder(_parts_of(output)) as scratch:
+        pairs = store_examples(data, texts, scratch, progress)
+        if not pairs[0].negatives:
+            raise DataError(f"{data}: no negatives to score; anysplade mine finds some")
+        documents = Documents((text for pair in pairs for text in (pair.positive, *pair.negatives)), scratch)
+        words = _bm25_language(documents.texts, language, teacher)
+        options |= _written(words)
 
-    def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
-        read = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
-        for pair, scores in zip(part, judge()(read).reshape(len(part), -1), strict=True):
-            row = {"query": pair.query, "positive": pair.positive, "negatives": pair.negatives}
-            yield row | {"scores": [round(float(value), 5) for value in scores]}
+        @functools.cache
+        def judge() -> Callable[[list[tuple[str, str]]], np.ndarray]:
+            if teacher == "bm25":
+                return _scorer_by_words(documents, words)
+            opened = open_teacher(teacher, max_length=max_length, batch_size=batch_size, batch_tokens=batch_tokens)
+            return open_vector_cache(opened, _parts_of(output) / "teacher").scores
 
-    with only_process(_parts_of(output)):
-        scored = _in_blocks(output, options, pairs, documents, block, progress, f"scoring with {teacher}")
+        def block(part: list[Pair]) -> Iterator[dict[str, Any]]:
+            read = [(pair.query, text) for pair in part for text in (pair.positive, *pair.negatives)]
+            for pair, scores in zip(part, judge()(read).reshape(len(part), -1), strict=True):
+                row = {"query": pair.query, "positive": pair.positive, "negatives": pair.negatives}
+                yield row | {"scores": [round(float(value), 5) for value in scores]}
+
+        scored = _in_blocks(output, options, pairs, documents.texts, block, progress, f"scoring with {teacher}")
     assert scored is not None  # each example has its scores
     return scored
 
@@ -240,7 +244,7 @@ def _bound(positive: float, margin: float) -> float:
 
 
 def _below_the_positive(
-    part: list[Pair], candidates: list[list[int]], documents: list[str], judge: VectorCache, negatives: int, margin: float
+    part: list[Pair], candidates: list[list[int]], documents: Sequence[str], judge: VectorCache, negatives: int, margin: float
 ) -> list[list[int]]:
     """The first candidates of each pair that the teacher scores below the positive; it scores a few at a time, as needed."""
     own = judge.scores([(pair.query, pair.positive) for pair in part])
@@ -266,7 +270,7 @@ def _require_extra(*models: str) -> None:
         import_module("anysplade.search.bm25")
 
 
-def _bm25_language(documents: list[str], language: str, *models: str) -> str:
+def _bm25_language(documents: Sequence[str], language: str, *models: str) -> str:
     """The language that BM25 reads the documents in, told by them if it is "auto"; "english" if BM25 is not among the models."""
     if "bm25" not in models:
         return "english"
@@ -280,31 +284,38 @@ def _written(language: str) -> dict[str, str]:
     return {} if language == "english" else {"language": language}
 
 
-def _searcher(miner: str, vectors_of: Callable[[str], VectorCache], documents: list[str], depth: int, language: str) -> Search:
+@contextmanager
+def _searcher(
+    miner: str, vectors_of: Callable[[str], VectorCache], documents: Sequence[str], depth: int, language: str
+) -> Iterator[Search]:
     """The search of a miner, which is BM25 or a model with vectors of the documents."""
     if miner == "bm25":
         from anysplade.search.bm25 import BM25
 
         bm25 = BM25(documents, language=language)
-        return lambda queries: bm25.top(queries, depth)
+        yield lambda queries: bm25.top(queries, depth)
+        return
     cache = vectors_of(miner)
     if cache.teacher.kind == "cross-encoder":
         raise ModelError(f"{miner}: a cross-encoder cannot search; mine with bm25, a sparse or a dense model")
-    rows = cache.vectors(documents, "document").astype(np.float32)
     if cache.teacher.kind == "sparse":
-        postings = Postings.from_documents(rows)
-        return lambda queries: postings.top_rows(cache.vectors(queries, "query"), depth)
-    return lambda queries: nearest(cache.vectors(queries, "query").astype(np.float32), rows, depth)
+        postings = Postings.from_documents(cache.vectors(documents, "document").astype(np.float32))
+        yield lambda queries: postings.top_rows(cache.vectors(queries, "query"), depth)
+    else:
+        rows, device = cache.mapped_vectors(documents, "document"), cache.teacher.model.device.type
+        yield lambda queries: nearest_in_blocks(cache.vectors(queries, "query"), rows, depth, device)
 
 
-def _scorer_by_words(documents: list[str], language: str) -> Callable[[list[tuple[str, str]]], np.ndarray]:
+def _scorer_by_words(documents: Documents, language: str) -> Callable[[list[tuple[str, str]]], np.ndarray]:
     """A function that gives BM25's scores of pairs of a query and one of the documents, (pairs,)."""
     from anysplade.search.bm25 import BM25
 
-    bm25, position = BM25(documents, language=language), {text: i for i, text in enumerate(documents)}
+    bm25 = BM25(documents.texts, language=language)
 
     def scores(pairs: list[tuple[str, str]]) -> np.ndarray:
-        groups = [(query, [position[text] for _, text in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])]
+        groups = [
+            (query, [documents.number(text) for _, text in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])
+        ]
         return np.concatenate([bm25.score(query, np.array(places)) for query, places in groups])
 
     return scores
@@ -319,33 +330,46 @@ def _parts_of(output: Path) -> Path:
 
 
 def _in_blocks(
-    output: Path, options: dict[str, Any], pairs: list[Pair], documents: list[str], block: Block, progress: bool, task: str
+    output: Path,
+    options: dict[str, Any],
+    pairs: Sequence[Pair],
+    documents: Sequence[str],
+    block: Block,
+    progress: bool,
+    task: str,
 ) -> Mined | None:
     """Write the rows of all blocks; None, with nothing written, if there are no rows."""
     parts = _parts_of(output)
-    about = options | {"data_hash": DataHash(chain(pairs, documents)).hexdigest()}
+    about = options | {"data_hash": data_digest(pairs, documents)}
     started = parts / "about.json"
     if started.exists() and earlier_call(started, about, {"data_hash": "data"}) is None:
         for file in (started, *parts.glob("*.jsonl")):  # of unknown origin
             file.unlink()
     if not started.exists() and (record := finished_record(output, about)) is not None:
         return Mined(record.pop("examples"), record.pop("left_out"), record)
-    blocks = []
+    earlier: dict[str, list[Path]] = {}  # blocks of an interrupted call, by the number of their first example
+    for part in parts.glob("*.jsonl"):
+        earlier.setdefault(part.stem.partition("-")[0], []).append(part)
+    written: list[Path] = []
+    count = 0
     with bar(task, "example", len(pairs), progress) as shown:
         for start in range(0, len(pairs), _BLOCK):
-            written = _written_part(parts, start)
-            part = pairs[start : start + _BLOCK]
-            if written is None:
-                written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in block(part)).encode()
+            examples = list(pairs[start : start + _BLOCK])
+            path, rows = _whole_part(earlier.get(f"{start:09}", []))
+            if path is None:
+                content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in block(examples)).encode()
                 write_record(started, about)  # not earlier: a call that fails at once leaves nothing
-                write_atomic(parts / f"{start:09}-{hashlib.sha256(written).hexdigest()}.jsonl", written)
-            blocks.append(written)
-            shown.update(len(part))
-    count = sum(written.count(b"\n") for written in blocks)
+                path, rows = parts / f"{start:09}-{hashlib.sha256(content).hexdigest()}.jsonl", content.count(b"\n")
+                write_atomic(path, content)
+            written.append(path)
+            count += rows
+            shown.update(len(examples))
     if not count:
         shutil.rmtree(parts)
         return None
-    write_atomic(output, b"".join(blocks))
+    with whole_file(output) as whole:
+        for path in written:
+            whole.write(path.read_bytes())
     about |= {"sha256": file_digest(output), "provenance": provenance()}
     mined = Mined(count, len(pairs) - count, about)
     write_record(record_path(output), mined.to_dict())
@@ -355,11 +379,35 @@ def _in_blocks(
     return mined
 
 
-def _written_part(parts: Path, start: int) -> bytes | None:
-    """The rows of a block that an earlier call wrote; None if it wrote none, or they are damaged."""
-    for part in parts.glob(f"{start:09}-*.jsonl"):
-        if part.stem.endswith(file_digest(part)):
-            return part.read_bytes()
+def _whole_part(parts: Sequence[Path]) -> tuple[Path | None, int]:
+    """The undamaged file among those of a block, and the number of its rows; None if there is none."""
+    for part in parts:
+        content = part.read_bytes()
+        if part.stem.endswith(hashlib.sha256(content).hexdigest()):
+            return part, content.count(b"\n")
         logger.warning("%s: is damaged; it is made again", part)
         part.unlink()
-    return None
+    return None, 0
+
+
+def _texts_of(corpus: str) -> Iterator[str]:
+    """The texts of a corpus, which must have some."""
+    is_empty = True
+    for _, document in iter_corpus(corpus):
+        is_empty = False
+        yield document.full_text
+    if is_empty:
+        raise empty_corpus(corpus)
+
+
+class _Queries(Sequence[str]):
+    """The queries of examples."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, i: Any) -> Any:
+        return [pair.query for pair in self._pairs[i]] if isinstance(i, slice) else self._pairs[i].query

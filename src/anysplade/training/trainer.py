@@ -116,8 +116,7 @@ def make_trainer(
     """The trainer, and the monitor that observes its batches; options that depend on the encoder are added to ``arguments``."""
     pairs, dataset = inputs.pairs, inputs.pairs.dataset
     if inputs.teacher is not None:  # it finds an example by its number, which takes the place of scores in the data
-        dataset = dataset.remove_columns([name for name in dataset.column_names if name == "label"])
-        dataset = dataset.add_column("label", list(range(len(dataset))))
+        dataset = pairs.numbered()
     documents = [name for name in dataset.column_names if name not in ("query", "label")]
     prompts = {role: encoder.prompts[role] or "" for role in ("query", "document")}
     if any(prompts.values()):

@@ -1,28 +1,36 @@
-"""Files for engines that import an index: Anserini's JSONL, the Common Index File Format (CIFF), and queries for both.
+"""Files for other software: the vectors as they are, and what engines import: Anserini's JSONL, the Common Index File Format
+(CIFF), and queries for both.
 
-The stems of an index with BM25 are terms of their own, named ``stem:retriev``.
-They contain integers: each weight times ``quantization``, rounded; zeros are dropped. Terms have the names of ``name_terms``.
+The latter contain integers: each weight times ``quantization``, rounded; zeros are dropped. Terms have the names of
+``name_terms``; the stems of an index with BM25 are terms of their own, named ``stem:retriev``.
 """
 
+import gzip
 import json
 import struct
+import tempfile
+import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from scipy import sparse
 
 from anysplade._common.arguments import require, require_list
-from anysplade._common.files import atomic_folder, whole_file
+from anysplade._common.files import atomic_folder, user_path, whole_file
 from anysplade.data.corpus import Document
 from anysplade.data.text import is_utf8
 from anysplade.errors import DataError, OptionError
 from anysplade.model.vocabulary import name_terms
 from anysplade.search.documents import EncodedDocument, check_vector
+from anysplade.search.vectors import ids_file
 
 _DOCUMENTS_PER_FILE = 100_000
+_ROW_GROUP = 16_384  # documents
 _INT32 = 2**31 - 1
 
 
@@ -98,6 +106,112 @@ def export_ciff(
         for number, (id_, length) in enumerate(zip(ids, lengths, strict=True)):
             file.write(_delimited(_number(1, number) + _bytes(2, id_.encode()) + _number(3, length)))
     return len(ids)
+
+
+def export_vectors(documents: Iterable[EncodedDocument], tokens: Sequence[str | None], place: str | Path) -> int:
+    """Write the vectors as they are, without rounding, in a form that ``Index.from_vectors`` reads; returns their number.
+
+    Args:
+        documents: encoded by one model.
+        tokens: (vocabulary,) by term id; None for a term without a token.
+        place: a file whose name ends in .jsonl or .jsonl.gz (Anserini's JSON vectors, with metadata), .npz (a CSR matrix, with the
+            ids in NAME.ids.txt beside it, without texts) or .parquet (columns id, indices, values, title, text and metadata, which
+            is JSON); or a folder, for files of JSON with 100,000 documents each.
+
+    Raises:
+        OutputError: ``place`` cannot be written, or is a folder that is not empty.
+        DataError: an id cannot stand in a line of the file of ids.
+    """
+    path = user_path(place)
+    names = name_terms(tokens)
+    form = path.name.lower()
+    if form.endswith(".npz"):
+        return _write_matrix(documents, len(names), path)
+    if form.endswith(".parquet"):
+        return _write_parquet(documents, path)
+    if form.endswith((".jsonl", ".jsonl.gz")):
+        with whole_file(path) as file:
+            packed = gzip.GzipFile("", "wb", 6, file, 0) if form.endswith(".gz") else None
+            count = _write_lines(documents, names, packed or file)
+            if packed is not None:
+                packed.close()
+        return count
+    if path.suffix and not path.is_dir():
+        raise OptionError(
+            f"{place}: unknown form of vectors; name it .jsonl, .jsonl.gz, .npz or .parquet, or a folder without a dot"
+        )
+    iterator, count = iter(documents), 0
+    with atomic_folder(path) as work:
+        while part := list(islice(iterator, 1)):
+            with open(work / f"{count // _DOCUMENTS_PER_FILE:04}.jsonl", "wb") as file:
+                count += _write_lines([*part], names, file) + _write_lines(islice(iterator, _DOCUMENTS_PER_FILE - 1), names, file)
+    return count
+
+
+def _write_lines(documents: Iterable[EncodedDocument], names: Sequence[str], file: Any) -> int:
+    count = 0
+    for id_, content, terms, weights in documents:
+        vector = {names[term]: weight for term, weight in zip(terms.tolist(), weights.tolist(), strict=True)}
+        line: dict[str, Any] = {"id": id_, "contents": content.full_text}
+        line |= {"title": content.title, "text": content.text} if content.title else {}
+        line |= {} if content.metadata is None else {"metadata": content.metadata}
+        file.write((json.dumps(line | {"vector": vector}) + "\n").encode())
+        count += 1
+    return count
+
+
+def _write_matrix(documents: Iterable[EncodedDocument], vocabulary: int, path: Path) -> int:
+    """A CSR matrix as ``scipy.sparse.save_npz`` writes it, uncompressed; indices and data wait in files, not in memory."""
+    indptr = array("q", [0])
+    with (
+        tempfile.TemporaryFile(dir=path.parent if path.parent.is_dir() else None) as indices,
+        tempfile.TemporaryFile(dir=path.parent if path.parent.is_dir() else None) as data,
+        whole_file(ids_file(path)) as ids,
+        whole_file(path) as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):
+        for id_, _, terms, weights in documents:
+            if len(id_.splitlines()) != 1 or not is_utf8(id_):
+                raise DataError(f"document {id_[:80]!r}: its id is no line of text; rename it, or write .parquet")
+            ids.write(f"{id_}\n".encode())
+            indices.write(terms.astype(np.int32).tobytes())
+            data.write(weights.astype(np.float32).tobytes())
+            indptr.append(indptr[-1] + len(terms))
+        count = len(indptr) - 1
+        for name, value in {"format": b"csr", "shape": [count, vocabulary], "indptr": np.asarray(indptr)}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(value))
+        for name, values, kind in (("indices", indices, "<i4"), ("data", data, "<f4")):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": kind, "fortran_order": False, "shape": (indptr[-1],)}
+                np.lib.format.write_array_header_1_0(member, header)
+                _copy(values, member)
+    return count
+
+
+def _copy(source: BinaryIO, target: Any) -> None:
+    source.seek(0)
+    while block := source.read(2**20):
+        target.write(block)
+
+
+def _write_parquet(documents: Iterable[EncodedDocument], path: Path) -> int:
+    import pyarrow  # here because it is slow to import
+    from pyarrow import parquet
+
+    types = {"id": pyarrow.string(), "indices": pyarrow.list_(pyarrow.int32()), "values": pyarrow.list_(pyarrow.float32())}
+    schema = pyarrow.schema(types | dict.fromkeys(("title", "text", "metadata"), pyarrow.string()))
+    iterator, count = iter(documents), 0
+    with whole_file(path) as file, closing(parquet.ParquetWriter(file, schema)) as writer:
+        while part := list(islice(iterator, _ROW_GROUP)):
+            rows = [
+                (id_, terms, weights, title, text, None if metadata is None else json.dumps(metadata))
+                for id_, (title, text, metadata), terms, weights in part
+            ]
+            columns = dict(zip(schema.names, zip(*rows, strict=True), strict=True))
+            writer.write_table(pyarrow.table(columns, schema=schema))
+            count += len(part)
+    return count
 
 
 def export_queries(

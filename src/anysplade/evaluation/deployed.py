@@ -1,0 +1,92 @@
+"""Rank the documents of a collection with an index as it is: its precision, its pruning, its documents, its engine."""
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+from scipy import sparse
+
+from anysplade._common.files import user_path
+from anysplade.data.collections import Collection
+from anysplade.data.names import INDEX, held
+from anysplade.errors import OptionError
+from anysplade.evaluation.costs import search_cost
+from anysplade.evaluation.rankings import Ranker
+from anysplade.evaluation.runs import require_match
+from anysplade.model.options import runtime_for
+from anysplade.search.batch import search_many
+from anysplade.search.index import Index, read_about
+from anysplade.search.index_model import IndexModel
+
+
+def is_index(model: Any) -> TypeGuard[str | Path]:
+    return isinstance(model, str | Path) and held(model) == INDEX
+
+
+def model_of(folder: str | Path) -> tuple[str, int | None]:
+    """The model of an index, and the number of tokens at which the index cuts texts; None for the model's own."""
+    folder = user_path(folder)
+    about = read_about(folder)
+    return IndexModel(about, folder).source, about.get("max_length")
+
+
+def rank_by_index(folder: str | Path, ranker: Ranker) -> dict[str, Any]:
+    """The fields of an ``Evaluation`` that follow from an index. Documents of the index count as irrelevant if they are not judged.
+
+    Raises:
+        DataError: the index has no document of the collection. If few match, a warning gives their share.
+        OptionError: ``max_length`` is another one than that of the index.
+    """
+    collection = ranker.collection
+    length = read_about(user_path(folder)).get("max_length")
+    if ranker.max_length not in (None, length):
+        made = "its model's own length" if length is None else length
+        raise OptionError(f"{folder}: its documents were cut at {made}; leave out `max_length`, or build the index again with it")
+    runtime = runtime_for(len(collection.queries), ranker.runtime, ranker.precision)
+    with Index.load(folder, runtime=runtime, precision=ranker.precision) as index:
+        matching = _match(folder, index, collection)
+        start = time.perf_counter()
+        texts = {id_: text for id_, text in collection.queries.items() if text.strip()}  # an empty one finds nothing
+        run: dict[str, dict[str, float]] = {query_id: {} for query_id in collection.queries}
+        for query_id, found in search_many(index, texts, ranker.hits, progress=ranker.progress):
+            itself = query_id if query_id in ranker.self_matches else None
+            run[query_id] = dict(islice(((id_, score) for id_, score in found.items() if id_ != itself), ranker.depth))
+        searching = time.perf_counter() - start
+        about = index.about
+        return {
+            "kind": "index",
+            "run": run,
+            "seconds": {"encoding queries and search": searching},
+            "cost": search_cost(index.encode_queries(list(texts.values())), _vectors(index)),
+            "precision": about["precision"],
+            "index": {
+                "documents": len(index),
+                "documents_in_collection": matching,
+                "top_k": about["top_k"],
+                "lexical": about.get("lexical"),
+                "max_length": about.get("max_length"),
+                "query_precision": index.queries.precision,
+                "engine": "exact" if index.store.searches_exactly else "qdrant-edge",
+                "model": about["model"],
+            },
+            "model_fingerprint": about["model_fingerprint"],
+        }
+
+
+def _match(folder: str | Path, index: Index, collection: Collection) -> int:
+    """The number of documents of the index that the collection has; warns if few match, in either direction."""
+    ids = dict.fromkeys(index.store.ids(index.store.positions().tolist())).keys()
+    found, fix = ids & collection.corpus.keys(), "name the collection that was indexed"
+    require_match(folder, f"documents of the index are in {collection.name}", ids, found, fix)
+    require_match(folder, f"documents of {collection.name} are in the index", collection.corpus.keys(), found, fix)
+    return len(found)
+
+
+def _vectors(index: Index) -> sparse.csr_matrix:
+    """The vectors of all documents, (documents, vocabulary)."""
+    documents = list(index.store)
+    terms, weights = (np.concatenate([document[column] for document in documents]) for column in (2, 3))
+    starts = np.cumsum([0, *(len(document.terms) for document in documents)])
+    return sparse.csr_matrix((weights, terms, starts), shape=(len(documents), index.store.width))

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from anysplade import DataError, Index, OptionError, evaluate, evaluate_all, load_collection
+from anysplade.cli import main
+
+
+@pytest.fixture(scope="module")
+def pruned(teachers, collection_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned") / "index"
+    Index.build(teachers["sparse"], collection_folder, folder, top_k=2).close()
+    return folder
+
+
+def test_an_index_equals_its_exact_model(teachers, collection_folder, tmp_path):
+    Index.build(teachers["sparse"], collection_folder, tmp_path / "index").close()
+    exact, deployed = (evaluate(one, collection_folder) for one in (teachers["sparse"], tmp_path / "index"))
+    assert deployed.metrics == pytest.approx(exact.metrics)
+    assert (deployed.kind, deployed.model_fingerprint) == ("index", exact.model_fingerprint)
+    assert deployed.flops == pytest.approx(exact.flops)
+    assert deployed.index["engine"] == "qdrant-edge"
+    assert deployed.index["documents_in_collection"] == deployed.index["documents"] == 40
+    for id_, ranking in exact.run.items():
+        assert deployed.run[id_] == pytest.approx(ranking, rel=1e-4)
+
+
+def test_what_is_deployed_is_compared_with_the_exact_model(pruned, collection_folder, capsys):
+    assert main(["evaluate", str(collection_folder), "--index", str(pruned), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    exact, deployed = found["evaluations"]
+    assert (exact["kind"], deployed["kind"], deployed["index"]["top_k"]) == ("sparse", "index", 2)
+    assert deployed["document_active_dims"] <= 2 < exact["document_active_dims"]
+    assert {one["model"] for one in found["comparisons"]} == {str(pruned)}
+    assert main(["evaluate", str(collection_folder), "--index", str(pruned)]) == 0
+    assert "is an index: documents in float32 with the 2 largest weights" in capsys.readouterr().out
+
+
+def test_documents_that_do_not_match_are_said(pruned, collection_folder, caplog):
+    collection = load_collection(collection_folder)
+    judged = {id_ for grades in collection.qrels.values() for id_ in grades}
+    with Index.load(pruned) as index:
+        gone = [id_ for id_ in collection.corpus if id_ not in judged] or list(collection.corpus)
+        assert index.delete(gone[:8]) == len(gone[:8])
+    found = evaluate_all(pruned, collection, "nDCG@10")
+    assert found.evaluations[0].index["documents"] == 40 - len(gone[:8])
+    assert "of 40 documents of tiny are in the index" in caplog.text
+    other = {f"other-{id_}": document for id_, document in collection.corpus.items()}
+    with pytest.raises(DataError, match=r"none of the \d+ documents of the index .* name the collection that was indexed"):
+        evaluate(pruned, type(collection)("other", other, collection.queries, collection.qrels))
+    with pytest.raises(OptionError, match="leave out `max_length`"):
+        evaluate(pruned, collection, max_length=3)
