@@ -10,6 +10,8 @@ calibration  the dense model with a head, raw, with fixed k and with auto: three
 teachers     the same model, trained on pairs with hard negatives, with and without a teacher, three seeds at equal cost; one seed
              with both losses
 adapt        the SPLADE adapted to the documents of each of --collections without labels, three seeds
+distil       the dense model with a head, trained on pairs with one hard negative by BM25, three seeds; alone and with BM25 added to
+             its scores, beside BM25, the dense model, their fusion, and the SPLADE with and without BM25
 epochs       time per step with a teacher whose vectors are known, and without a teacher
 """
 
@@ -31,8 +33,12 @@ from transformers import AutoModelForMaskedLM
 
 from anysplade import TrainingConfig, adapt, evaluate, mine, train, train_head
 from anysplade._common.files import write_atomic
-from anysplade.evaluation.costs import COSTS
+from anysplade.data.collections import load_collection
+from anysplade.evaluation.comparisons import compare
+from anysplade.evaluation.costs import COSTS, OWN_WORDS
+from anysplade.evaluation.fusion import evaluate_fused, evaluate_lexical
 from anysplade.model.hardware import native_bfloat16
+from anysplade.search.fusion import Fusion
 from anysplade.study.cells import METRIC
 from anysplade.training.head_trainer import WEIGHTS
 from experiments import NEVER, parser, sample_examples, table_row, untrained_row, write_json
@@ -66,6 +72,12 @@ TAUGHT: dict[str, Any] = SHORT | {
     "steps": 400, "max_length": 96, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 30,
     "document_active_dims": 150,
 }  # fmt: skip
+DISTILLED: dict[str, Any] = SHORT | {
+    "steps": 400, "max_length": 96, "learning_rate": LEARNING_RATE, "negatives": 1, "query_active_dims": 14,
+    "document_active_dims": 70,
+}  # fmt: skip
+WEIGHTS_OF_BM25 = (1.0, 2.0, 3.0, 4.0, 6.0)
+FUSIONS: tuple[Fusion, ...] = ("rrf", "wsum")
 FEW = ("squad-dev", "cisi")  # in-domain and zero-shot, where the four would take too long
 LENGTH = 256  # tokens after which texts are cut in evaluation
 PLACES = ("backbone", "data", "output", "teacher")  # settings that name a folder, which may have moved when a run resumes
@@ -230,6 +242,32 @@ def adaptation(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [*rows, bm25(options, options.collections)]
 
 
+def distillation(options: argparse.Namespace) -> list[dict[str, Any]]:
+    data, backbone = examples(options), with_head(options)
+    mined = options.out / "by-words.jsonl"
+    mine(data, mined, miner="bm25", negatives=1, max_length=DISTILLED["max_length"], precision=PRECISION)
+    sparse = {"published SPLADE": options.splade}
+    for seed in options.seeds:
+        config = TrainingConfig(backbone, str(mined), output=str(options.out / f"distil {seed}"), seed=seed, **DISTILLED)
+        sparse[f"seed {seed}"] = train(config).model
+    rows = []
+    for name in COLLECTIONS:
+        collection = load_collection(options.data / name, "test")
+        shared: dict[str, Any] = {"max_length": LENGTH, "precision": PRECISION, "cache": options.out / "vectors"}
+        models = {"bm25": "bm25", "dense": options.dense} | sparse
+        found = {label: evaluate(model, collection, [METRIC], **shared) for label, model in models.items()}
+        parts, compared = [found["bm25"], found["dense"]], dict(found)
+        compared |= {f"bm25 and dense, {how}": evaluate_fused(parts, collection, how) for how in FUSIONS}
+        for label in sparse:
+            for weight in WEIGHTS_OF_BM25:
+                compared[f"{label} + {weight:g} bm25"] = evaluate_lexical(found[label], collection, weight)
+        for label, one in compared.items():
+            costs = {cost: getattr(one, cost) for cost in (*COSTS, *OWN_WORDS)}
+            rows.append({"collection": name, "model": label} | one.metrics | costs)
+            rows[-1] |= {} if label == "bm25" else {"p against bm25": compare([found["bm25"], one])[0].p}
+    return rows
+
+
 def epochs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians of the time of a whole run of the same examples in turns; the teacher's vectors are known from the first one."""
     data, backbone = str(options.out / "by-teacher.jsonl"), with_head(options)
@@ -248,7 +286,14 @@ def epochs(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-EXPERIMENTS = {"heads": heads, "calibration": calibration, "teachers": teachers, "adapt": adaptation, "epochs": epochs}
+EXPERIMENTS = {
+    "heads": heads,
+    "calibration": calibration,
+    "teachers": teachers,
+    "adapt": adaptation,
+    "distil": distillation,
+    "epochs": epochs,
+}
 
 
 def main() -> None:
@@ -261,6 +306,7 @@ def main() -> None:
     arguments.add_argument("--splade", help="folder of a published SPLADE")
     arguments.add_argument("--text", help="file with one text per line, to train heads on")
     arguments.add_argument("--out", type=Path, required=True, help="folder for the trainings and what they need")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="for distil")
     arguments.add_argument("--collections", nargs="+", default=["vaswani", "cisi", "cosqa"], help="for adapt")
     options = arguments.parse_args()
     rows = EXPERIMENTS[options.experiment](options)

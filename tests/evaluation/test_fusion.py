@@ -4,12 +4,13 @@ import pytest
 from sentence_transformers import CrossEncoder
 from torch import nn
 
-from anysplade import evaluate, evaluate_all
+from anysplade import Index, evaluate, evaluate_all
 from anysplade.cli import main
 from anysplade.data.collections import load_collection
 from anysplade.errors import OptionError
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.search.fusion import fuse
+from tiny import make_static
 
 
 @pytest.fixture
@@ -21,6 +22,22 @@ def runs(collection_folder, tmp_path):
     reverse = {query: {id_: -score for id_, score in found.items()} for query, found in reverse.items()}
     write_run(tmp_path / "b.trec", reverse, "b")
     return [str(tmp_path / "a.trec"), str(tmp_path / "b.trec")]
+
+
+def test_bm25_added_to_a_model_is_what_an_index_searches_with(collection_folder, tmp_path):
+    """And the model's own row stays; the stems count in the costs."""
+    model, queries = make_static(tmp_path), load_collection(collection_folder).queries
+    found = evaluate_all(model, collection_folder, "nDCG@10", lexical=3)
+    own, added = found.evaluations
+    assert (added.kind, added.model, added.lexical, own.lexical) == ("sparse", f"{model} + 3 bm25", 3.0, None)
+    assert added.query_active_dims > own.query_active_dims
+    assert added.document_active_dims > own.document_active_dims
+    with Index.build(model, collection_folder, tmp_path / "index", lexical=3, language=added.language) as index:
+        for id_, text in queries.items():
+            hits = {hit.id: hit.score for hit in index.search(text, k=1000, exact=True)}
+            assert added.run[id_] == pytest.approx(hits, rel=1e-5)
+    with pytest.raises(OptionError, match="above 0"):
+        evaluate_all(model, collection_folder, lexical=0)
 
 
 @pytest.mark.parametrize("method", ["rrf", "wsum"])

@@ -78,19 +78,26 @@ def require_unused(output: Path, *unfinished: str) -> None:
         require_empty(output)
 
 
-def earlier_call(record: Path, asked: Mapping[str, Any], others: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+def earlier_call(
+    record: Path, asked: Mapping[str, Any], others: Mapping[str, str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """The record of an earlier call, which must have asked for the same; None if there is none or it is damaged.
 
     Args:
         asked: the options of this call by name, or groups of them, as JSON stores them.
         others: entries of ``asked`` that are no options, and what they are called in a message: ``{"data_hash": "text"}``.
+        defaults: what an option that the record lacks had in the version that wrote it, by name.
     """
     found = read_record(record)
     if found is None:
         return None
-    others = others or {}
+    others, defaults = others or {}, defaults or {}
     now, before = (_flat({name: values.get(name) for name in asked if name not in others}) for values in (asked, found))
-    different = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value]
+    different = [
+        f"{name} {before.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if before.get(name, defaults.get(name)) != value
+    ]
     changed = [called for name, called in others.items() if found.get(name) != asked[name]]
     if different or changed:
         what = f"other options ({'; '.join(different)})" if different else f"another {' and '.join(changed)}, or by another version"

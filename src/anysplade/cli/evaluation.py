@@ -42,6 +42,7 @@ def evaluate(
         seeds: the sparse models differ only in their seed: show mean and standard deviation, and test the mean against the first
             model, such as bm25, over seeds and queries together.
         curve: prune documents and queries to their largest weights, and show the effect on effectiveness and cost.
+        lexical: add each sparse model with BM25 added to its scores, times this weight, such as 3.
         fuse: add the models' rankings fused into one: rrf by their ranks, wsum by their scores.
         rerank: folder or hub id of a cross-encoder; adds each row re-ranked by it.
         rerank_depth: documents per query that it reads, the first ones.

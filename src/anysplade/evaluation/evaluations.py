@@ -47,6 +47,7 @@ class Evaluation(Tabular):
     query_own_words: float | None = None  # share of the queries' own word pieces that are active in their vectors, by idf
     document_own_words: float | None = None  # the same for documents; both None for models whose terms are not their tokens
     cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
+    lexical: float | None = None  # weight of BM25, whose stems are further terms of the vectors
     precision: str | None = None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
     runtime: str | None = None  # torch or openvino; None for BM25 and run files
     language: str | None = None  # of BM25's stemmer and stop words, "none" for neither; None for other models

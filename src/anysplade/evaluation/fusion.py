@@ -1,20 +1,31 @@
-"""Evaluate rankings that are made of others: the fusion of several, and one that a cross-encoder re-ranked."""
+"""Evaluate rankings that are made of others: the fusion of several, a model's with BM25 added, and one that was re-ranked."""
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from scipy import sparse
+
 from anysplade._common.progress import bar
+from anysplade._common.row_file import RowFile
 from anysplade.data.collections import Collection
-from anysplade.evaluation.costs import COSTS, mean_costs
+from anysplade.evaluation.costs import COSTS, mean_costs, search_cost
 from anysplade.evaluation.evaluations import Evaluation
 from anysplade.evaluation.measures import measure, parse_metrics
+from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import Run
-from anysplade.search.fusion import Fusion, fuse
+from anysplade.search.bm25 import BM25
+from anysplade.search.exact import top_rows
+from anysplade.search.fusion import DEPTH, Fusion, fuse
+from anysplade.search.lexical import PREFIX
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
+
+_ROWS = 2**16  # documents whose vectors are joined at a time
 
 
 def evaluate_fused(parts: Sequence[Evaluation], collection: Collection, method: Fusion) -> Evaluation:
@@ -29,6 +40,38 @@ def evaluate_fused(parts: Sequence[Evaluation], collection: Collection, method: 
         run[query_id] = dict(islice(fuse(rankings, method).items(), max(map(len, rankings))))
     name = f"{method} of {' and '.join(part.model for part in parts)}"
     return _made_of(parts, collection, name, "fusion", run, start, {})
+
+
+def evaluate_lexical(part: Evaluation, collection: Collection, weight: float, language: str = "auto") -> Evaluation:
+    """Evaluate a sparse model with BM25 added to its scores, times ``weight``, as in an index with ``lexical``.
+
+    The stems are further terms of the vectors, which are the model's own vectors before them, and count in all costs.
+    """
+    assert part.vectors is not None
+    assert part.terms is not None
+    start = time.perf_counter()
+    ranker = Ranker(collection, DEPTH, language=language)
+    bm25, rows = BM25(ranker.texts["document"], language=language), RowFile()
+    queries, documents = part.vectors
+    width = documents.shape[1] + bm25.weights.shape[1]
+    for first in range(0, documents.shape[0], _ROWS):
+        span = slice(first, first + _ROWS)
+        rows.append(sparse.hstack([documents[span], bm25.weights[span]], format="csr", dtype=np.float32))
+    counts = bm25.query_counts(ranker.texts["query"])
+    both = sparse.hstack([queries, weight * counts], format="csr", dtype=np.float32), rows.matrix(width)
+    run = ranker.as_run(top_rows(both[1], both[0], ranker.hits))
+    cost = search_cost(*both)
+    made = _made_of([part], collection, f"{part.model} + {weight:g} bm25", "sparse", run, start, {})
+    terms = [*part.terms, *(f"{PREFIX}{word}" for word in bm25.words)]
+    about: dict[str, Any] = {
+        "lexical": weight,
+        "language": bm25.language,
+        "precision": part.precision,
+        "runtime": part.runtime,
+        "cut": part.cut,
+    }
+    about |= mean_costs(cost)
+    return replace(made, cost=cost, vectors=both, terms=terms, **about)
 
 
 def evaluate_reranked(
@@ -67,7 +110,7 @@ def _made_of(
     parts: Sequence[Evaluation],
     collection: Collection,
     name: str,
-    kind: Literal["fusion", "reranked"],
+    kind: Literal["sparse", "fusion", "reranked"],
     run: Run,
     start: float,
     cost: dict[str, Any],

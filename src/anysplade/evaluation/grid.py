@@ -19,13 +19,14 @@ from anysplade.errors import OptionError
 from anysplade.evaluation.comparisons import Comparison, compare_each
 from anysplade.evaluation.deployed import model_of
 from anysplade.evaluation.evaluations import Evaluation, curve, evaluate, write_evaluation
-from anysplade.evaluation.fusion import evaluate_fused, evaluate_reranked
+from anysplade.evaluation.fusion import evaluate_fused, evaluate_lexical, evaluate_reranked
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
 from anysplade.evaluation.seeds import SeedComparison, compare_seeds
 from anysplade.model.options import Precision, Runtime, checked_option
 from anysplade.search.fusion import Fusion
 from anysplade.search.languages import language_name
+from anysplade.search.lexical import check_weight
 from anysplade.search.reranking import checked_depth, open_reranker
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def evaluate_all(
     split: str = "test",
     seeds: bool = False,
     curves: bool = False,
+    lexical: float | None = None,
     fuse: Fusion | None = None,
     rerank: str | None = None,
     rerank_depth: int = 100,
@@ -95,6 +97,8 @@ def evaluate_all(
         seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added,
             and, if the first model is none of them, a test of their mean against it over seeds and queries together.
         curves: add effectiveness against cost by pruning; see ``curve``.
+        lexical: add each sparse model with BM25 added to its scores, times this weight, as in an index with ``lexical``; see
+            ``evaluate_lexical``.
         fuse: add the fusion of the models' runs on each collection: "rrf", reciprocal rank fusion, or "wsum", the mean of the
             scores, each ranking's scaled to [0, 1]; see ``evaluate_fused``.
         rerank: a cross-encoder's folder or hub id; adds each model, and their fusion, re-ranked by it; see ``evaluate_reranked``.
@@ -118,12 +122,13 @@ def evaluate_all(
         raise OptionError("name at least one model and one collection")
     parse_metrics(metrics)  # fail before the collections are read
     language_name(language)
+    lexical = check_weight(lexical)
     fuse, depth = checked_option("fuse", fuse, Fusion | None), checked_depth(rerank_depth)
     if fuse is not None and len(models) < 2:
         raise OptionError("`fuse` needs two models or more; name another one, such as bm25")
     reranker = None if rerank is None else open_reranker(rerank, max_length)
     loaded = _load(collections, split, progress)
-    single = len(models) * len(loaded) == 1 and rerank is None
+    single = len(models) * len(loaded) == 1 and rerank is None and lexical is None
     folder = None if output is None else user_path(output)
     places = [as_name(collection.name) for collection in loaded]
     if len({place.lower() for place in places}) < len(places):
@@ -150,8 +155,11 @@ def evaluate_all(
                 drawn.append({"model": evaluation.model, "collection": evaluation.collection, "points": points})
             evaluations.append(evaluation)
         rows = evaluations[-len(models) :]
+        parts = list(rows)
+        if lexical is not None:
+            rows += [evaluate_lexical(row, collection, lexical, language) for row in parts if row.vectors is not None]
         if fuse is not None:
-            rows.append(evaluate_fused(rows, collection, fuse))
+            rows.append(evaluate_fused(parts, collection, fuse))
         if rerank is not None and reranker is not None:
             rows += [evaluate_reranked(row, collection, reranker, rerank, depth, progress) for row in rows]
         for i, made in enumerate(rows[len(models) :], len(models) + 1):

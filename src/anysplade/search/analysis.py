@@ -14,7 +14,7 @@ from anysplade._common.extras import extra
 from anysplade.data.scripts import HANGUL, UNSPACED
 from anysplade.search.languages import WORD, stemmer, stop_words
 
-with extra("evaluation"):
+with extra("search"):
     import bm25s
 
 bm25s.logger.setLevel(logging.ERROR)  # importing bm25s sets DEBUG

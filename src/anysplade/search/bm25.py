@@ -50,6 +50,22 @@ class BM25:
         """For each query the positions and scores of up to ``k`` texts with scores above 0, the highest first; ties by position."""
         return top_rows(self._weights, self._terms(queries), k, dtype=np.float32)
 
+    @property
+    def weights(self) -> sparse.csr_matrix:
+        """The weights of the words in the texts, (texts, words): with ``query_counts``, the products sum to the scores."""
+        return self._weights
+
+    @property
+    def words(self) -> list[str]:
+        """The word of each column of ``weights``."""
+        return list(self._columns)
+
+    def query_counts(self, queries: Sequence[str]) -> sparse.csr_matrix:
+        """How often each word is in each query, (queries, words)."""
+        counts = self._terms(queries)
+        counts.sum_duplicates()
+        return counts
+
     def score(self, query: str, documents: np.ndarray) -> np.ndarray:
         """The scores of the texts at some positions, (positions,)."""
         terms = self._terms([query])

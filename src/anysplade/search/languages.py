@@ -11,7 +11,7 @@ from anysplade._common.arguments import did_you_mean, require
 from anysplade._common.extras import extra
 from anysplade.errors import OptionError
 
-with extra("evaluation"):
+with extra("search"):
     import Stemmer
     from bm25s import stopwords
 

@@ -29,18 +29,24 @@ _SAMPLE, _LENGTH = 2000, 500  # texts whose language is told, and characters of 
 _BATCH = 1024  # texts that are analyzed together, and values per query of SQLite, which limits them
 
 
-def check_lexical(weight: object, with_bm25: bool, language: str) -> dict[str, Any]:
-    """What an index records of ``lexical``, ``with_bm25`` and ``language``; raises OptionError if one is impossible."""
+def check_weight(weight: object) -> float | None:
+    """BM25's weight as a float, or None; raises OptionError unless it is a number above 0."""
     checked: float | None = checked_option("`lexical`", weight, float | None)
     if checked is not None and not 0 < checked < math.inf:
-        raise OptionError(f"`lexical` is {checked}: BM25's weight is above 0, such as 4; leave it out for the model alone")
+        raise OptionError(f"`lexical` is {checked}: BM25's weight is above 0, such as 3; leave it out for the model alone")
+    return None if checked is None else float(checked)
+
+
+def check_lexical(weight: object, with_bm25: bool, language: str) -> dict[str, Any]:
+    """What an index records of ``lexical``, ``with_bm25`` and ``language``; raises OptionError if one is impossible."""
+    checked = check_weight(weight)
     if checked is None and not with_bm25:
         if language != AUTO:
             raise OptionError(f"`language` is {language!r}: of BM25's stems, which this index has none of; add `with_bm25`")
         return {"lexical": None, "with_bm25": False, "language": None}
     from anysplade.search.languages import language_name
 
-    return {"lexical": None if checked is None else float(checked), "with_bm25": True, "language": language_name(language)}
+    return {"lexical": checked, "with_bm25": True, "language": language_name(language)}
 
 
 class QueryStems(NamedTuple):

@@ -176,9 +176,10 @@ def _earlier_run(config: TrainingConfig, output: Path) -> tuple[dict[str, Any], 
         require_unused(output, DATA, "lock")
         return {}, None
     asked = {"config": _as_json(config)}
-    run = earlier_call(output / "run.json", asked)
+    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    run = earlier_call(output / "run.json", asked, defaults=defaults)
     if run is None:
-        known = earlier_call(output / "training.json", asked)
+        known = earlier_call(output / "training.json", asked, defaults=defaults)
         what = (
             "the run starts again from the beginning"
             if known is None
