@@ -11,12 +11,10 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from anysplade._common.arguments import require
 from anysplade._common.files import atomic_folder, default_cache, only_process, user_path
@@ -33,15 +31,11 @@ from anysplade.errors import ModelError, OptionError
 from anysplade.evaluation.comparisons import compare
 from anysplade.evaluation.costs import COSTS, OWN_WORDS
 from anysplade.evaluation.evaluations import Evaluation, evaluate
-from anysplade.evaluation.fusion import evaluate_fused
-from anysplade.evaluation.measures import measure, parse_metrics
-from anysplade.evaluation.rankings import Ranker
+from anysplade.evaluation.fusion import evaluate_fused, evaluate_lexical
 from anysplade.model.dense import is_dense
 from anysplade.model.encoder import encoder_folder
 from anysplade.model.options import checked_option
 from anysplade.model.saved import fingerprint, resolve_model
-from anysplade.search.bm25 import BM25
-from anysplade.search.exact import highest
 from anysplade.training.card import CARD_FILES
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 from anysplade.training.devices import require_one_process, say_one_gpu
@@ -265,32 +259,15 @@ def _summed(weight: float) -> str:
 
 def _compared(dense: str, model: Path, collection: Collection, weight: float, progress: bool) -> dict[str, Evaluation]:
     """The evaluations by the name that the table shows."""
-    kept = default_cache()
-    of_dense, of_bm25, of_sparse = (
-        evaluate(one, collection, [METRIC], cache=kept, progress=progress) for one in (dense, "bm25", model)
-    )
+    models, kept = (dense, "bm25", model), default_cache()
+    of_dense, of_bm25, of_sparse = (evaluate(one, collection, [METRIC], cache=kept, progress=progress) for one in models)
     return {
         "dense": of_dense,
         "bm25": of_bm25,
         "sparse": of_sparse,
-        _summed(weight): _with_bm25(of_sparse, collection, weight),
+        _summed(weight): evaluate_lexical(of_sparse, collection, weight),
         "dense and bm25, fused (wsum)": evaluate_fused([of_dense, of_bm25], collection, "wsum"),
     }
-
-
-def _with_bm25(sparse: Evaluation, collection: Collection, weight: float) -> Evaluation:
-    """The evaluation of the sum of a sparse model's score and BM25's times a weight, as an index with ``lexical`` has it."""
-    assert sparse.vectors is not None
-    queries, documents = sparse.vectors
-    ranker = Ranker(collection, 1000)
-    bm25, everywhere = BM25(ranker.texts["document"]), np.arange(documents.shape[0])
-    rankings = []
-    for row, text in enumerate(ranker.texts["query"]):
-        scores = (documents @ queries[row].T).toarray().ravel() + weight * bm25.score(text, everywhere)
-        rankings.append(highest(scores, ranker.hits))
-    run = ranker.as_run(rankings)
-    values, per_query = measure(parse_metrics([METRIC]), collection.qrels, run)
-    return replace(sparse, model=_summed(weight), run=run, metrics=values, per_query=per_query)
 
 
 def _row(name: str, evaluation: Evaluation) -> dict[str, Any]:
