@@ -5,6 +5,7 @@ import pytest
 from sentence_transformers import SparseEncoder
 
 from anysplade import DataError, Document, ModelError, OptionError, OutputError, Pair, distil, load_pairs
+from anysplade.cli import main
 from anysplade.training import distillation as module
 from anysplade.training.distillation_pairs import EXAMPLES, add_negatives, hold_out_pairs
 from anysplade.training.estimates import Speed
@@ -78,10 +79,15 @@ def test_what_each_stage_takes_is_said_before_it_begins(distilled):
     )
 
 
-def test_a_finished_run_gives_the_stored_result(distilled, teachers, corpus, tmp_path, monkeypatch):
+def test_a_finished_run_gives_the_stored_result(distilled, teachers, corpus, monkeypatch, capsys):
     result, run, _ = distilled
     monkeypatch.setattr(module, "write_examples", None)
     assert distil(teachers["dense"], str(corpus), run, **OPTIONS) == result
+    options = (part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value)))
+    assert main(["distil", teachers["dense"], str(corpus), "--out", str(run), *options]) == 0
+    text = capsys.readouterr().out
+    assert text.endswith(f"next: anysplade index {run}/model {corpus} --lexical 3 --out INDEX\n")
+    assert {"nDCG@10", "FLOPS"} < set(text.split())
     with pytest.raises(OutputError, match="other options \\(seed 0, now 1\\)"):
         distil(teachers["dense"], str(corpus), run, **OPTIONS, seed=1)
     content = corpus.read_text()

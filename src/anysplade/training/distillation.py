@@ -125,7 +125,7 @@ def distil(
         steps: training steps.
         batch_size: pairs per step.
         learning_rate: peak learning rate.
-        max_length: tokens per text in both trainings; the model reads as far as the dense one did, up to 512.
+        max_length: tokens per text in both trainings; the model reads what its backbone reads, up to 512.
         query_active_dims: target for the mean number of terms in a query.
         document_active_dims: the same for documents.
         negatives: hard negatives per pair, by BM25.
@@ -144,7 +144,7 @@ def distil(
     require("corpus", corpus, (str, Path), "give a path or a name")
     output, source = user_path(output), resolve_model(dense)
     if not is_dense(source):
-        raise ModelError(f"{dense}: not a dense model of sentence-transformers; train another with: anysplade train {dense} DATA")
+        raise ModelError(f"{dense}: not a dense model of sentence-transformers; others are for: anysplade train {dense} DATA")
     check_encoder(source, encoder_folder(source))
     max_length = checked_option("max_length", max_length, int)
     lexical = checked_option("lexical", lexical, float)
@@ -173,11 +173,11 @@ def _distil(source: str, output: Path, config: TrainingConfig, options: dict[str
     start = time.perf_counter()
     corpus, judged = options["corpus"], options["judged"]
     given = None if judged is None else load_collection(judged, options["split"], progress=progress)
-    documents = ((id_, document.title, document.text) for id_, document in iter_corpus(corpus, progress=progress))
+    corpus_hash, documents = _hash_corpus(corpus, progress)
     about = {
         "options": options,
         "fingerprint": fingerprint(source),
-        "corpus_hash": DataHash(documents).hexdigest(),
+        "corpus_hash": corpus_hash,
         "pairs_hash": None if options["pairs"] is None else DataHash(read_pairs(options["pairs"], negatives=0)).hexdigest(),
         "collection_hash": None if given is None else data_hash(given),
     }
@@ -189,11 +189,12 @@ def _distil(source: str, output: Path, config: TrainingConfig, options: dict[str
     write_record(output / _BEGUN, about)
     speed = cache(lambda: measure_speed(source, corpus, options["max_length"], options["precision"]))
     with nothing_left_by_mistakes(output, begun):
-        _say(progress, f"1 of 4: pairs {'of ' + options['pairs'] if options['pairs'] else 'made from the documents'}, by words")
+        made_of = f"made of {counted(documents, 'document')}" if options["pairs"] is None else f"of {options['pairs']}"
+        _say(progress, f"1 of 4: pairs {made_of}, with {counted(options['negatives'], 'negative')} each by BM25, without a model")
         collection, made = write_examples(corpus, output, options, given, progress)
         trained_on = add_negatives(output, options["negatives"], progress)
-    _train_head(source, output, options, speed, progress)
-    trained = _train(config, output, trained_on, speed, progress)
+        _train_head(source, output, options, speed, progress)
+        trained = _train(config, output, trained_on, speed, progress)
     shutil.rmtree(output / "model", ignore_errors=True)
     with atomic_folder(output / "model") as folder:
         shutil.copytree(trained, folder, dirs_exist_ok=True)
@@ -223,6 +224,15 @@ def _distil(source: str, output: Path, config: TrainingConfig, options: dict[str
     files = {"files": digests(output / "model", without=CARD_FILES)}
     write_record(output / _DONE, about | result.to_dict() | files)
     return result
+
+
+def _hash_corpus(corpus: str, progress: bool) -> tuple[str, int]:
+    """SHA-256 of the documents in their order, and their number."""
+    digest, count = DataHash(), 0
+    for id_, document in iter_corpus(corpus, progress=progress):
+        digest.add((id_, document.title, document.text))
+        count += 1
+    return digest.hexdigest(), count
 
 
 def _say(progress: bool, stage: str) -> None:
