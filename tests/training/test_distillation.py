@@ -33,8 +33,10 @@ def distilled(teachers, corpus, tmp_path_factory):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    said = []
+    said, cache = [], tmp_path_factory.mktemp("vectors")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANYSPLADE_CACHE", str(cache))
+        patch.setattr("anysplade.model.runtimes.openvino_installed", lambda: False)
         patch.setattr(module, "_HEAD", {"steps": 2, "batch_size": 4})
         patch.setattr(module.logger, "info", lambda message, *values: said.append(message % values))
         with patch.context() as stopped:

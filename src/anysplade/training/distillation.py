@@ -54,7 +54,7 @@ _BEGUN, _DONE = "call.json", "distillation.json"  # records in the output: of th
 _INPUTS = {
     "fingerprint": "dense model", "corpus_hash": "corpus", "pairs_hash": "training pairs", "collection_hash": "judged collection",
 }  # fmt: skip
-_HEAD = {"steps": 300, "batch_size": 16}  # of the head's training
+_HEAD: dict[str, Any] = {"steps": 300, "batch_size": 16}  # of the head's training
 _CHECKPOINT = 100  # steps between checkpoints
 _TRAINING = ("steps", "batch_size", "learning_rate", "max_length", "precision", "seed", "negatives")  # passed to ``train``
 _TARGETS = ("query_active_dims", "document_active_dims")  # passed too
@@ -150,7 +150,7 @@ def distil(
     lexical = checked_option("lexical", lexical, float)
     if not 0 < lexical < math.inf:
         raise OptionError(f"`lexical` is {lexical:g}: BM25's weight in the sum is a finite number above 0, such as 3")
-    options = {
+    options: dict[str, Any] = {
         "dense": str(dense), "corpus": str(corpus), "pairs": None if pairs is None else str(pairs),
         "judged": None if judged is None else str(judged), "split": split, "kinds": list(kinds), "steps": steps,
         "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
@@ -244,7 +244,7 @@ def _train_head(source: str, output: Path, options: dict[str, Any], speed: Speed
     if progress and not (output / "head" / "head.json").exists():
         size = f"{counted(_HEAD['steps'], 'step')} of {counted(_HEAD['batch_size'], 'text')}"
         _say(progress, f"2 of 4: a head, {size}, {speed().of_head(_HEAD['steps'] * _HEAD['batch_size'])}")
-    given = {"max_length": options["max_length"], "seed": options["seed"]}
+    given: dict[str, Any] = {"max_length": options["max_length"], "seed": options["seed"]}
     train_head(source, options["corpus"], output / "head", **_HEAD, **given, progress=progress)
 
 
@@ -269,7 +269,8 @@ def _summed(weight: float) -> str:
 
 def _compared(dense: str, model: Path, collection: Collection, weight: float, progress: bool) -> dict[str, Evaluation]:
     """The evaluations by the name that the table shows."""
-    models, kept = (dense, "bm25", model), default_cache()
+    models: tuple[str | Path, ...] = (dense, "bm25", model)
+    kept = default_cache()
     of_dense, of_bm25, of_sparse = (evaluate(one, collection, [METRIC], cache=kept, progress=progress) for one in models)
     return {
         "dense": of_dense,

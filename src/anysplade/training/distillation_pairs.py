@@ -39,9 +39,11 @@ def write_examples(
         rows: Iterable[Mapping[str, str]] = rows_to_train_on(output, held)
     else:
         pairs = list(read_pairs(options["pairs"], negatives=0, progress=progress))
-        found, collection = {"given": len(pairs)}, given
-        if collection is None:
+        found = {"given": len(pairs)}
+        if given is None:
             collection, pairs = hold_out_pairs(pairs, read_corpus(corpus, progress=progress), options["pairs"])
+        else:
+            collection = given
         rows = ({"query": pair.query, "positive": pair.positive} for pair in pairs)
     most = options["steps"] * options["batch_size"]
     kept = heapq.nsmallest(most, rows, key=lambda row: (stable_hash(f"{row['query']}\n{row['positive']}"), row["query"]))
