@@ -1,5 +1,8 @@
+import functools
+import gc
 import logging
 
+import jinja2
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -8,8 +11,26 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from anysplade import Index, load_encoder
+from anysplade._common.figures import draw
 from opensearch_server import serve  # noqa: F401  (a fixture)
 from tiny import make_backbone, make_collection, make_lexical, make_static, make_tokenizer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """A worker process that dies ends the run with an error, and so does a test that takes too long, which ends its worker.
+
+    By default xdist (3.8) starts another worker, gives the files that the dead one had finished to the others as empty work, and
+    waits forever for its end; no test runs then, so no timeout of a test sees it.
+    """
+    if getattr(config.option, "maxworkerrestart", "0") is None:
+        config.option.maxworkerrestart = "0"
+
+
+def pytest_collection_finish():
+    """Each training collects garbage, which takes longer than its steps where all libraries are searched for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +69,21 @@ def static_index(tmp_path_factory, collection_folder):
     folder = tmp_path_factory.mktemp("static")
     Index.build(make_static(folder), collection_folder, folder / "index").close()
     return folder / "index"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_cards():
+    """Model cards take half the time of a short training: their template is compiled once, and their figure is not drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
+        patch.setattr("anysplade.training.card.draw", lambda *_: "<svg/>")
+        yield
+
+
+@pytest.fixture
+def drawn_cards(monkeypatch):
+    """Model cards have their figure, as outside the tests."""
+    monkeypatch.setattr("anysplade.training.card.draw", draw)
 
 
 @pytest.fixture(scope="session", autouse=True)

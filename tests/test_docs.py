@@ -44,6 +44,23 @@ def commands(page):
             yield arguments if len(arguments) > 1 else [*arguments, "--help"]
 
 
+def test_the_guide_runs_in_one_process(tmp_path, monkeypatch, capsys):
+    """All commands and scripts but the server, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for language, text in blocks(ROOT / "docs" / "guide.md", "bash", "python"):
+        text = text.replace("--steps 20", "--steps 2").replace("steps=20", "steps=2")
+        if language == "python":
+            exec(compile(text, "guide.md", "exec"), {})
+        elif "anysplade serve" not in text:
+            for line in text.splitlines():
+                program, *arguments = shlex.split(line)
+                assert (program, main(arguments)) == ("anysplade", 0), capsys.readouterr().err
+                ran.append(arguments[0])
+    assert ran == ["inspect", "train", "evaluate", "index", "search", "encode"]
+
+
+@pytest.mark.slow  # a minute and a half of processes; above is the same in one, and test_app starts the server
 def test_the_guide_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with socket.socket() as free:

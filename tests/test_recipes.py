@@ -44,6 +44,7 @@ def stand_ins(tmp_path):
         "sentence-transformers/msmarco-bm25:triplet": f"{tmp_path}/msmarco-bm25:triplet",
         "sentence-transformers/msmarco:bert-ensemble-margin-mse": f"{tmp_path}/msmarco:bert-ensemble-margin-mse",
         "scored.jsonl": f"{tmp_path}/scored.jsonl",
+        "mined.jsonl": f"{tmp_path}/scored.jsonl",
     }
 
 

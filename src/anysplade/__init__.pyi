@@ -64,6 +64,8 @@ from .study.results import StudyResult as StudyResult
 from .training.adaptation import Adaptation as Adaptation
 from .training.adaptation import adapt as adapt
 from .training.config import TrainingConfig as TrainingConfig
+from .training.distillation import Distillation as Distillation
+from .training.distillation import distil as distil
 from .training.head_training import HeadTraining as HeadTraining
 from .training.head_training import train_head as train_head
 from .training.mining import Mined as Mined

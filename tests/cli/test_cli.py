@@ -23,7 +23,7 @@ from anysplade.cli import app
 from anysplade.cli.app import _as_typed, main
 from anysplade.cli.config import config_file
 from processes import drop_privileges, room_for, run_command, run_python
-from tiny import WORDS, make_backbone, make_lexical
+from tiny import WORDS, make_backbone, make_lexical, make_static
 from vocabularies import byte_level, make_cased
 
 OPTIONS = ["--steps", "4", "--batch-size", "4", "--max-length", "16"]
@@ -186,9 +186,9 @@ def test_names_are_shown_as_they_are(backbone, collection_folder, call, tmp_path
     assert (code, shown.count("c[bold]")) == (0, 1)
 
 
-def test_output_in_an_encoding_without_these_characters(backbone, tmp_path):
+def test_output_in_an_encoding_without_these_characters(tmp_path):
     """Escaped instead of a traceback; what is JSON stays JSON."""
-    Index.build(backbone, {"é中😀": Document("", "kabel é中😀")}, tmp_path / "index").close()
+    Index.build(make_static(tmp_path), {"é中😀": Document("", "kabel é中😀")}, tmp_path / "index").close()
     command = [sys.executable, "-m", "anysplade", "search", str(tmp_path / "index"), "kabel"]
     options = {"capture_output": True, "env": os.environ | {"PYTHONIOENCODING": "ascii"}, "timeout": 120}
     found = json.loads(subprocess.run([*command, "--json"], check=True, **options).stdout)
@@ -714,8 +714,7 @@ def test_output_that_nobody_reads(more, code, static_index):
     assert (done.stderr, done.returncode) == (b"", code)
 
 
-@pytest.mark.parametrize("closed", [[1], [0, 1, 2]])
-@pytest.mark.parametrize("more", [[], ["--json"], ["--help"]])
+@pytest.mark.parametrize("closed, more", [([1], []), ([0, 1, 2], ["--json"]), ([0, 1, 2], ["--help"])])
 def test_standard_streams_that_are_closed(closed, more, static_index, tmp_path):
     """No file that is opened later gets what is printed."""
     code = "import os, sys; [os.close(int(n)) for n in sys.argv[1]]; os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"

@@ -1,14 +1,30 @@
 import json
+from itertools import islice
 
 import pytest
 from sentence_transformers import SparseEncoder
 
-from anysplade import OutputError
+from anysplade import Collection, OutputError
 from anysplade.cli.demo import demo_parts, run_demo
+from anysplade.data.collections import load_python_docs
 
 
-def test_the_demo_from_end_to_end_and_again(tmp_path):
-    """Two steps on one package: everything runs, nothing is learned. The real one is `make demo`."""
+@pytest.fixture
+def few_docs(monkeypatch):
+    """The first documents of a package, with their queries, and the first training pairs."""
+
+    def load(packages, progress):
+        collection, pairs = load_python_docs(packages)
+        corpus = dict(islice(collection.corpus.items(), 120))
+        qrels = {query: found for query, found in collection.qrels.items() if found.keys() <= corpus.keys()}
+        queries = {query: collection.queries[query] for query in qrels}
+        return Collection(collection.name, corpus, queries, qrels), pairs[:64]
+
+    monkeypatch.setattr("anysplade.cli.demo.load_python_docs", load)
+
+
+def test_the_demo_from_end_to_end_and_again(tmp_path, few_docs):
+    """Two steps on a part of a package: everything runs, nothing is learned. The real one is `make demo`."""
     first = run_demo(tmp_path / "demo", steps=2, packages=("networkx",))
     names = [(row["backbone"], row["calibration"]) for row in first.rows]
     assert names == [(b, c) for b in ("bert-tiny", "modernbert-tiny") for c in ("none", "scale", "auto")] + [("bm25", None)]

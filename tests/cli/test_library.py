@@ -4,7 +4,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from anysplade import Index, Mined, StudyConfig, adapt, evaluate_all, mine, score, train_head
+from anysplade import Index, Mined, StudyConfig, adapt, distil, evaluate_all, mine, score, train_head
 from anysplade.cli import app, evaluation, main, search, study, training
 from anysplade.search.sizing import size
 from anysplade.serving.app import serve
@@ -15,6 +15,7 @@ from anysplade.serving.app import serve
     [
         (training.head, train_head),
         (training.adapt, adapt),
+        (training.distil, distil),
         (training.mine, mine),
         (training.score, score),
         (evaluation.evaluate, evaluate_all),

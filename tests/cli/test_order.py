@@ -94,6 +94,9 @@ def test_what_a_name_holds(name, kind, here, monkeypatch):
         ("index python-docs bert-tiny --out new", "anysplade index bert-tiny python-docs --out new"),
         ("train cranfield splade --out new", "models come first: anysplade train splade cranfield --out new"),
         ("adapt cranfield splade --teacher dense --out new", "anysplade adapt splade cranfield --teacher dense --out new"),
+        ("distil cranfield dense --out new", "models come first: anysplade distil dense cranfield --out new"),
+        ("distil splade cranfield --out deep/new", "splade: not a dense model of sentence-transformers"),
+        ("distil dense cranfeild --out deep/new", "did you mean cranfield?"),
         ("search heat idx", "idx is an index; the index comes first: anysplade search idx heat"),
         (
             "search splade heat",

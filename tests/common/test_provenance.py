@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from anysplade import Index
 from anysplade._common.provenance import provenance
 from anysplade.cli import main
 from opensearch_server import Server
@@ -70,19 +70,16 @@ def test_an_index_on_a_server(password, call, serve, backbone, collection_folder
     assert CANARY not in repr(server.indices["docs"].mappings)
 
 
-def test_a_server_that_is_not_there_is_one_line(call, backbone, collection_folder):
-    code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
-    address = f"opensearch://me:{CANARY}@127.0.0.1:9/docs"
-    command = [sys.executable, "-c", code, "index", str(backbone), str(collection_folder), "--to", address]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "check its address" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert CANARY not in done.stdout + done.stderr
+def test_a_server_that_is_not_there_is_one_line(backbone, collection_folder, capfd):
+    assert main(["index", backbone, str(collection_folder), "--to", f"opensearch://me:{CANARY}@127.0.0.1:9/docs"]) == 1
+    said = capfd.readouterr()
+    assert "check its address" in said.err
+    assert "Traceback" not in said.err
+    assert CANARY not in said.out + said.err
 
 
-def test_the_server_logs_no_token(backbone, collection_folder, tmp_path):
-    Index.build(backbone, collection_folder, tmp_path / "index").close()
+def test_the_server_logs_no_token(static_index, tmp_path):
+    shutil.copytree(static_index, tmp_path / "index")
     code = "import sys; from anysplade.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "serve", str(tmp_path / "index"), "--port", "0", "--token", CANARY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)

@@ -36,6 +36,24 @@ def test_what_is_deployed_is_compared_with_the_exact_model(pruned, collection_fo
     assert "is an index: documents in float32 with the 2 largest weights" in capsys.readouterr().out
 
 
+def test_an_index_with_all_other_options(teachers, pruned, collection_folder):
+    """An index and its exact model are no seeds, and only the index is fused; seeds with BM25 added are those of another model."""
+    seed = teachers["sparse"]
+    options = {"lexical": 3, "fuse": "rrf", "rerank": teachers["cross-encoder"], "rerank_depth": 1}
+    found = evaluate_all(["bm25", seed, seed], collection_folder, "nDCG@10", index=pruned, seeds=True, **options)
+    kinds = ["sparse", "index", "bm25", "sparse", "sparse", "sparse", "sparse", "sparse", "fusion"]
+    assert [row.kind for row in found.evaluations] == [*kinds, *["reranked"] * len(kinds)]
+    assert [row.lexical for row in found.evaluations[:9]] == [None] * 5 + [3] * 3 + [None]
+    assert found.evaluations[8].model == f"rrf of {pruned} and bm25 and {seed} and {seed}"
+    assert [row["model"] for row in found.means] == ["mean of 2", "mean of 2 + 3 bm25"]
+    for row, seeds in zip(found.means, (found.evaluations[4], found.evaluations[7]), strict=True):
+        assert row["nDCG@10"] == pytest.approx(seeds.metrics["nDCG@10"])
+    assert [(over.baseline, over.lexical, over.seeds) for over in found.seed_comparisons] == [("bm25", None, 2), ("bm25", 3, 2)]
+    assert all(over.p_corrected >= over.p for over in found.seed_comparisons)
+    with pytest.raises(OptionError, match="`fuse` needs two models"):
+        evaluate_all([], collection_folder, index=pruned, fuse="rrf")
+
+
 def test_documents_that_do_not_match_are_said(pruned, collection_folder, caplog):
     collection = load_collection(collection_folder)
     judged = {id_ for grades in collection.qrels.values() for id_ in grades}

@@ -2,7 +2,6 @@ import bz2
 import gzip
 import json
 import math
-import multiprocessing
 import re
 import shutil
 import time
@@ -29,6 +28,7 @@ from anysplade.evaluation.measures import measure, parse_metrics
 from anysplade.evaluation.runs import read_run, write_run
 from anysplade.model.dense import open_dense
 from anysplade.model.pruning import prune
+from processes import preloaded_context
 from tiny import make_lexical
 
 
@@ -457,8 +457,9 @@ def _evaluate(*arguments, cache):
 
 def test_killed_and_started_again(backbone, collection_folder, tmp_path, monkeypatch):
     whole = evaluate(backbone, collection_folder)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_evaluate, args=(backbone, str(collection_folder)), kwargs={"cache": tmp_path / "cache"})
+    process = preloaded_context().Process(
+        target=_evaluate, args=(backbone, str(collection_folder)), kwargs={"cache": tmp_path / "cache"}
+    )
     process.start()
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "cache").rglob("0*.npz"))) < 3 and time.monotonic() < deadline:

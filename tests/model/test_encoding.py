@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from sentence_transformers import SparseEncoder
 
 import anysplade.model.encoding as encoding
 from anysplade import ModelError, load_encoder
+from anysplade._common.cache import cache_entries, release
 from anysplade.model.encoder import build_encoder
 from anysplade.model.encoding import count_truncated, encode
 from anysplade.model.modules import masked_lm
@@ -34,6 +37,19 @@ def test_rows_are_those_of_sentence_transformers_in_order(encoder, role, tokens,
     assert (rows.data > 0).all()
     expected = method(TEXTS, convert_to_sparse_tensor=False).numpy()
     np.testing.assert_allclose(rows.toarray(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_in_a_cache_are_in_use(encoder, tmp_path):
+    """New ones and those of an earlier call, so that they are not removed meanwhile, and later not first."""
+    folder = tmp_path / "vectors" / ("a" * 32)
+    for _ in range(2):
+        encode(encoder, TEXTS, "query", cache=folder)
+        (entry,) = cache_entries(tmp_path)
+        assert entry.in_use
+        assert entry.last_use > 10_000
+        release()
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (10_000, 10_000))
 
 
 def test_no_texts(encoder):

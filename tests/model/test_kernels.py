@@ -21,8 +21,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 def check_kernels(interpret: str, seconds: int) -> None:
     """Run ``kernel_checks`` in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     path = os.pathsep.join([str(SOURCE), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(HERE / "kernel_checks.py")]
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugins = ["-p", "pytest_timeout", "-p", "no:cacheprovider"]  # what others load takes seconds
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", *plugins, str(HERE / "kernel_checks.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -1,5 +1,6 @@
 import multiprocessing
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from anysplade.model.encoding import encode, encode_counted
 from anysplade.model.modules import cut_within, masked_lm
 from anysplade.search import document_encoding
 from anysplade.search.document_encoding import Options, encode_documents
+from processes import preloaded_context
 from tiny import counted_copy
 
 
@@ -24,6 +26,13 @@ def small_parts(monkeypatch):
     torch.set_num_threads(1)  # as each of several workers has
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Workers that start at once; test_several_processes_give_the_same_bytes has those that users get."""
+    context = preloaded_context()
+    monkeypatch.setattr(document_encoding, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def test_several_processes_give_the_same_bytes(backbone, corpus):
     assert rows(batches(corpus, options(backbone), workers=2)) == rows(batches(corpus, options(backbone)))
 
 
-def test_a_worker_that_dies_is_reported(backbone, corpus, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_reported(backbone, corpus, tmp_path, monkeypatch, quick_workers):
     read = document_encoding._read_shard
 
     def kill_them(folder, number, part):
@@ -77,7 +86,7 @@ def test_a_worker_that_dies_is_reported(backbone, corpus, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_model_that_cannot_be_opened_is_reported_by_any_number_of_workers(workers, backbone, corpus, tmp_path):
+def test_a_model_that_cannot_be_opened_is_reported_by_any_number_of_workers(workers, backbone, corpus, tmp_path, quick_workers):
     open_encoder(backbone).save_pretrained(str(tmp_path / "torn"))
     (weights,) = (tmp_path / "torn").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
@@ -103,7 +112,7 @@ def test_one_copy_in_bfloat16_a_process(backbone, corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monkeypatch):
+def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monkeypatch, quick_workers):
     whole = rows(batches(corpus, options(backbone), workers=workers, shards=tmp_path))
     (tmp_path / "000001.npz").unlink()
     torn = tmp_path / "000002.npz"
@@ -127,7 +136,7 @@ def test_shards_are_not_encoded_again(workers, backbone, corpus, tmp_path, monke
     assert changed[32:] == whole[32:]
 
 
-def test_texts_in_several_processes(backbone, corpus, tmp_path, monkeypatch):
+def test_texts_in_several_processes(backbone, corpus, tmp_path, monkeypatch, quick_workers):
     """The same vectors and count as in this process; parts in the cache are not encoded again."""
     encoder = cut_within(open_encoder(backbone), 8)
     texts = [document.full_text for document in corpus.values()]

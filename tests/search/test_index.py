@@ -1,7 +1,6 @@
 import contextlib
 import datetime
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ from anysplade.model.encoding import encode, encode_parts
 from anysplade.model.runtimes import resolve_precision
 from anysplade.search.exact import Postings
 from anysplade.search.index import Changes
-from processes import drop_privileges, run_command, run_python
+from processes import drop_privileges, preloaded_context, run_command, run_python
 from tiny import WORDS, counted_copy, make_static, no_encoder
 
 
@@ -416,8 +415,7 @@ def test_killed_at_random_moments(backbone, tmp_path, count, wanted):
     with open(tmp_path / "corpus.jsonl", "w") as file:
         for i in range(count):
             file.write(json.dumps({"_id": f"d{i}", "text": " ".join(generator.sample(WORDS, 3))}) + "\n")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["anysplade.search.index"])
+    context = preloaded_context()
     kills = 0
     while kills < wanted:
         process = context.Process(target=_build, args=(backbone, tmp_path / "corpus.jsonl", tmp_path / "killed"))
@@ -468,9 +466,8 @@ def test_an_update_killed_at_random_moments(backbone, corpus, tmp_path):
     def texts(ids):
         return {f"d{i}": " ".join(generator.sample(WORDS, 3)) for i in ids}
 
-    corpus.write(texts(range(3000)))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["anysplade.search.index"])
+    corpus.write(texts(range(1500)))
+    context = preloaded_context()
 
     def run(seconds):
         process = context.Process(target=_update, args=(backbone, corpus.path, tmp_path / "index"))
@@ -482,7 +479,7 @@ def test_an_update_killed_at_random_moments(backbone, corpus, tmp_path):
         return process.exitcode
 
     assert run(120) == 0
-    after = texts(range(1000, 5000))
+    after = texts(range(500, 2500))
     corpus.write(after)
     for _ in range(4):
         run(generator.uniform(0.3, 1.5))

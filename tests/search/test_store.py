@@ -1,5 +1,4 @@
 import contextlib
-import multiprocessing
 import random
 import shutil
 import sqlite3
@@ -21,7 +20,7 @@ from anysplade import AnyspladeError, DataError, Document, OptionError, OutputEr
 from anysplade.search.documents import EncodedDocument
 from anysplade.search.filters import explain_filter
 from anysplade.search.store import Store
-from processes import drop_privileges
+from processes import drop_privileges, preloaded_context
 
 VOCABULARY = 250_002  # XLM-R's
 IDS = [" ", "a", "b c", "ü/..\\x00", "😀", "-1", "9" * 5000, "\udc80"]
@@ -480,8 +479,7 @@ def _change(folder, seed, begun):
 @pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])  # a minute and a half
 def test_killed_while_documents_change(kills, tmp_path):
     """At random moments; each time the engine has what the truth has, no more and no less."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["anysplade.search.store"])
+    context = preloaded_context()
     Store.create(tmp_path / "store")
     for _ in range(kills):
         begun = context.Event()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,36 @@ from tiny import make_backbone, make_collection
 from vocabularies import byte_level, make_cased
 
 TRAINING = {"steps": 2, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
+
+
+class Here(Executor):
+    """Runs cells in this process, where the libraries are loaded."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_studies():
+    """Fewer rows, and one process; test_a_cell_that_fails_is_reported_and_the_others_run has the processes that users get."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anysplade.study.plan.LEVELS", (0.01,))
+        patch.setattr("anysplade.study.plan.WEIGHTS", (1, 100))
+        patch.setattr("anysplade.study.run.ProcessPoolExecutor", Here)
+        yield
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.setattr("anysplade.study.run.ProcessPoolExecutor", ProcessPoolExecutor)
 
 
 @pytest.fixture(scope="module")
@@ -147,21 +178,20 @@ def test_studies_of_a_folder_are_kept_together(place, written):
     assert list(kept["studies"]) == ["norm", "dynamics"]
 
 
-def test_a_cell_that_fails_is_reported_and_the_others_run(place, tmp_path):
+def test_a_cell_that_fails_is_reported_and_the_others_run(place, tmp_path, processes):
     broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
     options = TRAINING | {"shift": 0.0, "seed": 0}
     lost = Cell(broken, str(place / "collection"), options | {"k": 1.0}, level=0.01)
     fine = Cell(broken, str(place / "collection"), options | {"k": 2.0})
-    records, failed = run_cells([lost, fine], (str(place / "collection"),), tmp_path, 1)
+    records, failed = run_cells([lost, fine], (str(place / "collection"),), tmp_path, 2)
     assert list(records) == [fine.hash]
     assert list(failed) == [lost.hash]
     assert "no bias" in failed[lost.hash]
     assert read_cell(tmp_path, fine, (str(place / "collection"),))
 
 
-def test_a_failed_arm_is_named(place, tmp_path, monkeypatch):
+def test_a_failed_arm_is_named(place, tmp_path):
     broken = make_backbone("modernbert", tmp_path / "no-bias", decoder_bias=False)  # a level cannot be shifted there
-    monkeypatch.setattr("anysplade.study.plan.LEVELS", (0.01,))
     given = arguments(place, "sensitivity", "failed")
     given[given.index("--backbones") + 1] = broken
     assert main(given) == 0

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -26,6 +25,7 @@ from anysplade import (
 )
 from anysplade._common.files import only_process
 from anysplade.training import mining as module
+from processes import preloaded_context
 from tiny import WORDS, make_tokenizer
 
 
@@ -142,8 +142,7 @@ def _slowly(data, output):
 
 def test_killed_and_started_again(collection_folder, tmp_path, monkeypatch):
     whole = mine(str(collection_folder), tmp_path / "whole.jsonl", negatives=2, margin=0)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_slowly, args=(str(collection_folder), tmp_path / "killed.jsonl"))
+    process = preloaded_context().Process(target=_slowly, args=(str(collection_folder), tmp_path / "killed.jsonl"))
     process.start()
     parts = tmp_path / "killed.jsonl.parts"
     deadline = time.monotonic() + 60

@@ -24,7 +24,7 @@ from anysplade import (
 )
 from anysplade.cli import main
 from hub_server import TOKEN, hub  # noqa: F401  (a fixture)
-from processes import run_command
+from processes import run_commands
 from tiny import make_backbone, make_static
 
 REPO = "me/tiny-splade"
@@ -247,14 +247,13 @@ def test_no_network_is_one_line(run, hub, monkeypatch):  # noqa: F811
 
 def test_the_command(run, hub):  # noqa: F811
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    done = run_command("push", run, REPO, "--private", env=environment)
+    calls = (["push", run, REPO, "--private"], ["push", run, REPO, "--json"], ["push", run, "you/model"])
+    done, again, refused = run_commands(*calls, env=environment)
     assert (done.returncode, done.stdout) == (
         0,
         f"{run / 'model'} is in {hub.url}/{REPO} (private), with the results on tiny\n",
     )
     assert TOKEN not in done.stderr
-    again = run_command("push", run, REPO, "--json", env=environment)
     assert json.loads(again.stdout)["changed"] is False
-    refused = run_command("push", run, "you/model", env=environment)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.splitlines()[-1].startswith("anysplade: you/model: you may not write there")

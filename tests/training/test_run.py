@@ -33,7 +33,7 @@ from anysplade import (
 from anysplade._common.outputs import digests
 from anysplade.cli.training import training_lines
 from anysplade.data.collections import load_python_docs
-from anysplade.data.pairs import read_pairs
+from anysplade.data.pairs import read_parts
 from anysplade.errors import AnyspladeError
 from anysplade.model.encoder import build_encoder, open_encoder
 from anysplade.model.encoding import count_truncated
@@ -183,7 +183,7 @@ def test_what_changed_under_a_run_is_refused(file, finished, config, inputs, tmp
 def _count_reads(monkeypatch):
     """A list that grows whenever a run reads its data."""
     reads = []
-    monkeypatch.setattr(run_inputs, "read_pairs", lambda *args, **kwargs: reads.append(args) or read_pairs(*args, **kwargs))
+    monkeypatch.setattr(run_inputs, "read_parts", lambda *args, **kwargs: reads.append(args) or read_parts(*args, **kwargs))
     return reads
 
 
@@ -307,10 +307,10 @@ def test_two_processes_on_few_documents(backbone, repeated, tmp_path):
         "max_length": 16,
         "output": str(tmp_path / "run"),
     }
-    (tmp_path / "options.json").write_text(json.dumps(options))
+    (tmp_path / "options.json").write_text(json.dumps([options]))
     run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 60
-    (tmp_path / "options.json").write_text(json.dumps(options | {"batch_size": 8, "output": str(tmp_path / "other")}))
+    (tmp_path / "options.json").write_text(json.dumps([options | {"batch_size": 8, "output": str(tmp_path / "other")}]))
     with pytest.raises(AssertionError, match="give 5; use `batch_size=4`") as refused:
         run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "second-meeting")
     assert "the first process could not prepare the examples" in str(refused.value)
@@ -592,26 +592,30 @@ def test_the_command_goes_on_where_it_was_killed(config, tmp_path):
     assert "batch_size 4" in again.stderr  # what it was asked for
 
 
-def test_two_processes_train_as_one(collection_folder, tmp_path):
-    """With DF-FLOPS, which has all to gather that FLOPS has, and more."""
+def test_two_processes_train_as_one(collection_folder, teachers, tmp_path):
+    """With DF-FLOPS, which has all to gather that FLOPS has, and more; and with a teacher, which scores the documents of both."""
     # Without dropout, which is random in another way in each process.
     backbone = make_backbone("bert", tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     options = {
-        "backbone": backbone, "data": str(collection_folder), "steps": 100, "batch_size": 8, "learning_rate": 1e-4,
-        "max_length": 16, "k": 2.0, "shift": 0.5, "regularizer": "df-flops", "document_active_dims": 40.0, "checkpoint_steps": 100,
-        "query_regularizer_weight": 0.01,
+        "backbone": backbone, "data": str(collection_folder), "batch_size": 8, "learning_rate": 1e-4,
+        "max_length": 16, "k": 2.0, "shift": 0.5, "checkpoint_steps": 100,
     }  # fmt: skip
-    one = train(TrainingConfig(output=str(tmp_path / "one"), **options))
-    (tmp_path / "options.json").write_text(json.dumps(options | {"output": str(tmp_path / "two")}))
+    wide = {"steps": 40, "regularizer": "df-flops", "document_active_dims": 40.0, "query_regularizer_weight": 0.01}
+    both = (options | wide, options | {"steps": 20, "teacher": teachers["dense"], "negatives": 0})
+    first, taught = (train(TrainingConfig(output=str(tmp_path / f"one-{i}"), **config)) for i, config in enumerate(both))
+    of_two = [config | {"output": str(tmp_path / f"two-{i}")} for i, config in enumerate(both)]
+    (tmp_path / "options.json").write_text(json.dumps(of_two))
     run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
-    two = json.loads((tmp_path / "two" / "training.json").read_text())
-    assert (one.processes, two["processes"]) == (1, 2)
-    a, b = one.monitoring["observations"], two["monitoring"]["observations"]
-    assert len(a) == len(b) == 100
+    two, two_taught = (json.loads((tmp_path / f"two-{i}" / "training.json").read_text()) for i in range(2))
+    assert (first.processes, two["processes"], two_taught["processes"]) == (1, 2, 2)
+    a, b = first.monitoring["observations"], two["monitoring"]["observations"]
+    assert len(a) == len(b) == 40
     for name, margin in (("loss", 1e-4), ("score_mean", 1e-3), ("query_active_dims", 0.02), ("document_active_dims", 0.02)):
         assert [seen[name] for seen in b] == pytest.approx([seen[name] for seen in a], rel=margin, abs=margin), name
     for name in ("query_active_dims", "document_active_dims"):
-        assert two[name] == pytest.approx(getattr(one, name), rel=0.02)
+        assert two[name] == pytest.approx(getattr(first, name), rel=0.02)
+    a, b = ([seen["loss"] for seen in found["observations"]] for found in (taught.monitoring, two_taught["monitoring"]))
+    assert b == pytest.approx(a, rel=1e-4)
 
 
 def test_a_batch_that_does_not_divide_among_the_processes(config, monkeypatch):
@@ -676,7 +680,7 @@ def test_the_ranking_loss_is_reported_without_the_regularizer(config):
     assert _ranking_loss([parts])["last"] == {"from_step": 1, "to_step": 1, "mean": 3.0}
 
 
-def test_the_card_says_how_the_model_was_made(config, collection_folder, tmp_path):
+def test_the_card_says_how_the_model_was_made(config, collection_folder, tmp_path, drawn_cards):
     train(config(dev=str(collection_folder), dev_split="test"))
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert card.index("## Usage") < card.index("## How it was made") < card.index("## Training Details")

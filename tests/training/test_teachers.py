@@ -21,8 +21,7 @@ from anysplade.training.objectives import TaughtContrastiveLoss, TeacherLoss
 from anysplade.training.teacher_cache import VectorCache
 from anysplade.training.teacher_scores import prepare_teacher
 from anysplade.training.teachers import open_teacher
-from processes import run_on_two_processes
-from tiny import WORDS, make_backbone, make_tokenizer
+from tiny import WORDS, make_tokenizer
 
 PAIRS = [
     Pair(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 1 : i + 9]), (" ".join(WORDS[i + 9 : i + 15]),)) for i in range(0, 96, 4)
@@ -305,19 +304,3 @@ def test_no_text_is_too_long(max_length, teachers, tmp_path):
     pairs = [(WORDS[0], text), (WORDS[0], " ".join(WORDS[:20]))]
     scores = open_teacher(teachers["cross-encoder"], max_length=max_length).rate(pairs)
     assert (abs(scores[0] - scores[1]) < 1e-7) == (max_length == 8)  # both are cut after the same words
-
-
-def test_two_processes_learn_as_one(teachers, collection_folder, tmp_path):
-    """Each scores its queries against the documents of both."""
-    backbone = make_backbone("bert", tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    options = {
-        "backbone": backbone, "data": str(collection_folder), "teacher": teachers["dense"], "negatives": 0, "steps": 30,
-        "batch_size": 8, "learning_rate": 1e-4, "max_length": 16, "k": 2.0, "shift": 0.5, "checkpoint_steps": 100,
-    }  # fmt: skip
-    one = train(TrainingConfig(output=str(tmp_path / "one"), **options))
-    (tmp_path / "options.json").write_text(json.dumps(options | {"output": str(tmp_path / "two")}))
-    run_on_two_processes("two_trainings.py", tmp_path / "options.json", tmp_path / "meeting")
-    two = json.loads((tmp_path / "two" / "training.json").read_text())
-    assert two["processes"] == 2
-    a, b = ([seen["loss"] for seen in found["observations"]] for found in (one.monitoring, two["monitoring"]))
-    assert b == pytest.approx(a, rel=1e-4)

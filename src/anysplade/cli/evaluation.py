@@ -137,9 +137,10 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
 
 def _seed_line(over: "SeedComparison") -> str:
     interval = "" if over.interval is None else f", 95 % {over.interval[0]:+.3f} to {over.interval[1]:+.3f}"
+    words = "" if over.lexical is None else f" + {over.lexical:g} bm25"
     return (
-        f"mean of {over.seeds} seeds against {over.baseline} on {over.collection}, tested over seeds and queries: {over.metric} "
-        f"{over.difference:+.3f}{interval}, p {over.p:.2g}, Holm {over.p_corrected:.2g}: {over.verdict}"
+        f"mean of {over.seeds} seeds{words} against {over.baseline} on {over.collection}, tested over seeds and queries: "
+        f"{over.metric} {over.difference:+.3f}{interval}, p {over.p:.2g}, Holm {over.p_corrected:.2g}: {over.verdict}"
     )
 
 

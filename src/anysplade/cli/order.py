@@ -13,7 +13,7 @@ from anysplade.data.names import DATA, INDEX, MODEL, held
 from anysplade.errors import OptionError
 from anysplade.model.options import checked_option
 
-_MODEL_FIRST = ("evaluate", "index", "train", "adapt")  # commands that take models and then data
+_MODEL_FIRST = ("evaluate", "index", "train", "adapt", "distil")  # commands that take models and then data
 
 
 def check_order(arguments: Sequence[str]) -> None:

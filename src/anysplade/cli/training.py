@@ -1,4 +1,4 @@
-"""Commands that train and prepare training data: train, adapt, head, pairs, mine, score, push."""
+"""Commands that train and prepare training data: train, adapt, distil, head, pairs, mine, score, push."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +111,29 @@ def _kind_lines(by_kind: dict[str, dict[str, Any]]) -> list[str]:
 
 
 @command
+@options_of("training.distillation", "distil")
+def distil(dense: str, corpus: str, /, *, out: Path, kinds: tuple[str, ...] = PAIR_KINDS, **options: Any) -> Result:
+    """Make a sparse encoder of a dense model, for documents without labels; after an interruption, the same command continues.
+
+    Args:
+        kinds: kinds of pairs to make: title, heading, sentence.
+    """
+    from anysplade.training import distillation
+
+    result = distillation.distil(dense, corpus, out, kinds=kinds, **options, progress=is_first_process())
+    metrics = [name for name in result.rows[0] if name != "model" and not name.endswith(("dims", "flops", "words"))]
+    return Result(
+        result.to_dict(),
+        [
+            evaluation_table(result.rows, metrics),
+            Text(result.reason),
+            f"model: {result.model}, trained on {counted(result.trained_on, 'pair')}",
+            f"next: anysplade index {result.model} {corpus} --lexical {options['lexical']:g} --out INDEX",
+        ],
+    )
+
+
+@command
 def pairs(corpus: str, /, *, out: Path, kinds: tuple[str, ...] = PAIR_KINDS) -> Result:
     """Make training pairs from documents alone: titles, headings and sentences stand for queries.
 
@@ -165,7 +188,7 @@ def push(model: str, repo_id: str, /, *, private: Annotated[bool, Parameter(nega
     """Publish a trained model on the Hugging Face hub, with a card that has its results and its use in other software.
 
     Args:
-        model: the output of train or adapt, or the folder of any saved SparseEncoder.
+        model: the output of train, adapt or distil, or the folder of any saved SparseEncoder.
         repo_id: name of the repository, ORG/NAME; it is created if there is none.
         private: create a private repository; an existing one that is public is refused.
     """

@@ -22,7 +22,7 @@ from anysplade.evaluation.evaluations import Evaluation, curve, evaluate, write_
 from anysplade.evaluation.fusion import evaluate_fused, evaluate_lexical, evaluate_reranked
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
-from anysplade.evaluation.seeds import SeedComparison, compare_seeds
+from anysplade.evaluation.seeds import SeedComparison, compare_seeds, seed_groups
 from anysplade.model.options import Precision, Runtime, checked_option
 from anysplade.search.fusion import Fusion
 from anysplade.search.languages import language_name
@@ -93,9 +93,10 @@ def evaluate_all(
         metrics: names of ir-measures, a list or a single one. The first is the primary one: its comparisons are corrected
             together.
         index: folder of an index to evaluate as it is, with its precision, its pruning and its engine, against its exact model:
-            both come before the other models, so that the difference is tested.
+            both come before the other models, so that the difference is tested. Neither is a seed, and only the index is fused.
         seeds: the sparse models are one model trained with several seeds; their means and standard deviations are added,
-            and, if the first model is none of them, a test of their mean against it over seeds and queries together.
+            and, if the first model is none of them, a test of their mean against it over seeds and queries together. With
+            ``lexical``, the models with BM25 added are such a group too.
         curves: add effectiveness against cost by pruning; see ``curve``.
         lexical: add each sparse model with BM25 added to its scores, times this weight, as in an index with ``lexical``; see
             ``evaluate_lexical``.
@@ -115,6 +116,7 @@ def evaluate_all(
     """
     models, collections, metrics = _as_list(models), _as_list(collections), _as_list(metrics)
     lengths = [max_length] * len(models)
+    deployed = int(index is not None)  # 1: the models begin with the exact one of an index, and then the index
     if index is not None:
         exact, length = model_of(index)
         models, lengths = [exact, index, *models], [length if max_length is None else max_length, max_length, *lengths]
@@ -124,7 +126,7 @@ def evaluate_all(
     language_name(language)
     lexical = check_weight(lexical)
     fuse, depth = checked_option("fuse", fuse, Fusion | None), checked_depth(rerank_depth)
-    if fuse is not None and len(models) < 2:
+    if fuse is not None and len(models) - deployed < 2:
         raise OptionError("`fuse` needs two models or more; name another one, such as bm25")
     reranker = None if rerank is None else open_reranker(rerank, max_length)
     loaded = _load(collections, split, progress)
@@ -134,6 +136,7 @@ def evaluate_all(
     if len({place.lower() for place in places}) < len(places):
         places = [f"{i}-{place}" for i, place in enumerate(places, 1)]
     evaluations, drawn = [], []
+    named: list[Evaluation] = []  # without an index and its exact model
     for place, collection in zip(places, loaded, strict=True):
         for i, (model, length) in enumerate(zip(models, lengths, strict=True), 1):
             name = as_name(str(model) if isinstance(model, str | Path) else type(model).__name__)
@@ -158,8 +161,9 @@ def evaluate_all(
         parts = list(rows)
         if lexical is not None:
             rows += [evaluate_lexical(row, collection, lexical, language) for row in parts if row.vectors is not None]
+        named += [*parts[2 * deployed :], *rows[len(models) + deployed :]]
         if fuse is not None:
-            rows.append(evaluate_fused(parts, collection, fuse))
+            rows.append(evaluate_fused(parts[deployed:], collection, fuse))
         if rerank is not None and reranker is not None:
             rows += [evaluate_reranked(row, collection, reranker, rerank, depth, progress) for row in rows]
         for i, made in enumerate(rows[len(models) :], len(models) + 1):
@@ -167,11 +171,11 @@ def evaluate_all(
                 write_evaluation(folder / place / f"{i}-{as_name(made.model)}", made)
             evaluations.append(made)
     comparisons = compare_each(evaluations, {collection.name: collection for collection in loaded})
-    means = _over_seeds(evaluations) if seeds else []
+    means = _over_seeds(named) if seeds else []
     if len(loaded) > 1:
         each = len(evaluations) // len(loaded)
         means += [_over_collections(evaluations[i::each]) for i in range(each)]
-    result = Evaluations(evaluations, comparisons, means, drawn, compare_seeds(evaluations) if seeds else [])
+    result = Evaluations(evaluations, comparisons, means, drawn, compare_seeds(named) if seeds else [])
     if folder is not None and (not single or curves):
         write_record(folder / "evaluations.json", result.to_dict())
     return result
@@ -210,12 +214,12 @@ def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[s
 
 
 def _over_seeds(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Means and standard deviations over the sparse models for each collection that has at least two."""
+    """Means and standard deviations over the sparse models, also with BM25 added, for each collection that has at least two."""
     rows = []
-    for collection in dict.fromkeys(evaluation.collection for evaluation in evaluations):
-        group = [e for e in evaluations if e.collection == collection and e.vectors is not None]
+    for (collection, lexical), group in seed_groups(evaluations).items():
         if len(group) > 1:
-            row: dict[str, Any] = {"model": f"mean of {len(group)}", "collection": collection}
+            words = "" if lexical is None else f" + {lexical:g} bm25"
+            row: dict[str, Any] = {"model": f"mean of {len(group)}{words}", "collection": collection}
             for name, column in _columns(group).items():
                 if None in column:
                     continue

@@ -14,6 +14,7 @@ from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 
 from anysplade._common.arguments import require, require_list
+from anysplade._common.cache import mark_used
 from anysplade._common.parts import read_rows, write_rows
 from anysplade._common.progress import bar_within
 from anysplade._common.row_file import RowFile
@@ -129,6 +130,7 @@ def _encode(
                 shown.update(len(given))
             elif file is not None:
                 write_rows(file, matrix)
+            mark_used(cache)
             blocks.append(matrix)
             if is_counted:
                 cut += count_known(encoder, given, matrix, role, None if known is None else pieces) if longer is None else longer

@@ -59,7 +59,7 @@ def resolve_model(name: str | Path) -> str:
 
 def _unfinished(folder: Path) -> str:
     """The work that was interrupted before it wrote a model to this folder; empty if none was."""
-    works = {"run.json": "training", "data/examples": "training", "options.json": "adaptation"}
+    works = {"run.json": "training", "data/examples": "training", "options.json": "adaptation", "call.json": "distillation"}
     found = (work for name, work in works.items() if (folder / name).exists())
     parts = beside(folder, "{}.parts") if folder.name else folder
     return next(found, "training of a head" if (parts / "about.json").is_file() and not folder.exists() else "")

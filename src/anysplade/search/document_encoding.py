@@ -197,6 +197,7 @@ def encode_texts(
         for part, rows, is_new in _in_processes(jobs(), options, workers, batch_tokens):
             if is_new and (kept := file(part.start)) is not None:
                 write_rows(kept, rows.matrix)
+            mark_used(cache)
             if pieces is not None and rows.pieces is not None:
                 pieces.merge(rows.pieces)
             rows_of_texts.append(rows.matrix)

@@ -5,12 +5,11 @@ scores the batches. The targets of the training are the model's own active dims.
 and the trained ones (Wortsman et al., arXiv 2109.01903).
 """
 
-import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,17 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import atomic_folder, default_cache, only_process, user_path, write_atomic
-from anysplade._common.outputs import digests, earlier_call, is_whole, require_unused, restored, write_record
+from anysplade._common.files import atomic_folder, default_cache, only_process, user_path
+from anysplade._common.outputs import digests, restored, write_record
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
-from anysplade.data.corpus import Document, read_corpus
+from anysplade.data.corpus import read_corpus
 from anysplade.data.document_pairs import make_pairs
 from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
-from anysplade.data.rows import rows as read_rows
-from anysplade.errors import AnyspladeError, DataError, OutputError
+from anysplade.errors import OutputError
 from anysplade.evaluation.comparisons import compare
 from anysplade.evaluation.costs import COSTS
 from anysplade.evaluation.evaluations import Evaluation, evaluate
@@ -40,16 +38,22 @@ from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.training.card import CARD_FILES
 from anysplade.training.config import TrainingConfig, TrainingPrecision
 from anysplade.training.devices import require_one_process, say_one_gpu
-from anysplade.training.judging import METRIC, by_kind, halves, held_out, judge, reason
+from anysplade.training.judging import METRIC, by_kind, halves, judge, reason
 from anysplade.training.level import active_dims, flops, trim_flops
+from anysplade.training.made_pairs import (
+    PAIRS,
+    TRAINING,
+    earlier_record,
+    hold_out,
+    nothing_left_by_mistakes,
+    rows_to_train_on,
+    write_rows,
+)
 from anysplade.training.run import train_as
 from anysplade.training.teachers import open_sparse, teacher_kind, without_advice
 
 logger = logging.getLogger(__name__)
 
-_HELD_OUT = 0.1  # share of the documents that are held out for the comparison, without a collection to judge by
-_MOST_HELD_OUT = 1000
-_FEWEST_HELD_OUT = 20
 _NEGATIVES = 4  # hard negatives per query
 _TRAINED = 0.7  # weight of the trained model in the mean; the original has the rest
 _TRIMMED = 0.85  # of the original's FLOPS on training texts, as a limit; below 1 because other texts may cost more
@@ -149,7 +153,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
     corpus, judged, split, kinds = (options[name] for name in ("corpus", "judged", "split", "kinds"))
     finished = _earlier_adaptation(output, about)
     if finished is not None:
-        make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)  # raises OutputError if the corpus changed
+        make_pairs(corpus, output / PAIRS, kinds=kinds, progress=progress)  # raises OutputError if the corpus changed
         if judged is not None and data_hash(load_collection(judged, split, progress=progress)) != finished.judged_hash:
             raise OutputError(
                 f"{output}: the collection {judged} changed since it judged the models, or an older version judged them; "
@@ -158,7 +162,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         logger.info("%s already has this adaptation", output)
         return finished
     start = time.perf_counter()
-    data = output / "training.jsonl"
+    data = output / TRAINING
     config = TrainingConfig(  # raises OptionError before anything is written
         str(output / "original"),
         str(data),
@@ -173,8 +177,8 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         halves(given, {})  # raises DataError before anything is written
     begun = (output / "options.json").exists()
     write_record(output / "options.json", about)
-    try:
-        made = make_pairs(corpus, output / "pairs.jsonl", kinds=kinds, progress=progress)
+    with nothing_left_by_mistakes(output, begun):
+        made = make_pairs(corpus, output / PAIRS, kinds=kinds, progress=progress)
         collection, of_kind = _write_training(corpus, output, given, kinds, progress)
         deciding, reporting = halves(collection, of_kind)
         shutil.rmtree(output / "original", ignore_errors=True)  # from an interrupted call
@@ -186,10 +190,6 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         say_one_gpu("a model is adapted")
         with without_advice():
             trained = train_as(config, progress, f"training {counted(options['steps'], 'step')} on {counted(len(pairs), 'pair')}")
-    except AnyspladeError:
-        if not (begun or (output / "training" / "run.json").exists()):  # nothing to continue
-            shutil.rmtree(output)
-        raise
     shutil.rmtree(output / "adapted", ignore_errors=True)
     _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
     decided, reported = (_evaluate_both(output, half, progress) for half in (deciding, reporting))
@@ -254,7 +254,7 @@ def _evaluate_both(output: Path, collection: Collection, progress: bool) -> list
 def _write_training(
     corpus: str, output: Path, given: Collection | None, kinds: Sequence[str], progress: bool
 ) -> tuple[Collection, dict[str, str]]:
-    """Write the pairs to train on to ``training.jsonl``: the made queries with their full documents.
+    """Write the pairs to train on to ``TRAINING``: the made queries with their full documents.
 
     A shortened document, without the words of its query, would teach the model to expand what it can match. In a full document
     the query's words are an easy match, but what is learned is the teacher's order of the other documents.
@@ -262,47 +262,18 @@ def _write_training(
     Returns the collection to judge by and the kinds of its queries. If none is ``given``, documents are held out for it.
     """
     documents = dict(read_corpus(corpus, progress=progress))
-    collection, of_kind, held = _hold_out(corpus, output, documents, kinds, progress) if given is None else (given, {}, set())
+    collection, of_kind, held = hold_out(corpus, output, documents, kinds, progress) if given is None else (given, {}, set())
     training = (
         {"query": row["query"], "positive": documents[row["document_id"]].full_text, "document_id": row["document_id"]}
-        for _, row in read_rows(output / "pairs.jsonl")
-        if row["document_id"] not in held
+        for row in rows_to_train_on(output, held)
     )
-    write_atomic(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
+    write_rows(output / TRAINING, training)
     return collection, of_kind
-
-
-def _hold_out(
-    corpus: str, output: Path, documents: Mapping[str, Document], kinds: Sequence[str], progress: bool
-) -> tuple[Collection, dict[str, str], set[str]]:
-    """A collection of queries made from some documents, chosen by the hash of their ids; the queries' kinds; and these ids.
-
-    The queries are of all kinds, also of those that are not trained on.
-    """
-    pairs = output / "pairs.jsonl"
-    if set(kinds) != set(PAIR_KINDS):
-        pairs = output / "judging.jsonl"
-        make_pairs(corpus, pairs, progress=progress)
-    rows = [row for _, row in read_rows(pairs)]
-    chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
-    held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
-    if len(held) < _FEWEST_HELD_OUT:
-        raise DataError(
-            f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection with `judged`"
-        )
-    return *held_out(rows, documents, held), held
 
 
 def _earlier_adaptation(output: Path, about: dict[str, Any]) -> Adaptation | None:
     """The result of an earlier call with the same options, if it is finished and its model is undamaged."""
-    if not (output / "options.json").is_file():
-        require_unused(output, "lock")
-        return None
-    inputs = {"fingerprints": "model or teacher"}
-    earlier_call(output / "options.json", about, inputs)
-    record = earlier_call(output / "adaptation.json", about, inputs)
-    if record is None or not is_whole(output / "model", record.get("files", {})):
-        return None
-    if "verdict" not in record:  # an older version judged on the queries that it reported on; the training is kept
+    record = earlier_record(output, "options.json", "adaptation.json", about, {"fingerprints": "model or teacher"})
+    if record is None or "verdict" not in record:  # of an older version that judged and reported on the same queries
         return None
     return restored(Adaptation, record)

@@ -154,15 +154,16 @@ def reason(decision: Decision, reported: Comparison, evaluations: Sequence[Evalu
     """The verdict in one sentence, with the numbers of the queries that decided and of those that report."""
     before, after = evaluations
     costs = " but more expensive" if decision.verdict == Verdict.BETTER and not decision.keep else ""
-    decided = f"decided on {decision.queries} queries ({_size(decision.difference, decision.interval, decision.p)})"
+    decided = f"decided on {decision.queries} queries ({size_of(decision.difference, decision.interval, decision.p)})"
     return (
         f"{decision.verdict}{costs}, {decided}; on the other {before.queries}, which decided nothing: {METRIC} "
         f"{before.metrics[METRIC]:.3f} → {after.metrics[METRIC]:.3f} "
-        f"({_size(reported.difference, reported.interval, reported.p)}: {reported.verdict}), "
+        f"({size_of(reported.difference, reported.interval, reported.p)}: {reported.verdict}), "
         f"FLOPS {before.flops:.2f} → {after.flops:.2f}"
     )
 
 
-def _size(difference: float, interval: tuple[float, float] | None, p: float) -> str:
+def size_of(difference: float, interval: tuple[float, float] | None, p: float) -> str:
+    """A tested difference in words."""
     ends = "" if interval is None else f", 95 % {interval[0]:+.3f} to {interval[1]:+.3f}"
     return f"{difference:+.3f}{ends}, p {p:.2g}"

@@ -24,7 +24,8 @@ from anysplade.training.card import published_card
 
 logger = logging.getLogger(__name__)
 
-_RECORDS = {"run.json": "model", "adaptation.json": "files"}  # beside a model, and where in them its digests are
+# Beside a model, and where in them its digests are.
+_RECORDS = {"run.json": "model", "adaptation.json": "files", "distillation.json": "files"}
 # Files of a training's checkpoint, and hidden ones.
 _LEFT_OUT = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json", "complete"]
 _LEFT_OUT += [".*", "*/.*"]
@@ -42,7 +43,7 @@ def push(model: str | Path, repo_id: str, *, private: bool = False, progress: bo
     as text and as the hub's ``model-index``, and with its use in other software. Files that the hub has already are not sent again.
 
     Args:
-        model: the output of ``train`` or ``adapt``, or the folder of any saved ``SparseEncoder``.
+        model: the output of ``train``, ``adapt`` or ``distil``, or the folder of any saved ``SparseEncoder``.
         repo_id: name of the repository, ``org/name``; it is created if there is none.
         private: create a private repository; an existing one that is public is refused.
         progress: log what is uploaded.
