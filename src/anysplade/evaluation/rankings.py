@@ -178,13 +178,13 @@ class Ranker:
             counts = {role: counted._replace(maximum=max(own)) for role, counted in counts.items()}
         cut = self._cut(counts, model, texts)
         start = time.perf_counter()
-        split = _split(texts)
+        split, (count, width) = _split(texts), vectors["document"].shape
         run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits, split.get("starts")))
         return {
             "kind": "dense",
             "run": run,
             "seconds": {"encoding": encoding, "search": time.perf_counter() - start},
-            "cost": dense_cost(*vectors["document"].shape, self._count) | {"texts_per_second": rate},
+            "cost": dense_cost(count, width, self._count) | {"texts_per_second": rate},
             "cut": cut,
             "precision": precision,
             "runtime": "torch",

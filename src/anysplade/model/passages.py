@@ -34,14 +34,15 @@ class Splitter:
             OptionError: the window is longer than what the model reads.
         """
         module: Any = reader(encoder, "document")
-        self._tokenizer: Any = getattr(module, "tokenizer", None)
-        if not getattr(self._tokenizer, "is_fast", False):
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{name}: has no fast tokenizer, without which it cannot split texts; leave out `passages`")
-        self.window, self._room = window, None
+        self.window, self._tokenizer = window, tokenizer
+        self._room: int | None = None  # tokens that the model reads of a title and a passage
         limit = limits_of(encoder, "document").limit
         if limit is not None:
             prompt = prompt_of(encoder, "document")
-            others = self._tokenizer.num_special_tokens_to_add() + (len(self._tokens([prompt])[0]) if prompt else 0)
+            others = tokenizer.num_special_tokens_to_add() + (len(self._tokens([prompt])[0]) if prompt else 0)
             self._room = limit - others
             if window.length > self._room:
                 fix = f"give at most {self._room}, or a larger `max_length`"
