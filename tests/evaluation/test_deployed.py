@@ -68,3 +68,5 @@ def test_documents_that_do_not_match_are_said(pruned, collection_folder, caplog)
         evaluate(pruned, type(collection)("other", other, collection.queries, collection.qrels))
     with pytest.raises(OptionError, match="leave out `max_length`"):
         evaluate(pruned, collection, max_length=3)
+    with pytest.raises(OptionError, match="leave out `passages`"):
+        evaluate(pruned, collection, passages="8")

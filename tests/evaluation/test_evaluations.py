@@ -561,3 +561,47 @@ def test_own_words(backbone, collection_folder, tmp_path):
     assert "own words" in [column.header for column in evaluations_parts(found, ["nDCG@10"])[0].columns]
     again = evaluate(backbone, collection_folder, cache=tmp_path / "cache").to_dict()
     assert again["document_own_words"] == random.document_own_words
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_long_document_is_ranked_by_its_best_passage(kind, teachers, collection_folder, caplog):
+    loaded = load_collection(collection_folder)
+    words = [word for document in loaded.corpus.values() for word in document.text.split()]
+    corpus = {f"d{i}": Document("", " ".join(words[i : i + 10 * i + 1])) for i in range(12)}
+    ends = {f"q{i}": document.text.split()[-1] for i, document in enumerate(corpus.values())}
+    collection = Collection("long", corpus, ends, {f"q{i}": {f"d{i}": 1} for i in range(12)})
+    caplog.set_level("INFO")
+    found = evaluate(teachers[kind], collection, "nDCG@10", passages="16:8")
+    assert found.cut["document"]["count"] == 0
+    assert found.passages == found.to_dict()["passages"] == "16:8"
+    pieces = {f"{id_} {start}": d.text.split()[start : start + 16] for id_, d in corpus.items() for start in range(0, 121, 8)}
+    pieces = {id_: words for id_, words in pieces.items() if id_.endswith(" 0") or len(words) > 8}
+    split = Collection("split", {id_: Document("", " ".join(words)) for id_, words in pieces.items()}, ends, collection.qrels)
+    whole = evaluate(teachers[kind], split, "nDCG@10")
+    for query_id, ranking in whole.run.items():
+        best = {}
+        for id_, score in ranking.items():
+            best.setdefault(id_.split()[0], score)
+        assert found.run[query_id] == pytest.approx(best, rel=1e-4, abs=1e-5)
+    assert found.cost["passages"] == len(pieces)
+    assert found.cost["passages_per_document"] == len(pieces) / 12
+    assert found.cost["flops_per_passage"] == pytest.approx(whole.flops)
+    assert found.flops == pytest.approx(whole.flops * len(pieces) / 12)
+    assert found.document_active_dims == pytest.approx(whole.document_active_dims)
+    if kind == "sparse":
+        assert evaluate(teachers[kind], collection, "nDCG@10").metrics["nDCG@10"] < found.metrics["nDCG@10"]
+        assert curve(found, collection)[0]["nDCG@10"] == found.metrics["nDCG@10"]
+
+
+def test_short_documents_in_passages_are_as_they_were(teachers, collection_folder):
+    models = [teachers["sparse"], "bm25"]
+    whole, split = (evaluate_all(models, collection_folder, "nDCG@10", passages=window) for window in (None, "62"))
+    assert [one.run for one in split.evaluations] == [one.run for one in whole.evaluations]
+    assert [one.passages for one in split.evaluations] == ["62", None]
+    assert split.evaluations[0].flops == pytest.approx(whole.evaluations[0].flops)
+    shown = [str(part) for part in evaluations_parts(split, ["nDCG@10"])]
+    assert any("best of the passages of 62 tokens, 1.00 per document; FLOPS count all" in line for line in shown)
+    for comparison in split.comparisons:
+        assert comparison.changed == whole.comparisons[0].changed
+    with pytest.raises(OptionError, match="whole documents"):
+        evaluate_all(models, collection_folder, "nDCG@10", passages="62", lexical=3)

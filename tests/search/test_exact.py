@@ -49,3 +49,20 @@ def test_rows_in_files_are_those_in_memory(monkeypatch):
         assert isinstance(whole.data.base, np.memmap) == (limit < 100)
         assert (whole != sparse.vstack(blocks)).nnz == 0
         assert (whole[4].toarray() == blocks[2][1].toarray()).all()
+
+
+@pytest.mark.parametrize("k", [1, 5, 200])
+def test_a_document_of_several_rows_has_the_highest_score(k, monkeypatch):
+    monkeypatch.setattr(exact, "_DOCUMENTS", 16)
+    monkeypatch.setattr(exact, "_NONZEROS", 200)
+    generator = np.random.default_rng(k)
+    groups = np.cumsum([0, *generator.integers(1, 6, 100)])
+    documents, queries = sparse_rows(generator, groups[-1], 20, True), sparse_rows(generator, 10, 20, True)
+    scores = np.maximum.reduceat((queries @ documents.T).toarray(), groups[:-1], axis=1)
+    found = exact.top_rows(documents, queries, k, groups=groups)
+    dense = exact.nearest(queries.toarray(), documents.toarray(), k, groups)
+    for row, one, other in zip(scores, found, dense, strict=True):
+        places, best = exact.highest(row, k)
+        assert one[0].tolist() == places.tolist()
+        assert one[1].tolist() == best.tolist()
+        assert other[0].tolist() == np.argsort(-row, kind="stable")[:k].tolist()

@@ -50,6 +50,8 @@ def evaluate(
             is faster and as exact.
         precision: for encoding; bfloat16 and int8 (openvino) are faster and approximate; auto is bfloat16 on machines with support.
         max_length: tokens to cut a text to, up to the model's positions; the value saved with the model by default.
+        passages: split documents into passages of this many tokens, such as 128, or 128:64 for one every 64 tokens: a document is
+            ranked by its best passage, and nothing is cut; bm25 reads documents whole.
         batch_tokens: tokens that go through a sparse encoder together; by default 1,024 on a CPU, more on a GPU by its memory.
         out: a folder for TREC runs, values by query, figures, the JSON, and the tables as Markdown.
         language: of bm25's stemmer and stop words, by its English name or ISO 639-1 code; auto is that of most documents, none is
@@ -123,6 +125,7 @@ def evaluations_parts(found: "Evaluations", metrics: Sequence[str]) -> list[Rend
         parts.append(Text(f"{collection}: {counted(count, 'query')} {one if count == 1 else many}"))
     for name in dict.fromkeys(row["model"] for row in rows if row["kind"] == "dense"):
         parts.append(Text(f"{name} is dense: exact nearest neighbours, and all of its dimensions count as active"))
+    parts += [Text(_passage_note(row)) for row in rows if row["passages"] is not None]
     parts += [Text(_cost_note(row)) for row in rows if row["kind"] in ("fusion", "reranked")]
     for row in rows:
         if row["kind"] == "index":
@@ -150,6 +153,14 @@ def _cost_note(row: dict[str, Any]) -> str:
     pairs = row["cost"].get("pairs_per_query")
     read = "" if pairs is None else f", and the cross-encoder's reading of {pairs:,.0f} pairs per query"
     return f"{row['model']} on {row['collection']}: FLOPS {flops}{read}"
+
+
+def _passage_note(row: dict[str, Any]) -> str:
+    """What the costs of a row count if documents are split."""
+    cost = row["cost"]
+    each = f"{cost['passages_per_document']:.2f} per document"
+    counted = f"FLOPS count all of a document's, {cost['flops_per_passage']:,.2f} each, active dims are one's"
+    return f"{row['model']} on {row['collection']}: best of the passages of {row['passages']} tokens, {each}; {counted}"
 
 
 def _deployed(row: dict[str, Any]) -> str:

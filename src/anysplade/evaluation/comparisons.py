@@ -189,7 +189,12 @@ def _main_terms(evaluation: Evaluation, collection: Collection, query_id: str, d
     assert evaluation.vectors is not None
     assert evaluation.terms is not None
     query = evaluation.vectors[0][list(collection.queries).index(query_id)]
-    document = evaluation.vectors[1][position_of(collection.corpus, document_id)]
+    place = position_of(collection.corpus, document_id)
+    if evaluation.starts is None:
+        document = evaluation.vectors[1][place]
+    else:  # its best passage
+        passages = evaluation.vectors[1][slice(*evaluation.starts[place : place + 2])]
+        document = passages[int((passages @ query.T).toarray().argmax())]
     matches = explain_score(evaluation.terms, query, document.indices, document.data)
     found: dict[str, float] = {}
     for match in join_matches(matches, (evaluation.words or {}).get(query_id, {})):

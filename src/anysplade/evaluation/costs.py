@@ -10,8 +10,12 @@ COSTS = ("query_active_dims", "document_active_dims", "flops")  # what tables sh
 OWN_WORDS = ("query_own_words", "document_own_words")  # beside the costs: what the vectors keep of the texts' own words
 
 
-def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dict[str, Any]:
-    """Cost of searching with sparse vectors, (queries, vocabulary) and (documents, vocabulary), at least one row each."""
+def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix, count: int | None = None) -> dict[str, Any]:
+    """Cost of searching with sparse vectors, (queries, vocabulary) and (documents, vocabulary), at least one row each.
+
+    If the rows of ``documents`` are passages of a ``count`` of documents, active dims are those of a passage, and FLOPS are summed
+    over the passages of a document.
+    """
     query_frequency, document_frequency = _frequency(queries), _frequency(documents)
 
     def spread(matrix: sparse.csr_matrix) -> dict[str, float]:
@@ -20,14 +24,21 @@ def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix) -> dic
         return {"mean": float(active.mean()), "median": float(np.median(active)), "p95": float(np.quantile(active, 0.95))}
 
     products = float(query_frequency @ document_frequency)
+    flops = products / (queries.shape[0] * documents.shape[0])  # expected, per pair (Paria et al., arXiv 2004.05665)
     return {
         "query_active_dims": spread(queries),
         "document_active_dims": spread(documents),
-        "flops": products / (queries.shape[0] * documents.shape[0]),  # expected, per pair (Paria et al., arXiv 2004.05665)
+        "flops": flops if count is None else flops * documents.shape[0] / count,
         "vocabulary_used": int((document_frequency > 0).sum()),  # terms that occur in a document
         "postings_per_query": products / queries.shape[0],  # mean number of (document, weight) pairs that a query reads
         "index_bytes": 8 * documents.nnz + 8 * (documents.shape[1] + 1),  # of the postings, without texts and ids
+        **({} if count is None else passage_cost(flops, documents.shape[0], count)),
     }
+
+
+def passage_cost(flops: float, passages: int, documents: int) -> dict[str, Any]:
+    """What the cost of passages has besides; ``flops`` are those of a passage."""
+    return {"passages": passages, "passages_per_document": passages / documents, "flops_per_passage": flops}
 
 
 def _frequency(matrix: sparse.csr_matrix) -> np.ndarray:
@@ -38,15 +49,16 @@ def _frequency(matrix: sparse.csr_matrix) -> np.ndarray:
     return counts
 
 
-def dense_cost(documents: int, width: int) -> dict[str, Any]:
+def dense_cost(vectors: int, width: int, count: int | None = None) -> dict[str, Any]:
     """Cost of exact search with dense vectors, in the terms of ``search_cost``: every vector uses all dimensions."""
     active_dims = dict.fromkeys(("mean", "median", "p95"), float(width))
     return {
         "query_active_dims": active_dims,
         "document_active_dims": active_dims,
-        "flops": float(width),
+        "flops": float(width) * vectors / (count or vectors),
         "dimensions": width,
-        "index_bytes": 4 * documents * width,
+        "index_bytes": 4 * vectors * width,
+        **({} if count is None else passage_cost(float(width), vectors, count)),
     }
 
 

@@ -44,7 +44,7 @@ def rank_by_index(folder: str | Path, ranker: "Ranker") -> dict[str, Any]:
 
     Raises:
         DataError: the index has no document of the collection. If few match, a warning gives their share.
-        OptionError: ``max_length`` is another one than that of the index.
+        OptionError: ``max_length`` is another one than that of the index, or ``passages`` is given.
     """
     from anysplade.search.index import Index, read_about
 
@@ -53,6 +53,8 @@ def rank_by_index(folder: str | Path, ranker: "Ranker") -> dict[str, Any]:
     if ranker.max_length not in (None, length):
         made = "its model's own length" if length is None else length
         raise OptionError(f"{folder}: its documents were cut at {made}; leave out `max_length`, or build the index again with it")
+    if ranker.passages is not None:
+        raise OptionError(f"{folder}: an index of whole documents; leave out `passages`, or evaluate its model")
     runtime = runtime_for(len(collection.queries), ranker.runtime, ranker.precision)
     with Index.load(folder, runtime=runtime, precision=ranker.precision) as index:
         matching = _match(folder, index, collection)

@@ -23,7 +23,7 @@ from anysplade.evaluation.measures import METRICS, measure, parse_metrics
 from anysplade.evaluation.rankings import Ranker
 from anysplade.evaluation.runs import Run, check_run, read_run, require_trec_ids, write_run
 from anysplade.model.dense import is_dense
-from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option
+from anysplade.model.options import Precision, Runtime, checked_batch_tokens, checked_option, checked_passages
 from anysplade.model.pruning import prune
 from anysplade.model.saved import fingerprint, resolve_model
 from anysplade.search.exact import top_rows
@@ -46,6 +46,7 @@ class Evaluation(Tabular):
     flops: float | None  # expected products per (query, document) pair: sum over terms of P(in query) P(in document)
     query_own_words: float | None = None  # share of the queries' own word pieces that are active in their vectors, by idf
     document_own_words: float | None = None  # the same for documents; both None for models whose terms are not their tokens
+    passages: str | None = None  # tokens of the passages of documents, whose best one gives a document its score
     cost: dict[str, Any] | None = None  # all costs; see ``search_cost``
     lexical: float | None = None  # weight of BM25, whose stems are further terms of the vectors
     precision: str | None = None  # of encoding; anything below float32 is an approximation; None for BM25 and run files
@@ -62,13 +63,15 @@ class Evaluation(Tabular):
     per_query: dict[str, dict[str, float]]  # value by metric and query id
     model_fingerprint: str | None = None  # of a sparse model's files; None for loaded ones
     run: Run  # score by query id and document id, the best document first
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # queries and documents, (texts, terms); mapped if large
+    # Of queries and documents or passages, (texts, terms); mapped if large.
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None
+    starts: np.ndarray | None = None  # with passages, (documents + 1,): the row of the first passage of each, and their number
     terms: list[str] | None = None  # name of each column of the vectors
     words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as JSON, without the run, the vectors, their terms and words, and the values per query."""
-        left_out = ("metrics", "run", "per_query", "vectors", "terms", "words")
+        left_out = ("metrics", "run", "per_query", "vectors", "starts", "terms", "words")
         rest = {name: value for name, value in vars(self).items() if name not in left_out}
         return {"model": rest.pop("model"), "collection": rest.pop("collection")} | self.metrics | rest
 
@@ -89,6 +92,7 @@ def evaluate(
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
+    passages: str | None = None,
     batch_tokens: int | None = None,
     language: str = "auto",
     cache: str | Path | None = None,
@@ -113,6 +117,8 @@ def evaluate(
             texts.
         precision: of encoding; see ``for_inference``. All but float32 are approximations.
         max_length: tokens after which a text is cut; see ``open_encoder``. It has no effect on a loaded encoder.
+        passages: split documents into passages of this many tokens, such as 128, or 128:64 for one every 64 tokens: a document's
+            score is that of its best passage, and nothing is cut. For sparse and dense models; BM25 reads documents whole.
         batch_tokens: tokens per batch of a sparse encoder; see ``encode``.
         language: of BM25's stemmer and stop words, as an English name or an ISO 639-1 code; ``"auto"`` is the language of most
             documents, told by their words and scripts, ``"none"`` is no stemmer and no stop words.
@@ -131,6 +137,7 @@ def evaluate(
     if isinstance(model, list | tuple):
         raise OptionError(f"`model` is a {type(model).__name__}; give one model, or several to anysplade.evaluate_all")
     measures, language = parse_metrics(metrics), language_name(language)
+    window = checked_passages(passages)
     depth, max_length = checked_option("depth", depth, int), checked_option("max_length", max_length, int | None)
     if depth < 1:
         raise OptionError(f"`depth` is {depth}: a ranking has at least 1 document")
@@ -143,7 +150,7 @@ def evaluate(
     if output is not None:
         require_trec_ids(collection)
     batch_tokens = checked_batch_tokens(batch_tokens)
-    ranker = Ranker(collection, depth, runtime, precision, max_length, batch_tokens, cache, progress, language)
+    ranker = Ranker(collection, depth, runtime, precision, max_length, batch_tokens, cache, progress, language, window)
     if is_built_in(model, *BM25_NAMES):
         ranked = ranker.by_bm25(str(model))
     elif isinstance(model, str | Path) and user_path(model).is_file():
@@ -197,9 +204,9 @@ def curve(evaluation: Evaluation, collection: Collection, depth: int = 1000) -> 
     def row(query_k: int | None, document_k: int | None) -> dict[str, Any]:
         kept_queries = queries if query_k is None else prune(queries, query_k)
         kept_documents = documents if document_k is None else prune(documents, document_k)
-        run = ranker.as_run(top_rows(kept_documents, kept_queries, ranker.hits))
+        run = ranker.as_run(top_rows(kept_documents, kept_queries, ranker.hits, groups=evaluation.starts))
         values = measure(measures, collection.qrels, run)[0]
-        costs = mean_costs(search_cost(kept_queries, kept_documents))
+        costs = mean_costs(search_cost(kept_queries, kept_documents, None if evaluation.starts is None else len(collection.corpus)))
         return {"query_top_k": query_k, "document_top_k": document_k} | values | costs
 
     longest_query, longest_document = (int(np.diff(matrix.indptr).max()) for matrix in (queries, documents))

@@ -23,7 +23,7 @@ from anysplade.evaluation.fusion import evaluate_fused, evaluate_lexical, evalua
 from anysplade.evaluation.measures import METRICS, parse_metrics
 from anysplade.evaluation.runs import as_name
 from anysplade.evaluation.seeds import SeedComparison, compare_seeds, seed_groups
-from anysplade.model.options import Precision, Runtime, checked_option
+from anysplade.model.options import Precision, Runtime, checked_option, checked_passages
 from anysplade.search.fusion import Fusion
 from anysplade.search.languages import language_name
 from anysplade.search.lexical import check_weight
@@ -78,6 +78,7 @@ def evaluate_all(
     runtime: Runtime = "auto",
     precision: Precision = "float32",
     max_length: int | None = None,
+    passages: str | None = None,
     batch_tokens: int | None = None,
     language: str = "auto",
     output: str | Path | None = None,
@@ -106,9 +107,9 @@ def evaluate_all(
         rerank_depth: documents per query that the cross-encoder reads, the first ones.
         output: a folder; several evaluations each get a subfolder.
 
-    ``split``, ``runtime``, ``precision``, ``max_length``, ``batch_tokens``, ``language`` and ``cache`` are as in ``evaluate``. A
-    collection named twice is evaluated once. Collections of the same name are told apart by the shortest part of their paths that
-    differs.
+    ``split``, ``runtime``, ``precision``, ``max_length``, ``passages``, ``batch_tokens``, ``language`` and ``cache`` are as in
+    ``evaluate``. A collection named twice is evaluated once. Collections of the same name are told apart by the shortest part of
+    their paths that differs.
 
     Raises:
         OptionError: there is no model or no collection, or a single model to fuse.
@@ -125,6 +126,8 @@ def evaluate_all(
     parse_metrics(metrics)  # fail before the collections are read
     language_name(language)
     lexical = check_weight(lexical)
+    if checked_passages(passages) is not None and lexical is not None:
+        raise OptionError("`lexical` adds BM25's scores of whole documents; leave out `passages`, or give `fuse` and bm25")
     fuse, depth = checked_option("fuse", fuse, Fusion | None), checked_depth(rerank_depth)
     if fuse is not None and len(models) - deployed < 2:
         raise OptionError("`fuse` needs two models or more; name another one, such as bm25")
@@ -148,6 +151,7 @@ def evaluate_all(
                 runtime=runtime,
                 precision=precision,
                 max_length=length,
+                passages=passages,
                 batch_tokens=batch_tokens,
                 language=language,
                 cache=cache,

@@ -26,8 +26,9 @@ from anysplade.model.dense import encode_dense, open_dense
 from anysplade.model.encoder import open_encoder
 from anysplade.model.encoding import Encoded, ModelQueries, encode_counted
 from anysplade.model.modules import cut_at, cut_within, is_splade, term_names, transformer_lengths
-from anysplade.model.options import Precision, Role, Runtime, runtime_for
+from anysplade.model.options import Precision, Role, Runtime, Window, runtime_for
 from anysplade.model.own_words import PieceCounts, counts_as_own, lucene_idf
+from anysplade.model.passages import Passages, Splitter
 from anysplade.model.queries import Cut, log_cut
 from anysplade.model.runtimes import for_inference, resolve_precision, runtime_of
 from anysplade.model.saved import fingerprint, resolve_model
@@ -58,6 +59,7 @@ class Ranker:
     cache: str | Path | None = None
     progress: bool = False
     language: str = "auto"
+    passages: Window | None = None  # of a sparse or dense model
 
     @cached_property
     def self_matches(self) -> set[str]:
@@ -75,6 +77,14 @@ class Ranker:
             "document": full_texts(self.collection.corpus),
             "query": list(self.collection.queries.values()),
         }
+
+    def texts_for(self, encoder: SparseEncoder | SentenceTransformer, model: Any) -> dict[Role, Sequence[str]]:
+        """The texts that a model encodes by role: those of documents are whole, or ``Passages``."""
+        if self.passages is None:
+            return self.texts
+        begin("splitting the documents", self.progress)
+        split = Passages(self.collection.corpus, Splitter(encoder, self.passages, _name(model)))
+        return {"document": split, "query": self.texts["query"]}
 
     @property
     def hits(self) -> int:
@@ -108,9 +118,10 @@ class Ranker:
             cut_at(encoder, self.max_length)
         length = self.max_length if transformer_lengths(encoder) != own else None
         precision = resolve_precision(self.precision, encoder.device)
+        texts = self.texts_for(encoder, model)
         counted_pieces = {role: counts_as_own(encoder, role) for role in _PLURALS}
         # A loaded model may be in training; converting it for each evaluation would cost more than it saves.
-        count = 0 if encoder is model else sum(map(len, self.texts.values()))
+        count = 0 if encoder is model else sum(map(len, texts.values()))
         start = time.perf_counter()
         runtime = runtime_for(count, self.runtime, precision)
         begin(f"making {_name(model)} ready for OpenVINO", self.progress and runtime == "openvino")
@@ -118,7 +129,7 @@ class Ranker:
         used = runtime_of(encoder)
         preparing = time.perf_counter() - start
         key = precision if precision == "float32" or used == "torch" else f"{precision} on {used}"
-        workers = 1 if isinstance(model, SparseEncoder) or used != "torch" else workers_for(len(self.texts["document"]))
+        workers = 1 if isinstance(model, SparseEncoder) or used != "torch" else workers_for(len(texts["document"]))
         options = Options(str(model), precision, None, self.max_length, "torch")
         pieces = {role: PieceCounts(len(counted)) for role, counted in counted_pieces.items() if counted is not None}
 
@@ -128,16 +139,17 @@ class Ranker:
                 return encode_texts(encoder, texts, options, workers, batch_tokens=self.batch_tokens, **given)
             return encode_counted(encoder, texts, role, batch_tokens=self.batch_tokens, **given)
 
-        encoded, encoding, rate = self._encode(encode_role, model, key, length)
+        encoded, encoding, rate = self._encode(encode_role, model, key, length, texts)
         queries, documents = encoded["query"].matrix, encoded["document"].matrix
-        cut = self._cut({role: counted for role, (_, counted) in encoded.items()}, model)
+        cut = self._cut({role: counted for role, (_, counted) in encoded.items()}, model, texts)
         start = time.perf_counter()
-        run = self.as_run(top_rows(documents, queries, self.hits))
+        split = _split(texts)
+        run = self.as_run(top_rows(documents, queries, self.hits, groups=split.get("starts")))
         return {
             "kind": "sparse",
             "run": run,
             "seconds": {"preparing": preparing, "encoding": encoding, "search": time.perf_counter() - start},
-            "cost": search_cost(queries, documents) | {"texts_per_second": rate},
+            "cost": search_cost(queries, documents, self._count) | {"texts_per_second": rate},
             "cut": cut,
             "precision": precision if used == "openvino" else str(encoder.dtype).removeprefix("torch."),  # of the weights
             "runtime": used,
@@ -145,6 +157,7 @@ class Ranker:
             "vectors": (queries, documents),
             "terms": term_names(encoder),
             "words": self._words(encoder),
+            **split,
         }
 
     def by_dense(self, model: str | Path | SentenceTransformer) -> dict[str, Any]:
@@ -158,22 +171,30 @@ class Ranker:
         length = self.max_length if transformer_lengths(encoder) != own else None
         precision = resolve_precision(self.precision, encoder.device)
         encode_role = partial(encode_dense, encoder, precision=precision)
-        vectors, encoding, rate = self._encode(encode_role, model, f"dense {precision}", length)
-        counts = {role: count_truncated(encoder, texts, role) for role, texts in self.texts.items()}
+        texts = self.texts_for(encoder, model)
+        vectors, encoding, rate = self._encode(encode_role, model, f"dense {precision}", length, texts)
+        counts = {role: count_truncated(encoder, some, role) for role, some in texts.items()}
         if own:  # a dense model is never read further than it was saved for
             counts = {role: counted._replace(maximum=max(own)) for role, counted in counts.items()}
-        cut = self._cut(counts, model)
+        cut = self._cut(counts, model, texts)
         start = time.perf_counter()
-        run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits))
+        split, (count, width) = _split(texts), vectors["document"].shape
+        run = self.as_run(nearest(vectors["query"], vectors["document"], self.hits, split.get("starts")))
         return {
             "kind": "dense",
             "run": run,
             "seconds": {"encoding": encoding, "search": time.perf_counter() - start},
-            "cost": dense_cost(*vectors["document"].shape) | {"texts_per_second": rate},
+            "cost": dense_cost(count, width, self._count) | {"texts_per_second": rate},
             "cut": cut,
             "precision": precision,
             "runtime": "torch",
+            **split,
         }
+
+    @property
+    def _count(self) -> int | None:
+        """The number of documents if their passages have the vectors."""
+        return None if self.passages is None else len(self.collection.corpus)
 
     def _words(self, encoder: SparseEncoder) -> dict[str, dict[str, str]] | None:
         """The words that the tokenizer split, by query id and the name of each of their terms; None if terms are not tokens."""
@@ -182,16 +203,22 @@ class Ranker:
         queries = ModelQueries(encoder)
         return {id_: words for id_, text in self.collection.queries.items() if (words := query_words(queries, text))}
 
-    def _cut(self, counts: dict[Role, Cut], model: Any) -> dict[str, Any]:
+    def _cut(self, counts: dict[Role, Cut], model: Any, texts: dict[Role, Sequence[str]]) -> dict[str, Any]:
         """Log the texts that were cut, by role."""
         cut: dict[str, Any] = {}
         for role, plural in _PLURALS.items():
-            log_cut(counts[role], len(self.texts[role]), plural, f"{_name(model)} on {self.collection.name}")
+            what = "passages" if isinstance(texts[role], Passages) else plural
+            log_cut(counts[role], len(texts[role]), what, f"{_name(model)} on {self.collection.name}")
             cut[role] = {"count": counts[role].texts, "max_length": counts[role].limit}
         return cut
 
     def _encode(
-        self, encode_role: Callable[..., Any], model: Any, precision: str, max_length: int | None
+        self,
+        encode_role: Callable[..., Any],
+        model: Any,
+        precision: str,
+        max_length: int | None,
+        texts: dict[Role, Sequence[str]],
     ) -> tuple[dict[Role, Any], float, float | None]:
         """What ``encode_role`` gives by role, the seconds, and the texts per second: None if some vectors were in the cache.
 
@@ -199,15 +226,21 @@ class Ranker:
         """
         folders: dict[Role, Path] = {}
         if self.cache is not None and isinstance(model, str | Path):
-            folders = vector_folders(model, self.cache, precision, max_length, self.texts)
+            folders = vector_folders(model, self.cache, precision, max_length, texts)
         cached = any(folder.exists() for folder in folders.values())
         start = time.perf_counter()
         vectors = {}
         for role, plural in _PLURALS.items():
             shown = {"progress": self.progress, "what": f"encoding {plural} with {_name(model)}"}
-            vectors[role] = encode_role(self.texts[role], role, cache=folders.get(role), **shown)
+            vectors[role] = encode_role(texts[role], role, cache=folders.get(role), **shown)
         seconds = time.perf_counter() - start
-        return vectors, seconds, None if cached else round(sum(map(len, self.texts.values())) / seconds, 2)
+        return vectors, seconds, None if cached else round(sum(map(len, texts.values())) / seconds, 2)
+
+
+def _split(texts: dict[Role, Sequence[str]]) -> dict[str, Any]:
+    """The first passage of each document, if documents are split."""
+    passages = texts["document"]
+    return {"starts": passages.starts, "passages": str(passages.window)} if isinstance(passages, Passages) else {}
 
 
 def _own_words(pieces: dict[Role, PieceCounts], counted: dict[Role, np.ndarray | None]) -> dict[str, float | None]:

@@ -3,7 +3,7 @@
 from numbers import Integral, Real
 from os import PathLike, fspath
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from anysplade.errors import OptionError
 
@@ -61,3 +61,28 @@ def checked_batch_tokens(value: Any) -> int | None:
     if checked is not None and checked < 1:
         raise OptionError(f"`batch_tokens` is {checked}: it is at least 1")
     return checked
+
+
+class Window(NamedTuple):
+    """The tokens of a passage, and how far the next one begins after it."""
+
+    length: int
+    stride: int  # at most the length
+
+    def __str__(self) -> str:
+        return str(self.length) if self.stride == self.length else f"{self.length}:{self.stride}"
+
+
+def checked_passages(value: Any) -> Window | None:
+    """The window that ``"128"`` or ``"128:64"`` stands for; raises OptionError for anything else but None."""
+    checked = checked_option("passages", value, int | str | None)
+    if checked is None:
+        return None
+    length, colon, stride = str(checked).partition(":")
+    numbers = [length, stride] if colon else [length, length]
+    if not all(number.isascii() and number.isdigit() and 0 < int(number) <= int(length) for number in numbers):
+        raise OptionError(
+            f"`passages` is {str(checked)[:80]}: give the tokens of a passage, such as 128, or with those after which the next one "
+            "begins, at most as many, 128:64"
+        )
+    return Window(*map(int, numbers))

@@ -103,6 +103,7 @@ def top_rows(
     *,
     dtype: type[np.floating] = np.float64,
     workers: int | None = None,
+    groups: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each query the positions of the k documents with the highest scores above 0, and the scores; ties by position.
 
@@ -116,6 +117,8 @@ def top_rows(
         queries: (queries, vocabulary); a term may occur twice.
         dtype: of the products and scores.
         workers: number of threads; by default the number of cores.
+        groups: the first row of each document and the number of rows, (documents + 1,), if a document has several rows, at least
+            one: its score is the highest of theirs. By default each row is a document.
     """
     rankings = [_Ranking(k) for _ in range(queries.shape[0])]
     spans = [slice(*queries.indptr[i : i + 2]) for i in range(queries.shape[0])]
@@ -124,12 +127,14 @@ def top_rows(
     ]
     parts = [jobs[i : i + _QUERIES] for i in range(0, len(jobs), _QUERIES)]
     with ThreadPoolExecutor(workers or count_cores(), thread_name_prefix="searching") as pool:
-        blocks = list(_blocks(documents.indptr))
-        waiting = [pool.submit(_columns, documents, dtype, *block) for block in blocks[:1]]
-        for number, (start, _) in enumerate(blocks):
+        blocks = list(_blocks(documents.indptr if groups is None else documents.indptr[groups]))
+        rows = blocks if groups is None else [(int(groups[start]), int(groups[end])) for start, end in blocks]
+        waiting = [pool.submit(_columns, documents, dtype, *block) for block in rows[:1]]
+        for number, (start, end) in enumerate(blocks):
             columns = waiting.pop().result()
-            waiting = [pool.submit(_columns, documents, dtype, *block) for block in blocks[number + 1 : number + 2]]
-            for _ in pool.map(partial(_rank, columns, start), parts):
+            waiting = [pool.submit(_columns, documents, dtype, *block) for block in rows[number + 1 : number + 2]]
+            first = None if groups is None else groups[start:end] - groups[start]
+            for _ in pool.map(partial(_rank, columns, start, first), parts):
                 pass
     return [ranking.best() if ranking.found else _NOTHING for ranking in rankings]
 
@@ -160,14 +165,25 @@ def _columns(documents: sparse.csr_matrix, dtype: type[np.floating], start: int,
     return sparse.csr_matrix(parts, shape=(end - start, documents.shape[1])).tocsc()
 
 
-def _rank(columns: sparse.csc_matrix, start: int, jobs: list[tuple[np.ndarray, np.ndarray, _Ranking]]) -> None:
+def _rank(
+    columns: sparse.csc_matrix, start: int, first: np.ndarray | None, jobs: list[tuple[np.ndarray, np.ndarray, _Ranking]]
+) -> None:
+    """Add the documents from position ``start`` on to rankings; ``first`` has the first row of each, if one can have several."""
     for terms, weights, ranking in jobs:
         if len(terms):
-            ranking.add(start, columns[:, terms] @ weights)  # SciPy releases the lock of Python while it copies and adds
+            scores = columns[:, terms] @ weights  # SciPy releases the lock of Python while it copies and adds
+            ranking.add(start, scores if first is None else np.maximum.reduceat(scores, first))
 
 
-def nearest(queries: np.ndarray, documents: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``highest`` of the products of each query, (queries, width), with all documents, (documents, width)."""
+def nearest(
+    queries: np.ndarray, documents: np.ndarray, k: int, groups: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """``highest`` of the products of each query, (queries, width), with all documents, (documents, width).
+
+    ``groups`` is as in ``top_rows``.
+    """
     size = max(1, _BLOCK // max(1, len(documents)))
     blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))
+    if groups is not None:
+        blocks = (np.maximum.reduceat(block, groups[:-1], axis=1) for block in blocks)
     return [highest(row, k, -np.inf) for block in blocks for row in block]
