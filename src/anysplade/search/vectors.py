@@ -236,17 +236,18 @@ class OwnTerms:
         self.place = place
         self.term_names = term_names
 
-    def _refuse(self) -> OptionError:
+    def refusal(self) -> OptionError:
+        """The error of whatever reads a text."""
         return OptionError(
             f"{self.place}: has no model to encode queries, as it was built from vectors alone; build it again with its model "
             "(anysplade index MODEL --vectors ...), or search in Python by vector: index.search_vector"
         )
 
     def encode(self, texts: Sequence[str]) -> Any:
-        raise self._refuse()
+        raise self.refusal()
 
     def count_truncated(self, texts: Sequence[str]) -> Any:
-        raise self._refuse()
+        raise self.refusal()
 
     def tokens(self, text: str, special_tokens: bool = False) -> Any:
-        raise self._refuse()
+        raise self.refusal()

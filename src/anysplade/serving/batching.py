@@ -27,6 +27,7 @@ from anysplade.search.fusion import Fusion
 from anysplade.search.hits import Hit, Hits, TermMatch, explain_score
 from anysplade.search.index import Index
 from anysplade.search.rescoring import Rescorer, check_depth
+from anysplade.search.vectors import OwnTerms
 
 if TYPE_CHECKING:
     from anysplade.search.bm25 import BM25
@@ -323,11 +324,9 @@ class Searcher:
 
     def _open(self, folder: Path, model: str | Path | None = None) -> Index:
         index = Index.load(folder, model, **self._options)
-        try:
-            index.queries.tokens("")  # opens the model; an index of vectors alone has none, which is an error
-        except AnyspladeError:
+        if isinstance(index.queries, OwnTerms):  # else this loads the model, if queries need one
             index.close()
-            raise
+            raise index.queries.refusal()
         return index
 
     def _open_other(self, folder: Path) -> Index:
