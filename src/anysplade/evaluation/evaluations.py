@@ -63,8 +63,7 @@ class Evaluation(Tabular):
     per_query: dict[str, dict[str, float]]  # value by metric and query id
     model_fingerprint: str | None = None  # of a sparse model's files; None for loaded ones
     run: Run  # score by query id and document id, the best document first
-    # Of queries and documents or passages, (texts, terms); mapped if large.
-    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None
+    vectors: tuple[sparse.csr_matrix, sparse.csr_matrix] | None = None  # of queries, documents or passages; mapped if large
     starts: np.ndarray | None = None  # with passages, (documents + 1,): the row of the first passage of each, and their number
     terms: list[str] | None = None  # name of each column of the vectors
     words: dict[str, dict[str, str]] | None = None  # the words of the queries that the tokenizer split, by query id and term
