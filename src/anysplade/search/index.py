@@ -111,7 +111,7 @@ class Index(WithModel, Rescoring):
                 many documents.
             batch_tokens: tokens that go through the model together; by default 1,024 on a CPU, more on a GPU by its free memory.
             ray: encode on a Ray cluster instead, with this number of workers.
-            lexical: add BM25 to the scores, times this weight, such as 4: it gives back the words of a text that the model forgot.
+            lexical: add BM25 to the scores, times this weight, such as 3: it gives back the words of a text that the model forgot.
                 The stems of a document are further terms of its vector, weighted with the corpus's average length at the first
                 build, so that later documents do not change stored weights.
             with_bm25: also keep the stems that BM25 needs; searches use them if they fuse both rankings.
