@@ -1,9 +1,9 @@
 """How memory, time and disk grow with the data: each size in a process of its own, and what one more document costs.
 
-``index``: an index of synthetic vectors, terms drawn with Zipf's law, as another tool would have written them; then searches in the
-process that holds it and in a second one. ``evaluate``: exact search of such vectors on one core and on all, and BM25 over synthetic
-texts, as ``evaluate`` does both after encoding. ``mine`` and ``train``: the commands on a corpus of short lines and pairs or triples
-of ids; one training step, of several processes.
+``index``: an index of synthetic vectors, terms drawn with Zipf's law, as another tool would have written them; then searches in
+the process that holds it and in a second one. ``evaluate``: exact search of such vectors on one core and on all, and BM25 over
+synthetic texts, as ``evaluate`` does both after encoding. ``mine`` and ``train``: the commands on a corpus of short lines and pairs
+or triples of ids; one training step, of several processes.
 
     python benchmarks/scale.py index --documents 100000 200000 --work ../scale --out results/scale-index.json
 
@@ -192,7 +192,11 @@ def search_part(folder: str, mode: str = "") -> Row:
         own_times.append(1000 * (time.process_time() - spent))
     found = {"has_engine": not found_index.store.searches_exactly, "anonymous_bytes": anonymous()}
     for name, values in (("ms", times), ("cpu_ms", own_times)):
-        found |= {f"first_{name}": values[0], f"p50_{name}": float(np.median(values)), f"p95_{name}": float(np.percentile(values, 95))}
+        found |= {
+            f"first_{name}": values[0],
+            f"p50_{name}": float(np.median(values)),
+            f"p95_{name}": float(np.percentile(values, 95)),
+        }
     if mode == "hold":
         print("ready", flush=True)
         sys.stdin.readline()
@@ -273,7 +277,7 @@ def write_vectors(path: Path, count: int, terms: int, seed: int) -> None:
 
 
 def short_lines(work: Path, count: int, rows: int) -> Path:
-    """A BEIR folder of ``count`` documents of 15 words and a tenth as many queries, ``triples.tsv`` and ``pairs.tsv`` of their ids."""
+    """A BEIR folder of ``count`` documents of 15 words, a tenth as many queries, and ``triples.tsv`` and ``pairs.tsv`` of ids."""
     folder, chosen = work / f"lines-{count}-{rows}", random.Random(0)
     if (folder / "pairs.tsv").exists():  # the last file
         return folder
@@ -324,7 +328,8 @@ def show(rows: Sequence[Row], found: dict[str, Row]) -> None:
             sizes = f"{row[MEASURES[2]] / 1e6:13.0f}{row[MEASURES[3]] / 1e6:10.0f}"
             print(f"{row['part']:28}{row['documents']:12,}{row['cpu_seconds']:10.1f}{sizes}", file=sys.stderr)
     for name, slope in found.items():
-        each = f"{1e6 * slope['cpu_seconds']:.0f} µs, {slope[MEASURES[2]]:.0f} B in the largest process, {slope[MEASURES[3]]:.0f} B in all"
+        memory_each = f"{slope[MEASURES[2]]:.0f} B in the largest process, {slope[MEASURES[3]]:.0f} B in all"
+        each = f"{1e6 * slope['cpu_seconds']:.0f} µs, {memory_each}"
         print(f"{name}: one more document costs {each}", file=sys.stderr)
 
 

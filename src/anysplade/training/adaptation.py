@@ -6,12 +6,14 @@ and the trained ones (Wortsman et al., arXiv 2109.01903).
 """
 
 import hashlib
+import heapq
 import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,19 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 
-from anysplade._common.files import atomic_folder, default_cache, only_process, user_path, write_atomic
+from anysplade._common.files import atomic_folder, default_cache, only_process, user_path, whole_file
 from anysplade._common.outputs import digests, earlier_call, is_whole, require_unused, restored, write_record
 from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
-from anysplade.data.corpus import Document, read_corpus
+from anysplade.data.corpus import Document
 from anysplade.data.document_pairs import make_pairs
 from anysplade.data.names import PAIR_KINDS
-from anysplade.data.pairs import load_pairs
+from anysplade.data.pairs import read_pairs
 from anysplade.data.rows import rows as read_rows
+from anysplade.data.stored_corpus import open_corpus
+from anysplade.data.stored_pairs import StoredPairs
 from anysplade.errors import AnyspladeError, DataError, OutputError
 from anysplade.evaluation.comparisons import compare
 from anysplade.evaluation.costs import COSTS
@@ -180,7 +184,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         shutil.rmtree(output / "original", ignore_errors=True)  # from an interrupted call
         with atomic_folder(output / "original") as folder:
             open_sparse(source).save_pretrained(str(folder))
-        original, pairs = open_encoder(output / "original"), load_pairs(data)
+        original, pairs = open_encoder(output / "original"), StoredPairs.write(read_pairs(data), output / "pairs")
         queries, documents = _targets(original, pairs)
         config = replace(config, query_active_dims=queries, document_active_dims=documents)
         say_one_gpu("a model is adapted")
@@ -192,6 +196,7 @@ def _adapt(source: str, output: Path, about: dict[str, Any], progress: bool) -> 
         raise
     shutil.rmtree(output / "adapted", ignore_errors=True)
     _write_adapted(Path(trained.model), output, pairs, _TRIMMED * flops(original, pairs))
+    shutil.rmtree(output / "pairs")
     decided, reported = (_evaluate_both(output, half, progress) for half in (deciding, reporting))
     decision = judge(decided)
     compared = compare(reported)[0]
@@ -261,14 +266,15 @@ def _write_training(
 
     Returns the collection to judge by and the kinds of its queries. If none is ``given``, documents are held out for it.
     """
-    documents = dict(read_corpus(corpus, progress=progress))
+    documents = open_corpus(corpus, progress=progress)
     collection, of_kind, held = _hold_out(corpus, output, documents, kinds, progress) if given is None else (given, {}, set())
     training = (
         {"query": row["query"], "positive": documents[row["document_id"]].full_text, "document_id": row["document_id"]}
         for _, row in read_rows(output / "pairs.jsonl")
         if row["document_id"] not in held
     )
-    write_atomic(output / "training.jsonl", "".join(json.dumps(row) + "\n" for row in training))
+    with whole_file(output / "training.jsonl") as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in training)
     return collection, of_kind
 
 
@@ -283,14 +289,19 @@ def _hold_out(
     if set(kinds) != set(PAIR_KINDS):
         pairs = output / "judging.jsonl"
         make_pairs(corpus, pairs, progress=progress)
-    rows = [row for _, row in read_rows(pairs)]
-    chosen = sorted({row["document_id"] for row in rows}, key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest())
-    held = set(chosen[: min(_MOST_HELD_OUT, round(_HELD_OUT * len(chosen)))])
+    count = sum(1 for _ in _ids(pairs))
+    most = min(_MOST_HELD_OUT, round(_HELD_OUT * count))
+    held = set(heapq.nsmallest(most, _ids(pairs), key=lambda id_: hashlib.sha256(json.dumps(id_).encode()).digest()))
     if len(held) < _FEWEST_HELD_OUT:
         raise DataError(
-            f"{corpus}: {len(chosen)} documents have pairs, too few to hold some out to judge by; name a collection with `judged`"
+            f"{corpus}: {count} documents have pairs, too few to hold some out to judge by; name a collection with `judged`"
         )
-    return *held_out(rows, documents, held), held
+    return *held_out((row for _, row in read_rows(pairs)), documents, held), held
+
+
+def _ids(pairs: Path) -> Iterator[str]:
+    """The ids of the documents of made pairs, which follow each other if they are of one document."""
+    return (id_ for id_, _ in groupby(row["document_id"] for _, row in read_rows(pairs)))
 
 
 def _earlier_adaptation(output: Path, about: dict[str, Any]) -> Adaptation | None:
