@@ -8,7 +8,7 @@ from anysplade import DataError, Document, evaluate, load_collection
 from anysplade._common import row_file
 from anysplade.data import seen_ids, stored_corpus
 from anysplade.data.collections import data_hash
-from anysplade.data.stored_corpus import StoredCorpus, StoredTexts, full_texts, ids_at, position_of
+from anysplade.data.stored_corpus import StoredCorpus, StoredTexts, full_texts, ids_at, position_of, with_changes
 
 CORPUS = {
     "a": Document("title", "text"),
