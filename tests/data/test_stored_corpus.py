@@ -6,9 +6,9 @@ import pytest
 
 from anysplade import DataError, Document, evaluate, load_collection
 from anysplade._common import row_file
-from anysplade.data import stored_corpus
+from anysplade.data import seen_ids, stored_corpus
 from anysplade.data.collections import data_hash
-from anysplade.data.stored_corpus import StoredCorpus, StoredTexts, full_texts, ids_at, position_of
+from anysplade.data.stored_corpus import StoredCorpus, StoredTexts, full_texts, ids_at, position_of, with_changes
 
 CORPUS = {
     "a": Document("title", "text"),
@@ -75,3 +75,18 @@ def test_an_evaluation_in_files_is_the_same(model, teachers, collection_folder, 
     if whole.vectors is not None:
         assert isinstance(stored.vectors[1].data.base, np.memmap)
         assert (stored.vectors[1] != whole.vectors[1]).nnz == 0
+
+
+@pytest.mark.parametrize("kept", [0, 2, 10])
+def test_ids_that_were_seen(kept, monkeypatch):
+    monkeypatch.setattr(seen_ids, "_IN_MEMORY", kept)
+    seen = seen_ids.SeenIds()
+    ids = ["a", "b", "\ud800", "7", "", "é"]
+    assert [seen.earlier(id_, number) for number, id_ in enumerate(ids, 1)] == [None] * len(ids)
+    assert [seen.earlier(id_, 100) for id_ in ids] == [1, 2, 3, 4, 5, 6]
+
+
+def test_changes_keep_a_corpus_in_files():
+    stored = with_changes(StoredCorpus(CORPUS.items()), {"a": Document("", "new")})
+    assert isinstance(stored, StoredCorpus)
+    assert stored == with_changes(CORPUS, {"a": Document("", "new")}) == {**CORPUS, "a": Document("", "new")}

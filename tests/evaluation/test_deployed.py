@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from anysplade import DataError, Index, OptionError, evaluate, evaluate_all, load_collection
@@ -70,3 +71,21 @@ def test_documents_that_do_not_match_are_said(pruned, collection_folder, caplog)
         evaluate(pruned, collection, max_length=3)
     with pytest.raises(OptionError, match="leave out `passages`"):
         evaluate(pruned, collection, passages="8")
+
+
+def test_costs_are_counted_with_later_changes(teachers, collection_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("anysplade.search.store.MOST_IN_ENGINE", 10)
+    with Index.build(teachers["sparse"], collection_folder, tmp_path / "index") as index:
+        assert index.store.searches_exactly  # too many documents for an engine
+        for _ in range(2):
+            documents = list(index.store)
+            frequency, active = index.store.counts()
+            assert active.tolist() == [len(document.terms) for document in documents]
+            wanted = np.bincount(np.concatenate([document.terms for document in documents]), minlength=index.store.width)
+            assert frequency.tolist() == wanted.tolist()
+            index.delete([documents[3].id])
+        for most in (39, 10):
+            monkeypatch.setattr("anysplade.search.store.MOST_IN_ENGINE", most)
+            index.store.choose_engine()
+            assert index.store.searches_exactly == (most == 10)
+            assert (tmp_path / "index" / "engine").exists() == (most == 39)

@@ -68,7 +68,7 @@ def numbers_of(index):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("large", [False, True])
 def test_exported_vectors_give_the_same_hits(form, large, reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(vector_build, "LARGE", 0 if large else 100)
+    monkeypatch.setattr("anysplade.search.store.MOST_IN_ENGINE", 0 if large else 100)
     assert export_vectors(documents(), names(), tmp_path / form) == 60
     with Index.from_vectors(tmp_path / form, tmp_path / "index") as index:
         assert len(index) == index.changes.added == 60
@@ -130,9 +130,7 @@ def _fill_and_die(folder, source, call, moment):
     _fill(folder, source)
 
 
-@pytest.mark.parametrize(
-    ("call", "moment"), [("put", 3), ("add_terms", 1), ("optimize", 1), ("add_engine", 1), ("optimize", 2), ("close", 1)]
-)
+@pytest.mark.parametrize(("call", "moment"), [("put", 3), ("add_terms", 1), ("choose_engine", 1), ("optimize", 1), ("close", 1)])
 def test_a_killed_build_continues(call, moment, reference, tmp_path):
     export_vectors(documents(), names(), tmp_path / "v.jsonl.gz")
     context = multiprocessing.get_context("fork")

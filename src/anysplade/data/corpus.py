@@ -11,6 +11,7 @@ from anysplade.data import python_docs
 from anysplade.data.external import hub_dataset
 from anysplade.data.names import CORPUS_FILES, Source, resolve
 from anysplade.data.rows import Place, Row, column_name, find_file, lines, plain_name, rows
+from anysplade.data.seen_ids import SeenIds
 from anysplade.data.text import replace_surrogates, shown
 from anysplade.errors import DataError
 
@@ -73,9 +74,9 @@ def empty_corpus(source: object) -> DataError:
 def iter_corpus(
     source: str | Path | Source, progress: bool = False, *, remembered: int | None = None
 ) -> Iterator[tuple[str, Document]]:
-    """Read the documents of any source of ``read_corpus`` one by one; only the ids stay in memory, to find duplicates.
+    """Read the documents of any source of ``read_corpus`` one by one; the ids stay in a temporary file, to find duplicates.
 
-    ``remembered`` is the number of ids that stay there, the first ones; all if None. Duplicates of others are not found.
+    ``remembered`` is the number of ids that are kept, the first ones; all if None. Duplicates of others are not found.
     """
     resolved = resolve(source, "corpus")
     if resolved.kind == "python-docs":
@@ -123,8 +124,8 @@ def documents_by_id(
     numbered: Iterable[Row], source: object, text_names: Sequence[str], remembered: int | None = None
 ) -> Iterator[tuple[str, Document]]:
     """The ids and documents, or queries, in numbered rows; ids must be unique, and messages name the source of the rows."""
-    seen: dict[str, int] = {}  # row numbers by id
-    for number, row in numbered:
+    seen = SeenIds()
+    for count, (number, row) in enumerate(numbered):
         place = f"{source}:{number}"
         id_columns, text_column, title_column, metadata_column = _columns(tuple(row), tuple(text_names))
         value = next((row[column] for column in id_columns if row[column] is not None), None)
@@ -132,10 +133,8 @@ def documents_by_id(
             detail = "" if value is None else f" (found: {shown(value)}, not a string or whole number)"
             raise DataError(f'{place}: no "_id"; each row needs _id and text{detail}')
         id_ = str(value)
-        if id_ in seen:
-            raise DataError(f"{place}: the id {id_[:80]!r} is a duplicate of line {seen[id_]}; ids must be unique")
-        if remembered is None or len(seen) < remembered:
-            seen[id_] = number
+        if (remembered is None or count < remembered) and (earlier := seen.earlier(id_, number)) is not None:
+            raise DataError(f"{place}: the id {id_[:80]!r} is a duplicate of line {earlier}; ids must be unique")
         text, title, metadata = row.get(text_column), row.get(title_column), row.get(metadata_column) or None
         if not isinstance(text, str):
             raise DataError(f'{place}: "{text_column}" is missing or not a string; columns of the row: {", ".join(row) or "none"}')

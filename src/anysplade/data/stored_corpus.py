@@ -158,9 +158,15 @@ def open_corpus(source: str | Path | Source, progress: bool = False) -> Mapping[
     try:
         return StoredCorpus(chain(first, documents))
     except DuplicateError:
-        for _ in iter_corpus(source):  # which names the places of the duplicate, and needs memory for all ids
+        for _ in iter_corpus(source):  # which names the places of the duplicate
             pass
         raise
+
+
+def with_changes(corpus: Mapping[str, Document], changed: Mapping[str, Document]) -> Mapping[str, Document]:
+    """A corpus with other documents in the place of some of its own; one in files stays in files."""
+    documents = ((id_, changed.get(id_, document)) for id_, document in corpus.items())
+    return StoredCorpus(documents) if isinstance(corpus, StoredCorpus) else dict(documents)
 
 
 def full_texts(corpus: Mapping[str, Document]) -> Sequence[str]:

@@ -16,23 +16,34 @@ def search_cost(queries: sparse.csr_matrix, documents: sparse.csr_matrix, count:
     If the rows of ``documents`` are passages of a ``count`` of documents, active dims are those of a passage, and FLOPS are summed
     over the passages of a document.
     """
-    query_frequency, document_frequency = _frequency(queries), _frequency(documents)
+    found = counted_cost(queries, _frequency(documents), np.diff(documents.indptr))
+    if count is None:
+        return found
+    passages = passage_cost(found["flops"], documents.shape[0], count)
+    return found | {"flops": found["flops"] * documents.shape[0] / count} | passages
 
-    def spread(matrix: sparse.csr_matrix) -> dict[str, float]:
+
+def counted_cost(queries: sparse.csr_matrix, document_frequency: np.ndarray, document_active: np.ndarray) -> dict[str, Any]:
+    """``search_cost`` by counts.
+
+    Args:
+        queries: (queries, vocabulary).
+        document_frequency: documents that have each term, (vocabulary,).
+        document_active: terms of each document, (documents,).
+    """
+
+    def spread(active: np.ndarray) -> dict[str, float]:
         """The terms per vector."""
-        active = np.diff(matrix.indptr)
         return {"mean": float(active.mean()), "median": float(np.median(active)), "p95": float(np.quantile(active, 0.95))}
 
-    products = float(query_frequency @ document_frequency)
-    flops = products / (queries.shape[0] * documents.shape[0])  # expected, per pair (Paria et al., arXiv 2004.05665)
+    products = float(_frequency(queries) @ document_frequency)
     return {
-        "query_active_dims": spread(queries),
-        "document_active_dims": spread(documents),
-        "flops": flops if count is None else flops * documents.shape[0] / count,
+        "query_active_dims": spread(np.diff(queries.indptr)),
+        "document_active_dims": spread(document_active),
+        "flops": products / (queries.shape[0] * len(document_active)),  # expected, per pair (Paria et al., arXiv 2004.05665)
         "vocabulary_used": int((document_frequency > 0).sum()),  # terms that occur in a document
         "postings_per_query": products / queries.shape[0],  # mean number of (document, weight) pairs that a query reads
-        "index_bytes": 8 * documents.nnz + 8 * (documents.shape[1] + 1),  # of the postings, without texts and ids
-        **({} if count is None else passage_cost(flops, documents.shape[0], count)),
+        "index_bytes": 8 * (int(document_frequency.sum()) + len(document_frequency) + 1),  # of the postings, without texts and ids
     }
 
 

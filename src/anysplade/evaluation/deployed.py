@@ -4,19 +4,17 @@ The engine is of the extra ``search``, which other evaluations do without, so ``
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
-
-import numpy as np
-from scipy import sparse
 
 from anysplade._common.files import user_path
 from anysplade.data.collections import Collection
 from anysplade.data.names import INDEX, held
 from anysplade.errors import OptionError
-from anysplade.evaluation.costs import search_cost
-from anysplade.evaluation.runs import require_match
+from anysplade.evaluation.costs import counted_cost
+from anysplade.evaluation.runs import require_share
 from anysplade.model.options import runtime_for
 from anysplade.search.batch import search_many
 from anysplade.search.index_model import IndexModel
@@ -24,6 +22,8 @@ from anysplade.search.index_model import IndexModel
 if TYPE_CHECKING:
     from anysplade.evaluation.rankings import Ranker
     from anysplade.search.index import Index
+
+_BATCH = 1024  # ids that are looked up together
 
 
 def is_index(model: Any) -> TypeGuard[str | Path]:
@@ -70,7 +70,7 @@ def rank_by_index(folder: str | Path, ranker: "Ranker") -> dict[str, Any]:
             "kind": "index",
             "run": run,
             "seconds": {"encoding queries and search": searching},
-            "cost": search_cost(index.encode_queries(list(texts.values())), _vectors(index)),
+            "cost": counted_cost(index.encode_queries(list(texts.values())), *index.store.counts()),
             "precision": about["precision"],
             "index": {
                 "documents": len(index),
@@ -88,16 +88,29 @@ def rank_by_index(folder: str | Path, ranker: "Ranker") -> dict[str, Any]:
 
 def _match(folder: str | Path, index: "Index", collection: Collection) -> int:
     """The number of documents of the index that the collection has; warns if few match, in either direction."""
-    ids = dict.fromkeys(index.store.ids(index.store.positions().tolist())).keys()
-    found, fix = ids & collection.corpus.keys(), "name the collection that was indexed"
-    require_match(folder, f"documents of the index are in {collection.name}", ids, found, fix)
-    require_match(folder, f"documents of {collection.name} are in the index", collection.corpus.keys(), found, fix)
-    return len(found)
+    documents, fix = collection.corpus, "name the collection that was indexed"
+    found, name = sum(id_ in documents for id_ in _ids(index)), collection.name
+
+    def missing() -> str | None:
+        return next((id_ for id_ in _ids(index) if id_ not in documents), None)
+
+    require_share(folder, f"documents of the index are in {name}", len(index), found, missing, fix)
+    require_share(folder, f"documents of {name} are in the index", len(documents), found, lambda: _not_in(index, documents), fix)
+    return found
 
 
-def _vectors(index: "Index") -> sparse.csr_matrix:
-    """The vectors of all documents, (documents, vocabulary)."""
-    documents = list(index.store)
-    terms, weights = (np.concatenate([document[column] for document in documents]) for column in (2, 3))
-    starts = np.cumsum([0, *(len(document.terms) for document in documents)])
-    return sparse.csr_matrix((weights, terms, starts), shape=(len(documents), index.store.width))
+def _ids(index: "Index") -> Iterator[str]:
+    positions = index.store.positions()
+    for start in range(0, len(positions), _BATCH):
+        yield from index.store.ids(positions[start : start + _BATCH].tolist())
+
+
+def _not_in(index: "Index", ids: Iterable[str]) -> str | None:
+    """The first id that the index lacks."""
+    iterator = iter(ids)
+    while batch := list(islice(iterator, _BATCH)):
+        known = set(index.store.known(batch))
+        for id_ in batch:
+            if id_ not in known:
+                return id_
+    return None

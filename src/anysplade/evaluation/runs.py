@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
 from anysplade._common.files import user_path, whole_file
@@ -85,13 +85,17 @@ def require_match(
     source: object, expected: str, ids: Set[str], found: Set[str], fix: str = "name the collection that the run was made on"
 ) -> None:
     """Require that some of the ids were found, and warn if few were; ``expected`` is such as "queries are in both runs"."""
-    missing = next((id_ for id_ in ids if id_ not in found), None)
+    require_share(source, expected, len(ids), len(found), lambda: next((id_ for id_ in ids if id_ not in found), None), fix)
+
+
+def require_share(source: object, expected: str, count: int, found: int, missing: Callable[[], str | None], fix: str) -> None:
+    """``require_match`` by the numbers of ids; ``missing`` looks for one that was not found."""
     if not found:
-        fault = f"none of the {len(ids)} {expected} ({missing!r} is missing)"
+        fault = f"none of the {count} {expected} ({missing()!r} is missing)"
         raise DataError(f"{source}: {fault}; {fix}")
-    if len(found) < _EXPECTED_SHARE * len(ids):
-        share = f"{100 * len(found) / len(ids):.2g} %"
-        logger.warning("%s: only %d of %d %s (%s; %r is missing)", source, len(found), len(ids), expected, share, missing)
+    if found < _EXPECTED_SHARE * count:
+        share = f"{100 * found / count:.2g} %"
+        logger.warning("%s: only %d of %d %s (%s; %r is missing)", source, found, count, expected, share, missing())
 
 
 def require_trec_ids(collection: Collection) -> None:

@@ -131,7 +131,7 @@ def _begin(corpus: Corpus, output: Path, wanted: dict[str, Any], options: Option
         begin("counting the words of the documents", progress)
         about["language"] = find_language(_texts(corpus, progress), wanted["language"])
         about["average_length"] = average_length(_texts(corpus, progress), about["language"])
-    Store.create(output)
+    Store.create(output, engine=False)
     write_about(output, about)  # after the store: a folder with a description has one
     model = IndexModel(about, output, options.model, options.runtime)
     model.source, model.encoder = options.model, encoder
@@ -167,7 +167,8 @@ def _make_equal(index: Index, corpus: Corpus, **encoding: Any) -> None:
     gone = differences.gone
     for start in range(0, len(gone), BATCH):
         index.store.delete(index.store.ids(gone[start : start + BATCH]))
-    begin(f"building the engine for {len(index):,} documents", encoding["progress"] and len(index) >= _LARGE)
+    begin(f"indexing the vectors of {len(index):,} documents", encoding["progress"] and len(index) >= _LARGE)
+    index.store.choose_engine()
     index.store.optimize()
 
 

@@ -20,7 +20,7 @@ from anysplade.search import tags
 from anysplade.search.documents import EncodedDocument, read_metadata
 from anysplade.search.filters import Tagged, Tags, tag
 from anysplade.search.lexical import STEMS, Lexical, QueryStems, stem_names
-from anysplade.search.postings import Located, Vector, best_of, clear, collect, read_postings
+from anysplade.search.postings import Located, Vector, best_of, clear, collect, count_terms, read_postings
 from anysplade.search.stored_rows import content_row, from_row, from_sqlite, to_sqlite
 
 logger = logging.getLogger(__name__)
@@ -307,6 +307,17 @@ class Database(Tagged):
         """The largest term id in the postings, plus 1."""
         with self.reading():
             return 0 if self._mapped is None else len(self._mapped[1].postings.indptr) - 1
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of documents that have each term, (width,), and the number of terms of each document, (documents,)."""
+        with self.reading():
+            lengths = self._database.execute("SELECT length(terms) / 4 FROM contents ORDER BY position")
+            active = np.fromiter((row[0] for row in lengths), np.int64)
+            if self._mapped is not None and not self._one("SELECT EXISTS (SELECT 1 FROM later)"):
+                frequency = np.diff(self._mapped[1].postings.indptr)
+            else:
+                frequency = count_terms(self._vectors())
+            return np.pad(frequency, (0, self.width - len(frequency))), active
 
     def documents(self, positions: Sequence[int]) -> list[EncodedDocument]:
         """The documents at these positions, in their order."""

@@ -141,7 +141,7 @@ class Index(WithModel, Rescoring):
     ) -> "Index":
         """Index documents by vectors that other software computed. After an interruption, the same call continues.
 
-        Memory is bounded, whatever the number of documents. An index of more than a million documents has no engine: searches
+        Memory is bounded, whatever the number of documents. An index of more than 500,000 documents has no engine: searches
         are exact, from files that are mapped.
 
         Args:

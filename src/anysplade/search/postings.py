@@ -108,6 +108,11 @@ def write_postings(
     return name
 
 
+def count_terms(vectors: Iterable[Vector]) -> np.ndarray:
+    """The number of vectors that have each term, (largest term + 1,)."""
+    return _count(vectors)[0]
+
+
 def remove_others(folder: Path, name: str | None) -> None:
     """Remove all postings in a folder but these; a process that has mapped others keeps them."""
     with contextlib.suppress(OSError):

@@ -34,6 +34,7 @@ from anysplade.search.postings import remove_others, write_postings
 
 logger = logging.getLogger(__name__)
 
+MOST_IN_ENGINE = 500_000  # documents; each takes about 6.5 kB of the engine's memory, so that an index stays below 4 GB
 _FLUSH = 32 * BATCH  # changes between flushes of the engine, which take as long for one change as for thousands
 _FEW = 0.05  # of the documents; as many changes are read into memory by every other process
 _FREE = 2**27  # bytes that must be free on the disk: if a file that the engine maps cannot grow, the system ends the process
@@ -129,13 +130,22 @@ class Store(Database):
                 self._open_engine()
         self.optimize()
 
-    def add_engine(self) -> None:
-        """Give a store that was made without an engine one."""
+    def choose_engine(self) -> None:
+        """Give the store an engine if it has few enough documents for one; otherwise remove it."""
         with self._lock:
             self.require_writable()
+            wanted = len(self) <= MOST_IN_ENGINE
+            if wanted == (self._engine is not None):
+                return
             with _explained(self.folder):
-                self._database.execute("UPDATE derived SET engine = 1")
-                self._open_engine()
+                self._database.execute("UPDATE derived SET engine = ?", (wanted,))  # before its files, which are then not opened
+                if self._engine is not None:
+                    self._engine.close()
+                    self._engine = None
+                    logger.info("%s: has no engine above %d documents; searched exactly", self.folder, MOST_IN_ENGINE)
+                shutil.rmtree(self.folder / "engine", ignore_errors=True)  # one that was left there lacks changes
+                if wanted:
+                    self._open_engine()
 
     def optimize(self) -> None:
         """Write the postings, and let the engine reorganize the added vectors: searches are faster and give the same results."""

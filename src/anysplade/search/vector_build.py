@@ -18,7 +18,6 @@ from anysplade.search.index_model import FORMAT, IndexModel, describe_model, des
 from anysplade.search.store import Store
 from anysplade.search.vectors import Files, Vocabulary, find_vectors, read_vectors
 
-LARGE = 1_000_000  # documents above which an index has no engine, whose memory grows with their number
 _ANY = 2**31 - 1  # terms, before all vectors are read
 _SAME = ("model_fingerprint", "vector_files")  # a place can have moved
 
@@ -68,10 +67,8 @@ def _build(files: Files, output: Path, about: dict[str, Any], model: str | Path 
         if not count:
             raise DataError(f"{files.place}: no vectors there")
         begin(f"writing the postings of {count:,} documents", progress, count)
+        store.choose_engine()
         store.optimize()
-        if count <= LARGE:
-            store.add_engine()
-            store.optimize()
         width = max(store.count_terms(), len(store.term_names()), 1) if names is None else len(names)
     except AnyspladeError:
         if is_new and not len(store):

@@ -24,10 +24,10 @@ from anysplade._common.progress import counted
 from anysplade._common.provenance import provenance
 from anysplade._common.tables import Tabular
 from anysplade.data.collections import Collection, Pair, data_hash, load_collection
-from anysplade.data.corpus import read_corpus
 from anysplade.data.document_pairs import make_pairs
 from anysplade.data.names import PAIR_KINDS
 from anysplade.data.pairs import load_pairs
+from anysplade.data.stored_corpus import open_corpus
 from anysplade.errors import OutputError
 from anysplade.evaluation.comparisons import compare
 from anysplade.evaluation.costs import COSTS
@@ -261,7 +261,7 @@ def _write_training(
 
     Returns the collection to judge by and the kinds of its queries. If none is ``given``, documents are held out for it.
     """
-    documents = dict(read_corpus(corpus, progress=progress))
+    documents = open_corpus(corpus, progress=progress)
     collection, of_kind, held = hold_out(corpus, output, documents, kinds, progress) if given is None else (given, {}, set())
     training = (
         {"query": row["query"], "positive": documents[row["document_id"]].full_text, "document_id": row["document_id"]}

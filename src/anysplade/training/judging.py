@@ -16,6 +16,7 @@ import numpy as np
 from anysplade.data.collections import Collection
 from anysplade.data.corpus import Document
 from anysplade.data.names import PAIR_KINDS
+from anysplade.data.stored_corpus import with_changes
 from anysplade.data.text import stable_hash
 from anysplade.errors import DataError
 from anysplade.evaluation.comparisons import Comparison
@@ -132,7 +133,7 @@ def held_out(
     listed = ", ".join(f"{counts[kind]} {kind}" for kind in PAIR_KINDS if counts[kind])
     collection = Collection(
         f"{len(chosen)} held-out pairs ({listed})",
-        {**documents, **{row["document_id"]: Document("", row["positive"]) for row in chosen.values()}},
+        with_changes(documents, {row["document_id"]: Document("", row["positive"]) for row in chosen.values()}),
         {id_: row["query"] for id_, row in chosen.items()},
         {id_: {row["document_id"]: 1} for id_, row in chosen.items()},
     )
