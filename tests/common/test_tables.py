@@ -47,7 +47,8 @@ def test_results_of_an_evaluation_are_short(collection_folder):
     both = Evaluations([found, found], [], [], [])
     assert len(both.to_pandas()) == 2
     assert list(both.to_pandas().columns) == [
-        "model", "collection", "nDCG@10", "query_active_dims", "document_active_dims", "flops"
+        "model", "collection", "nDCG@10", "query_active_dims", "document_active_dims", "flops",
+        "query_own_words", "document_own_words"
     ]  # fmt: skip
 
 

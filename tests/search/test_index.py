@@ -621,6 +621,7 @@ def test_metadata_of_an_earlier_version(own_index, caplog):
             (position,) = database.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
             database.execute("UPDATE contents SET metadata = ? WHERE position = ?", (stored, position))
             database.execute("INSERT INTO changed VALUES (?)", (position,))
+        database.execute("UPDATE writes SET count = count + 1")
     with Index.load(own_index) as index:
         for exact in (False, True):
             (hit,) = index.search("kabel", filter={"lang": "de"}, exact=exact)

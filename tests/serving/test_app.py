@@ -25,7 +25,7 @@ TOKEN = "a-token-of-some-length"
 
 
 def test_an_internal_error_is_only_in_the_log(client, monkeypatch, caplog):
-    def fail(*_):
+    def fail(*_, **__):
         raise AnyspladeError("/a/folder: the disk is full")
 
     monkeypatch.setattr(Index, "search_vector", fail)

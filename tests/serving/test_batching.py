@@ -247,7 +247,7 @@ class PanicException(BaseException):
 @pytest.mark.parametrize("where", ["a search", "encoding", "the thread", "on_batch"])
 def test_no_failure_ends_the_loop(where, failure, seen, place, monkeypatch):
     async def fails_once(searcher):
-        def fail(*_):
+        def fail(*_, **__):
             monkeypatch.undo()
             searcher.on_batch = lambda size: None
             raise failure

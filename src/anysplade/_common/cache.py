@@ -6,11 +6,12 @@ import re
 import secrets
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anysplade._common.files import cache_folder, writing
+from anysplade._common.tables import Tabular
 from anysplade.errors import OptionError
 
 try:
@@ -36,8 +37,8 @@ _UNITS = {"": 1, "B": 1} | {f"{prefix}{unit}": base**power for unit, base in (("
 _in_use: dict[Path, int] = {}  # folders that this process uses, and the descriptor that holds the lock of each
 
 
-@dataclass(frozen=True)
-class CacheEntry:
+@dataclass(frozen=True, repr=False)
+class CacheEntry(Tabular):
     """A folder in the cache, which is removed as a whole."""
 
     kind: str  # one of ``KINDS``
@@ -45,9 +46,6 @@ class CacheEntry:
     bytes: int  # size of its files
     last_use: float  # seconds since 1970
     in_use: bool  # by a process that runs now
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def mark_used(folder: Path | None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import sparse
 from sentence_transformers import SparseEncoder
 
-from anysplade.model.head import live_terms
+from anysplade.model.head import find_head, live_terms
 from anysplade.model.modules import is_splade, masked_lm, reader
 from anysplade.model.options import Role
 from anysplade.model.runtimes import runtime_of
@@ -102,7 +102,8 @@ def counts_as_own(encoder: SparseEncoder, role: Role) -> np.ndarray | None:
     if not is_splade(encoder) or module is None or runtime_of(encoder) != "torch":
         return None
     live = live_terms(masked_lm(encoder))
-    counts = np.full(encoder.get_embedding_dimension() or 0, live is None)
+    # Not the encoder's own number of dimensions, which for a stock encoder around a backbone is the width of its layers.
+    counts = np.full(len(find_head(masked_lm(encoder)).decoder.weight), live is None)
     if live is not None:
         counts[live.cpu().numpy()] = True
     tokenizer = module.tokenizer

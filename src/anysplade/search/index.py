@@ -378,7 +378,8 @@ class Index(WithModel, Rescoring):
         Args:
             vectors: what ``encode_queries`` returns, (queries, terms).
             k: the largest number of hits per query.
-            filter, exact: as in ``search``.
+            filter: as in ``search``.
+            exact: as in ``search``.
 
         Raises:
             OptionError: no document has a name of the filter.

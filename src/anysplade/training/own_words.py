@@ -82,7 +82,7 @@ def _bags(features: dict[str, Tensor], vectors: Tensor) -> Tensor:
         texts = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
     width = vectors.shape[1]
     bags = torch.zeros(len(vectors), width + 1, dtype=torch.bool, device=vectors.device)  # the last one is for tokens past the head
-    bags[texts.reshape(-1), ids.reshape(-1).clamp(max=width)] = True
+    bags.view(-1).index_fill_(0, (texts * (width + 1) + ids.clamp(max=width)).reshape(-1), True)
     return bags[:, :width]
 
 
