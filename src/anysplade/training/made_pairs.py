@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anysplade._common.files import write_atomic
+from anysplade._common.files import whole_file
 from anysplade._common.outputs import earlier_call, is_whole, require_unused
 from anysplade.data.collections import Collection
 from anysplade.data.corpus import Document
@@ -58,7 +58,8 @@ def rows_to_train_on(output: Path, held: set[str]) -> Iterator[dict[str, str]]:
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
+    with whole_file(file) as written:
+        written.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def earlier_record(output: Path, begun: str, done: str, about: dict[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:
