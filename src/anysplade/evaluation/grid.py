@@ -25,9 +25,10 @@ from anysplade.evaluation.runs import as_name
 from anysplade.evaluation.seeds import SeedComparison, compare_seeds, seed_groups
 from anysplade.model.options import Precision, Runtime, checked_option, checked_passages
 from anysplade.search.fusion import Fusion
+from anysplade.search.hits import check_count
 from anysplade.search.languages import language_name
 from anysplade.search.lexical import check_weight
-from anysplade.search.reranking import checked_depth, open_reranker
+from anysplade.search.reranking import open_reranker
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -128,7 +129,7 @@ def evaluate_all(
     lexical = check_weight(lexical)
     if checked_passages(passages) is not None and lexical is not None:
         raise OptionError("`lexical` adds BM25's scores of whole documents; leave out `passages`, or give `fuse` and bm25")
-    fuse, depth = checked_option("fuse", fuse, Fusion | None), checked_depth(rerank_depth)
+    fuse, depth = checked_option("fuse", fuse, Fusion | None), check_count("rerank_depth", rerank_depth)
     if fuse is not None and len(models) - deployed < 2:
         raise OptionError("`fuse` needs two models or more; name another one, such as bm25")
     reranker = None if rerank is None else open_reranker(rerank, max_length)

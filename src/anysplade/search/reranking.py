@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from anysplade.errors import OptionError
 from anysplade.model.cross_encoders import open_cross_encoder, rate_pairs
-from anysplade.model.options import checked_option
 from anysplade.model.saved import resolve_model
+from anysplade.search.hits import check_count
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -34,18 +33,10 @@ def rerank(model: "str | CrossEncoder", query: str, hits: Sequence[tuple[str, st
         OptionError: ``depth`` is below 1.
         ModelError: the model is no cross-encoder with one output, or gives NaN.
     """
-    depth = checked_depth(depth)
+    depth = check_count("rerank_depth", depth)
     opened = open_reranker(model) if isinstance(model, str) else model
     read = list(hits[:depth])
     if not read:
         return []
     scores = rate_pairs(opened, [(query, text) for _, text in read]).tolist()
     return sorted(((id_, score) for (id_, _), score in zip(read, scores, strict=True)), key=lambda hit: -hit[1])
-
-
-def checked_depth(depth: int) -> int:
-    """The number of documents to re-rank; raises OptionError unless it is a whole number of at least 1."""
-    checked: int = checked_option("rerank_depth", depth, int)
-    if checked < 1:
-        raise OptionError(f"`rerank_depth` is {checked}: at least 1 document is re-ranked")
-    return checked
